@@ -1,0 +1,21 @@
+"""KOALA for ComfyUI: compact SDXL models, with the settings and the parity that stock nodes lack."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .nodes import NODES
+
+WEB_DIRECTORY = "./web"
+
+
+class KoalaExtension(ComfyExtension):
+    """What ComfyUI asks the pack for."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> KoalaExtension:
+    return KoalaExtension()
+
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -1,0 +1,337 @@
+"""Look at a weights file or folder, headers only, and say what it is, or exactly what is wrong with it.
+
+Nothing here reads a tensor: a 10 GB file is judged by its first kilobytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+from . import foreign
+from .keys import NUMBERINGS, Coverage, Numbering, Shape, coverage, names, read_layout
+from .layout import KOALA_NAMES, Layout, is_subnetwork, name
+from .parts import read_autoencoder, read_text_encoder
+from .settings import SCHEDULER_CONFIG, Identity, identify, release_for
+
+FLOAT_TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
+UNET_PREFIX = "model.diffusion_model."
+CLIP_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+VAE_PREFIX = "first_stage_model."
+
+WEIGHT_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
+TEXT_NAMES = ("model.fp16.safetensors", "model.safetensors")
+FOLDER_PARTS = {"unet": WEIGHT_NAMES, "text_encoder": TEXT_NAMES, "text_encoder_2": TEXT_NAMES, "vae": WEIGHT_NAMES}
+"""The weights that a published folder holds, each by the names under which it may lie, the preferred one first."""
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the first line names it, what it is, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file: type and shape of every tensor, and the metadata."""
+
+    path: Path
+    types: Mapping[str, str] = field(repr=False)
+    shapes: Mapping[str, Shape] = field(repr=False)
+    metadata: Mapping[str, str]
+
+    def under(self, prefix: str) -> dict[str, Shape]:
+        """Shapes of the tensors whose names begin with ``prefix``, which is taken off."""
+        return {key[len(prefix) :]: shape for key, shape in self.shapes.items() if key.startswith(prefix)}
+
+    @cached_property
+    def unet_prefix(self) -> str:
+        return UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in self.shapes) else ""
+
+
+@dataclass(frozen=True)
+class UNetFile:
+    """A file that holds a usable U-Net: where, which layout, named how, of which main type, of how many bytes."""
+
+    path: Path
+    prefix: str
+    layout: Layout
+    numbering: Numbering
+    dtype: str
+    bytes: int
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A U-Net file together with what is known of its variant and schedule."""
+
+    unet: UNetFile
+    identity: Identity
+    scheduler: Mapping[str, object] = field(default_factory=lambda: SCHEDULER_CONFIG)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder with every part in place."""
+
+    model: Model
+    text_encoder: Path
+    text_encoder_2: Path
+    vae: Path
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a safetensors header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is empty, cut short, a web page, a pickle, or otherwise no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if 2 <= length <= min(size - 8, 100_000_000):
+            raw = file.read(length)
+        else:
+            raise CheckpointError(_not_safetensors(path, size, start + file.read(56)))
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        types = {key: value["dtype"] for key, value in header.items()}
+        shapes = {key: tuple(value["shape"]) for key, value in header.items()}
+        end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(_not_safetensors(path, size, start + raw[:56])) from None
+    if size < end:
+        raise CheckpointError(
+            f"{path.name} is cut short: it has {size:,} of the {end:,} bytes that its header promises. "
+            f"The download or copy broke off; fetch the file again."
+        )
+    return Header(path, types, shapes, metadata)
+
+
+def inspect_unet(path: Path) -> UNetFile:
+    """Recognise the KOALA U-Net in a file, bare or inside a checkpoint, in any numbering.
+
+    Raises CheckpointError with what the file is instead, or with what its U-Net lacks.
+    """
+    header = read_header(path)
+    prefix = header.unet_prefix
+    found = header.under(prefix)
+    layout, numbering = _recognise(header, found)
+    cover = coverage(layout, numbering, found)
+    if not cover.exact:
+        raise CheckpointError(_incomplete(path, layout, numbering, cover))
+    types = Counter[str]()
+    for key in found:
+        types[header.types[prefix + key]] += prod(found[key])
+    if unusable := sorted(set(types) - set(FLOAT_TYPES)):
+        raise CheckpointError(
+            f"{path.name} holds U-Net weights of type {', '.join(unusable)}; expected one of {', '.join(FLOAT_TYPES)}. "
+            f"Quantised files need the loader of the pack that made them; take the published file instead: "
+            f"{_published_unet(layout, path.name)}"
+        )
+    width = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+    return UNetFile(
+        path=path,
+        prefix=prefix,
+        layout=layout,
+        numbering=numbering,
+        dtype=FLOAT_TYPES[types.most_common(1)[0][0]],
+        bytes=sum(width[kind] * count for kind, count in types.items()),
+        metadata=header.metadata,
+    )
+
+
+def inspect_model(path: Path) -> Model:
+    """A bare U-Net file or a single-file checkpoint's U-Net, with its variant as far as the file tells it."""
+    unet = inspect_unet(path)
+    return Model(unet, identify(unet.metadata, {}, "", path.name))
+
+
+def inspect_checkpoint(path: Path) -> Model:
+    """A single-file KOALA checkpoint: U-Net, both text encoders and autoencoder.
+
+    Raises CheckpointError also where one of the parts beside the U-Net is absent.
+    """
+    model = inspect_model(path)
+    require_checkpoint_parts(path)
+    return model
+
+
+def require_checkpoint_parts(path: Path) -> None:
+    """Check that a single-file SDXL-family checkpoint brings both text encoders and the autoencoder."""
+    header = read_header(path)
+    absent = [
+        part
+        for part, prefix in zip(("CLIP-L", "CLIP-G", "VAE"), (*CLIP_PREFIXES, VAE_PREFIX), strict=True)
+        if not header.under(prefix)
+    ]
+    if absent:
+        raise CheckpointError(
+            f"{path.name} holds {foreign.describe(header.shapes)} but no {' and no '.join(absent)}; expected an SDXL "
+            f"checkpoint with both text encoders and a VAE. Choose another checkpoint, or the source "
+            f'"U-Net + text encoders + VAE".'
+        )
+    try:
+        read_autoencoder(header.under(VAE_PREFIX))
+    except KeyError as missing:
+        raise CheckpointError(
+            f"{path.name}: its VAE lacks the tensor {VAE_PREFIX}{missing.args[0]}; fetch the file again."
+        ) from None
+
+
+def inspect_text_encoder(path: Path) -> str:
+    """Tell CLIP-L from CLIP-G: ``"l"`` or ``"g"``. Raises CheckpointError for anything else."""
+    header = read_header(path)
+    try:
+        encoder = read_text_encoder(header.shapes)
+    except KeyError as missing:
+        raise CheckpointError(
+            f"{path.name} is {foreign.describe(header.shapes)}; expected a CLIP-L or CLIP-G text encoder of SDXL as "
+            f"published in text_encoder/ and text_encoder_2/ (missing: {missing.args[0]}). "
+            f"Put SDXL's text encoders into models/text_encoders."
+        ) from None
+    # a CLIP-L of 12 layers may carry an unused projection; SDXL only ever projects with CLIP-G
+    return "g" if encoder.projection and encoder.layers != 12 else "l"
+
+
+def inspect_vae(path: Path) -> None:
+    """Check that a file is an autoencoder (AutoencoderKL). Raises CheckpointError where it is not."""
+    header = read_header(path)
+    try:
+        sizes = read_autoencoder(header.shapes)
+    except KeyError as missing:
+        raise CheckpointError(
+            f"{path.name} is {foreign.describe(header.shapes)}; expected SDXL's VAE (missing: {missing.args[0]}). "
+            f"Put SDXL's VAE into models/vae."
+        ) from None
+    if sizes.latent_channels != 4:
+        raise CheckpointError(
+            f"{path.name} is a VAE with {sizes.latent_channels} latent channels; expected SDXL's with 4. "
+            f"Put SDXL's VAE into models/vae."
+        )
+
+
+def inspect_folder(folder: Path) -> Folder:
+    """Recognise a KOALA folder as published on Hugging Face, fp16 or fp32, whichever transformers saved it.
+
+    Raises CheckpointError naming the part that is absent and where it is published.
+    """
+    found: dict[str, Path] = {}
+    for part, choices in FOLDER_PARTS.items():
+        present = [folder / part / choice for choice in choices if (folder / part / choice).is_file()]
+        if not present:
+            raise CheckpointError(_missing_part(folder, part, choices))
+        found[part] = present[0]
+    unet = inspect_unet(found["unet"])
+    first, second = inspect_text_encoder(found["text_encoder"]), inspect_text_encoder(found["text_encoder_2"])
+    if (first, second) != ("l", "g"):
+        raise CheckpointError(
+            f"{folder.name}/text_encoder and text_encoder_2 hold CLIP-{first.upper()} and CLIP-{second.upper()}; "
+            f"expected CLIP-L and CLIP-G. Fetch both again from {release_for(unet.layout, folder.name).url()}."
+        )
+    inspect_vae(found["vae"])
+    scheduler = {**SCHEDULER_CONFIG, **_read_json(folder / "scheduler" / "scheduler_config.json")}
+    if scheduler["prediction_type"] != "epsilon":
+        raise CheckpointError(
+            f"{folder.name}/scheduler/scheduler_config.json asks for {scheduler['prediction_type']} prediction; every "
+            f"KOALA predicts epsilon. Restore the published file: "
+            f"{release_for(unet.layout, folder.name).url('scheduler/scheduler_config.json')}"
+        )
+    origin = str(_read_json(folder / "unet" / "config.json").get("_name_or_path", ""))
+    identity = identify(unet.metadata, scheduler, origin, folder.name)
+    return Folder(Model(unet, identity, scheduler), found["text_encoder"], found["text_encoder_2"], found["vae"])
+
+
+def _recognise(header: Header, found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
+    """Layout and numbering of a U-Net that is a KOALA or near enough to one to say what it lacks."""
+    file = header.path.name
+    other = foreign.recognise(header.shapes, found)
+    if other:
+        raise CheckpointError(
+            f"{file} is {other.name}; expected a KOALA U-Net (an SDXL sub-network such as KOALA-700M). "
+            f"Load it with the stock node {other.loader}."
+        )
+    try:
+        read: tuple[Layout, Numbering] | None = read_layout(found)
+    except (KeyError, ValueError, IndexError):
+        read = None
+    if read and is_subnetwork(read[0]) and coverage(*read, found).exact:
+        return read
+    # damaged: say what is wrong against the layout that shares most names with the file
+    candidates = [(layout, numbering) for layout in KOALA_NAMES for numbering in NUMBERINGS]
+    if read and is_subnetwork(read[0]):
+        candidates.insert(0, read)
+
+    def likeness(candidate: tuple[Layout, Numbering]) -> float:
+        wanted = set(names(*candidate))
+        return len(wanted & found.keys()) / len(wanted | found.keys())
+
+    best = max(candidates, key=lambda candidate: (likeness(candidate), -len(coverage(*candidate, found).misshapen)))
+    if likeness(best) < 0.1:
+        raise CheckpointError(
+            f"{file} is {foreign.describe(header.shapes)}; expected a KOALA U-Net with tensors such as "
+            f"down_blocks.0.resnets.0.conv1.weight or input_blocks.1.0.in_layers.2.weight. "
+            f"Take the published file: {_published_unet(best[0], file)}"
+        )
+    return best
+
+
+def _incomplete(path: Path, layout: Layout, numbering: Numbering, cover: Coverage) -> str:
+    faults = [
+        f"{len(listed)} {word} (first: {', '.join(listed[:3])})"
+        for word, listed in (("missing", cover.missing), ("extra", cover.extra), ("misshapen", cover.misshapen))
+        if listed
+    ]
+    return (
+        f"{path.name} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {'; '.join(faults)}. "
+        f"Fetch the published file again: {_published_unet(layout, path.name)}"
+    )
+
+
+def _published_unet(layout: Layout, file: str) -> str:
+    return release_for(layout, file).url(f"unet/{WEIGHT_NAMES[0]}")
+
+
+def _missing_part(folder: Path, part: str, choices: tuple[str, ...]) -> str:
+    wanted = f"{folder.name}/{part}/{choices[0]} (or {choices[1]})"
+    release = release_for(next(iter(KOALA_NAMES)), folder.name)
+    url = release.url(f"{part}/{choices[1] if part == 'vae' else choices[0]}")
+    pickled = sorted(item.name for item in (folder / part).glob("*.bin")) if (folder / part).is_dir() else []
+    found = f" Only {', '.join(pickled)} is there, a pickle, which is not loaded." if pickled else ""
+    return f"{wanted} is not there; a KOALA folder needs it.{found} It is published at {url}"
+
+
+def _not_safetensors(path: Path, size: int, start: bytes) -> str:
+    text = start.lstrip().lower()
+    if size == 0:
+        what = "is empty"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")) or b"<html" in text:
+        what = "is a web page, not weights (a download link that needed a login or led to a page)"
+    elif start.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer, not weights (cloned without git-lfs)"
+    elif start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
+        what = "is a pickle (.ckpt, .bin, .pt), which may run code when it is read and is not loaded"
+    elif start.startswith(b"GGUF"):
+        what = "is a GGUF file, which needs a GGUF loader's node"
+    else:
+        what = f"is no safetensors file (it begins with {start[:12]!r})"
+    return f"{path.name} {what}; expected a .safetensors file of KOALA weights. Fetch the published file again."
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    """A small config file's contents, empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise CheckpointError(
+            f"{path.parent.parent.name}/{path.parent.name}/{path.name} is not valid JSON; restore the published file."
+        ) from None

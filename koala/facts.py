@@ -1,0 +1,63 @@
+"""What is known of a loaded model: the facts that travel with a MODEL and that nodes show and follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .checkpoint import Model
+from .keys import parameters
+from .layout import KOALA_TINY, SDXL, Layout, name
+from .settings import BASE, SCHEDULER_CONFIG, SIZES, Identity, Settings
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A loaded model: where from, which layout, weights in which type and of how many bytes, variant and schedule."""
+
+    source: str
+    layout: Layout
+    dtype: str
+    bytes: int
+    identity: Identity
+    scheduler: Mapping[str, object]
+
+    @property
+    def settings(self) -> Settings:
+        return self.identity.variant.settings
+
+    @property
+    def percent_of_sdxl(self) -> float:
+        return 100 * parameters(self.layout) / parameters(SDXL)
+
+
+def facts_of(model: Model, source: str) -> ModelFacts:
+    """The facts that an inspected file tells; ``source`` is the name that the person chose."""
+    unet = model.unet
+    return ModelFacts(source, unet.layout, unet.dtype, unet.bytes, model.identity, model.scheduler)
+
+
+def assumed_facts(layout: Layout, dtype: str, size: int) -> ModelFacts:
+    """The facts of a KOALA that another loader built: its layout is seen, its variant only assumed."""
+    identity = Identity(BASE, "loaded by another node, which does not say; base is assumed", certain=False)
+    return ModelFacts("another loader", layout, dtype, size, identity, SCHEDULER_CONFIG)
+
+
+def report(facts: ModelFacts) -> str:
+    """A short text for a person: one fact a line."""
+    settings = facts.settings
+    sure = "" if facts.identity.certain else " (assumed)"
+    side = SIZES.get(facts.layout, settings.size)
+    return "\n".join(
+        (
+            f"{name(facts.layout)} from {facts.source}",
+            f"U-Net: {parameters(facts.layout):,} parameters, {_percent(facts)} of SDXL's {parameters(SDXL):,}",
+            f"weights: {facts.dtype}, {facts.bytes / 1e6:,.0f} MB",
+            f"variant: {facts.identity.variant.name}{sure}: {facts.identity.evidence}",
+            f"recommended: {settings}, sampler euler, {side} x {side} px",
+        )
+    )
+
+
+def _percent(facts: ModelFacts) -> str:
+    return f"{facts.percent_of_sdxl:.{1 if facts.layout == KOALA_TINY else 0}f} %"

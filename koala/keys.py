@@ -1,0 +1,304 @@
+"""Tensor names and shapes of a U-Net, derived from its layout, in every numbering that is found in files.
+
+``tensors(layout)`` is the one table: a row per tensor with its diffusers name, its ComfyUI name, the name that
+diffusers' SDXL conversion script gives it, and its shape. Renaming, exact coverage and parameter counts follow.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from math import prod
+from typing import Literal, NamedTuple, get_args
+
+from .layout import Block, Layout, blocks
+
+Shape = tuple[int, ...]
+Numbering = Literal["diffusers", "comfy", "script"]
+"""``diffusers``: UNet2DConditionModel. ``comfy``: ComfyUI and the original SDXL code, blocks numbered without gaps.
+``script``: convert_diffusers_to_original_sdxl.py, which numbers every U-Net as if it had SDXL's two layers a stage."""
+
+NUMBERINGS: tuple[Numbering, ...] = get_args(Numbering)
+
+
+class Tensor(NamedTuple):
+    """One tensor of a U-Net: its name in each numbering, and its shape."""
+
+    diffusers: str
+    comfy: str
+    script: str
+    shape: Shape
+
+
+class Module(NamedTuple):
+    """One module's name prefix in each numbering."""
+
+    diffusers: str
+    comfy: str
+    script: str
+
+    def child(self, diffusers: str, comfy: str | None = None) -> Module:
+        comfy = diffusers if comfy is None else comfy
+        return Module(f"{self.diffusers}{diffusers}", f"{self.comfy}{comfy}", f"{self.script}{comfy}")
+
+
+@cache
+def tensors(layout: Layout) -> tuple[Tensor, ...]:
+    """Every tensor of the layout's U-Net, 584 for KOALA-700M, 790 for KOALA-1B, 1680 for SDXL."""
+    return tuple(_unet(layout))
+
+
+def parameters(layout: Layout) -> int:
+    """Number of weights of the layout's U-Net."""
+    return sum(prod(tensor.shape) for tensor in tensors(layout))
+
+
+def names(layout: Layout, numbering: Numbering) -> tuple[str, ...]:
+    """All tensor names in one numbering, in the order of ``tensors``."""
+    return tuple(getattr(tensor, numbering) for tensor in tensors(layout))
+
+
+def renaming(layout: Layout, source: Numbering, target: Numbering) -> dict[str, str]:
+    """Name in ``source`` -> name in ``target``, one to one over every tensor of the layout."""
+    return dict(zip(names(layout, source), names(layout, target), strict=True))
+
+
+class Coverage(NamedTuple):
+    """What a file holds against what its layout asks for; all empty means an exact match."""
+
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        return not (self.missing or self.extra or self.misshapen)
+
+
+def coverage(layout: Layout, numbering: Numbering, found: Mapping[str, Shape]) -> Coverage:
+    """Compare a file's tensor names and shapes with the layout's, both ways."""
+    wanted = {getattr(tensor, numbering): tensor.shape for tensor in tensors(layout)}
+    return Coverage(
+        missing=tuple(name for name in wanted if name not in found),
+        extra=tuple(name for name in found if name not in wanted),
+        misshapen=tuple(
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found and found[name] != shape
+        ),
+    )
+
+
+def read_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
+    """Work out layout and numbering from a U-Net's tensor names and shapes (prefixes already taken off).
+
+    Raises:
+        KeyError: a tensor that the layout is read from is missing; the argument is its name.
+        ValueError: the names are not those of an SDXL-family U-Net; the argument says what does not fit.
+    """
+    numbering = guess_numbering(found)
+    conv_in, conv_out, added = _ENDS[numbering]
+    stages = _read_diffusers(found) if numbering == "diffusers" else _read_comfy(found)
+    context = next((shape[1] for name, shape in found.items() if name.endswith("attn2.to_k.weight")), None)
+    if context is None:
+        raise ValueError("no cross-attention")
+    layout = Layout(
+        channels=stages.channels,
+        down=stages.down,
+        middle=stages.middle,
+        up=stages.up,
+        context=context,
+        added=found[added][1],
+        in_channels=found[conv_in][1],
+        out_channels=found[conv_out][0],
+    )
+    if numbering == "comfy" and set(found) != set(names(layout, "comfy")):
+        script = set(names(layout, "script"))
+        if len(script & set(found)) > len(set(names(layout, "comfy")) & set(found)):
+            numbering = "script"
+    return layout, numbering
+
+
+def guess_numbering(found: Iterable[str]) -> Numbering:
+    """``diffusers`` or ``comfy`` by the block names alone (``script`` can only be told from the layout).
+
+    Raises ValueError where neither is found.
+    """
+    for name in found:
+        if name.startswith(("down_blocks.", "up_blocks.")):
+            return "diffusers"
+        if name.startswith(("input_blocks.", "output_blocks.")):
+            return "comfy"
+    raise ValueError("no U-Net blocks")
+
+
+# --- layout -> names ---------------------------------------------------------------------------------------------
+
+
+def _unet(layout: Layout) -> Iterator[Tensor]:
+    first, time = layout.channels[0], layout.time_width
+    root = Module("", "", "")
+    yield from _weights(root.child("conv_in", "input_blocks.0.0"), (first, layout.in_channels, 3, 3))
+    yield from _weights(root.child("time_embedding.linear_1", "time_embed.0"), (time, first))
+    yield from _weights(root.child("time_embedding.linear_2", "time_embed.2"), (time, time))
+    yield from _weights(root.child("add_embedding.linear_1", "label_emb.0.0"), (time, layout.added))
+    yield from _weights(root.child("add_embedding.linear_2", "label_emb.0.2"), (time, time))
+    for block in blocks(layout):
+        if block.kind == "resnet":
+            yield from _resnet(_resnet_module(block), block, time)
+            if block.depth:
+                yield from _transformer(_attention_module(block), block, layout.context)
+        else:
+            yield from _weights(_resampler_module(block, layout), (block.c_out, block.c_in, 3, 3))
+    yield from _weights(root.child("conv_norm_out", "out.0"), (first,))
+    yield from _weights(root.child("conv_out", "out.2"), (layout.out_channels, first, 3, 3))
+
+
+def _weights(module: Module, shape: Shape, bias: bool = True) -> Iterator[Tensor]:
+    yield Tensor(*module.child(".weight"), shape)
+    if bias:
+        yield Tensor(*module.child(".bias"), shape[:1])
+
+
+def _layer_module(block: Block, diffusers: str, slot: int) -> Module:
+    """``slot`` is the place inside ComfyUI's block: 0 the residual block, 1 the transformer."""
+    if block.part == "middle":
+        return Module(f"mid_block.{diffusers}", *[f"middle_block.{block.n + slot}"] * 2)
+    if block.part == "down":
+        comfy, script = f"input_blocks.{block.n}", f"input_blocks.{3 * block.stage + block.layer + 1}"
+    else:
+        comfy, script = f"output_blocks.{block.n}", f"output_blocks.{3 * block.stage + block.layer}"
+    return Module(f"{block.part}_blocks.{block.stage}.{diffusers}", f"{comfy}.{slot}", f"{script}.{slot}")
+
+
+def _resnet_module(block: Block) -> Module:
+    return _layer_module(block, f"resnets.{block.layer}", 0)
+
+
+def _attention_module(block: Block) -> Module:
+    return _layer_module(block, f"attentions.{block.layer}", 1)
+
+
+def _resampler_module(block: Block, layout: Layout) -> Module:
+    if block.kind == "downsample":
+        return Module(
+            f"down_blocks.{block.stage}.downsamplers.0.conv",
+            f"input_blocks.{block.n}.0.op",
+            f"input_blocks.{3 * block.stage + 3}.0.op",
+        )
+    slot = 2 if layout.up[block.stage][-1] else 1
+    return Module(
+        f"up_blocks.{block.stage}.upsamplers.0.conv",
+        f"output_blocks.{block.n}.{slot}.conv",
+        f"output_blocks.{3 * block.stage + 2}.2.conv",
+    )
+
+
+def _resnet(module: Module, block: Block, time: int) -> Iterator[Tensor]:
+    yield from _weights(module.child(".norm1", ".in_layers.0"), (block.c_in,))
+    yield from _weights(module.child(".conv1", ".in_layers.2"), (block.c_out, block.c_in, 3, 3))
+    yield from _weights(module.child(".time_emb_proj", ".emb_layers.1"), (block.c_out, time))
+    yield from _weights(module.child(".norm2", ".out_layers.0"), (block.c_out,))
+    yield from _weights(module.child(".conv2", ".out_layers.3"), (block.c_out, block.c_out, 3, 3))
+    if block.c_in != block.c_out:
+        yield from _weights(module.child(".conv_shortcut", ".skip_connection"), (block.c_out, block.c_in, 1, 1))
+
+
+def _transformer(module: Module, block: Block, context: int) -> Iterator[Tensor]:
+    width = block.c_out
+    yield from _weights(module.child(".norm"), (width,))
+    yield from _weights(module.child(".proj_in"), (width, width))
+    for index in range(block.depth):
+        inner = module.child(f".transformer_blocks.{index}.")
+        for attention, source in (("attn1", width), ("attn2", context)):
+            yield from _weights(inner.child(f"{attention}.to_q"), (width, width), bias=False)
+            yield from _weights(inner.child(f"{attention}.to_k"), (width, source), bias=False)
+            yield from _weights(inner.child(f"{attention}.to_v"), (width, source), bias=False)
+            yield from _weights(inner.child(f"{attention}.to_out.0"), (width, width))
+        yield from _weights(inner.child("ff.net.0.proj"), (8 * width, width))
+        yield from _weights(inner.child("ff.net.2"), (width, 4 * width))
+        for norm in ("norm1", "norm2", "norm3"):
+            yield from _weights(inner.child(norm), (width,))
+    yield from _weights(module.child(".proj_out"), (width, width))
+
+
+# --- names -> layout ---------------------------------------------------------------------------------------------
+
+_ENDS: dict[str, tuple[str, str, str]] = {
+    "diffusers": ("conv_in.weight", "conv_out.weight", "add_embedding.linear_1.weight"),
+    "comfy": ("input_blocks.0.0.weight", "out.2.weight", "label_emb.0.0.weight"),
+}
+
+
+class _Stages(NamedTuple):
+    channels: Shape
+    down: tuple[Shape, ...]
+    middle: int | None
+    up: tuple[Shape, ...]
+
+
+def _depths(found: Iterable[str]) -> dict[str, int]:
+    """Transformer depth of every attention module: prefix -> number of its transformer blocks."""
+    depths: dict[str, int] = defaultdict(int)
+    for name in found:
+        prefix, mark, rest = name.partition(".transformer_blocks.")
+        if mark:
+            depths[prefix] = max(depths[prefix], int(rest.split(".", 1)[0]) + 1)
+    return depths
+
+
+def _indices(found: Iterable[str], prefix: str) -> list[int]:
+    """The sorted block numbers that follow ``prefix`` in the names."""
+    return sorted({int(name[len(prefix) :].split(".", 1)[0]) for name in found if name.startswith(prefix)})
+
+
+def _middle(depths: Mapping[str, int], found: Iterable[str], block: str, attention: str) -> int | None:
+    if not any(name.startswith(block) for name in found):
+        return None
+    return depths.get(attention, 0)
+
+
+def _read_diffusers(found: Mapping[str, Shape]) -> _Stages:
+    depths = _depths(found)
+
+    def stages(part: str) -> tuple[Shape, ...]:
+        return tuple(
+            tuple(
+                depths.get(f"{part}.{stage}.attentions.{layer}", 0)
+                for layer in _indices(found, f"{part}.{stage}.resnets.")
+            )
+            for stage in _indices(found, f"{part}.")
+        )
+
+    down = stages("down_blocks")
+    channels = tuple(found[f"down_blocks.{stage}.resnets.0.conv1.weight"][0] for stage in range(len(down)))
+    return _Stages(
+        channels, down, _middle(depths, found, "mid_block.", "mid_block.attentions.0"), stages("up_blocks")
+    )
+
+
+def _read_comfy(found: Mapping[str, Shape]) -> _Stages:
+    depths = _depths(found)
+    modules = {name.rsplit(".", 1)[0] for name in found}
+    channels: list[int] = []
+    down: list[list[int]] = [[]]
+    for n in _indices(found, "input_blocks.")[1:]:
+        if f"input_blocks.{n}.0.op" in modules:
+            down.append([])
+            continue
+        if not down[-1]:
+            channels.append(found[f"input_blocks.{n}.0.out_layers.3.weight"][0])
+        down[-1].append(depths.get(f"input_blocks.{n}.1", 0))
+    up: list[list[int]] = [[]]
+    for n in _indices(found, "output_blocks."):
+        if f"output_blocks.{n}.0.out_layers.3" in modules:
+            up[-1].append(depths.get(f"output_blocks.{n}.1", 0))
+        if modules & {f"output_blocks.{n}.1.conv", f"output_blocks.{n}.2.conv"}:
+            up.append([])
+    return _Stages(
+        tuple(channels),
+        tuple(map(tuple, down)),
+        _middle(depths, found, "middle_block.", "middle_block.1"),
+        tuple(map(tuple, up)),
+    )

@@ -1,0 +1,49 @@
+"""Published settings -> sigmas, through diffusers' own scheduler class rather than a copy of its mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from .settings import SCHEDULER_CONFIG, Spacing
+
+
+class Schedule(NamedTuple):
+    """A noise schedule.
+
+    ``sigmas``: (steps + 1,) float32, descending, ends in 0. ``full_variance``: how unit noise is scaled before it
+    becomes (or is added to) the first latent: by sqrt(sigma^2 + 1) if true, else by sigma, sigma being the first.
+    """
+
+    sigmas: torch.Tensor
+    full_variance: bool
+
+
+def schedule(
+    steps: int, spacing: Spacing, denoise: float = 1.0, config: Mapping[str, object] = SCHEDULER_CONFIG
+) -> Schedule:
+    """Sigmas of diffusers' ``EulerDiscreteScheduler`` for any number of steps, and how it scales the first noise.
+
+    ``denoise`` below 1 keeps the last ``int(steps * denoise)`` steps, as the image-to-image pipeline's ``strength``
+    does, and noise is then scaled by the first sigma (``add_noise``). A whole schedule scales it by
+    ``init_noise_sigma``: sqrt(sigma^2 + 1) for leading, sigma for trailing and linspace.
+
+    Raises:
+        ValueError: ``denoise`` leaves no step.
+    """
+    # diffusers takes a second to import; nothing before the first schedule needs it
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler.from_config(dict(config), timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    kept = min(int(steps * denoise), steps)
+    if kept < 1:
+        raise ValueError(
+            f"denoise {denoise:g} of {steps} steps leaves no step to run: raise denoise to at least {1 / steps:.3f}, "
+            f"or take more steps."
+        )
+    sigmas = scheduler.sigmas[steps - kept :].float().cpu()
+    whole = kept == steps
+    return Schedule(sigmas, whole and bool(scheduler.init_noise_sigma > sigmas[0]))

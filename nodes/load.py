@@ -1,0 +1,217 @@
+"""Where a graph begins: KOALA Checkpoint Loader and KOALA Model Info."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from .. import koala_loader
+from ..koala.checkpoint import CheckpointError, inspect_model, inspect_text_encoder, inspect_vae
+from ..koala.facts import report
+from .note import noted
+
+CATEGORY = "KOALA"
+
+BUILT_IN = "built-in koala-tiny"
+FOLDER = "diffusers folder"
+CHECKPOINT = "checkpoint"
+UNET_AND_CHECKPOINT = "U-Net + SDXL checkpoint"
+UNET_AND_PARTS = "U-Net + text encoders + VAE"
+
+
+class KoalaCheckpointLoader(io.ComfyNode):
+    """Loads a KOALA from wherever its weights lie."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        unet = io.Combo.Input(
+            "unet_name",
+            options=folder_paths.get_filename_list("diffusion_models"),
+            tooltip="KOALA's U-Net alone, as published in unet/, from models/diffusion_models.",
+        )
+        return io.Schema(
+            node_id="KoalaCheckpointLoader",
+            display_name="KOALA Checkpoint Loader",
+            category=CATEGORY,
+            description="Loads a KOALA model in one step: a Hugging Face folder, a single file, or a U-Net together "
+            "with SDXL's text encoders and VAE. Says exactly what is wrong with a file that is no KOALA.",
+            search_aliases=["koala", "load koala", "sdxl lite", "fast sdxl", "compact sdxl", "koala 700m", "koala 1b"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "source",
+                    tooltip="Where the weights come from. koala-tiny is part of the pack and needs no download.",
+                    options=[
+                        io.DynamicCombo.Option(BUILT_IN, []),
+                        io.DynamicCombo.Option(
+                            FOLDER,
+                            [
+                                io.Combo.Input(
+                                    "folder",
+                                    options=list(diffusers_folders()),
+                                    tooltip="A folder as published on Hugging Face, from models/diffusers.",
+                                )
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            CHECKPOINT,
+                            [
+                                io.Combo.Input(
+                                    "ckpt_name",
+                                    options=folder_paths.get_filename_list("checkpoints"),
+                                    tooltip="A KOALA in one file, with text encoders and VAE, from models/checkpoints.",
+                                )
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            UNET_AND_CHECKPOINT,
+                            [
+                                unet,
+                                io.Combo.Input(
+                                    "ckpt_name",
+                                    options=folder_paths.get_filename_list("checkpoints"),
+                                    tooltip="Any SDXL checkpoint: only its text encoders and VAE are used.",
+                                ),
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            UNET_AND_PARTS,
+                            [
+                                unet,
+                                io.Combo.Input(
+                                    "clip_name1",
+                                    options=folder_paths.get_filename_list("text_encoders"),
+                                    tooltip="One of SDXL's text encoders, CLIP-L or CLIP-G: the order does not matter.",
+                                ),
+                                io.Combo.Input(
+                                    "clip_name2",
+                                    options=folder_paths.get_filename_list("text_encoders"),
+                                    tooltip="The other one of SDXL's text encoders.",
+                                ),
+                                io.Combo.Input(
+                                    "vae_name",
+                                    options=folder_paths.get_filename_list("vae"),
+                                    tooltip="SDXL's VAE, from models/vae.",
+                                ),
+                            ],
+                        ),
+                    ],
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(koala_loader.WEIGHT_DTYPES),
+                    default="default",
+                    advanced=True,
+                    tooltip="Type in which the U-Net's weights are kept. default: as ComfyUI chooses for this device.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The U-Net; its variant and settings travel with it."),
+                io.Clip.Output(display_name="CLIP", tooltip="Both text encoders."),
+                io.Vae.Output(display_name="VAE", tooltip="The autoencoder between latents and pictures."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, source: dict[str, str] | None = None, **_: Any) -> str:
+        """Changes when a chosen file is replaced on disk under the same name."""
+        stats = [path.stat() for path in _chosen(source or {}) if path.exists()]
+        return ";".join(f"{stat.st_mtime_ns}:{stat.st_size}" for stat in stats)
+
+    @classmethod
+    def execute(cls, source: dict[str, str], weight_dtype: str) -> io.NodeOutput:
+        first, *others = _chosen(source)
+        kind = source["source"]
+        if kind == FOLDER:
+            return io.NodeOutput(*koala_loader.load_folder(first, weight_dtype))
+        if kind in (BUILT_IN, CHECKPOINT):
+            return io.NodeOutput(*koala_loader.load_checkpoint(first, weight_dtype))
+        # the small files are judged before the large one is read
+        inspected = inspect_model(first)
+        if kind == UNET_AND_CHECKPOINT:
+            clip, vae = koala_loader.load_checkpoint_parts(others[0])
+        else:
+            clip, vae = _load_parts(*others)
+        return io.NodeOutput(koala_loader.load_unet(inspected, first.name, weight_dtype), clip, vae)
+
+
+class KoalaModelInfo(io.ComfyNode):
+    """Shows what is known of a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KoalaModelInfo",
+            display_name="KOALA Model Info",
+            category=CATEGORY,
+            description="Shows a KOALA model's layout, size against SDXL, weight type, variant and how it was told, "
+            "and the settings that it was published with.",
+            search_aliases=["koala info", "model details", "koala parameters", "which koala"],
+            is_output_node=True,
+            inputs=[io.Model.Input("model", tooltip="A KOALA model, from this pack's loader or a stock one.")],
+            outputs=[io.String.Output(display_name="info", tooltip="The text that is shown, one fact a line.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        text = report(koala_loader.model_facts(model))
+        return noted(cls, text, text)
+
+
+def diffusers_folders() -> dict[str, Path]:
+    """Name -> path of every Hugging Face folder (one with a model_index.json) below models/diffusers."""
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+        for folder, inner, files in os.walk(root, followlinks=True):
+            if "model_index.json" in files:
+                found.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
+                inner.clear()  # its parts are no models of their own
+    return found
+
+
+_FILE_FOLDERS = {
+    "unet_name": "diffusion_models",
+    "ckpt_name": "checkpoints",
+    "clip_name1": "text_encoders",
+    "clip_name2": "text_encoders",
+    "vae_name": "vae",
+}
+
+
+def _chosen(source: dict[str, str]) -> list[Path]:
+    """Paths of the files or the folder that the source's inputs name, in the order of the inputs.
+
+    Raises FileNotFoundError, naming the folder key, where one is not there.
+    """
+    if source.get("source") == BUILT_IN:
+        return [koala_loader.BUILT_IN]
+    if folder := source.get("folder"):
+        folders = diffusers_folders()
+        if folder not in folders:
+            raise FileNotFoundError(
+                f"{folder}: no such folder with a model_index.json below models/diffusers; found "
+                f"{', '.join(folders) or 'none'}. Put the whole Hugging Face folder there."
+            )
+        return [folders[folder]]
+    return [
+        Path(folder_paths.get_full_path_or_raise(key, source[name]))
+        for name, key in _FILE_FOLDERS.items()
+        if name in source
+    ]
+
+
+def _load_parts(first: Path, second: Path, vae: Path) -> tuple[Any, Any]:
+    kinds = {inspect_text_encoder(path): path for path in (first, second)}
+    if set(kinds) != {"l", "g"}:
+        only = next(iter(kinds)).upper()
+        raise CheckpointError(
+            f"{first.name} and {second.name} are both CLIP-{only}; expected one CLIP-L and one CLIP-G. "
+            f"Choose SDXL's two text encoders, in any order."
+        )
+    inspect_vae(vae)
+    clip = koala_loader.load_clip(koala_loader.Source(kinds["l"]), koala_loader.Source(kinds["g"]))
+    return clip, koala_loader.load_vae(koala_loader.Source(vae))

@@ -1,0 +1,14 @@
+"""A short text shown on a node after it ran, and kept in the run's history."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+from server import PromptServer
+
+
+def noted(node: type[io.ComfyNode], text: str, *outputs: object) -> io.NodeOutput:
+    """The node's outputs together with ``text``; the node must declare ``io.Hidden.unique_id``."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node.hidden and node.hidden.unique_id:
+        server.send_progress_text(text, node.hidden.unique_id)
+    return io.NodeOutput(*outputs, ui=ui.PreviewText(text))

@@ -1,0 +1,184 @@
+"""Noise into latents: KOALA Scheduler and KOALA Sampler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+from comfy_api.latest import io
+from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+from ..koala.layout import name
+from ..koala.schedule import Schedule, schedule
+from ..koala.settings import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings
+from ..koala_loader import ATTACHMENT, model_facts
+from .load import CATEGORY
+from .note import noted
+
+AUTO, CUSTOM = "auto", "custom"
+PRESETS = {f"{variant.name} ({variant.settings})": variant.settings for variant in VARIANTS.values()}
+BASE = next(iter(PRESETS.values()))
+
+
+def _steps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "steps",
+        default=BASE.steps,
+        min=1,
+        max=1000,
+        tooltip="Steps of the whole schedule; with denoise below 1, steps x denoise of them are run, as diffusers does.",
+    )
+
+
+def _denoise_input() -> io.Float.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        tooltip="1 starts from noise alone; lower keeps more of the given latent (image to image).",
+    )
+
+
+class KoalaScheduler(io.ComfyNode):
+    """Sigmas of a KOALA's published schedule, for SamplerCustom graphs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KoalaScheduler",
+            display_name="KOALA Scheduler",
+            category=CATEGORY,
+            description="The sigmas that diffusers uses for KOALA, for any number of steps. For SamplerCustom and "
+            "SamplerCustomAdvanced.",
+            search_aliases=["koala sigmas", "25 steps", "leading", "trailing", "koala schedule", "diffusers scheduler"],
+            inputs=[
+                io.Model.Input("model", tooltip="A KOALA model: its own scheduler settings are used."),
+                _steps_input(),
+                io.Combo.Input(
+                    "spacing",
+                    options=[AUTO, *SPACINGS],
+                    default=AUTO,
+                    tooltip="Where the steps lie. auto: as the model was published (base leading, Lightning trailing).",
+                ),
+                _denoise_input(),
+            ],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="Noise levels, one more than steps are run.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, steps: int, spacing: str, denoise: float) -> io.NodeOutput:
+        chosen = model_facts(model).settings.spacing if spacing == AUTO else spacing
+        return io.NodeOutput(_schedule(model, Settings(steps, 0.0, chosen), denoise).sigmas)
+
+
+class KoalaSampler(io.ComfyNode):
+    """Samples as the KOALA at hand was published."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KoalaSampler",
+            display_name="KOALA Sampler",
+            category=CATEGORY,
+            description="Makes a picture's latent with the steps, guidance and schedule that the model was published "
+            "with; shows which these were. Gives what diffusers gives from the same noise.",
+            search_aliases=["koala ksampler", "25 steps", "10 steps", "sdxl lite", "fast sdxl", "lightning"],
+            inputs=[
+                io.Model.Input("model", tooltip="A KOALA model, with LoRAs and patches as you like."),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same picture.",
+                ),
+                io.DynamicCombo.Input(
+                    "preset",
+                    tooltip="auto follows the model; base and lightning are the published settings; custom is yours.",
+                    options=[
+                        io.DynamicCombo.Option(AUTO, []),
+                        *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
+                        io.DynamicCombo.Option(
+                            CUSTOM,
+                            [
+                                _steps_input(),
+                                io.Float.Input(
+                                    "cfg",
+                                    default=BASE.cfg,
+                                    min=0.0,
+                                    max=100.0,
+                                    step=0.1,
+                                    round=0.01,
+                                    tooltip="Guidance scale: how strongly the prompt pulls. At 1 the negative is ignored.",
+                                ),
+                                io.Combo.Input(
+                                    "spacing",
+                                    options=list(SPACINGS),
+                                    default=BASE.spacing,
+                                    tooltip="Where the steps lie: leading for base models, trailing for Lightning.",
+                                ),
+                            ],
+                        ),
+                    ],
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.SAMPLER_NAMES,
+                    default="euler",
+                    advanced=True,
+                    tooltip="KOALA was published with euler.",
+                ),
+                _denoise_input(),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="The denoised latent, for VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        seed: int,
+        preset: dict[str, Any],
+        sampler_name: str,
+        denoise: float,
+    ) -> io.NodeOutput:
+        settings, why = _settings(model, preset)
+        made = _schedule(model, settings, denoise)
+        sampler = comfy.samplers.sampler_object(sampler_name)
+        # core's two ways of scaling the first noise are diffusers' two ways; core chooses by sigma_max, diffusers by
+        # spacing, so tell this one sampler object which
+        sampler.max_denoise = lambda *_: made.full_variance
+        output = SamplerCustom.execute(
+            model, True, seed, settings.cfg, positive, negative, sampler, made.sigmas, latent_image
+        )
+        run = len(made.sigmas) - 1
+        part = "" if run == settings.steps else f", the last {run} of them run"
+        return noted(cls, f"{settings}{part}, {sampler_name}\n{why}", output.result[0])
+
+
+def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:
+    """The settings that a preset stands for, and why these."""
+    chosen = preset["preset"]
+    if chosen == CUSTOM:
+        return Settings(preset["steps"], preset["cfg"], preset["spacing"]), "custom settings"
+    if chosen == AUTO:
+        facts = model_facts(model)
+        return facts.settings, f"auto: {name(facts.layout)}, {facts.identity.variant.name}: {facts.identity.evidence}"
+    return PRESETS[chosen], f"preset {chosen}"
+
+
+def _schedule(model: Any, settings: Settings, denoise: float) -> Schedule:
+    """The schedule under the model's own scheduler config, or SDXL's where the MODEL carries none."""
+    facts = model.get_attachment(ATTACHMENT)
+    config = facts.scheduler if facts is not None else SCHEDULER_CONFIG
+    return schedule(settings.steps, settings.spacing, denoise, config)
