@@ -13,14 +13,18 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from . import foreign
 from .keys import NUMBERINGS, Coverage, Numbering, Shape, coverage, names, read_layout
 from .layout import KOALA_NAMES, Layout, is_subnetwork, name
-from .parts import read_autoencoder, read_text_encoder
+from .parts import TextEncoder, read_autoencoder, read_text_encoder
 from .settings import SCHEDULER_CONFIG, Identity, identify, release_for
 
 FLOAT_TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
+QUANTISED = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant", ".SCB", ".absmax", ".qweight")
 UNET_PREFIX = "model.diffusion_model."
+HEADER_LIMIT = 100_000_000  # the safetensors library's own, in bytes
 CLIP_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 VAE_PREFIX = "first_stage_model."
 
@@ -84,6 +88,12 @@ class Folder:
     vae: Path
 
 
+def label(path: Path) -> str:
+    """A file's name, with the folder's where it has the name that it has in every published folder."""
+    published = path.name in FOLDER_PARTS.get(path.parent.name, ())
+    return "/".join(path.parts[-3:]) if published else path.name
+
+
 def read_header(path: Path) -> Header:
     """Read and check a safetensors header.
 
@@ -95,23 +105,27 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        if 2 <= length <= min(size - 8, 100_000_000):
-            raw = file.read(length)
-        else:
-            raise CheckpointError(_not_safetensors(path, size, start + file.read(56)))
+        raw = file.read(length if 2 <= length <= HEADER_LIMIT else 56)
+    if len(raw) < length <= HEADER_LIMIT and raw.startswith(b'{"'):
+        raise CheckpointError(_cut_short(path, size, f"at least {8 + length:,}"))
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
         types = {key: value["dtype"] for key, value in header.items()}
         shapes = {key: tuple(value["shape"]) for key, value in header.items()}
         end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise CheckpointError(_not_safetensors(path, size, start + raw[:56])) from None
     if size < end:
+        raise CheckpointError(_cut_short(path, size, f"the {end:,}"))
+    try:
+        with safe_open(path, framework="np"):
+            pass  # the library checks every type, shape and offset as it opens a file, and reads no tensor
+    except SafetensorError as error:
         raise CheckpointError(
-            f"{path.name} is cut short: it has {size:,} of the {end:,} bytes that its header promises. "
-            f"The download or copy broke off; fetch the file again."
-        )
+            f"{label(path)} is damaged: its header does not describe its {size:,} bytes ({error}); expected a "
+            f".safetensors file of KOALA weights. Fetch the file again."
+        ) from None
     return Header(path, types, shapes, metadata)
 
 
@@ -124,18 +138,19 @@ def inspect_unet(path: Path) -> UNetFile:
     prefix = header.unet_prefix
     found = header.under(prefix)
     layout, numbering = _recognise(header, found)
+    types = Counter[str]()
+    for key in found.keys() & names(layout, numbering):
+        types[header.types[prefix + key]] += prod(found[key])
+    unusable = sorted(set(types) - set(FLOAT_TYPES))
+    if unusable or any(key.endswith(QUANTISED) for key in found):
+        raise CheckpointError(
+            f"{label(path)} holds {name(layout)}'s U-Net quantised or in an unusual type ({', '.join(sorted(types))}); "
+            f"expected plain weights in one of {', '.join(FLOAT_TYPES)}. Quantised files need the loader of the pack "
+            f"that made them; take the published file instead: {_published_unet(layout, label(path))}"
+        )
     cover = coverage(layout, numbering, found)
     if not cover.exact:
         raise CheckpointError(_incomplete(path, layout, numbering, cover))
-    types = Counter[str]()
-    for key in found:
-        types[header.types[prefix + key]] += prod(found[key])
-    if unusable := sorted(set(types) - set(FLOAT_TYPES)):
-        raise CheckpointError(
-            f"{path.name} holds U-Net weights of type {', '.join(unusable)}; expected one of {', '.join(FLOAT_TYPES)}. "
-            f"Quantised files need the loader of the pack that made them; take the published file instead: "
-            f"{_published_unet(layout, path.name)}"
-        )
     width = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
     return UNetFile(
         path=path,
@@ -151,7 +166,7 @@ def inspect_unet(path: Path) -> UNetFile:
 def inspect_model(path: Path) -> Model:
     """A bare U-Net file or a single-file checkpoint's U-Net, with its variant as far as the file tells it."""
     unet = inspect_unet(path)
-    return Model(unet, identify(unet.metadata, {}, "", path.name))
+    return Model(unet, identify(unet.metadata, {}, "", label(path)))
 
 
 def inspect_checkpoint(path: Path) -> Model:
@@ -174,7 +189,7 @@ def require_checkpoint_parts(path: Path) -> None:
     ]
     if absent:
         raise CheckpointError(
-            f"{path.name} holds {foreign.describe(header.shapes)} but no {' and no '.join(absent)}; expected an SDXL "
+            f"{label(path)} holds {foreign.describe(header.shapes)} but no {' and no '.join(absent)}; expected an SDXL "
             f"checkpoint with both text encoders and a VAE. Choose another checkpoint, or the source "
             f'"U-Net + text encoders + VAE".'
         )
@@ -182,23 +197,39 @@ def require_checkpoint_parts(path: Path) -> None:
         read_autoencoder(header.under(VAE_PREFIX))
     except KeyError as missing:
         raise CheckpointError(
-            f"{path.name}: its VAE lacks the tensor {VAE_PREFIX}{missing.args[0]}; fetch the file again."
+            f"{label(path)}: its VAE lacks the tensor {VAE_PREFIX}{missing.args[0]}; fetch the file again."
         ) from None
 
 
 def inspect_text_encoder(path: Path) -> str:
     """Tell CLIP-L from CLIP-G: ``"l"`` or ``"g"``. Raises CheckpointError for anything else."""
+    encoder = _text_encoder(path)
+    # a CLIP-L of 12 layers may carry an unused projection; SDXL only ever projects with CLIP-G
+    return "g" if encoder.projection and encoder.layers != 12 else "l"
+
+
+def _text_encoder(path: Path) -> TextEncoder:
     header = read_header(path)
     try:
-        encoder = read_text_encoder(header.shapes)
+        return read_text_encoder(header.shapes)
     except KeyError as missing:
         raise CheckpointError(
-            f"{path.name} is {foreign.describe(header.shapes)}; expected a CLIP-L or CLIP-G text encoder of SDXL as "
+            f"{label(path)} is {foreign.describe(header.shapes)}; expected a CLIP-L or CLIP-G text encoder of SDXL as "
             f"published in text_encoder/ and text_encoder_2/ (missing: {missing.args[0]}). "
             f"Put SDXL's text encoders into models/text_encoders."
         ) from None
-    # a CLIP-L of 12 layers may carry an unused projection; SDXL only ever projects with CLIP-G
-    return "g" if encoder.projection and encoder.layers != 12 else "l"
+
+
+def require_text_width(layout: Layout, clip_l: Path, clip_g: Path) -> None:
+    """Check that two text encoders are as wide as a U-Net asks. Raises CheckpointError where they are not."""
+    first, second = _text_encoder(clip_l), _text_encoder(clip_g)
+    width = first.hidden + second.hidden
+    if (width, second.projection) != (layout.context, layout.pooled):
+        raise CheckpointError(
+            f"{label(clip_l)} and {label(clip_g)} give text of width {width} and pooled {second.projection}; "
+            f"{name(layout)} expects {layout.context} and {layout.pooled}. Choose the text encoders that belong to the "
+            f"U-Net."
+        )
 
 
 def inspect_vae(path: Path) -> None:
@@ -208,12 +239,12 @@ def inspect_vae(path: Path) -> None:
         sizes = read_autoencoder(header.shapes)
     except KeyError as missing:
         raise CheckpointError(
-            f"{path.name} is {foreign.describe(header.shapes)}; expected SDXL's VAE (missing: {missing.args[0]}). "
+            f"{label(path)} is {foreign.describe(header.shapes)}; expected SDXL's VAE (missing: {missing.args[0]}). "
             f"Put SDXL's VAE into models/vae."
         ) from None
     if sizes.latent_channels != 4:
         raise CheckpointError(
-            f"{path.name} is a VAE with {sizes.latent_channels} latent channels; expected SDXL's with 4. "
+            f"{label(path)} is a VAE with {sizes.latent_channels} latent channels; expected SDXL's with 4. "
             f"Put SDXL's VAE into models/vae."
         )
 
@@ -236,6 +267,7 @@ def inspect_folder(folder: Path) -> Folder:
             f"{folder.name}/text_encoder and text_encoder_2 hold CLIP-{first.upper()} and CLIP-{second.upper()}; "
             f"expected CLIP-L and CLIP-G. Fetch both again from {release_for(unet.layout, folder.name).url()}."
         )
+    require_text_width(unet.layout, found["text_encoder"], found["text_encoder_2"])
     inspect_vae(found["vae"])
     scheduler = {**SCHEDULER_CONFIG, **_read_json(folder / "scheduler" / "scheduler_config.json")}
     if scheduler["prediction_type"] != "epsilon":
@@ -251,12 +283,12 @@ def inspect_folder(folder: Path) -> Folder:
 
 def _recognise(header: Header, found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
     """Layout and numbering of a U-Net that is a KOALA or near enough to one to say what it lacks."""
-    file = header.path.name
+    file = label(header.path)
     other = foreign.recognise(header.shapes, found)
     if other:
         raise CheckpointError(
             f"{file} is {other.name}; expected a KOALA U-Net (an SDXL sub-network such as KOALA-700M). "
-            f"Load it with the stock node {other.loader}."
+            f"Load it with {other.loader}."
         )
     try:
         read: tuple[Layout, Numbering] | None = read_layout(found)
@@ -290,8 +322,8 @@ def _incomplete(path: Path, layout: Layout, numbering: Numbering, cover: Coverag
         if listed
     ]
     return (
-        f"{path.name} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {'; '.join(faults)}. "
-        f"Fetch the published file again: {_published_unet(layout, path.name)}"
+        f"{label(path)} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {'; '.join(faults)}. "
+        f"Fetch the published file again: {_published_unet(layout, label(path))}"
     )
 
 
@@ -308,6 +340,13 @@ def _missing_part(folder: Path, part: str, choices: tuple[str, ...]) -> str:
     return f"{wanted} is not there; a KOALA folder needs it.{found} It is published at {url}"
 
 
+def _cut_short(path: Path, size: int, promised: str) -> str:
+    return (
+        f"{label(path)} is cut short: it has {size:,} of {promised} bytes that its header promises. "
+        f"The download or copy broke off; fetch the file again."
+    )
+
+
 def _not_safetensors(path: Path, size: int, start: bytes) -> str:
     text = start.lstrip().lower()
     if size == 0:
@@ -322,7 +361,7 @@ def _not_safetensors(path: Path, size: int, start: bytes) -> str:
         what = "is a GGUF file, which needs a GGUF loader's node"
     else:
         what = f"is no safetensors file (it begins with {start[:12]!r})"
-    return f"{path.name} {what}; expected a .safetensors file of KOALA weights. Fetch the published file again."
+    return f"{label(path)} {what}; expected a .safetensors file of KOALA weights. Fetch the published file again."
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -330,8 +369,12 @@ def _read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path.parent.parent.name}/{path.parent.name}/{path.name} is not valid JSON; restore the published file."
-        ) from None
+            f"{'/'.join(path.parts[-3:])} holds no JSON object; expected a model's "
+            f"configuration. Restore the published file."
+        )
+    return config

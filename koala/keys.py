@@ -100,6 +100,8 @@ def read_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
     numbering = guess_numbering(found)
     conv_in, conv_out, added = _ENDS[numbering]
     stages = _read_diffusers(found) if numbering == "diffusers" else _read_comfy(found)
+    if not all(stages.down) or [len(s) for s in stages.up] != [len(s) + 1 for s in reversed(stages.down)]:
+        raise ValueError("the way up does not mirror the way down")
     context = next((shape[1] for name, shape in found.items() if name.endswith("attn2.to_k.weight")), None)
     if context is None:
         raise ValueError("no cross-attention")
@@ -240,12 +242,12 @@ class _Stages(NamedTuple):
 
 def _depths(found: Iterable[str]) -> dict[str, int]:
     """Transformer depth of every attention module: prefix -> number of its transformer blocks."""
-    depths: dict[str, int] = defaultdict(int)
+    indices: dict[str, set[str]] = defaultdict(set)
     for name in found:
         prefix, mark, rest = name.partition(".transformer_blocks.")
         if mark:
-            depths[prefix] = max(depths[prefix], int(rest.split(".", 1)[0]) + 1)
-    return depths
+            indices[prefix].add(rest.split(".", 1)[0])
+    return {prefix: len(numbers) for prefix, numbers in indices.items()}
 
 
 def _indices(found: Iterable[str], prefix: str) -> list[int]:
@@ -273,9 +275,7 @@ def _read_diffusers(found: Mapping[str, Shape]) -> _Stages:
 
     down = stages("down_blocks")
     channels = tuple(found[f"down_blocks.{stage}.resnets.0.conv1.weight"][0] for stage in range(len(down)))
-    return _Stages(
-        channels, down, _middle(depths, found, "mid_block.", "mid_block.attentions.0"), stages("up_blocks")
-    )
+    return _Stages(channels, down, _middle(depths, found, "mid_block.", "mid_block.attentions.0"), stages("up_blocks"))
 
 
 def _read_comfy(found: Mapping[str, Shape]) -> _Stages:

@@ -122,14 +122,21 @@ def blocks(layout: Layout) -> Iterator[Block]:
 
 
 def is_subnetwork(part: Layout, whole: Layout = SDXL) -> bool:
-    """True if ``part`` can be cut out of ``whole`` by dropping layers and transformer blocks; widths may differ."""
+    """True if ``part`` can be cut out of ``whole`` by dropping layers and transformer blocks; widths may differ, but
+    not the latent's channels."""
 
     def fits(small: tuple[tuple[int, ...], ...], big: tuple[tuple[int, ...], ...]) -> bool:
         return len(small) == len(big) and all(
-            len(a) <= len(b) and max(a) <= max(b) and (max(a) > 0) == (max(b) > 0) for a, b in zip(small, big, strict=True)
+            len(a) <= len(b) and max(a) <= max(b) and (max(a) > 0) == (max(b) > 0)
+            for a, b in zip(small, big, strict=True)
         )
 
-    return fits(part.down, whole.down) and fits(part.up, whole.up) and (part.middle or 0) <= (whole.middle or 0)
+    return (
+        (part.in_channels, part.out_channels) == (whole.in_channels, whole.out_channels)
+        and fits(part.down, whole.down)
+        and fits(part.up, whole.up)
+        and (part.middle or 0) <= (whole.middle or 0)
+    )
 
 
 def name(layout: Layout) -> str:

@@ -65,16 +65,17 @@ def read_text_encoder(found: Mapping[str, Shape]) -> TextEncoder:
     """
     shapes = {text_name(name): shape for name, shape in found.items()}
     prefix = "text_model.encoder.layers."
-    layers = 1 + max((int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)), default=-1)
+    layers = _count(shapes, prefix)
     if not layers:
         raise KeyError(f"{prefix}0.layer_norm1.weight")
-    for name in [*TEXT_TENSORS, *(f"encoder.layers.{i}.{tensor}" for i in range(layers) for tensor in TEXT_LAYER_TENSORS)]:
+    inner = (f"encoder.layers.{index}.{tensor}" for index in range(layers) for tensor in TEXT_LAYER_TENSORS)
+    for name in (*TEXT_TENSORS, *inner):
         if f"text_model.{name}" not in shapes:
             raise KeyError(f"text_model.{name}")
     projection = shapes.get("text_projection.weight")
     return TextEncoder(
-        hidden=shapes["text_model.embeddings.token_embedding.weight"][1],
-        intermediate=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        hidden=_size(shapes, "text_model.embeddings.token_embedding.weight", 1),
+        intermediate=_size(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0),
         layers=layers,
         projection=projection[0] if projection else None,
     )
@@ -102,12 +103,19 @@ def read_autoencoder(found: Mapping[str, Shape]) -> Autoencoder:
     if not stages:
         raise KeyError("encoder.down.0.block.0.conv1.weight")
     return Autoencoder(
-        channels=tuple(found[f"{stage}{index}{layer}0.conv1.weight"][0] for index in range(stages)),
+        channels=tuple(_size(found, f"{stage}{index}{layer}0.conv1.weight", 0) for index in range(stages)),
         layers=_count(found, f"{stage}0{layer}"),
-        latent_channels=found["decoder.conv_in.weight"][1],
-        embed=found["post_quant_conv.weight"][1],
-        image_channels=found["encoder.conv_in.weight"][1],
+        latent_channels=_size(found, "decoder.conv_in.weight", 1),
+        embed=_size(found, "post_quant_conv.weight", 1),
+        image_channels=_size(found, "encoder.conv_in.weight", 1),
     )
+
+
+def _size(found: Mapping[str, Shape], name: str, axis: int) -> int:
+    """One dimension of a tensor; a tensor that lacks it is as good as missing."""
+    if len(found[name]) <= axis:
+        raise KeyError(name)
+    return found[name][axis]
 
 
 def _count(found: Iterable[str], prefix: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,9 @@ def schedule(
     scheduler.set_timesteps(steps)
     kept = min(int(steps * denoise), steps)
     if kept < 1:
+        least = ceil(100 / steps) / 100  # the nodes' inputs have two decimals
         raise ValueError(
-            f"denoise {denoise:g} of {steps} steps leaves no step to run: raise denoise to at least {1 / steps:.3f}, "
+            f"denoise {denoise:g} of {steps} steps leaves no step to run: raise denoise to at least {least:g}, "
             f"or take more steps."
         )
     sigmas = scheduler.sigmas[steps - kept :].float().cpu()

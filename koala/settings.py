@@ -101,9 +101,7 @@ class Identity:
     certain: bool = True
 
 
-def identify(
-    metadata: Mapping[str, str], scheduler: Mapping[str, object], origin: str, file_name: str
-) -> Identity:
+def identify(metadata: Mapping[str, str], scheduler: Mapping[str, object], origin: str, file_name: str) -> Identity:
     """Tell base from Lightning weights, which have the same shapes.
 
     Looked at in this order: the safetensors metadata ``koala.variant``; a trailing schedule in scheduler_config.json

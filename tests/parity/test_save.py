@@ -1,0 +1,55 @@
+"""A checkpoint that core's CheckpointSave writes of our models loads again, here and in stock nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from koala_pack import koala_loader
+from koala_pack.koala import checkpoint, layout
+
+from tools import parity, random_weights
+
+
+def _predict(model: Any) -> torch.Tensor:
+    """One prediction of the U-Net, patches applied, as sampling would call it; (1, 4, 8, 8)."""
+    generator = torch.Generator().manual_seed(5)
+    x, context, pooled = (torch.randn(shape, generator=generator) for shape in _shapes(model))
+    conditioning = [[context, {"pooled_output": pooled}]]
+    sigmas = torch.tensor([5.0, 0.0])
+    sampler = comfy.samplers.sampler_object("euler")
+    return comfy.sample.sample_custom(model, x, 1.0, sampler, sigmas, conditioning, conditioning, torch.zeros_like(x))
+
+
+def _shapes(model: Any) -> list[tuple[int, ...]]:
+    shape = koala_loader.model_facts(model).layout
+    return [(1, 4, 8, 8), (1, 77, shape.context), (1, shape.pooled)]
+
+
+def test_koala_tiny_saved_by_core_loads_again(tmp_path: Path) -> None:
+    model, clip, vae = parity.tiny_models()
+    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model, clip, vae)
+    again, again_clip, again_vae = koala_loader.load_checkpoint(tmp_path / "saved.safetensors")
+    assert torch.equal(_predict(again), _predict(model))
+    first, second = (part.encode_from_tokens_scheduled(part.tokenize("a red star")) for part in (clip, again_clip))
+    assert torch.equal(first[0][0], second[0][0])
+    latent = torch.randn(1, 4, 8, 8)
+    assert torch.equal(vae.decode(latent), again_vae.decode(latent))
+
+
+@pytest.mark.slow
+def test_koala_700m_saved_by_core_loads_here_and_in_the_stock_loader(tmp_path: Path) -> None:
+    model, clip, vae = koala_loader.load_folder(random_weights.folder("koala-700m"), "fp16")
+    wanted = _predict(model)
+    path = tmp_path / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(path), model, clip, vae)
+    comfy.model_management.unload_all_models()
+    assert checkpoint.inspect_checkpoint(path).unet.layout == layout.KOALA_700M
+    ours = koala_loader.load_checkpoint(path, "fp16")[0]
+    assert torch.equal(_predict(ours), wanted)
+    stock = comfy.sd.load_checkpoint_guess_config(str(path), model_options={"dtype": torch.float16})[0]
+    assert torch.equal(_predict(stock), wanted)

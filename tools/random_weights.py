@@ -1,0 +1,116 @@
+"""Full-size KOALA folders with random weights, laid out as published: for tests that need the size, not the meaning.
+
+They are kept in the cache beside the test host, some 4 GB each, and made once in about a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from koala.keys import Shape, tensors
+from koala.layout import KOALA_1B, KOALA_700M, Layout
+from koala.settings import SCHEDULER_CONFIG
+from tools import testhost
+
+LAYOUTS: dict[str, Layout] = {"koala-700m": KOALA_700M, "koala-1b": KOALA_1B}
+GAIN = 0.7  # keeps activations of a random network near 1
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+    "force_upcast": False,
+}
+
+
+def folder(name: str) -> Path:
+    """The folder of a released model's name ("koala-700m", "koala-1b"), made on the first call."""
+    target = testhost.cache_folder() / "random-weights-1" / name
+    if not target.is_dir():
+        aside = target.with_name(f"{name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        _write_folder(aside, LAYOUTS[name])
+        aside.rename(target)
+    return target
+
+
+def unet_state(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random fp16 weights of a U-Net under its diffusers names."""
+    return dict(_random({tensor.diffusers: tensor.shape for tensor in tensors(layout)}, seed))
+
+
+def unet_config(layout: Layout) -> dict[str, object]:
+    """diffusers' ``UNet2DConditionModel`` arguments for a layout with the same depth in all layers of a stage."""
+    depths = [max(stage) for stage in layout.down]
+    cross = [depth > 0 for depth in depths]
+    return {
+        "sample_size": 128,
+        "block_out_channels": list(layout.channels),
+        "layers_per_block": len(layout.down[0]),
+        "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
+        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
+        "mid_block_type": None if layout.middle is None else "UNetMidBlock2DCrossAttn",
+        "transformer_layers_per_block": [max(1, depth) for depth in depths],
+        "attention_head_dim": [max(1, width // 64) for width in layout.channels],
+        "cross_attention_dim": layout.context,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": layout.added,
+    }
+
+
+def _write_folder(root: Path, layout: Layout) -> None:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        first = CLIPTextModel(CLIPTextConfig(**CLIP_L, projection_dim=768, hidden_act="quick_gelu"))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, projection_dim=1280, hidden_act="gelu"))
+        vae = AutoencoderKL(**VAE)
+    _save(unet_state(layout), root / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    for part, model in (("text_encoder", first), ("text_encoder_2", second)):
+        _save(dict(_random(_shapes(model), 1)), root / part / "model.fp16.safetensors")
+    _save(dict(_random(_shapes(vae), 2)), root / "vae" / "diffusion_pytorch_model.safetensors")
+    _save_json(dict(SCHEDULER_CONFIG), root / "scheduler" / "scheduler_config.json")
+    _save_json({"_class_name": "StableDiffusionXLPipeline"}, root / "model_index.json")
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.endswith("_ids")}
+
+
+def _random(shapes: Mapping[str, Shape], seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Norm weights 1, biases 0, all else normal with a deviation that keeps the signal's size; fp16."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        if name.endswith("bias"):
+            yield name, torch.zeros(shape, dtype=torch.float16)
+        elif len(shape) == 1:
+            yield name, torch.ones(shape, dtype=torch.float16)
+        else:
+            fan_in = shape[1] if "embedding" in name else int(torch.tensor(shape[1:]).prod())
+            weights = torch.empty(shape).normal_(0, GAIN / fan_in**0.5, generator=generator)
+            yield name, weights.half()
+
+
+def _save(state: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+
+
+def _save_json(content: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2))
