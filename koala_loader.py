@@ -93,8 +93,14 @@ def model_facts(model: comfy.model_patcher.ModelPatcher) -> ModelFacts:
             f"this MODEL is no KOALA ({type(model.model).__name__}); expected a model from KOALA Checkpoint Loader, or "
             f"a KOALA U-Net from a stock loader. For other models use the stock nodes, or the preset custom."
         )
-    first = next(iter(weights.values()))
-    return assumed_facts(seen, str(first.dtype).removeprefix("torch."), model.model_size())
+    return assumed_facts(seen, dtype_name(model.model_dtype()), model.model_size())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A weight type's name as the loader's choices have it."""
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
+        dtype, str(dtype).removeprefix("torch.").replace("float8", "fp8")
+    )
 
 
 def unet_config(shape: Layout) -> dict[str, Any]:

@@ -27,6 +27,11 @@ class ModelFacts:
         return self.identity.variant.settings
 
     @property
+    def side(self) -> int:
+        """Side in pixels of the pictures that the model was made for."""
+        return SIZES.get(self.layout, self.settings.size)
+
+    @property
     def percent_of_sdxl(self) -> float:
         return 100 * parameters(self.layout) / parameters(SDXL)
 
@@ -43,20 +48,23 @@ def assumed_facts(layout: Layout, dtype: str, size: int) -> ModelFacts:
     return ModelFacts("another loader", layout, dtype, size, identity, SCHEDULER_CONFIG)
 
 
-def report(facts: ModelFacts) -> str:
-    """A short text for a person: one fact a line."""
+def report(facts: ModelFacts, kept_dtype: str, kept_bytes: int) -> str:
+    """A short text for a person: one fact a line. ``kept_...``: how the host keeps the U-Net's weights in memory."""
     settings = facts.settings
     sure = "" if facts.identity.certain else " (assumed)"
-    side = SIZES.get(facts.layout, settings.size)
     return "\n".join(
         (
             f"{name(facts.layout)} from {facts.source}",
             f"U-Net: {parameters(facts.layout):,} parameters, {_percent(facts)} of SDXL's {parameters(SDXL):,}",
-            f"weights: {facts.dtype}, {facts.bytes / 1e6:,.0f} MB",
+            f"weights: {facts.dtype}, {_megabytes(facts.bytes)}; in memory {kept_dtype}, {_megabytes(kept_bytes)}",
             f"variant: {facts.identity.variant.name}{sure}: {facts.identity.evidence}",
-            f"recommended: {settings}, sampler euler, {side} x {side} px",
+            f"recommended: {settings}, sampler euler, {facts.side} x {facts.side} px",
         )
     )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _percent(facts: ModelFacts) -> str:

@@ -158,7 +158,8 @@ class KoalaModelInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        text = report(koala_loader.model_facts(model))
+        kept = koala_loader.dtype_name(model.model_dtype())
+        text = report(koala_loader.model_facts(model), kept, model.model_size())
         return noted(cls, text, text)
 
 

@@ -1,0 +1,116 @@
+"""The shipped workflow files: as generated, well formed, laid out, and in step with what README.md says."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from koala.settings import RELEASES, identify
+from tools.canvas import SCHEMAS, Node
+from tools.testhost import ROOT
+from tools.workflows import FOLDER, as_text, workflows
+
+FILES = {path.stem: path for path in FOLDER.glob("*.json")}
+README = (ROOT / "README.md").read_text("utf-8")
+TITLE_HEIGHT = 30  # pixels that a node's title stands above its position
+MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae"}
+
+
+@pytest.fixture(params=sorted(FILES))
+def workflow(request: pytest.FixtureRequest) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(FILES[request.param].read_text("utf-8"))
+    return loaded
+
+
+def test_files_are_what_the_generator_writes() -> None:
+    """If this fails: `python -m tools.workflows`."""
+    assert {title: path.read_text("utf-8") for title, path in FILES.items()} == {
+        title: as_text(workflow) for title, workflow in workflows().items()
+    }
+
+
+def test_links_agree_with_the_slots_at_both_ends(workflow: dict[str, Any]) -> None:
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, output, target, socket, kind in workflow["links"]:
+        start, end = nodes[source]["outputs"][output], nodes[target]["inputs"][socket]
+        assert number in start["links"]
+        assert number == end["link"]
+        assert start["type"] == end["type"] == kind
+    ends = [slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"] is not None]
+    starts = [link for node in nodes.values() for slot in node["outputs"] for link in slot["links"]]
+    assert sorted(ends) == sorted(starts) == list(range(1, workflow["last_link_id"] + 1))
+
+
+def test_every_slot_without_a_widget_is_fed(workflow: dict[str, Any]) -> None:
+    for node in workflow["nodes"]:
+        assert all(slot["link"] for slot in node["inputs"] if "widget" not in slot)
+
+
+def test_nodes_stand_apart_and_links_run_to_the_right_or_down(workflow: dict[str, Any]) -> None:
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for one, other in combinations(nodes.values(), 2):
+        left, right = sorted((one, other), key=lambda node: node["pos"][0])
+        upper, lower = sorted((one, other), key=lambda node: node["pos"][1])
+        assert (
+            left["pos"][0] + left["size"][0] < right["pos"][0]
+            or upper["pos"][1] + upper["size"][1] < lower["pos"][1] - TITLE_HEIGHT
+        )
+    for _, source, _, target, _, _ in workflow["links"]:
+        assert nodes[source]["pos"] < nodes[target]["pos"]
+
+
+def test_nodes_name_the_pack_that_brings_them(workflow: dict[str, Any]) -> None:
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":  # the canvas's own
+            continue
+        expected = "koala-sdxl" if node["type"].startswith("Koala") else "comfy-core"
+        assert (node["properties"]["Node name for S&R"], node["properties"]["cnr_id"]) == (node["type"], expected)
+
+
+def test_downloads_are_what_the_widgets_ask_for(workflow: dict[str, Any]) -> None:
+    """The host matches by name, exactly; it offers only these suffixes, from addresses such as this."""
+    for node in workflow["nodes"]:
+        models = node["properties"].get("models", [])
+        files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
+        assert [model["name"] for model in models] == files
+        for model in models:
+            repository, _, path = model["url"].removeprefix("https://huggingface.co/etri-vilab/").partition("/")
+            assert repository in {release.name for release in RELEASES}
+            assert path.startswith("resolve/main/")
+            assert model["directory"] in MODEL_FOLDERS
+
+
+def test_the_names_of_u_nets_tell_their_variant() -> None:
+    for release in RELEASES:
+        identity = identify({}, {}, "", f"{release.name}.fp16.safetensors")
+        assert (identity.variant, identity.certain) == (release.variant, True)
+
+
+def test_readme_lists_every_workflow_and_every_file(workflow: dict[str, Any]) -> None:
+    assert all(f"| {title} |" in README for title in FILES)
+    for model in (model for node in workflow["nodes"] for model in node["properties"].get("models", [])):
+        assert f"| {model['name']} |" in README
+        part = model["url"].split("/resolve/main/")[1]
+        assert part in README
+        if part.startswith("unet/"):
+            assert model["url"] in README
+
+
+def test_readme_has_every_release_under_a_name_that_is_recognised() -> None:
+    for release in RELEASES:
+        url = release.url("unet/diffusion_pytorch_model.fp16.safetensors")
+        assert any(url in line and f"| {release.name}.fp16.safetensors |" in line for line in README.splitlines())
+
+
+def test_every_node_has_a_help_page() -> None:
+    own = {name for name in SCHEMAS if name.startswith("Koala")}
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == own
+
+
+@pytest.mark.parametrize("inputs", [{}, {"model": 1}, {"modle": 1}])
+def test_a_slot_left_open_or_misspelt_is_refused(inputs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"KoalaModelInfo is given .* it has the slots model"):
+        Node("KoalaModelInfo", inputs)

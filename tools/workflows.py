@@ -1,0 +1,160 @@
+"""The graphs of example_workflows/; `python -m tools.workflows` writes the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from koala.layout import KOALA_TINY
+from koala.settings import RELEASES, SIZES, Release
+from tools.canvas import Columns, Node, Output, canvas
+from tools.testhost import ROOT
+
+FOLDER = ROOT / "example_workflows"
+PROMPT = "a golden retriever in a velvet coat, oil painting in the manner of the Italian Renaissance"
+NEGATIVE = "blurry, low quality, deformed, watermark, text"
+
+
+def published_loader(release: Release) -> Node:
+    """The loader set to a release's files, each under the name that README.md tells one to save it as.
+
+    In their repository all files of a kind are named alike, and only names can tell base from Lightning weights.
+    """
+    files = (
+        ("unet_name", "diffusion_models", f"{release.name}.fp16", "unet/diffusion_pytorch_model.fp16"),
+        ("clip_name1", "text_encoders", "koala-clip-l.fp16", "text_encoder/model.fp16"),
+        ("clip_name2", "text_encoders", "koala-clip-g.fp16", "text_encoder_2/model.fp16"),
+        ("vae_name", "vae", "koala-vae", "vae/diffusion_pytorch_model"),
+    )
+    named = {f"source.{widget}": f"{name}.safetensors" for widget, _, name, _ in files}
+    return Node(
+        "KoalaCheckpointLoader",
+        {"source": "U-Net + text encoders + VAE", **named},
+        tuple(
+            {"name": f"{name}.safetensors", "url": release.url(f"{path}.safetensors"), "directory": folder}
+            for _, folder, name, path in files
+        ),
+    )
+
+
+def note(title: str, *paragraphs: str) -> Node:
+    return Node("MarkdownNote", {"text": "\n\n".join((f"## {title}", *paragraphs))})
+
+
+def files_of(loader: Node) -> str:
+    """Where the loader's files come from and go, for a note."""
+    rows = (f"- [{model['name']}]({model['url']}) in models/{model['directory']}" for model in loader.models)
+    return "\n".join(("Files (save each under the name that is written here, then press R):", *rows))
+
+
+def prompt(loader: Node, positive: str, negative: str = "") -> Node:
+    return Node("KoalaPrompt", {"clip": loader["CLIP"], "positive": positive, "negative": negative})
+
+
+def empty_latent(side: int) -> Node:
+    return Node("EmptyLatentImage", {"width": side, "height": side})
+
+
+def sampler(loader: Node, text: Node, latent: Output, **widgets: Any) -> Node:
+    links = {"positive": text["positive"], "negative": text["negative"], "latent_image": latent}
+    return Node("KoalaSampler", {"model": loader["MODEL"], **links, **widgets})
+
+
+def decoded(loader: Node, latent: Output, prefix: str) -> tuple[Node, Node]:
+    """A latent's way to a file: VAE Decode, Save Image."""
+    decode = Node("VAEDecode", {"samples": latent, "vae": loader["VAE"]})
+    return decode, Node("SaveImage", {"images": decode["IMAGE"], "filename_prefix": prefix})
+
+
+def text_to_image(loader: Node, text: Node, side: int, prefix: str, about: Node) -> Columns:
+    latent = empty_latent(side)
+    sampling = sampler(loader, text, latent["LATENT"])
+    info = Node("KoalaModelInfo", {"model": loader["MODEL"]})
+    decode, save = decoded(loader, sampling["LATENT"], prefix)
+    return [[about], [loader, info], [text, latent], [sampling, decode], [save]]
+
+
+def tiny_text_to_image() -> Columns:
+    loader = Node("KoalaCheckpointLoader")
+    about = note(
+        "koala-tiny",
+        "Runs at once: the model is part of the pack. It draws one of six shapes (circle, square, triangle, ring, "
+        "star, koala) in one of nine colours on a background of another.",
+        "Made for 128 x 128 pixels and for prompts such as *a gray koala on a green background*. For real pictures "
+        "take KOALA-700M.",
+    )
+    text = prompt(loader, "a gray koala on a green background")
+    return text_to_image(loader, text, SIZES[KOALA_TINY], "koala-tiny", about)
+
+
+def published_text_to_image(release: Release) -> Columns:
+    loader, settings = published_loader(release), release.variant.settings
+    about = note(
+        release.name,
+        f"The sampler's preset *auto* follows the model: {settings}. KOALA Model Info shows what was recognised.",
+        files_of(loader),
+    )
+    text = prompt(loader, PROMPT, NEGATIVE)
+    return text_to_image(loader, text, settings.size, release.name, about)
+
+
+def sampler_custom(release: Release) -> Columns:
+    loader, settings = published_loader(release), release.variant.settings
+    about = note(
+        f"{release.name} with SamplerCustom",
+        "KOALA Scheduler gives the published noise levels to core's own sampler nodes; set the guidance (cfg) there. "
+        f"Published: {settings}.",
+        files_of(loader),
+    )
+    text = prompt(loader, PROMPT, NEGATIVE)
+    latent = empty_latent(settings.size)
+    sigmas = Node("KoalaScheduler", {"model": loader["MODEL"], "steps": settings.steps})
+    euler = Node("KSamplerSelect")
+    links = {"positive": text["positive"], "negative": text["negative"], "latent_image": latent["LATENT"]}
+    links |= {"sampler": euler["SAMPLER"], "sigmas": sigmas["SIGMAS"]}
+    sampling = Node("SamplerCustom", {"model": loader["MODEL"], **links, "cfg": settings.cfg})
+    decode, save = decoded(loader, sampling["output"], release.name)
+    return [[about], [loader, sigmas, euler], [text, latent], [sampling, decode], [save]]
+
+
+def tiny_image_to_image() -> Columns:
+    loader = Node("KoalaCheckpointLoader")
+    about = note(
+        "Image to image",
+        "The first half draws a picture, the second changes it: its latent is the second sampler's start, and denoise "
+        "0.6 runs the last 15 of 25 steps on it, as diffusers' strength does.",
+        "For a picture of your own put Load Image in the place of the first half. Lower denoise keeps more of it.",
+    )
+    texts = [prompt(loader, f"a {colour} circle on a white background") for colour in ("red", "blue")]
+    latent = empty_latent(SIZES[KOALA_TINY])
+    first = sampler(loader, texts[0], latent["LATENT"])
+    start, start_saved = decoded(loader, first["LATENT"], "koala-tiny-start")
+    encode = Node("VAEEncode", {"pixels": start["IMAGE"], "vae": loader["VAE"]})
+    second = sampler(loader, texts[1], encode["LATENT"], denoise=0.6)
+    end, end_saved = decoded(loader, second["LATENT"], "koala-tiny-changed")
+    return [[about], [loader, latent], texts, [first, start], [start_saved, encode], [second, end], [end_saved]]
+
+
+def workflows() -> dict[str, dict[str, Any]]:
+    """Every shipped workflow by its title, which is its file's stem and what the canvas lists it as."""
+    released = {release.name: release for release in RELEASES}
+    base, lightning = released["koala-700m"], released["koala-lightning-700m"]
+    graphs = {
+        "KOALA-tiny text to image": tiny_text_to_image(),
+        f"KOALA-700M text to image ({base.variant.settings.steps} steps)": published_text_to_image(base),
+        f"KOALA-Lightning text to image ({lightning.variant.settings.steps} steps)": published_text_to_image(lightning),
+        "KOALA-700M with SamplerCustom": sampler_custom(base),
+        "KOALA-tiny image to image": tiny_image_to_image(),
+    }
+    return {title: canvas(title, columns) for title, columns in graphs.items()}
+
+
+def as_text(workflow: Mapping[str, Any]) -> str:
+    """A workflow as its file holds it."""
+    return json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for title, workflow in workflows().items():
+        (FOLDER / f"{title}.json").write_text(as_text(workflow), "utf-8")
