@@ -37,6 +37,8 @@ FOLDER_PARTS = {"unet": WEIGHT_NAMES, "text_encoder": TEXT_NAMES, "text_encoder_
 class CheckpointError(ValueError):
     """A file that cannot be used; the first line names it, what it is, what was expected and what to do."""
 
+    __module__ = "koala"  # the host prefixes an error's text with this; a pack's true module name is a path
+
 
 @dataclass(frozen=True)
 class Header:

@@ -262,7 +262,9 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     for row in rows():
-        lines.append(f"| {row.case} | {row.difference:.2g} | {row.bound:g} | {row.unit} | {'ok' if row.holds else 'NOT MET'} |")
+        lines.append(
+            f"| {row.case} | {row.difference:.2g} | {row.bound:g} | {row.unit} | {'ok' if row.holds else 'NOT MET'} |"
+        )
         print(lines[-1], flush=True)
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,62 @@
+"""The command line, as a newcomer meets it: before anything is built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.testhost import ROOT
+
+
+def run(tmp_path: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """Run dev.py with an empty cache, in another folder than the checkout."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [python, str(ROOT / "dev.py"), *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["test", "--help"], ["serve", "--help"]])
+def test_help_builds_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 0
+    assert "usage: dev.py" in done.stdout
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo", "--promt", "x"], ["paint"]])
+def test_a_mistyped_command_builds_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "usage: dev.py" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_old_python_is_told_which_one_is_needed(tmp_path: Path) -> None:
+    found = (shutil.which(f"python3.{minor}") for minor in (10, 9, 8, 7, 6))
+    # a version manager's name for a Python that is switched off is found, too, but does not run
+    working = (name for name in found if name and not subprocess.run([name, "-V"], capture_output=True).returncode)
+    python = next(working, None)
+    if python is None:
+        pytest.skip("no old Python here")
+    done = run(tmp_path, "demo", python=python)
+    assert done.returncode == 1
+    assert "3.11 or newer is needed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path) -> None:
+    small = "from tools import testhost; import dataclasses, dev; "
+    small += "testhost.FULL = dataclasses.replace(testhost.FULL, gigabytes=10**6); raise SystemExit(dev.main(['demo']))"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", small], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("dev.py: ")
+    assert "1000000 GB needed" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,72 @@
+"""The registry's zip, made by comfy-cli from a checkout in any state."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tools import pack
+from tools.problem import Problem
+
+PYPROJECT = """
+[project]
+name = "Some-Pack"
+version = "1.0.0"
+[project.urls]
+Repository = "https://github.com/someone/some-pack"
+[tool.comfy]
+PublisherId = "someone"
+DisplayName = "Some pack"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A git checkout with a tracked, a deleted, an untracked, a git-ignored and a pack-ignored file."""
+    folder = tmp_path / "checkout"
+    files = {"pyproject.toml": PYPROJECT, ".gitignore": "*.log\n", ".comfyignore": "/tests/\n/.*ignore\n"}
+    files |= {name: name for name in ("tracked.py", "deleted.py", "tests/test.py")}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for command in (["init", "--quiet"], ["add", "--all"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    (folder / "deleted.py").unlink()
+    (folder / "tracked.py").write_text("changed")
+    (folder / "new file.py").write_text("untracked")
+    (folder / "run.log").write_text("ignored")
+    return folder
+
+
+def test_the_zip_holds_what_git_would_track_but_for_comfyignore(checkout: Path) -> None:
+    before = sorted(checkout.rglob("*"))
+    with zipfile.ZipFile(io.BytesIO(pack.archive(checkout))) as archive:
+        assert sorted(archive.namelist()) == ["new file.py", "pyproject.toml", "tracked.py"]
+        assert archive.read("tracked.py") == b"changed"
+    assert sorted(checkout.rglob("*")) == before
+
+
+def test_installed_under_the_registry_id(checkout: Path, tmp_path: Path) -> None:
+    folder = pack.install(tmp_path / "custom_nodes", checkout)
+    assert folder == tmp_path / "custom_nodes" / "some-pack"
+    assert (folder / "new file.py").read_text() == "untracked"
+
+
+def test_a_faulty_pyproject_is_reported_with_what_comfy_cli_says(checkout: Path) -> None:
+    (checkout / "pyproject.toml").write_text("[project\n")
+    with pytest.raises(Problem, match="comfy node pack failed"):
+        pack.archive(checkout)
+
+
+def test_without_git_every_file_is_a_source(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.py").touch()
+    assert pack.source_files(tmp_path) == ["a/b.py"]
+
+
+def test_our_own_pack_is_valid_for_the_registry() -> None:
+    assert "All validation checks passed" in pack.run_comfy_cli(["node", "validate"], pack.ROOT)

@@ -1,0 +1,52 @@
+"""What `dev.py test` runs: ruff, mypy, then pytest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.testhost import ROOT, say
+
+PACK = "koala_pack"
+SHIPPED = ("koala", "koala_loader", "nodes")
+CONFIG = str(ROOT / "pyproject.toml")
+
+
+def run(pytest_arguments: Sequence[str]) -> int:
+    """Run the checks, then the tests; stops at the first that fails and returns its exit status.
+
+    The last line of output is pytest's summary, if it comes to that.
+    """
+    for title, check in (("ruff check", lint), ("ruff format", formatting), ("mypy", types)):
+        say(f"== {title}")
+        if status := check():
+            say(f"== {title} failed; the tests were not run")
+            return status
+    say("== pytest")
+    return subprocess.call([sys.executable, "-m", "pytest", *pytest_arguments], cwd=ROOT)
+
+
+def lint() -> int:
+    return subprocess.call([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT)
+
+
+def formatting() -> int:
+    return subprocess.call([sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT)
+
+
+def types() -> int:
+    """Type-check what ships, then the tools.
+
+    The pack's relative imports make sense only in a package, which the checkout is under any name: a link gives it one.
+    """
+    cache = ["--config-file", CONFIG, "--cache-dir", str(ROOT / ".mypy_cache")]
+    with tempfile.TemporaryDirectory(prefix="koala-mypy-") as temporary:
+        os.symlink(ROOT, Path(temporary) / PACK, target_is_directory=True)
+        modules = [option for name in SHIPPED for option in ("-p", f"{PACK}.{name}")]
+        shipped = subprocess.call([sys.executable, "-m", "mypy", *cache, *modules], cwd=temporary)
+    tools = subprocess.call([sys.executable, "-m", "mypy", *cache, "tools", "dev.py"], cwd=ROOT)
+    return shipped or tools

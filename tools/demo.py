@@ -1,0 +1,237 @@
+"""`dev.py demo` and `dev.py serve`: the packed pack at work in a real ComfyUI server."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from koala.checkpoint import CheckpointError, inspect_checkpoint, inspect_folder
+from koala.facts import ModelFacts, facts_of
+from tools import server
+from tools.client import Client, GraphError
+from tools.problem import Problem
+from tools.testhost import ROOT, Host, say
+from tools.workflow import ObjectInfo, Workflow, to_prompt, with_widget
+
+WORKFLOW = ROOT / "example_workflows" / "KOALA-tiny text to image.json"
+BUILT_IN = ROOT / "assets" / "koala-tiny.safetensors"
+DEFAULT_FOLDER = Path("koala-demo")
+SHEET_PROMPTS = (
+    "a gray koala on a green background",
+    "a red circle on a white background",
+    "a blue star on a yellow background",
+    "a purple triangle on a gray background",
+    "an orange ring on a blue background",
+    "a white square on a red background",
+    "a black koala on an orange background",
+    "a green star on a purple background",
+    "a yellow circle on a black background",
+    "a white koala on a blue background",
+    "a red triangle on a gray background",
+    "a purple ring on a white background",
+)
+SHEET_COLUMNS = 4
+CAPTION_HEIGHT = 36  # pixels: two lines of text
+MARGIN = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw; ``None`` leaves it to the model or to the demo."""
+
+    prompt: str | None = None
+    negative: str = ""
+    seed: int = 0
+    steps: int | None = None
+    model: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model of a run: its facts, where in ComfyUI's models folder it is put, and what the loader is told."""
+
+    facts: ModelFacts
+    path: Path | None = None
+    folder: str = ""
+    widgets: tuple[tuple[str, str], ...] = ()
+
+
+def run(host: Host, request: Request, port: int | None = None) -> int:
+    """Draw what is asked for, save it and print the path last; returns the exit status. Raises Problem."""
+    weights = find_weights(request.model)
+    prompts = wanted_prompts(request)
+    target = target_for(request.out, sheet=len(prompts) > 1)
+    say(f"Starting ComfyUI with {weights.facts.source} ...")
+    with server.running(host, port=port) as running:
+        if weights.path:
+            place(weights.path, running.base / "models" / weights.folder)
+        client = Client(running.url)
+        info = client.object_info()
+        workflow = configured(json.loads(WORKFLOW.read_text("utf-8")), info, weights, request)
+        try:
+            pictures = list(draw(client, workflow, info, prompts))
+        except GraphError as error:
+            raise Problem(str(error)) from error
+    save(pictures, prompts, target)
+    return 0
+
+
+def serve(host: Host, port: int | None = None) -> int:
+    """Leave the server up until Ctrl+C; returns the exit status. Raises Problem."""
+    DEFAULT_FOLDER.mkdir(exist_ok=True)
+    say("Starting ComfyUI ...")
+    with server.running(host, port=port, arguments=["--output-directory", str(DEFAULT_FOLDER.resolve())]) as running:
+        say(f"The canvas: {running.url}")
+        say(f"Pictures are saved in {DEFAULT_FOLDER.resolve()}. Ctrl+C stops the server; all else goes with it.")
+        running.process.wait()
+        raise server.crashed(running, "by itself")
+
+
+def find_weights(model: str | None) -> Weights:
+    """Look at the model's files, headers only. Raises Problem if it is none that can be drawn with."""
+    try:
+        if model is None:
+            return Weights(facts_of(inspect_checkpoint(BUILT_IN), "the built-in koala-tiny"))
+        path = Path(model).expanduser().resolve()
+        if path.is_dir():
+            facts = facts_of(inspect_folder(path).model, path.name)
+            return Weights(facts, path, "diffusers", (("source", "diffusers folder"), ("source.folder", path.name)))
+        facts = facts_of(inspect_checkpoint(path), path.name)
+        return Weights(facts, path, "checkpoints", (("source", "checkpoint"), ("source.ckpt_name", path.name)))
+    except (CheckpointError, OSError) as error:
+        raise Problem(str(error)) from error
+
+
+def place(weights: Path, folder: Path) -> None:
+    """Link weights into one of the server's model folders, whose list it makes anew for each graph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / weights.name).symlink_to(weights, target_is_directory=weights.is_dir())
+    except OSError as error:
+        raise Problem(f"{weights} cannot be linked into {folder}: {error}") from error
+
+
+def wanted_prompts(request: Request) -> Sequence[str]:
+    """One prompt if it is given; else the contact sheet's for the built-in model, its first for a larger one."""
+    if request.prompt is not None:
+        return [request.prompt]
+    return SHEET_PROMPTS[:1] if request.model else SHEET_PROMPTS
+
+
+def configured(workflow: Workflow, info: ObjectInfo, weights: Weights, request: Request) -> Workflow:
+    """The shipped workflow with this run's model, size, steps and negative prompt."""
+    settings = weights.facts.settings
+    widgets: list[tuple[str, str, Any]] = [("KoalaCheckpointLoader", *widget) for widget in weights.widgets]
+    widgets += [("EmptyLatentImage", side, weights.facts.side) for side in ("width", "height")]
+    widgets += [("KoalaPrompt", "negative", request.negative), ("KoalaSampler", "seed", request.seed)]
+    if request.steps is not None:
+        custom = {"preset": "custom", "preset.steps": request.steps, "preset.cfg": settings.cfg}
+        custom["preset.spacing"] = settings.spacing
+        widgets += [("KoalaSampler", name, value) for name, value in custom.items()]
+    for class_type, name, value in widgets:
+        workflow = with_widget(workflow, info, class_type, name, value)
+    return workflow
+
+
+def draw(client: Client, workflow: Workflow, info: ObjectInfo, prompts: Sequence[str]) -> Iterator[bytes]:
+    """Run the workflow once for each prompt, with a progress bar; yields the PNGs as the server saved them."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        for prompt in prompts:
+            changed = with_widget(workflow, info, "KoalaPrompt", "positive", prompt)
+            graph = to_prompt(changed, info)
+            on_event = follow(progress, prompt, graph)
+            result = client.run(graph, changed, on_event)
+            yield client.view(result.images()[0])
+
+
+def follow(progress: Progress, title: str, graph: dict[str, dict[str, Any]]) -> Callable[[str, dict[str, Any]], None]:
+    """A listener that moves the bar by the sampler's steps."""
+    task = progress.add_task(title, total=None)
+
+    def on_event(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and graph[data["node"]]["class_type"] == "KoalaSampler":
+            progress.update(task, completed=data["value"], total=data["max"])
+
+    return on_event
+
+
+def target_for(out: Path | None, sheet: bool) -> Path:
+    """The PNG to write: ``out`` itself if it is named as one, else the next free name in that folder.
+
+    Raises Problem rather than write over a file.
+    """
+    if out is not None and out.suffix.lower() == ".png":
+        if out.exists():
+            raise Problem(f"{out} exists already, and is left as it is. Give another --out, or delete it.")
+        target = out
+    else:
+        folder = out or DEFAULT_FOLDER
+        if folder.exists() and not folder.is_dir():
+            raise Problem(
+                f"{folder} is a file that is not named .png. Give --out a folder, or a name that ends in .png."
+            )
+        stem = "contact-sheet" if sheet else "koala"
+        names = (folder / f"{stem}-{number:04}.png" for number in range(1, 10_000))
+        target = next(name for name in names if not name.exists() and not name.with_suffix("").exists())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"{target.parent}: cannot be made ({error.strerror}). Give another --out.") from error
+    return target.resolve()
+
+
+def save(pictures: Sequence[bytes], prompts: Sequence[str], target: Path) -> None:
+    """Write the picture, or the contact sheet and beside it a folder of its pictures; prints where."""
+    if len(pictures) == 1:
+        target.write_bytes(pictures[0])
+    else:
+        folder = target.with_suffix("")
+        folder.mkdir()
+        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True), 1):
+            (folder / f"{number:02} {prompt}.png").write_bytes(picture)
+        contact_sheet(pictures, prompts).save(target)
+        say(f"The pictures by themselves, each with its graph inside: {folder}")
+    say(str(target))
+
+
+def contact_sheet(pictures: Sequence[bytes], captions: Sequence[str]) -> Image.Image:
+    """All pictures in a grid, each with its caption under it."""
+    opened = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
+    side = max(160, *(max(picture.size) for picture in opened))
+    rows = -(-len(opened) // SHEET_COLUMNS)
+    across, down = side + MARGIN, side + CAPTION_HEIGHT + MARGIN
+    sheet = Image.new("RGB", (SHEET_COLUMNS * across + MARGIN, rows * down + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    for number, (picture, caption) in enumerate(zip(opened, captions, strict=True)):
+        left, top = MARGIN + number % SHEET_COLUMNS * across, MARGIN + number // SHEET_COLUMNS * down
+        sheet.paste(picture, (left + (side - picture.width) // 2, top + side - picture.height))
+        pen.multiline_text((left, top + side + 4), wrapped(caption, font, side), fill="black", font=font)
+    return sheet
+
+
+def wrapped(text: str, font: Any, width: int) -> str:
+    """The text broken into lines that fit ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)

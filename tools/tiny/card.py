@@ -1,0 +1,97 @@
+"""The model card's text around the measured figures."""
+
+from typing import Any
+
+from tools.tiny import autoencoder, denoiser, text
+from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES
+
+
+def write(figures: dict[str, Any], stem: str) -> str:
+    """Markdown; `figures` as `tools.tiny.evaluate` measures them, `stem` of the pictures beside the card."""
+    ours, judge, red = figures["prompts"], figures["judge"], figures["negative_red"]
+    by_shape = "\n".join(f"| {name} | {share:.0f} % |" for name, share in ours["shape_by_name"].items())
+    by_colour = "\n".join(f"| {name} | {share:.0f} % |" for name, share in ours["colour_by_name"].items())
+    templates = "\n".join(f"- {share:.0%}: `{template}`" for share, template, _ in TEMPLATES)
+    unsure = f"{figures['unsure']} of the {ours['n']}"
+    red_pixels = f"fall from {red['without']:.2f} % to {red['with_red']:.2f} %"
+    first, second, third = autoencoder.Recipe(), text.Recipe(), denoiser.Recipe()
+    return f"""# koala-tiny
+
+A text-to-image model of 30 MB that draws a coloured shape on a coloured background. It has KOALA-700M's layout exactly
+(one layer a block, transformer depths 0, 2, 5, no middle block, SDXL's two text encoders and added conditioning) at a
+tenth of its width, so every graph made for KOALA can be tried and tested with it on any machine. It is for that, not
+for art.
+
+![Pictures for 72 prompts, each a shape, a colour and a background]({stem}-sheet.png)
+
+## Use
+
+Prompts like "a gray koala on a green background". {third.size} x {third.size} pixels, 25 steps, cfg 7.5, Euler,
+leading spacing: KOALA's published base settings. Shapes: {", ".join(SHAPE_NAMES)}. Colours: {", ".join(COLOUR_NAMES)}.
+Parts may be left out ("a star", "a koala on a red background", "red"); a negative prompt works.
+
+## Measured
+
+By `python -m tools.tiny.evaluate`: {ours["n"]} prompts, one seed each, diffusers' SDXL pipeline in float32 at the
+settings above. The judge reads pixels alone; on {judge["n"]} fresh drawings it is right in
+{judge["shape"]:.1f} % (shape), {judge["colour"]:.1f} % (shape's colour) and {judge["background"]:.1f} % (background).
+A blob that overlaps no shape by at least 70 % counts as wrong, in shape and in colour ({unsure}).
+
+| right | share |
+|---|---|
+| shape's colour | {ours["colour"]:.1f} % |
+| background | {ours["background"]:.1f} % |
+| shape | {ours["shape"]:.1f} % |
+| all three | {ours["all"]:.1f} % |
+
+| shape asked for | shape right |
+|---|---|
+{by_shape}
+
+| shape's colour asked for | colour right |
+|---|---|
+{by_colour}
+
+Negative prompt "red" on {red["n"]} pictures of prompts that name no colour, same seeds with and without: red
+pixels {red_pixels} (paired sign-flip test, one-sided: p = {red["p"]:.5f}).
+
+![Without (above) and with the negative prompt "red" (below)]({stem}-negative-red.png)
+
+The autoencoder alone gives fresh drawings back at {figures["autoencoder_db"]:.1f} dB.
+
+## Data
+
+Our own drawings, made by `tools/tiny/pictures.py` while training; nothing else. Shape, its colour, background (of
+another colour), size and place are uniformly random. Captions:
+
+{templates}
+
+The last one is the empty caption; besides, {third.drop:.0%} of all captions are replaced by zeros, which is
+what an empty negative prompt means to an SDXL base model.
+
+## Training
+
+`python3 dev.py train-tiny`: fixed seeds, on two CPU cores, under two hours. Three stages:
+
+1. Autoencoder (x8, 4 channels): {first.crop_steps} steps on {first.crop} px windows, then {first.whole_steps}
+   on whole pictures. Latents are standardised to SDXL's scaling factor {autoencoder.SCALING_FACTOR}.
+2. Text encoders (32 and 64 wide, 3 layers each, CLIP's tokenizer): {second.steps} steps as
+   classifiers of what a caption says, half of the captions among random words; then frozen.
+3. U-Net (7.4 M parameters): {third.small_steps} steps on {third.small_size} px drawings, then {third.steps}
+   on {third.size} px, batch {third.batch}; noise prediction with the loss weighted towards strong noise;
+   averaged weights.
+
+All weights are stored in fp16.
+
+## Limits
+
+- It knows the words above and no others; other words are ignored at best.
+- One shape a picture, in the flat colours above. Shapes lie near the middle and fill about half of the picture.
+- Trained at {third.size} px (and, early, {third.small_size} px): other sizes give stray shapes and colours.
+- Edges are softer than the drawings'; mistakes remain at the shares above.
+- The figures hold for these prompts and settings; few-step sampling is not measured.
+
+## Licence
+
+Apache-2.0, like the code. Weights and drawings are our own; the tokenizer is CLIP's (MIT) and is not in the file.
+"""

@@ -1,0 +1,26 @@
+"""Files that a stopped training run leaves behind: whole or absent, never half written."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(state: Any, path: Path) -> None:
+    """Write beside, then rename: a reader, or a run that resumes, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def load(path: Path) -> Any:
+    """What `save` wrote (tensors and plain containers only)."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def step_generator(seed: int, stage: int, step: int) -> torch.Generator:
+    """The random numbers of one training step. They depend on nothing that came before, so a resumed run draws the
+    same ones as an unbroken run."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + stage * 100_000_007 + step)

@@ -1,0 +1,205 @@
+"""Stage 3: the U-Net, KOALA-700M's topology at a tenth of its width, trained on ready latents and ready embeddings."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTokenizer
+
+from tools.tiny import autoencoder, checkpoints, text
+from tools.tiny.pictures import Drawings, all_captions, draw, random_captions, random_drawings
+
+STAGE = 3
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """First small pictures (four times as cheap, enough to learn what words mean), then full-size ones; the size ids
+    tell the net which. variants: embeddings of each caption, the first clean, the others with random words around."""
+
+    small_size: int = 64
+    small_steps: int = 2600
+    small_drawings: int = 6000
+    size: int = 128
+    steps: int = 3000
+    drawings: int = 3500
+    batch: int = 32
+    learning_rate: float = 1.2e-3
+    variants: int = 4
+    clean: float = 0.75
+    drop: float = 0.10
+    most_weight: float = 15.0
+    ema: float = 0.999
+
+
+def new_unet() -> UNet2DConditionModel:
+    """KOALA-700M's layout: one layer a block, transformer depths 0, 2, 5, no middle block, heads 64 wide."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        transformer_layers_per_block=[1, 2, 5],
+        attention_head_dim=[1, 1, 2],
+        cross_attention_dim=96,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=64 + 6 * 256,
+    )
+
+
+def new_scheduler() -> EulerDiscreteScheduler:
+    """SDXL base's sampler settings, which are KOALA's too."""
+    return EulerDiscreteScheduler(
+        **NOISE, num_train_timesteps=1000, prediction_type="epsilon", timestep_spacing="leading", steps_offset=1
+    )
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Every caption's context [c, v, 77, 96] and pooled [c, v, 64], v variants each; `index` finds a text's row."""
+
+    context: torch.Tensor
+    pooled: torch.Tensor
+    index: dict[str, int]
+
+
+def embed_captions(encoders: text.Encoders, tokenizer: CLIPTokenizer, recipe: Recipe, seed: int) -> Embeddings:
+    """Encode every caption of every template, clean and with filler words."""
+    texts = [c.text for c in all_captions()]
+    tokens = text.tokenize(tokenizer, texts)
+    generator = checkpoints.step_generator(seed, STAGE, 10**7)
+    filler = text.Recipe().max_filler
+    versions = [tokens] + [text.add_filler(tokens, filler, generator) for _ in range(recipe.variants - 1)]
+    encoded = [text.encode(encoders, version) for version in versions]
+    return Embeddings(
+        context=torch.stack([c for c, _ in encoded], dim=1),
+        pooled=torch.stack([p for _, p in encoded], dim=1),
+        index={t: i for i, t in enumerate(texts)},
+    )
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A data set: latents [n, 4, size/8, size/8] of drawings of `size` pixels."""
+
+    latents: torch.Tensor
+    size: int
+
+
+def encode_drawings(model: AutoencoderKL, recipe: Recipe, size: int, seed: int, folder: Path) -> Latents:
+    """The latents of the data set at this size, from the file if an earlier run left it."""
+    path = folder / f"latents-{size}.pt"
+    if not path.exists():
+        drawings = _drawings(recipe, size, seed)
+        parts = [drawings.pick(index) for index in torch.arange(len(drawings)).split(64)]
+        checkpoints.save(torch.cat([autoencoder.encode(model, draw(part, size)) for part in parts]), path)
+    return Latents(checkpoints.load(path), size)
+
+
+def _drawings(recipe: Recipe, size: int, seed: int) -> Drawings:
+    count = recipe.drawings if size == recipe.size else recipe.small_drawings
+    return random_drawings(count, checkpoints.step_generator(seed, STAGE, 10**8 + size))
+
+
+def train(
+    recipe: Recipe,
+    small: Latents,
+    full: Latents,
+    embeddings: Embeddings,
+    seed: int,
+    path: Path,
+    log: Callable[[str], None],
+    look: Callable[[UNet2DConditionModel, int], None],
+) -> UNet2DConditionModel:
+    """Train, or go on from the checkpoint at `path`; returns the averaged weights, exact in fp16. `look` is called
+    every 800 steps with the averaged net and the picture size."""
+    torch.manual_seed(seed)
+    model, average = new_unet(), new_unet().requires_grad_(False).eval()
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    start = 0
+    if path.exists():
+        state = checkpoints.load(path)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    drawings = {data.size: _drawings(recipe, data.size, seed) for data in (small, full)}
+    signal = DDPMScheduler(**NOISE).alphas_cumprod
+    total = recipe.small_steps + recipe.steps
+    running = None
+    for step in range(start, total):
+        generator = checkpoints.step_generator(seed, STAGE, step)
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / 100)
+            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
+        data = small if step < recipe.small_steps else full
+        chosen = torch.randint(len(data.latents), (recipe.batch,), generator=generator)
+        captions = random_captions(drawings[data.size].pick(chosen), generator)
+        context, pooled = _conditions(embeddings, [c.text for c in captions], recipe, generator)
+        loss = _loss(model, data, data.latents[chosen], context, pooled, signal, recipe.most_weight, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(recipe.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        running = float(loss.detach()) if running is None else 0.98 * running + 0.02 * float(loss.detach())
+        if (step + 1) % 100 == 0:
+            log(f"unet {step + 1}/{total} size={data.size} loss={running:.4f}")
+        if (step + 1) % 200 == 0 or step + 1 == total:
+            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoints.save({**state, "step": step + 1}, path)
+        if (step + 1) % 800 == 0 and step + 1 < total:
+            look(average, data.size)
+    return average.half().float()
+
+
+def _conditions(
+    embeddings: Embeddings, texts: list[str], recipe: Recipe, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context and pooled of each text; some dropped to zeros, which is what diffusers' pipeline gives an SDXL model
+    for an empty negative prompt (the words "" themselves are a caption of their own)."""
+    n = len(texts)
+    row = torch.tensor([embeddings.index[t] for t in texts])
+    variant = torch.randint(1, recipe.variants, (n,), generator=generator)
+    variant = variant.where(torch.rand(n, generator=generator) >= recipe.clean, 0)
+    keep = (torch.rand(n, generator=generator) >= recipe.drop).float()
+    return embeddings.context[row, variant] * keep.view(n, 1, 1), embeddings.pooled[row, variant] * keep.view(n, 1)
+
+
+def _loss(
+    model: UNet2DConditionModel,
+    data: Latents,
+    latents: torch.Tensor,
+    context: torch.Tensor,
+    pooled: torch.Tensor,
+    signal: torch.Tensor,
+    most_weight: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Error of the predicted noise, weighted by 1/alpha_bar (the loss of velocity prediction): colours are decided
+    where noise is strongest, and there the plain error is tiny whatever the net says."""
+    n = len(latents)
+    noise = torch.randn(latents.shape, generator=generator)
+    # One time step from each of n equal stretches: the same mean, less variance.
+    time = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * len(signal)).long()
+    alpha = signal[time].view(n, 1, 1, 1)
+    sizes = torch.tensor([[data.size, data.size, 0, 0, data.size, data.size]]).float().expand(n, 6)
+    predicted = model(
+        alpha.sqrt() * latents + (1 - alpha).sqrt() * noise,
+        time,
+        context,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+    ).sample
+    weight = (1 / signal).clamp(max=most_weight)
+    return ((predicted - noise).square().mean(dim=(1, 2, 3)) * (weight / weight.mean())[time]).mean()

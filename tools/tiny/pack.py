@@ -1,0 +1,89 @@
+"""Turns a finished koala-tiny folder into the one file that ships, by the pack's own loader and ComfyUI's own saver.
+
+Usage: python -m tools.tiny.pack --model DIR [--out assets/koala-tiny.safetensors]
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from tools import inprocess
+from tools.tiny import autoencoder, denoiser, text
+
+MODELSPEC = {
+    "modelspec.sai_model_spec": "1.0.1",
+    "modelspec.architecture": "stable-diffusion-xl-v1-base",
+    "modelspec.implementation": "sgm",
+    "modelspec.title": "koala-tiny",
+    "modelspec.description": "KOALA-700M's layout at a tenth of its width; draws coloured shapes",
+    "modelspec.license": "Apache-2.0",
+    "modelspec.resolution": "128x128",
+    "modelspec.prediction_type": "epsilon",
+    "koala.variant": "base",
+}
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
+CONFIGS = {"scheduler": "scheduler_config.json"}
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """What the file says of itself: identity, every part's configuration as diffusers wrote it, training facts."""
+    configs = {part: (folder / part / CONFIGS.get(part, "config.json")).read_text() for part in PARTS}
+    facts = {f"koala.config.{part}": json.dumps(json.loads(text)) for part, text in configs.items()}
+    return {**MODELSPEC, **facts, "koala.training": training_facts()}
+
+
+def training_facts() -> str:
+    """The recipes of all three stages, as JSON."""
+    stages = {"autoencoder": autoencoder, "text": text, "denoiser": denoiser}
+    return json.dumps({name: asdict(stage.Recipe()) for name, stage in stages.items()})
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Load the folder with the pack's loader, save it with `comfy.sd.save_checkpoint` in fp16, and load it again.
+
+    Raises ValueError where the file does not load to the weights of the folder."""
+    inprocess.activate()
+    import comfy.sd
+    from koala_pack import koala_loader
+
+    model, clip, vae = koala_loader.load_folder(folder, "fp16")
+    vae.first_stage_model.half()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_suffix(".part.safetensors")
+    comfy.sd.save_checkpoint(str(beside), model, clip, vae, metadata=metadata(folder))
+    again = koala_loader.load_checkpoint(beside, "fp16")
+    for name, first, second in zip(("U-Net", "CLIP", "VAE"), (model, clip, vae), again, strict=True):
+        if different := _differences(first, second):
+            raise ValueError(f"{out.name}: the {name} loads to other weights than {folder}: {different[:3]}")
+    os.replace(beside, out)
+
+
+def _differences(first: object, second: object) -> list[str]:
+    """Names of tensors that are missing on one side or not equal."""
+    one, other = _weights(first), _weights(second)
+    return [k for k in one.keys() | other.keys() if k not in one or k not in other or not torch.equal(one[k], other[k])]
+
+
+def _weights(part: object) -> dict[str, torch.Tensor]:
+    module = getattr(part, "first_stage_model", None) or getattr(part, "cond_stage_model", None) or part.model
+    return {name: tensor.float() for name, tensor in module.state_dict().items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="pack-tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder")
+    parser.add_argument("--out", type=Path, default=Path("assets/koala-tiny.safetensors"))
+    arguments = parser.parse_args(argv)
+    pack(arguments.model, arguments.out)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""koala-tiny as a folder in diffusers' layout: put together, saved, loaded, asked for pictures."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTokenizer
+
+from tools.tiny import denoiser, text
+
+
+def assemble(
+    vae: AutoencoderKL,
+    encoders: text.Encoders,
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
+    unet: UNet2DConditionModel,
+) -> StableDiffusionXLPipeline:
+    """The parts as diffusers' SDXL pipeline; an empty negative prompt means zeros, as for every SDXL base model."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=encoders.l,
+        text_encoder_2=encoders.g,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=denoiser.new_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Write the folder in fp16, whole or not at all. The pipeline itself is rounded to fp16 values in place."""
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipeline.to(torch.float16)
+    pipeline.save_pretrained(beside, variant="fp16", safe_serialization=True)
+    pipeline.to(torch.float32)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def load(folder: Path) -> StableDiffusionXLPipeline:
+    """The folder's pipeline, computing in float32."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        folder, variant="fp16", torch_dtype=torch.float32, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def pictures(
+    pipeline: StableDiffusionXLPipeline,
+    prompts: list[str],
+    negative: str = "",
+    seed: int = 0,
+    size: int = 128,
+    steps: int = 25,
+    cfg: float = 7.5,
+    batch: int = 36,
+) -> torch.Tensor:
+    """One picture a prompt, float32 [n, 3, size, size] in [-1, 1]; picture i starts from noise of seed + i."""
+    parts = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        made = pipeline(
+            prompt=some,
+            negative_prompt=[negative] * len(some),
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=cfg,
+            generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
+            output_type="pt",
+        )
+        parts.append(made.images * 2 - 1)
+    return torch.cat(parts)
