@@ -6,6 +6,7 @@ part again from its file when it needs a second copy (dynamic VRAM, torch.compil
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,9 +84,8 @@ def model_facts(model: comfy.model_patcher.ModelPatcher) -> ModelFacts:
         return attached
     network = getattr(model.model, "diffusion_model", None)
     weights = network.state_dict() if network is not None else {}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
-        seen = keys.read_layout(found)[0]
+        seen = keys.read_layout(_shapes(weights))[0]
     except (KeyError, ValueError, IndexError):
         seen = None
     if seen not in layout.KOALA_NAMES:
@@ -156,19 +156,17 @@ def _unet_patcher(
 
 def load_clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """Build SDXL's CLIP from two text encoders of any size; ``first`` is CLIP-L, ``second`` CLIP-G."""
-    weights = _text_weights(first, "clip_l") | _text_weights(second, "clip_g")
-    sizes = {
-        name: parts.read_text_encoder(
-            {key.removeprefix(f"{name}.transformer."): tuple(tensor.shape) for key, tensor in weights.items() if key.startswith(name)}
-        )
-        for name in ("clip_l", "clip_g")
+    encoders = {"clip_l": _read_text(first), "clip_g": _read_text(second)}
+    sizes = {name: parts.read_text_encoder(_shapes(weights)) for name, weights in encoders.items()}
+    state = {
+        f"{name}.transformer.{key}": tensor for name, weights in encoders.items() for key, tensor in weights.items()
     }
     target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
     clip = comfy.sd.CLIP(
         target,
         embedding_directory=_embeddings(),
-        parameters=sum(tensor.numel() for tensor in weights.values()),
-        state_dict=weights,
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        state_dict=state,
         model_options={f"{name}_model_config": _text_config(size) for name, size in sizes.items()},
         disable_dynamic=disable_dynamic,
     )
@@ -179,7 +177,7 @@ def load_clip(first: Source, second: Source, disable_dynamic: bool = False) -> c
 def load_vae(source: Source, disable_dynamic: bool = False) -> comfy.sd.VAE:
     """Build an AutoencoderKL of any size from diffusers or original names."""
     weights = _read(source)
-    sizes = parts.read_autoencoder({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    sizes = parts.read_autoencoder(_shapes(weights))
     first = sizes.channels[0]
     config = {
         "ddconfig": {
@@ -212,21 +210,22 @@ def _vae_patcher(source: Source, disable_dynamic: bool = False) -> comfy.model_p
 def _read(source: Source) -> dict[str, torch.Tensor]:
     """A part's tensors by their names without the prefix; memory-mapped, never to be written to."""
     weights = comfy.utils.load_torch_file(str(source.path))
-    return {
-        name[len(source.prefix) :]: tensor for name, tensor in weights.items() if name.startswith(source.prefix)
-    }
+    return {name[len(source.prefix) :]: tensor for name, tensor in weights.items() if name.startswith(source.prefix)}
 
 
-def _text_weights(source: Source, name: str) -> dict[str, torch.Tensor]:
-    """A text encoder's tensors under the names of ComfyUI's module ``name`` (clip_l or clip_g)."""
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, keys.Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _read_text(source: Source) -> dict[str, torch.Tensor]:
+    """A text encoder's tensors under transformers' names, wherever they lie."""
     weights = _read(source)
-    if source.prefix == CLIP_PREFIXES[1]:
+    if source.prefix == CLIP_PREFIXES[1]:  # open_clip's names
         weights = {key.removeprefix("model."): tensor for key, tensor in weights.items()}
         weights = comfy.utils.clip_text_transformers_convert(weights, "", "")
-    else:
-        weights = {key.removeprefix("transformer."): tensor for key, tensor in weights.items()}
-    known = {key: tensor for key, tensor in weights.items() if not key.endswith("position_ids")}
-    return {f"{name}.transformer.{parts.text_name(key)}": tensor for key, tensor in known.items() if key != "logit_scale"}
+    named = {parts.text_name(key.removeprefix("transformer.")): tensor for key, tensor in weights.items()}
+    unused = ("logit_scale", "text_model.embeddings.position_ids")
+    return {key: tensor for key, tensor in named.items() if key not in unused}
 
 
 def _text_config(size: parts.TextEncoder) -> dict[str, int]:
@@ -242,5 +241,3 @@ def _embeddings() -> list[str]:
     import folder_paths
 
     return folder_paths.get_folder_paths("embeddings")
-
-

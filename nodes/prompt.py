@@ -23,8 +23,8 @@ class KoalaPrompt(io.ComfyNode):
             node_id="KoalaPrompt",
             display_name="KOALA Prompt",
             category=CATEGORY,
-            description="Turns a prompt and a negative prompt into conditioning. The mode reference does what diffusers "
-            "does: 77 tokens, brackets as written, an empty negative becomes zeros.",
+            description="Turns a prompt and a negative prompt into conditioning. The mode reference does what "
+            "diffusers does: 77 tokens, brackets as written, an empty negative becomes zeros.",
             search_aliases=["koala prompt", "koala text encode", "sdxl prompt", "style prompt", "negative prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="CLIP of a KOALA or SDXL checkpoint."),

@@ -10,7 +10,7 @@ from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 from ..koala.layout import name
 from ..koala.schedule import Schedule, schedule
-from ..koala.settings import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings
+from ..koala.settings import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala_loader import ATTACHMENT, model_facts
 from .load import CATEGORY
 from .note import noted
@@ -26,7 +26,7 @@ def _steps_input() -> io.Int.Input:
         default=BASE.steps,
         min=1,
         max=1000,
-        tooltip="Steps of the whole schedule; with denoise below 1, steps x denoise of them are run, as diffusers does.",
+        tooltip="Steps of the whole schedule. With denoise below 1, steps x denoise are run, as in diffusers.",
     )
 
 
@@ -68,9 +68,9 @@ class KoalaScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, steps: int, spacing: str, denoise: float) -> io.NodeOutput:
-        chosen = model_facts(model).settings.spacing if spacing == AUTO else spacing
-        return io.NodeOutput(_schedule(model, Settings(steps, 0.0, chosen), denoise).sigmas)
+    def execute(cls, model: Any, steps: int, spacing: Any, denoise: float) -> io.NodeOutput:
+        chosen: Spacing = model_facts(model).settings.spacing if spacing == AUTO else spacing
+        return io.NodeOutput(_schedule(model, steps, chosen, denoise).sigmas)
 
 
 class KoalaSampler(io.ComfyNode):
@@ -115,7 +115,7 @@ class KoalaSampler(io.ComfyNode):
                                     max=100.0,
                                     step=0.1,
                                     round=0.01,
-                                    tooltip="Guidance scale: how strongly the prompt pulls. At 1 the negative is ignored.",
+                                    tooltip="Guidance scale: how strongly the prompt pulls. 1 ignores the negative.",
                                 ),
                                 io.Combo.Input(
                                     "spacing",
@@ -153,7 +153,7 @@ class KoalaSampler(io.ComfyNode):
         denoise: float,
     ) -> io.NodeOutput:
         settings, why = _settings(model, preset)
-        made = _schedule(model, settings, denoise)
+        made = _schedule(model, settings.steps, settings.spacing, denoise)
         sampler = comfy.samplers.sampler_object(sampler_name)
         # core's two ways of scaling the first noise are diffusers' two ways; core chooses by sigma_max, diffusers by
         # spacing, so tell this one sampler object which
@@ -177,8 +177,8 @@ def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:
     return PRESETS[chosen], f"preset {chosen}"
 
 
-def _schedule(model: Any, settings: Settings, denoise: float) -> Schedule:
+def _schedule(model: Any, steps: int, spacing: Spacing, denoise: float) -> Schedule:
     """The schedule under the model's own scheduler config, or SDXL's where the MODEL carries none."""
     facts = model.get_attachment(ATTACHMENT)
     config = facts.scheduler if facts is not None else SCHEDULER_CONFIG
-    return schedule(settings.steps, settings.spacing, denoise, config)
+    return schedule(steps, spacing, denoise, config)

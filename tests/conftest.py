@@ -5,6 +5,7 @@ Tests under unit/ ask for none, and need neither ComfyUI nor the environment's o
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,11 @@ import pytest
 from tools import testhost
 from tools.client import Client
 from tools.server import Server, running
+
+
+def pytest_configure() -> None:
+    """A run that is told to end, by CI's time limit say, ends in order: its servers are stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tools.testhost import ROOT, say
 
 PACK = "koala_pack"
@@ -27,7 +29,8 @@ def run(pytest_arguments: Sequence[str]) -> int:
             say(f"== {title} failed; the tests were not run")
             return status
     say("== pytest")
-    return subprocess.call([sys.executable, "-m", "pytest", *pytest_arguments], cwd=ROOT)
+    os.chdir(ROOT)
+    return pytest.main([*pytest_arguments])
 
 
 def lint() -> int:

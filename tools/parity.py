@@ -7,7 +7,7 @@ writes them to docs/parity.md. Runs in a process that has ComfyUI in it (tools/i
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,11 @@ from tools import inprocess, testhost
 inprocess.activate()
 
 import torch  # noqa: E402
-from koala_pack import koala_loader  # type: ignore[import-not-found] # noqa: E402
-from koala_pack.koala.checkpoint import inspect_model  # type: ignore[import-not-found] # noqa: E402
-from koala_pack.koala.settings import SPACINGS  # type: ignore[import-not-found] # noqa: E402
-from koala_pack.nodes.prompt import KoalaPrompt  # type: ignore[import-not-found] # noqa: E402
-from koala_pack.nodes.sample import KoalaSampler, KoalaScheduler  # type: ignore[import-not-found] # noqa: E402
+from koala_pack import koala_loader  # noqa: E402
+from koala_pack.koala.checkpoint import inspect_model  # noqa: E402
+from koala_pack.koala.settings import SPACINGS  # noqa: E402
+from koala_pack.nodes.prompt import KoalaPrompt  # noqa: E402
+from koala_pack.nodes.sample import KoalaSampler, KoalaScheduler  # noqa: E402
 
 from tools import random_weights, reference  # noqa: E402
 
@@ -89,7 +89,7 @@ def rows() -> Iterator[Row]:
 @cache
 def tiny_models() -> tuple[Any, Any, Any]:
     """koala-tiny as our loader gives it."""
-    return koala_loader.load_checkpoint(koala_loader.BUILT_IN)  # type: ignore[no-any-return]
+    return koala_loader.load_checkpoint(koala_loader.BUILT_IN)
 
 
 @cache
@@ -207,24 +207,23 @@ def _denoise_in_diffusers(
 def _reference_latents(case: Case, start: torch.Tensor | None) -> torch.Tensor:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 
-    pipe: Callable[..., Any] = tiny_pipeline()
+    pipe = tiny_pipeline()
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=case.spacing)
-    arguments = {
+    arguments: dict[str, Any] = {
         "negative_prompt": case.negative,
         "num_inference_steps": case.steps,
         "guidance_scale": case.cfg,
         "num_images_per_prompt": case.batch,
         "output_type": "latent",
     }
+    generator = torch.Generator().manual_seed(case.seed)
     if start is None:
-        arguments |= {"height": case.height, "width": case.width, "latents": None}
-        arguments["generator"] = torch.Generator().manual_seed(case.seed)
-        return pipe(PROMPT, **arguments).images  # type: ignore[no-any-return]
+        arguments |= {"height": case.height, "width": case.width}
+        return pipe(PROMPT, generator=generator, **arguments).images
     img2img = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
     img2img.set_progress_bar_config(disable=True)
     # a latent is taken as it is; its encoding is compared by giving both sides the picture's mode
     latent = pipe.vae.encode(start * 2 - 1).latent_dist.mode() * SCALE
-    generator = torch.Generator().manual_seed(case.seed)
     return img2img(PROMPT, image=latent, strength=case.denoise, generator=generator, **arguments).images
 
 
@@ -253,7 +252,8 @@ def main() -> None:
         "# Parity with diffusers",
         "",
         "Our nodes inside ComfyUI against diffusers' pipelines: same weights, same first noise, fp32 on the CPU.",
-        "Largest absolute difference anywhere in the result, unless it says relative. Written by `python3 dev.py parity`.",
+        "Largest absolute difference anywhere in the result, unless it says relative.",
+        "Written by `python3 dev.py parity`.",
         "",
         f"ComfyUI {comfyui}, diffusers {diffusers.__version__}, torch {torch.__version__.split('+')[0]}, "
         f"Python {platform.python_version()}, {platform.machine()}.",

@@ -6,13 +6,13 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import nodes as core
 import pytest
 import torch
 from koala_pack.koala import settings
 from koala_pack.koala.schedule import schedule
 from koala_pack.nodes import load, prompt, sample
 
+import nodes as core
 from tools import parity
 
 SETTINGS = {"preset": "custom", "steps": 4, "cfg": 7.5, "spacing": "leading"}
@@ -59,7 +59,8 @@ def test_stock_ksampler_with_ddim_uniform_comes_close() -> None:
     """It takes the same sigmas when the steps divide 1000, and scales the first noise by 0.36 % less."""
     model = parity.tiny_models()[0]
     positive, negative = _text().result
-    theirs = core.KSampler().sample(model, 1, 25, 7.5, "euler", "ddim_uniform", positive, negative, _empty())[0]["samples"]
+    (latent,) = core.KSampler().sample(model, 1, 25, 7.5, "euler", "ddim_uniform", positive, negative, _empty())
+    theirs = latent["samples"]
     ours = _run(_empty(), preset=SETTINGS | {"steps": 25})
     assert 0 < (ours - theirs).abs().mean() < 0.05 * ours.std()
 
@@ -86,7 +87,7 @@ def test_lower_denoise_keeps_more_of_the_start() -> None:
 
 
 def test_denoise_that_leaves_no_step_says_so() -> None:
-    with pytest.raises(ValueError, match=r"denoise 0\.01 of 4 steps leaves no step to run: raise denoise to at least 0\.25"):
+    with pytest.raises(ValueError, match=r"denoise 0\.01 of 4 steps leaves no step .* at least 0\.25"):
         _run(_empty(), denoise=0.01)
 
 

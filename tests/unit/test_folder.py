@@ -21,15 +21,18 @@ def published(
     unet: str = "diffusion_pytorch_model.fp16.safetensors",
     text: str = "model.fp16.safetensors",
     vae: str = "diffusion_pytorch_model.safetensors",
-    prefix: str = "text_model.",
+    drop: str = "",
 ) -> Path:
-    """A KOALA folder with the files that its repository has, as far as we read them."""
+    """A KOALA folder with the files that its repository has, as far as we read them.
+
+    ``drop`` is taken off the text encoders' names: transformers 5 saves them without ``text_model.``.
+    """
     wide = layout.channels[0] == 320
     clip_l = reference.clip_l() if wide else reference.clip_l(32, 3)
     clip_g = reference.clip_g() if wide else reference.clip_g(64, 3)
     files.write(folder / "unet" / unet, files.unet(layout), "F16" if "fp16" in unet else "F32")
     for part, found in (("text_encoder", clip_l), ("text_encoder_2", clip_g)):
-        files.write(folder / part / text, {prefix + key.removeprefix("text_model."): s for key, s in found.items()})
+        files.write(folder / part / text, {key.removeprefix(drop): s for key, s in found.items()})
     files.write(folder / "vae" / vae, reference.vae(), "F32")
     configs = {
         "unet/config.json": {"_class_name": "UNet2DConditionModel", "_name_or_path": "./results/koala/checkpoint-1"},
@@ -50,7 +53,7 @@ def published(
         ({"layout": KOALA_TINY}, "fp16"),
         ({"unet": "diffusion_pytorch_model.safetensors", "text": "model.safetensors"}, "fp32"),
         ({"vae": "diffusion_pytorch_model.fp16.safetensors"}, "fp16"),
-        ({"prefix": ""}, "fp16"),
+        ({"drop": "text_model."}, "fp16"),
     ],
     ids=str,
 )

@@ -22,10 +22,10 @@ class Recipe:
     tell the net which. variants: embeddings of each caption, the first clean, the others with random words around."""
 
     small_size: int = 64
-    small_steps: int = 2600
+    small_steps: int = 1200
     small_drawings: int = 6000
     size: int = 128
-    steps: int = 3000
+    steps: int = 2600
     drawings: int = 3500
     batch: int = 32
     learning_rate: float = 1.2e-3
@@ -120,7 +120,7 @@ def train(
     look: Callable[[UNet2DConditionModel, int], None],
 ) -> UNet2DConditionModel:
     """Train, or go on from the checkpoint at `path`; returns the averaged weights, exact in fp16. `look` is called
-    every 800 steps with the averaged net and the picture size."""
+    every 1000 steps with the averaged net and the picture size."""
     torch.manual_seed(seed)
     model, average = new_unet(), new_unet().requires_grad_(False).eval()
     average.load_state_dict(model.state_dict())
@@ -159,7 +159,7 @@ def train(
         if (step + 1) % 200 == 0 or step + 1 == total:
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoints.save({**state, "step": step + 1}, path)
-        if (step + 1) % 800 == 0 and step + 1 < total:
+        if (step + 1) % 1000 == 0 and step + 1 < total:
             look(average, data.size)
     return average.half().float()
 
