@@ -10,11 +10,16 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import koala_loader
-from ..koala.checkpoint import CheckpointError, inspect_model, inspect_text_encoder, inspect_vae
+from ..koala.checkpoint import (
+    CheckpointError,
+    Model,
+    inspect_model,
+    inspect_text_encoder,
+    inspect_vae,
+    require_text_width,
+)
 from ..koala.facts import report
-from .note import noted
-
-CATEGORY = "KOALA"
+from .base import CATEGORY, noted
 
 BUILT_IN = "built-in koala-tiny"
 FOLDER = "diffusers folder"
@@ -134,7 +139,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
         if kind == UNET_AND_CHECKPOINT:
             clip, vae = koala_loader.load_checkpoint_parts(others[0])
         else:
-            clip, vae = _load_parts(*others)
+            clip, vae = load_parts(inspected, *others)
         return io.NodeOutput(koala_loader.load_unet(inspected, first.name, weight_dtype), clip, vae)
 
 
@@ -205,7 +210,11 @@ def _chosen(source: dict[str, str]) -> list[Path]:
     ]
 
 
-def _load_parts(first: Path, second: Path, vae: Path) -> tuple[Any, Any]:
+def load_parts(model: Model, first: Path, second: Path, vae: Path) -> tuple[Any, Any]:
+    """CLIP and VAE for a U-Net from single files; the text encoders in any order.
+
+    Raises CheckpointError where they are not one CLIP-L and one CLIP-G, or do not fit the U-Net.
+    """
     kinds = {inspect_text_encoder(path): path for path in (first, second)}
     if set(kinds) != {"l", "g"}:
         only = next(iter(kinds)).upper()
@@ -213,6 +222,7 @@ def _load_parts(first: Path, second: Path, vae: Path) -> tuple[Any, Any]:
             f"{first.name} and {second.name} are both CLIP-{only}; expected one CLIP-L and one CLIP-G. "
             f"Choose SDXL's two text encoders, in any order."
         )
+    require_text_width(model.unet.layout, kinds["l"], kinds["g"])
     inspect_vae(vae)
     clip = koala_loader.load_clip(koala_loader.Source(kinds["l"]), koala_loader.Source(kinds["g"]))
     return clip, koala_loader.load_vae(koala_loader.Source(vae))

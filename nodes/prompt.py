@@ -8,8 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..koala.settings import STYLES
-from .load import CATEGORY
-from .note import noted
+from .base import CATEGORY, noted
 
 Conditioning = list[list[Any]]
 

@@ -12,8 +12,7 @@ from ..koala.layout import name
 from ..koala.schedule import Schedule, schedule
 from ..koala.settings import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala_loader import ATTACHMENT, model_facts
-from .load import CATEGORY
-from .note import noted
+from .base import CATEGORY, noted
 
 AUTO, CUSTOM = "auto", "custom"
 PRESETS = {f"{variant.name} ({variant.settings})": variant.settings for variant in VARIANTS.values()}

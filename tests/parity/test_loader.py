@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ import pytest
 import torch
 from koala_pack import koala_loader
 from koala_pack.koala import checkpoint, keys, layout
-from koala_pack.nodes.load import _load_parts
+from koala_pack.nodes.load import load_parts
 from safetensors.torch import save_file
 
 from tests.parity import forms
-from tools import parity, random_weights
+from tools import parity, random_weights, testhost
 
 Loader = Callable[[forms.Forms], koala_loader.Loaded]
 
@@ -24,8 +26,8 @@ Loader = Callable[[forms.Forms], koala_loader.Loaded]
 def _unet_with_parts(form: forms.Forms) -> koala_loader.Loaded:
     folder = form.old_folder
     encoders = [folder / part / "model.safetensors" for part in ("text_encoder_2", "text_encoder")]  # any order
-    clip, vae = _load_parts(*encoders, folder / "vae" / "diffusion_pytorch_model.safetensors")
     unet = checkpoint.inspect_model(form.bare_diffusers)
+    clip, vae = load_parts(unet, *encoders, folder / "vae" / "diffusion_pytorch_model.safetensors")
     return koala_loader.load_unet(unet, form.bare_diffusers.name), clip, vae
 
 
@@ -146,6 +148,31 @@ def test_host_can_build_every_part_again_from_its_file() -> None:
         first, second = _state(patcher.model), _state(again.model)
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_stock_nodes_merge_and_compile_our_models() -> None:
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    model, clip, _ = parity.tiny_models()
+    (merged,) = ModelMergeSimple().merge(model, model.clone(), 0.5)
+    assert torch.allclose(_sample(merged, clip), _sample(model, clip), atol=1e-4)
+    compiled = model.clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager")
+    assert torch.allclose(_sample(compiled, clip), _sample(model, clip), atol=1e-4)
+
+
+def test_importing_the_nodes_imports_no_heavy_library() -> None:
+    """diffusers alone takes longer than the whole pack may; it comes with the first schedule."""
+    code = (
+        "from tools import inprocess; inprocess.activate(); import sys; import comfy.sd, comfy_extras, server\n"
+        "before = set(sys.modules); import koala_pack.nodes; print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=testhost.ROOT, capture_output=True, text=True, check=True)
+    imported = done.stdout.splitlines()[-1]
+    assert "koala_pack.nodes.sample" in imported
+    assert "diffusers" not in imported
+    assert "transformers" not in imported
 
 
 def test_memory_mapped_tensors_are_never_written_to(monkeypatch: pytest.MonkeyPatch) -> None:

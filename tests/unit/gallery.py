@@ -139,7 +139,9 @@ FOREIGN: dict[str, tuple[Callable[[], Shapes], str, str]] = {
         "LoraLoader",
     ),
     "lora-attention-processor": (
-        lambda: {key.replace("to_q", "processor.to_q_lora"): s for key, s in lora("{dotted}", ".down.weight")().items()},
+        lambda: {
+            key.replace("to_q", "processor.to_q_lora"): s for key, s in lora("{dotted}", ".down.weight")().items()
+        },
         "a LoRA",
         "LoraLoader",
     ),
@@ -230,7 +232,10 @@ FOREIGN: dict[str, tuple[Callable[[], Shapes], str, str]] = {
     "flux-checkpoint": (
         named(
             *(UNET_PREFIX + "img_in.weight", UNET_PREFIX + "double_blocks.0.img_attn.qkv.weight"),
-            *("text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight", "vae.encoder.conv_in.bias"),
+            *(
+                "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight",
+                "vae.encoder.conv_in.bias",
+            ),
         ),
         "a Flux model",
         CHECKPOINT,
@@ -296,7 +301,11 @@ FOREIGN: dict[str, tuple[Callable[[], Shapes], str, str]] = {
         "embedding:name",
     ),
     "textual-inversion-sd1": (lambda: {"emb_params": (2, 768)}, "a textual inversion embedding", "embedding:name"),
-    "junk": (named("some.tensor", "another"), "a file of an unknown kind (2 tensors, first: another, some.tensor)", PUBLISHED),
+    "junk": (
+        named("some.tensor", "another"),
+        "a file of an unknown kind (2 tensors, first: another, some.tensor)",
+        PUBLISHED,
+    ),
     "no-tensors": (dict, "a file of an unknown kind (0 tensors, first: none)", PUBLISHED),
 }
 """Whole and well-formed files of something else: tensors, what it is, what loads it."""
@@ -304,13 +313,19 @@ FOREIGN: dict[str, tuple[Callable[[], Shapes], str, str]] = {
 
 # --- a KOALA that is not whole, or of no use ------------------------------------------------------------------------
 
+
 def _without(count: int) -> Shapes:
     found = unet(KOALA_700M)
     return {key: found[key] for key in list(found)[: len(found) - count]}
 
 
 BROKEN: dict[str, tuple[Callable[[], Shapes], str, str, str]] = {
-    "missing-two": (lambda: _without(2), "F16", "2 missing (first: conv_out.weight, conv_out.bias)", PUBLISHED + "700m"),
+    "missing-two": (
+        lambda: _without(2),
+        "F16",
+        "2 missing (first: conv_out.weight, conv_out.bias)",
+        PUBLISHED + "700m",
+    ),
     "missing-many": (lambda: _without(400), "F16", "400 missing (first: ", PUBLISHED + "700m"),
     "extra": (
         lambda: {**unet(KOALA_700M), "step": (1,), "spare.weight": (2, 2)},
@@ -397,9 +412,7 @@ UNREADABLE: dict[str, BadFile] = {
     "json-of-something-else": BadFile(
         _write((24).to_bytes(8, "little") + b'{"prompt": "a koala"}   '), "is no safetensors file", FETCH
     ),
-    "json-too-deep": BadFile(
-        _write((100_000).to_bytes(8, "little") + b"[" * 100_000), "is no safetensors file", FETCH
-    ),
+    "json-too-deep": BadFile(_write((100_000).to_bytes(8, "little") + b"[" * 100_000), "is no safetensors file", FETCH),
 }
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from koala.checkpoint import inspect_model
 from koala.facts import assumed_facts, facts_of, report
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout, name
+from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
 from koala.settings import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files
 
 
-@pytest.mark.parametrize(("layout", "percent"), [(KOALA_700M, 30), (KOALA_1B, 45), (KOALA_1_7B, 67)], ids=name)
+@pytest.mark.parametrize(("layout", "percent"), [(KOALA_700M, 30), (KOALA_1B, 45), (KOALA_1_7B, 67)])
 def test_share_of_sdxl(layout: Layout, percent: int) -> None:
     assert round(assumed_facts(layout, "fp16", 0).percent_of_sdxl) == percent
 
