@@ -10,29 +10,30 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from koala.layout import SDXL
 from tests.unit import files
+from tools import reference
 from tools.client import Client, GraphError, Interrupted, Prompt
 from tools.server import Server
-from tools.testhost import ROOT
+from tools.testhost import ROOT, Host
 from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
 
 ASSET = ROOT / "assets" / "koala-tiny.safetensors"
+PROMPT = "a red circle on a blue background"
 
 
 def graph(source: dict[str, Any] | None = None, **sampler: Any) -> Prompt:
     """Text to image with koala-tiny; ``sampler`` changes inputs of the sampler node."""
-    preset = {"preset": "auto"}
     return {
         "1": {"class_type": "KoalaCheckpointLoader", "inputs": {"weight_dtype": "default", **(source or built_in())}},
         "2": {
             "class_type": "KoalaPrompt",
             "inputs": {
                 "clip": ["1", 1],
-                "positive": "a red circle on a blue background",
+                "positive": PROMPT,
                 "negative": "",
                 "style": "no style",
                 "mode": "reference",
@@ -49,7 +50,7 @@ def graph(source: dict[str, Any] | None = None, **sampler: Any) -> Prompt:
                 "seed": 5,
                 "sampler_name": "euler",
                 "denoise": 1.0,
-                **preset,
+                "preset": "auto",
                 **sampler,
             },
         },
@@ -98,6 +99,15 @@ def seen(picture: Image.Image) -> tuple[str, str, str]:
 
 def test_the_prompt_is_answered(client: Client) -> None:
     assert seen(picture(client, graph())) == ("red", "circle", "blue")
+
+
+def test_the_saved_picture_is_the_reference_pipelines_to_one_level(client: Client, host: Host) -> None:
+    """SaveImage cuts 8-bit values off where diffusers rounds them: one level apart at most, anywhere."""
+    pipeline = reference.pipeline(ASSET, host.folder / "comfy" / "sd1_tokenizer")
+    generator = torch.Generator().manual_seed(5)
+    settings = {"num_inference_steps": 25, "guidance_scale": 7.5, "height": 128, "width": 128}
+    wanted = pipeline(PROMPT, generator=generator, **settings).images[0]
+    assert max(high for _, high in ImageChops.difference(picture(client, graph()), wanted).getextrema()) <= 1
 
 
 def test_progress_and_previews_of_every_step_arrive(client: Client) -> None:
