@@ -70,7 +70,7 @@ def pictures(
         some = prompts[start : start + batch]
         made = pipeline(
             prompt=some,
-            negative_prompt=[negative] * len(some),
+            negative_prompt=[negative] * len(some) if negative else None,  # None: zeros, as KOALA Prompt gives
             height=size,
             width=size,
             num_inference_steps=steps,

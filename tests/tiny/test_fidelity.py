@@ -1,0 +1,44 @@
+"""The shipped koala-tiny draws what it is asked for, at KOALA's published base settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tools import reference
+from tools.testhost import ROOT, test_host
+from tools.tiny import evaluate, pipeline
+
+ASSET = ROOT / "assets" / "koala-tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return reference.pipeline(ASSET, test_host().folder / "comfy" / "sd1_tokenizer")
+
+
+def test_the_judge_itself_is_right() -> None:
+    judged = evaluate.judge_score()
+    assert min(judged.colour, judged.background, judged.shape) >= 99
+
+
+@pytest.mark.slow
+def test_prompts_are_followed(model: Any) -> None:
+    prompts, asked = evaluate.grid_prompts(evaluate.PROMPTS)
+    assert len(prompts) >= 200
+    found = evaluate.score(pipeline.pictures(model, prompts, seed=evaluate.SEED), asked)
+    assert found.colour >= 95
+    assert found.background >= 95
+    assert found.shape >= 90
+
+
+@pytest.mark.slow
+def test_the_negative_prompt_red_takes_red_away(model: Any) -> None:
+    found, _, _ = evaluate.negative_red(model)
+    assert found.with_red < found.without
+    assert found.p < 0.01
+
+
+def test_the_file_is_small_enough() -> None:
+    assert ASSET.stat().st_size <= 32_000_000
