@@ -1,6 +1,6 @@
 """Full-size KOALA folders with random weights, laid out as published: for tests that need the size, not the meaning.
 
-They are kept in the cache beside the test host, some 4 GB each, and made once in about a minute.
+They are kept in the cache beside the test host, 6 GB in all, and made once in about a minute.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -36,14 +36,20 @@ VAE = {
 
 
 def folder(name: str) -> Path:
-    """The folder of a released model's name ("koala-700m", "koala-1b"), made on the first call."""
-    target = testhost.cache_folder() / "random-weights-1" / name
-    if not target.is_dir():
-        aside = target.with_name(f"{name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        _write_folder(aside, LAYOUTS[name])
-        aside.rename(target)
-    return target
+    """The folder of a released model's name ("koala-700m", "koala-1b"), made on the first call.
+
+    Text encoders and VAE are the same in every release, here too: they are made once and linked.
+    """
+    layout, shared = LAYOUTS[name], _once("sdxl-parts", _write_shared)
+
+    def write(root: Path) -> None:
+        _save(unet_state(layout), root / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+        for part in sorted(shared.iterdir()):
+            (root / part.name).symlink_to(part, target_is_directory=True)
+        _save_json(dict(SCHEDULER_CONFIG), root / "scheduler" / "scheduler_config.json")
+        _save_json({"_class_name": "StableDiffusionXLPipeline"}, root / "model_index.json")
+
+    return _once(name, write)
 
 
 def unet_state(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -72,7 +78,18 @@ def unet_config(layout: Layout) -> dict[str, object]:
     }
 
 
-def _write_folder(root: Path, layout: Layout) -> None:
+def _once(name: str, write: Callable[[Path], None]) -> Path:
+    """The cached folder of that name; made aside and renamed, so that half a folder is never taken for a whole one."""
+    target = testhost.cache_folder() / "random-weights-2" / name
+    if not target.is_dir():
+        aside = target.with_name(f"{name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        write(aside)
+        aside.rename(target)
+    return target
+
+
+def _write_shared(root: Path) -> None:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -80,12 +97,9 @@ def _write_folder(root: Path, layout: Layout) -> None:
         first = CLIPTextModel(CLIPTextConfig(**CLIP_L, projection_dim=768, hidden_act="quick_gelu"))
         second = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, projection_dim=1280, hidden_act="gelu"))
         vae = AutoencoderKL(**VAE)
-    _save(unet_state(layout), root / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     for part, model in (("text_encoder", first), ("text_encoder_2", second)):
         _save(dict(_random(_shapes(model), 1)), root / part / "model.fp16.safetensors")
     _save(dict(_random(_shapes(vae), 2)), root / "vae" / "diffusion_pytorch_model.safetensors")
-    _save_json(dict(SCHEDULER_CONFIG), root / "scheduler" / "scheduler_config.json")
-    _save_json({"_class_name": "StableDiffusionXLPipeline"}, root / "model_index.json")
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, Shape]:
