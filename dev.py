@@ -55,7 +55,8 @@ def add_host(command: argparse.ArgumentParser) -> None:
         type=Path,
         default=os.environ.get("COMFYUI_PATH") or None,
         metavar="DIR",
-        help="a ComfyUI that you have, left as it is (default: COMFYUI_PATH, else one that is fetched)",
+        help="a ComfyUI that you have, left as it is (default: COMFYUI_PATH, else one that is fetched); run by the "
+        "Python in its own venv, else by the one that runs this, unless COMFYUI_PYTHON names another",
     )
     command.add_argument("--port", type=int, help="port of the server on this machine (default: a free one)")
 
@@ -67,14 +68,15 @@ def main(arguments: list[str]) -> int:
     if further and options.command not in PASS_ON:
         top.error(f"unrecognized arguments: {' '.join(further)}")
     try:
-        borrowed = getattr(options, "comfyui", None)
-        # A ComfyUI of the person's own, with no environment in its folder, is run by the Python that was called.
-        os.environ.setdefault("COMFYUI_PYTHON", sys.executable)
-        python = testhost.ensure(testhost.TOOLS if borrowed else testhost.FULL)
+        host = None
+        if folder := getattr(options, "comfyui", None):
+            host = testhost.own_host(folder, os.environ.get("COMFYUI_PYTHON"))
+            os.environ["COMFYUI_PYTHON"] = str(host.python)  # found here, where the Python is still the person's own
+        python = testhost.ensure(testhost.TOOLS if host else testhost.FULL)
         if Path(sys.prefix).resolve() != python.parent.parent.resolve():
             return run_inside(python, arguments)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server is stopped then too
-        return run(options, further, borrowed)
+        return run(options, further, host or testhost.test_host())
     except Problem as problem:
         print(f"dev.py: {problem}", file=sys.stderr)
         return 1
@@ -85,21 +87,21 @@ def main(arguments: list[str]) -> int:
 
 def run_inside(python: Path, arguments: list[str]) -> int:
     """Run this file again with the environment's Python."""
-    command = [str(python), str(Path(__file__).resolve()), *arguments]
+    command = [str(python), "-E", str(Path(__file__).resolve()), *arguments]  # -E: no PYTHONPATH of other programs
     if os.name == "posix":
         sys.stdout.flush()
         os.execv(command[0], command)
     return subprocess.call(command)
 
 
-def run(options: argparse.Namespace, further: list[str], borrowed: Path | None) -> int:
+def run(options: argparse.Namespace, further: list[str], host: testhost.Host) -> int:
     """Run a command, inside the environment."""
     if options.command == "test":
         from tools import checks
 
         return checks.run(further)
     if options.command in MODULES:
-        tokenizer = str(testhost.test_host().folder / "comfy" / "sd1_tokenizer")
+        tokenizer = str(host.folder / "comfy" / "sd1_tokenizer")
         own = ["--tokenizer", tokenizer] if options.command == "train-tiny" else []
         sys.argv = [options.command, *own, *further]
         runpy.run_module(MODULES[options.command], run_name="__main__", alter_sys=True)
@@ -107,7 +109,6 @@ def run(options: argparse.Namespace, further: list[str], borrowed: Path | None) 
 
     from tools import demo
 
-    host = testhost.own_host(borrowed, Path(os.environ["COMFYUI_PYTHON"])) if borrowed else testhost.test_host()
     if options.command == "serve":
         return demo.serve(host, options.port)
     return demo.run(

@@ -307,7 +307,10 @@ def _recognise(header: Header, found: Mapping[str, Shape]) -> tuple[Layout, Numb
         wanted = set(names(*candidate))
         return len(wanted & found.keys()) / len(wanted | found.keys())
 
-    best = max(candidates, key=lambda candidate: (likeness(candidate), -len(coverage(candidate[0], candidate[1], found).misshapen)))
+    best = max(
+        candidates,
+        key=lambda candidate: (likeness(candidate), -len(coverage(candidate[0], candidate[1], found).misshapen)),
+    )
     if likeness(best) < 0.1:
         raise CheckpointError(
             f"{file} is {foreign.describe(header.shapes)}; expected a KOALA U-Net with tensors such as "

@@ -99,19 +99,18 @@ def test_host() -> Host:
     return Host(ensure_comfyui(TESTED_RELEASE, python), python)
 
 
-def own_host(folder: Path, fallback_python: Path) -> Host:
+def own_host(folder: Path, python: str | None) -> Host:
     """A ComfyUI that the person already has.
 
-    Its Python is the one in its own virtual environment or, as in the portable Windows build, beside it; if there is
-    neither, ``fallback_python``. Raises Problem if the folder holds no ComfyUI.
+    It is run by ``python`` if that is given; else by the one in its own virtual environment or, as in the portable
+    Windows build, beside it; else by the one that runs this. Raises Problem if the folder holds no ComfyUI.
     """
     folder = folder.expanduser().resolve()
     if not (folder / "main.py").is_file() or not (folder / "folder_paths.py").is_file():
         raise Problem(f"{folder}: no ComfyUI here (no main.py and folder_paths.py). Give the folder that you cloned.")
-    environments = (folder / "venv", folder / ".venv", folder.parent / "venv", folder.parent / ".venv")
-    pythons = [python_of(environment) for environment in environments]
-    pythons.append(folder.parent / "python_embeded" / "python.exe")
-    return Host(folder, next((python for python in pythons if python.exists()), fallback_python), borrowed=True)
+    own = [python_of(folder / "venv"), python_of(folder / ".venv"), folder.parent / "python_embeded" / "python.exe"]
+    found = next((path for path in own if path.exists()), Path(sys.executable))
+    return Host(folder, Path(python) if python else found, borrowed=True)
 
 
 def ensure(environment: Environment) -> Path:

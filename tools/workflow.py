@@ -34,7 +34,19 @@ def to_prompt(workflow: Workflow, object_info: ObjectInfo) -> Prompt:
         raise Problem(f"The server has no node of class {', '.join(unknown)}: is the pack that brings it loaded?")
     if complaints.said:
         raise Problem("The workflow cannot be converted:\n" + "\n".join(complaints.said))
+    set_primitives(workflow, prompt)
     return prompt
+
+
+def set_primitives(workflow: Workflow, prompt: Prompt) -> None:
+    """Give each input that a PrimitiveNode is linked to that node's value, as the canvas does when it queues a graph.
+
+    comfy-cli leaves the value that was last saved with the input itself.
+    """
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, source, _, target, slot, _ in workflow["links"]:
+        if nodes[source]["type"] == "PrimitiveNode" and str(target) in prompt:
+            prompt[str(target)]["inputs"][nodes[target]["inputs"][slot]["name"]] = nodes[source]["widgets_values"][0]
 
 
 def with_widget(workflow: Workflow, object_info: ObjectInfo, class_type: str, widget: str, value: Any) -> Workflow:
@@ -53,7 +65,7 @@ def with_widget(workflow: Workflow, object_info: ObjectInfo, class_type: str, wi
             workflow, _ = workflow_ops.set_widget(workflow, graph, node, widget, value)
         except ValueError as error:
             raise Problem(f"{class_type}, {widget} = {value!r}: {error}") from error
-    return {key: part for key, part in workflow.items() if key != "_widget_stamps"}  # comfy-cli's own book-keeping
+    return {key: part for key, part in workflow.items() if not key.startswith("_")}  # without comfy-cli's journal
 
 
 class _Complaints(logging.Handler):

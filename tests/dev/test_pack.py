@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import subprocess
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from tools import pack
 from tools.problem import Problem
+from tools.testhost import requirement_lines
 
 PYPROJECT = """
 [project]
@@ -66,6 +68,27 @@ def test_without_git_every_file_is_a_source(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.py").touch()
     assert pack.source_files(tmp_path) == ["a/b.py"]
+
+
+@pytest.fixture(scope="module")
+def own() -> list[str]:
+    """Names in our own pack's zip."""
+    with zipfile.ZipFile(io.BytesIO(pack.archive(pack.ROOT))) as archive:
+        return archive.namelist()
+
+
+def test_our_own_zip_holds_what_runs_and_nothing_else(own: list[str]) -> None:
+    runs = {"__init__.py", "koala_loader.py", "koala", "nodes", "web", "locales", "example_workflows", "subgraphs"}
+    tells = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "requirements.txt", "assets"}
+    assert {name.split("/")[0] for name in own} <= runs | tells
+    assert {"__init__.py", "koala/layout.py", "nodes/load.py", "assets/koala-tiny.safetensors", "LICENSE"} <= set(own)
+
+
+def test_the_two_lists_of_requirements_are_one() -> None:
+    project = tomllib.loads((pack.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = requirement_lines((pack.ROOT / "requirements.txt").read_text("utf-8"))
+    assert project["dependencies"] == lines
+    assert not [line for line in lines if "==" in line or line.startswith("torch")]
 
 
 def test_our_own_pack_is_valid_for_the_registry() -> None:

@@ -105,18 +105,18 @@ def test_comfyui_requirements_leave_the_torch_family_to_our_pins(tmp_path: Path)
 
 def test_a_folder_without_comfyui_is_no_host(tmp_path: Path) -> None:
     with pytest.raises(Problem, match="no ComfyUI here"):
-        testhost.own_host(tmp_path, Path(sys.executable))
+        testhost.own_host(tmp_path, None)
 
 
-def test_a_comfyui_runs_with_the_python_in_its_folder_else_with_the_one_given(tmp_path: Path) -> None:
+def test_which_python_runs_a_comfyui_of_ones_own(tmp_path: Path) -> None:
     for name in ("main.py", "folder_paths.py"):
         (tmp_path / name).touch()
-    assert testhost.own_host(tmp_path, Path("given")).python == Path("given")
+    assert testhost.own_host(tmp_path, None) == testhost.Host(tmp_path, Path(sys.executable), borrowed=True)
     python = testhost.python_of(tmp_path / ".venv")
     python.parent.mkdir(parents=True)
     python.touch()
-    host = testhost.own_host(tmp_path, Path("given"))
-    assert (host.python, host.borrowed) == (python, True)
+    assert testhost.own_host(tmp_path, None).python == python
+    assert testhost.own_host(tmp_path, "given").python == Path("given")
 
 
 @pytest.mark.slow

@@ -15,8 +15,14 @@ from tools.workflow import to_prompt, with_widget
 
 templates = pytest.importorskip("comfyui_workflow_templates_json")
 
-# Stock graphs: SDXL with two samplers, a mask and a muted branch, ControlNet, nested subgraphs, a switch.
-TEMPLATES = ("sdxl_simple_example", "inpaint_example", "controlnet_example", "image_z_image_turbo", "image_qwen_image")
+# Stock graphs: SDXL with two samplers and notes, primitives, images in, a subgraph, bypassed nodes.
+TEMPLATES = (
+    "sdxl_simple_example",
+    "sdxl_refiner_prompt_example",
+    "sd3.5_large_canny_controlnet_example",
+    "image_z_image_turbo",
+    "image_qwen_image",
+)
 
 
 def template(name: str) -> dict[str, Any]:

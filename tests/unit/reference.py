@@ -22,29 +22,30 @@ def shapes_of(make: Callable[[], torch.nn.Module]) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
 
 
-def unet_model(layout: Layout) -> UNet2DConditionModel:
-    """diffusers' U-Net of a layout.
+def unet_model(layout: Layout, **changes: object) -> UNet2DConditionModel:
+    """diffusers' U-Net of a layout, with its own settings changed where asked.
 
-    diffusers gives the middle block the deepest stage's depth, so a layout's must be the same, where that stage has any.
+    diffusers gives the middle block the depth of the deepest stage's first layer: a layout's must be the same.
     """
     middle = {None: None, 0: "UNetMidBlock2D"}.get(layout.middle, "UNetMidBlock2DCrossAttn")
-    return UNet2DConditionModel(
-        in_channels=layout.in_channels,
-        out_channels=layout.out_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if any(stage) else "DownBlock2D" for stage in layout.down),
-        mid_block_type=middle,
-        up_block_types=tuple("CrossAttnUpBlock2D" if any(stage) else "UpBlock2D" for stage in layout.up),
-        block_out_channels=layout.channels,
-        layers_per_block=[len(stage) for stage in layout.down],
-        transformer_layers_per_block=[stage if any(stage) else (layout.middle or 1,) for stage in layout.down],
-        reverse_transformer_layers_per_block=layout.up,
-        attention_head_dim=tuple(max(1, width // 64) for width in layout.channels),
-        cross_attention_dim=layout.context,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=layout.added,
-    )
+    settings: dict[str, object] = {
+        "in_channels": layout.in_channels,
+        "out_channels": layout.out_channels,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if any(stage) else "DownBlock2D" for stage in layout.down),
+        "mid_block_type": middle,
+        "up_block_types": tuple("CrossAttnUpBlock2D" if any(stage) else "UpBlock2D" for stage in layout.up),
+        "block_out_channels": layout.channels,
+        "layers_per_block": [len(stage) for stage in layout.down],
+        "transformer_layers_per_block": [stage if any(stage) else (layout.middle or 1,) for stage in layout.down],
+        "reverse_transformer_layers_per_block": layout.up,
+        "attention_head_dim": tuple(max(1, width // 64) for width in layout.channels),
+        "cross_attention_dim": layout.context,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": layout.added,
+    }
+    return UNet2DConditionModel(**(settings | changes))
 
 
 @cache

@@ -23,10 +23,10 @@ def test_report_of_a_lightning_file(tmp_path: Path) -> None:
     facts = facts_of(inspect_model(path), path.name)
     assert facts.settings == LIGHTNING.settings
     assert facts.scheduler == SCHEDULER_CONFIG
-    assert report(facts).splitlines() == [
+    assert report(facts, "bf16", 2_000_000).splitlines() == [
         "KOALA-1B from koala-lightning-1b.safetensors",
         "U-Net: 1,161,184,324 parameters, 45 % of SDXL's 2,567,463,684",
-        "weights: fp16, 2,322 MB",
+        "weights: fp16, 2,322 MB; in memory bf16, 2 MB",
         'variant: lightning: the name "koala-lightning-1b.safetensors"',
         "recommended: 10 steps, cfg 3.5, trailing, sampler euler, 1024 x 1024 px",
     ]
@@ -34,15 +34,15 @@ def test_report_of_a_lightning_file(tmp_path: Path) -> None:
 
 def test_report_of_an_assumed_variant_says_so(tmp_path: Path) -> None:
     path = files.write(tmp_path / "unet.safetensors", files.unet(KOALA_700M), "F32")
-    text = report(facts_of(inspect_model(path), "unet.safetensors"))
-    assert "weights: fp32, 3,131 MB" in text
+    text = report(facts_of(inspect_model(path), "unet.safetensors"), "fp16", 1_565_645_448)
+    assert "weights: fp32, 3,131 MB; in memory fp16, 1,566 MB" in text
     assert "variant: base (assumed): nothing in the file tells" in text
     assert "recommended: 25 steps, cfg 7.5, leading, sampler euler, 1024 x 1024 px" in text
 
 
 def test_report_of_the_built_in_model(tmp_path: Path) -> None:
     path = files.write(tmp_path / "t.safetensors", files.unet(KOALA_TINY), metadata={"koala.variant": "base"})
-    text = report(facts_of(inspect_model(path), "koala-tiny.safetensors"))
+    text = report(facts_of(inspect_model(path), "koala-tiny.safetensors"), "fp32", 0)
     assert text.startswith("koala-tiny from koala-tiny.safetensors")
     assert "128 x 128 px" in text
     assert "0.3 % of SDXL" in text
@@ -52,6 +52,7 @@ def test_report_of_the_built_in_model(tmp_path: Path) -> None:
 def test_facts_of_a_model_from_another_loader() -> None:
     facts = assumed_facts(KOALA_1B, "bfloat16", 2_322_368_648)
     assert (facts.layout, facts.identity.variant, facts.identity.certain) == (KOALA_1B, BASE, False)
-    assert "another loader" in report(facts)
-    assert "(assumed)" in report(facts)
-    assert "weights: bfloat16, 2,322 MB" in report(facts)
+    text = report(facts, "bfloat16", 2_322_368_648)
+    assert "another loader" in text
+    assert "(assumed)" in text
+    assert "weights: bfloat16, 2,322 MB" in text

@@ -60,7 +60,7 @@ def test_names_and_shapes_are_those_of_diffusers_unet(layout: Layout) -> None:
 
 
 def test_random_subnetworks_are_those_of_diffusers_unet() -> None:
-    for seed in SEEDS[:3]:
+    for seed in SEEDS[:2]:
         assert files.unet(subnetwork(seed)) == reference.unet(subnetwork(seed)), seed
 
 

@@ -35,7 +35,7 @@ Parts may be left out ("a star", "a koala on a red background", "red"); a negati
 By `python -m tools.tiny.evaluate`: {ours["n"]} prompts, one seed each, diffusers' SDXL pipeline in float32 at the
 settings above. The judge reads pixels alone; on {judge["n"]} fresh drawings it is right in
 {judge["shape"]:.1f} % (shape), {judge["colour"]:.1f} % (shape's colour) and {judge["background"]:.1f} % (background).
-A blob that overlaps no shape by at least 70 % counts as wrong, in shape and in colour ({unsure}).
+The three are judged apart. A blob that overlaps no shape by at least 70 % counts as a wrong shape ({unsure}).
 
 | right | share |
 |---|---|
@@ -88,7 +88,7 @@ All weights are stored in fp16.
 - It knows the words above and no others; other words are ignored at best.
 - One shape a picture, in the flat colours above. Shapes lie near the middle and fill about half of the picture.
 - Trained at {third.size} px (and, early, {third.small_size} px): other sizes give stray shapes and colours.
-- Edges are softer than the drawings'; mistakes remain at the shares above.
+- Outlines are softer and less even than the drawings', koalas' faces most of all; mistakes remain at the shares above.
 - The figures hold for these prompts and settings; few-step sampling is not measured.
 
 ## Licence

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet
 from transformers import CLIPTokenizer
 
 from tools.tiny import autoencoder, checkpoints, text
-from tools.tiny.pictures import Drawings, all_captions, draw, random_captions, random_drawings
+from tools.tiny.pictures import KOALA, Drawings, all_captions, draw, random_captions, random_drawings
 
 STAGE = 3
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -19,14 +19,16 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 @dataclass(frozen=True)
 class Recipe:
     """First small pictures (four times as cheap, enough to learn what words mean), then full-size ones; the size ids
-    tell the net which. variants: embeddings of each caption, the first clean, the others with random words around."""
+    tell the net which. variants: embeddings of each caption, the first clean, the others with random words around.
+    koalas: how much oftener than other shapes the one with a face is seen."""
 
     small_size: int = 64
     small_steps: int = 1200
     small_drawings: int = 6000
     size: int = 128
-    steps: int = 2600
+    steps: int = 2800
     drawings: int = 3500
+    koalas: float = 2.0
     batch: int = 32
     learning_rate: float = 1.2e-3
     variants: int = 4
@@ -133,6 +135,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     drawings = {data.size: _drawings(recipe, data.size, seed) for data in (small, full)}
+    odds = {size: 1 + (recipe.koalas - 1) * (d.shape == KOALA).float() for size, d in drawings.items()}
     signal = DDPMScheduler(**NOISE).alphas_cumprod
     total = recipe.small_steps + recipe.steps
     running = None
@@ -142,7 +145,7 @@ def train(
             warm = min(1.0, (step + 1) / 100)
             group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
         data = small if step < recipe.small_steps else full
-        chosen = torch.randint(len(data.latents), (recipe.batch,), generator=generator)
+        chosen = torch.multinomial(odds[data.size], recipe.batch, replacement=True, generator=generator)
         captions = random_captions(drawings[data.size].pick(chosen), generator)
         context, pooled = _conditions(embeddings, [c.text for c in captions], recipe, generator)
         loss = _loss(model, data, data.latents[chosen], context, pooled, signal, recipe.most_weight, generator)

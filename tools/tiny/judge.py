@@ -10,6 +10,7 @@ from tools.tiny.pictures import COLOUR_NAMES, PALETTE, SHAPE_NAMES, Drawings, dr
 UNSURE = -1
 SIZE = 64  # pixels, all that judging needs
 BORDER = 4  # pixels: background, whatever the drawing
+LEAST_AREA = 0.01  # of the picture: with less than this standing out there is no colour to name
 LEAST_OVERLAP = 0.7  # intersection over union below which a blob is no shape
 
 
@@ -31,7 +32,8 @@ def judge(pictures: torch.Tensor) -> Verdict:
     inside = _erode(_distance(pixels, background) > 0.2)
     colour = _majority(_nearest(pixels.movedim(1, -1)), inside)
     shape = _best_shape(_mask(pixels, colour, background), colour, background)
-    return Verdict(colour.where(shape != UNSURE, UNSURE), background, shape)
+    colour = colour.where(inside.float().mean(dim=(1, 2)) >= LEAST_AREA, UNSURE)
+    return Verdict(colour, background, shape)
 
 
 def red_share(pictures: torch.Tensor) -> torch.Tensor:
@@ -51,7 +53,7 @@ def _erode(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _majority(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The most frequent label inside each mask, int64 [n] (0 where the mask is empty: then there is no shape)."""
+    """The most frequent label inside each mask, int64 [n] (0 where the mask is empty)."""
     votes = functional.one_hot(labels, len(COLOUR_NAMES)) * mask.unsqueeze(-1)
     return votes.sum(dim=(1, 2)).argmax(1)
 

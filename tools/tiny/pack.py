@@ -26,6 +26,7 @@ MODELSPEC = {
     "modelspec.prediction_type": "epsilon",
     "koala.variant": "base",
 }
+UNUSED = {"clip_l.transformer.text_projection.weight"}  # SDXL has none; core makes one, never reads or saves it
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 CONFIGS = {"scheduler": "scheduler_config.json"}
 
@@ -60,6 +61,7 @@ def pack(folder: Path, out: Path) -> None:
     for name, first, second in zip(("U-Net", "CLIP", "VAE"), (model, clip, vae), again, strict=True):
         if different := _differences(first, second):
             raise ValueError(f"{out.name}: the {name} loads to other weights than {folder}: {different[:3]}")
+    beside.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(beside, out)
 
 
@@ -71,7 +73,7 @@ def _differences(first: object, second: object) -> list[str]:
 
 def _weights(part: object) -> dict[str, torch.Tensor]:
     module = getattr(part, "first_stage_model", None) or getattr(part, "cond_stage_model", None) or part.model
-    return {name: tensor.float() for name, tensor in module.state_dict().items()}
+    return {name: tensor.float() for name, tensor in module.state_dict().items() if name not in UNUSED}
 
 
 def main(argv: list[str] | None = None) -> int:
