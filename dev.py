@@ -23,7 +23,12 @@ from pathlib import Path
 from tools import testhost
 from tools.problem import Problem
 
-MODULES = {"train-tiny": "tools.tiny.train", "parity": "tools.parity"}
+MODULES = {
+    "train-tiny": "tools.tiny.train",
+    "pack-tiny": "tools.tiny.pack",
+    "evaluate-tiny": "tools.tiny.evaluate",
+    "parity": "tools.parity",
+}
 PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
 
 
@@ -44,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     add_host(commands.add_parser("serve", help="start ComfyUI with the pack and leave it running; prints the URL"))
     commands.add_parser("test", help="ruff, mypy, then pytest; further arguments go to pytest")
     commands.add_parser("train-tiny", help="train the built-in model; further arguments go to tools.tiny.train")
+    commands.add_parser(
+        "pack-tiny", help="write the built-in model's one file; further arguments go to tools.tiny.pack"
+    )
+    commands.add_parser("evaluate-tiny", help="measure the built-in model and write its card, likewise")
     commands.add_parser("parity", help="compare with diffusers and write docs/parity.md")
     return top
 

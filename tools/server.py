@@ -96,8 +96,10 @@ def running(
             wait_until_ready(server)
             yield server
         except ConnectionError as error:
-            if process.poll() is None:
-                raise
+            try:
+                process.wait(STOPPED_WITHIN)  # its connections close a moment before it is gone
+            except subprocess.TimeoutExpired:
+                raise error from None
             raise crashed(server, "while it was at work") from error
         finally:
             stop(process)

@@ -6,6 +6,7 @@ another graph than the one on the canvas; here, whatever it complains of is an e
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -60,6 +61,7 @@ def with_widget(workflow: Workflow, object_info: ObjectInfo, class_type: str, wi
         present = ", ".join(sorted({node["type"] for node in workflow["nodes"]}))
         raise Problem(f"The workflow has no {class_type}; it has {present}.")
     graph = Graph.from_object_info(object_info)
+    workflow = copy.deepcopy(workflow)  # comfy-cli writes into what it is given, and stamps it against later changes
     for node in nodes:
         try:
             workflow, _ = workflow_ops.set_widget(workflow, graph, node, widget, value)

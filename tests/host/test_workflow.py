@@ -10,7 +10,7 @@ import pytest
 
 from tools.client import Client, GraphError
 from tools.problem import Problem
-from tools.testhost import Host
+from tools.testhost import ROOT, Host
 from tools.workflow import to_prompt, with_widget
 
 templates = pytest.importorskip("comfyui_workflow_templates_json")
@@ -106,6 +106,16 @@ def test_an_unknown_node_is_an_error(object_info: dict[str, Any]) -> None:
     node = {"id": 1, "type": "NoSuchNode", "mode": 0, "widgets_values": [1]}
     with pytest.raises(Problem, match="no node of class NoSuchNode"):
         to_prompt({"nodes": [node], "links": [], "version": 0.4}, object_info)
+
+
+def test_a_workflow_can_be_changed_again_and_again(object_info: dict[str, Any]) -> None:
+    """Each change starts from the workflow as it was, which stays as it is."""
+    workflow = json.loads((ROOT / "example_workflows" / "KOALA-tiny text to image.json").read_text("utf-8"))
+    for text in ("one", "two", "three", "four", "five", "six"):
+        changed = with_widget(workflow, object_info, "KoalaPrompt", "positive", text)
+        (encoder,) = [node for node in changed["nodes"] if node["type"] == "KoalaPrompt"]
+        assert encoder["widgets_values"][0] == text
+    assert workflow == json.loads((ROOT / "example_workflows" / "KOALA-tiny text to image.json").read_text("utf-8"))
 
 
 def test_a_wrong_widget_or_value_is_an_error(object_info: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ def _without(count: int) -> Shapes:
     return {key: found[key] for key in list(found)[: len(found) - count]}
 
 
+TEXT_WEIGHT = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
 BROKEN: dict[str, tuple[Callable[[], Shapes], str, str, str]] = {
     "missing-two": (
         lambda: _without(2),
@@ -52,6 +54,18 @@ BROKEN: dict[str, tuple[Callable[[], Shapes], str, str, str]] = {
         lambda: {**files.unet(KOALA_700M), "conv_out.weight": (4, 320, 1, 1)},
         "F16",
         "1 misshapen (first: conv_out.weight [4, 320, 1, 1] instead of [4, 320, 3, 3])",
+        PUBLISHED + "700m",
+    ),
+    "flat-input": (
+        lambda: {**files.unet(KOALA_700M), "conv_in.weight": (320,)},
+        "F16",
+        "1 misshapen (first: conv_in.weight [320] instead of [320, 4, 3, 3])",
+        PUBLISHED + "700m",
+    ),
+    "flat-text-weight": (
+        lambda: {**files.unet(KOALA_700M), TEXT_WEIGHT: (640,)},
+        "F16",
+        f"1 misshapen (first: {TEXT_WEIGHT} [640] instead of [640, 2048])",
         PUBLISHED + "700m",
     ),
     "five-input-channels": (

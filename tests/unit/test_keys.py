@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -125,6 +126,15 @@ def test_script_leaves_gaps_only_where_layers_are_missing() -> None:
     assert numbers(KOALA_700M, "script", "input_blocks.") == [0, 1, 3, 4, 6, 7]
     assert numbers(KOALA_700M, "comfy", "output_blocks.") == [0, 1, 2, 3, 4, 5]
     assert names(SDXL, "script") == names(SDXL, "comfy")
+
+
+def test_an_upsampler_moves_up_where_there_is_no_transformer_before_it() -> None:
+    """ComfyUI counts the modules of a block: residual layer, transformer if any, upsampler if any."""
+    layout = replace(KOALA_700M, up=((5, 0), (2, 2), (0, 0)))
+    upsampler = "up_blocks.0.upsamplers.0.conv.weight"
+    assert renaming(KOALA_700M, "diffusers", "comfy")[upsampler] == "output_blocks.1.2.conv.weight"
+    assert renaming(layout, "diffusers", "comfy")[upsampler] == "output_blocks.1.1.conv.weight"
+    assert renaming(layout, "diffusers", "script")[upsampler] == "output_blocks.2.2.conv.weight"
 
 
 @pytest.mark.parametrize(("source", "target"), list(permutations(NUMBERINGS, 2)))

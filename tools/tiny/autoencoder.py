@@ -88,7 +88,7 @@ def _start_as_thumbnail(model: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def _pass_levels(before: list[nn.Module], last: nn.Module, frame: float) -> None:
+def _pass_levels(before: list[nn.Conv2d | nn.Linear], last: ResnetBlock2D, frame: float) -> None:
     """Start in a state where a GroupNorm of two channels a group does not erase absolute levels, in place.
 
     Nothing but a group's own mean and spread is lost in GroupNorm. So let the second channel of each pair be minus the

@@ -17,7 +17,7 @@ def write(figures: dict[str, Any], stem: str) -> str:
     first, second, third = autoencoder.Recipe(), text.Recipe(), denoiser.Recipe()
     return f"""# koala-tiny
 
-A text-to-image model of 30 MB that draws a coloured shape on a coloured background. It has KOALA-700M's layout exactly
+A text-to-image model of 28 MB that draws a coloured shape on a coloured background. It has KOALA-700M's layout exactly
 (one layer a block, transformer depths 0, 2, 5, no middle block, SDXL's two text encoders and added conditioning) at a
 tenth of its width, so every graph made for KOALA can be tried and tested with it on any machine. It is for that, not
 for art.
@@ -27,8 +27,9 @@ for art.
 ## Use
 
 Prompts like "a gray koala on a green background". {third.size} x {third.size} pixels, 25 steps, cfg 7.5, Euler,
-leading spacing: KOALA's published base settings. Shapes: {", ".join(SHAPE_NAMES)}. Colours: {", ".join(COLOUR_NAMES)}.
-Parts may be left out ("a star", "a koala on a red background", "red"); a negative prompt works.
+leading spacing: KOALA's published base settings. Shapes: {", ".join(SHAPE_NAMES)}.
+Colours: {", ".join(COLOUR_NAMES)}. Parts may be left out ("a star",
+"a koala on a red background", "red"); a negative prompt works.
 
 ## Measured
 
@@ -77,9 +78,12 @@ what an empty negative prompt means to an SDXL base model.
    on whole pictures. Latents are standardised to SDXL's scaling factor {autoencoder.SCALING_FACTOR}.
 2. Text encoders (32 and 64 wide, 3 layers each, CLIP's tokenizer): {second.steps} steps as
    classifiers of what a caption says, half of the captions among random words; then frozen.
-3. U-Net (7.4 M parameters): {third.small_steps} steps on {third.small_size} px drawings, then {third.steps}
-   on {third.size} px, batch {third.batch}; noise prediction with the loss weighted towards strong noise;
-   averaged weights.
+3. U-Net (7.4 M parameters): {third.small_steps} steps on {third.small_drawings} drawings of {third.small_size} px,
+   then {third.steps} on {third.drawings} of {third.size} px, batch {third.batch}, koalas {third.koalas:g} times
+   as often as other shapes; noise prediction with the loss weighted towards strong noise; averaged weights.
+
+The shipped weights come from one such run that was stopped and continued with changed step counts, and with koalas
+oftener only from step 2200 on: the command makes a model like this one, not the same bytes.
 
 All weights are stored in fp16.
 

@@ -133,7 +133,6 @@ def main(argv: list[str] | None = None) -> int:
     sheet.save(pictures["prompts"][:72], 12, stem.with_name(stem.name + "-sheet.png"))
     pairs = torch.cat([pictures["plain"][:12], pictures["without_red"][:12]])
     sheet.save(pairs, 12, stem.with_name(stem.name + "-negative-red.png"))
-    stem.with_name(stem.name + "-figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     arguments.card.write_text(card.write(figures, stem.name))
     print(json.dumps(figures, indent=2))
     return 0

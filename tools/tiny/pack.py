@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,13 +66,13 @@ def pack(folder: Path, out: Path) -> None:
     os.replace(beside, out)
 
 
-def _differences(first: object, second: object) -> list[str]:
+def _differences(first: Any, second: Any) -> list[str]:
     """Names of tensors that are missing on one side or not equal."""
     one, other = _weights(first), _weights(second)
     return [k for k in one.keys() | other.keys() if k not in one or k not in other or not torch.equal(one[k], other[k])]
 
 
-def _weights(part: object) -> dict[str, torch.Tensor]:
+def _weights(part: Any) -> dict[str, torch.Tensor]:
     module = getattr(part, "first_stage_model", None) or getattr(part, "cond_stage_model", None) or part.model
     return {name: tensor.float() for name, tensor in module.state_dict().items() if name not in UNUSED}
 
