@@ -161,7 +161,7 @@ class KoalaSampler(io.ComfyNode):
             model, True, seed, settings.cfg, positive, negative, sampler, made.sigmas, latent_image
         )
         run = len(made.sigmas) - 1
-        part = "" if run == settings.steps else f", the last {run} of them run"
+        part = "" if run >= settings.steps else f", the last {run} of them run"
         return noted(cls, f"{settings}{part}, {sampler_name}\n{why}", output.result[0])
 
 

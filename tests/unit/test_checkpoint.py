@@ -65,6 +65,13 @@ def test_a_checkpoint_in_one_file(tmp_path: Path, numbering: Numbering) -> None:
     assert (model.identity.variant, model.identity.certain) == (BASE, True)
 
 
+def test_the_built_in_model() -> None:
+    path = Path(__file__).parents[2] / "assets" / "koala-tiny.safetensors"
+    model = inspect_checkpoint(path)
+    assert (model.unet.layout, model.identity.variant, model.identity.certain) == (KOALA_TINY, BASE, True)
+    assert path.stat().st_size <= 32e6
+
+
 def test_parts_may_come_from_any_sdxl_checkpoint(tmp_path: Path) -> None:
     bad = gallery.BAD["sdxl-checkpoint"]
     bad.make(tmp_path / "sdxl.safetensors")
