@@ -21,7 +21,14 @@ from .layout import KOALA_NAMES, Layout, is_subnetwork, name
 from .parts import TextEncoder, read_autoencoder, read_text_encoder
 from .settings import SCHEDULER_CONFIG, Identity, identify, release_for
 
-FLOAT_TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8_e4m3fn", "F8_E5M2": "fp8_e5m2"}
+FLOAT_TYPES = {
+    "F32": ("fp32", 4),
+    "F16": ("fp16", 2),
+    "BF16": ("bf16", 2),
+    "F8_E4M3": ("fp8_e4m3fn", 1),
+    "F8_E5M2": ("fp8_e5m2", 1),
+}
+"""Types that a U-Net's weights may have in a file: our name of each, and bytes a weight."""
 QUANTISED = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant", ".SCB", ".absmax", ".qweight")
 UNET_PREFIX = "model.diffusion_model."
 HEADER_LIMIT = 100_000_000  # the safetensors library's own, in bytes
@@ -153,14 +160,13 @@ def inspect_unet(path: Path) -> UNetFile:
     cover = coverage(layout, numbering, found)
     if not cover.exact:
         raise CheckpointError(_incomplete(path, layout, numbering, cover))
-    width = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
     return UNetFile(
         path=path,
         prefix=prefix,
         layout=layout,
         numbering=numbering,
-        dtype=FLOAT_TYPES[types.most_common(1)[0][0]],
-        bytes=sum(width[kind] * count for kind, count in types.items()),
+        dtype=FLOAT_TYPES[types.most_common(1)[0][0]][0],
+        bytes=sum(FLOAT_TYPES[kind][1] * count for kind, count in types.items()),
         metadata=header.metadata,
     )
 
