@@ -1,0 +1,180 @@
+"""Which SDXL layer each KOALA layer came from: two tables, and every other relation between the two derived from them.
+
+Sources: the shapes force 9 of the 12 blocks of this map, and BK-SDM's published initialiser, which KOALA builds on,
+settles the rest (``up_blocks.i.{resnets,attentions}.1`` come from the teacher's ``.2``, index 0 from index 0).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import TypeVar
+
+from .keys import Numbering, Tensor, tensors
+from .layout import KOALA_1_7B, KOALA_1B, KOALA_700M, SDXL, Block, Layout, blocks, name
+
+KEPT_LAYERS: dict[str, tuple[int, ...]] = {"down": (0,), "up": (0, 2)}
+"""SDXL's index of each layer that a stage on the way down or up kept, in diffusers' numbering."""
+
+KEPT_TRANSFORMERS: dict[Layout, dict[str, tuple[int, ...]]] = {
+    KOALA_700M: {
+        "down_blocks.1.attentions.0": (0, 1),
+        "down_blocks.2.attentions.0": (0, 1, 2, 3, 4),
+        "up_blocks.0.attentions.0": (0, 1, 2, 3, 4),
+        "up_blocks.0.attentions.1": (0, 1, 2, 3, 4),
+        "up_blocks.1.attentions.0": (0, 1),
+        "up_blocks.1.attentions.1": (0, 1),
+    },
+    KOALA_1B: {
+        "down_blocks.1.attentions.0": (0, 1),
+        "down_blocks.2.attentions.0": (0, 1, 2, 3, 4, 5),
+        "mid_block.attentions.0": (0, 1, 2, 3, 4, 5),
+        "up_blocks.0.attentions.0": (0, 1, 2, 3, 4, 5),
+        "up_blocks.0.attentions.1": (0, 1, 2, 3, 4, 5),
+        "up_blocks.1.attentions.0": (0, 1),
+        "up_blocks.1.attentions.1": (0, 1),
+    },
+    KOALA_1_7B: {
+        "down_blocks.1.attentions.0": (0, 1),
+        "down_blocks.2.attentions.0": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+        "mid_block.attentions.0": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+        "up_blocks.0.attentions.0": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+        "up_blocks.0.attentions.1": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+        "up_blocks.1.attentions.0": (0, 1),
+        "up_blocks.1.attentions.1": (0, 1),
+    },
+}
+"""SDXL's index of each transformer block that an attention module kept. That 700M and 1B kept the FIRST five and six of
+ten is an assumption: shapes cannot tell. `python3 dev.py lineage` measures it on real weights and writes this table."""
+
+BlockId = tuple[str, int]
+"""A block as ComfyUI names it while it runs: ("input", 4), ("middle", 0), ("output", 2)."""
+Item = TypeVar("Item")
+
+_LAYER = re.compile(r"^(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\b")
+_TRANSFORMER = re.compile(r"^(.+\.attentions\.\d+)\.transformer_blocks\.(\d+)\b")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A compact U-Net as it was cut out of one with SDXL's layers and the same widths."""
+
+    student: Layout
+    transformers: Mapping[str, tuple[int, ...]]
+    """Attention module of the student (diffusers name) -> the teacher's index of each of its transformer blocks."""
+
+    @property
+    def teacher(self) -> Layout:
+        part = self.student
+        return replace(SDXL, channels=part.channels, context=part.context, added=part.added)
+
+    def ancestor(self, module: str) -> str:
+        """The teacher's name of a module or tensor of the student; diffusers names both."""
+        origin = _LAYER.sub(
+            lambda found: f"{found[1]}_blocks.{found[2]}.{found[3]}.{KEPT_LAYERS[found[1]][int(found[4])]}", module
+        )
+        if inner := _TRANSFORMER.match(module):
+            kept = self.transformers[inner[1]][int(inner[2])]
+            origin = re.sub(r"transformer_blocks\.\d+", f"transformer_blocks.{kept}", origin)
+        return origin
+
+    @cached_property
+    def tensors(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Every tensor of the student, each with the teacher's that it came from."""
+        whole = {tensor.diffusers: tensor for tensor in tensors(self.teacher)}
+        return tuple((tensor, whole[self.ancestor(tensor.diffusers)]) for tensor in tensors(self.student))
+
+    def names(self, numbering: Numbering) -> dict[str, str]:
+        """Tensor name in the teacher -> its name in the student, for what was kept."""
+        return {getattr(whole, numbering): getattr(part, numbering) for part, whole in self.tensors}
+
+    def cut(self, weights: Mapping[str, Item], numbering: Numbering) -> dict[str, Item]:
+        """The student's weights out of the teacher's, same numbering, nothing copied."""
+        return {kept: weights[whole] for whole, kept in self.names(numbering).items()}
+
+    @cached_property
+    def neighbours(self) -> dict[str, str]:
+        """Module of a transformer block that was removed from a kept attention module -> the student's module in the
+        nearest block that was kept (of two, the earlier); diffusers names."""
+        found = {}
+        for part in (tensor.diffusers.rpartition(".")[0] for tensor in tensors(self.student)):
+            if inner := _TRANSFORMER.match(part):
+                module, index, rest = inner[1], int(inner[2]), part[inner.end() :]
+                kept, whole = self.transformers[module], self.ancestor(module)
+                for removed in set(range(_depth(self.teacher, whole))) - set(kept):
+                    if min(range(len(kept)), key=lambda at: (abs(kept[at] - removed), at)) == index:  # noqa: B023
+                        found[f"{whole}.transformer_blocks.{removed}{rest}"] = part
+        return found
+
+    @cached_property
+    def blocks(self) -> dict[BlockId, BlockId]:
+        """Block of the student while it runs -> the teacher's."""
+        whole = {(block.kind, block.part, block.stage, block.layer): block for block in blocks(self.teacher)}
+        found: dict[BlockId, BlockId] = {("input", 0): ("input", 0)}
+        for block in blocks(self.student):
+            layer = block.layer
+            if block.kind == "resnet" and block.part in KEPT_LAYERS:
+                layer = KEPT_LAYERS[block.part][layer]
+            found.setdefault(_block_id(block), _block_id(whole[block.kind, block.part, block.stage, layer]))
+        return found
+
+    @cached_property
+    def attention(self) -> dict[BlockId, tuple[int, ...]]:
+        """Block of the student that has attention -> the teacher's index of each of its transformer blocks."""
+        return {_block_id(block): self.transformers[_attention(block)] for block in blocks(self.student) if block.depth}
+
+    @cached_property
+    def skips(self) -> tuple[int, ...]:
+        """For each skip connection of the student, counted on the way down, the teacher's that its residuals come from.
+
+        By consumer: a skip's residual is added where a block on the way up takes it, and the blocks on the way up know
+        their teacher's. KOALA: 0, 2, 3, 5, 6, 8.
+        """
+        takers = {student[1]: teacher[1] for student, teacher in self.blocks.items() if student[0] == "output"}
+        last, whole_last = len(takers) - 1, sum(map(len, self.teacher.up)) - 1
+        return tuple(whole_last - takers[last - skip] for skip in range(len(takers)))
+
+
+@cache
+def lineage(layout: Layout) -> Lineage:
+    """The lineage of a KOALA layout, at SDXL's widths or at any other.
+
+    Raises ValueError for a layout that no table describes.
+    """
+    kept = KEPT_TRANSFORMERS.get(_at_sdxl_widths(layout))
+    if kept is None:
+        known = ", ".join(map(name, KEPT_TRANSFORMERS))
+        raise ValueError(
+            f"no table says which of SDXL's layers the {name(layout)} kept; known are {known}. "
+            f"Adapters made for SDXL can only be carried over to these."
+        )
+    return Lineage(layout, kept)
+
+
+def is_teacher(layout: Layout) -> bool:
+    """True for SDXL's own layers, at any width."""
+    return _at_sdxl_widths(layout) == SDXL
+
+
+def _at_sdxl_widths(layout: Layout) -> Layout:
+    return replace(layout, channels=SDXL.channels, context=SDXL.context, added=SDXL.added)
+
+
+def _depth(layout: Layout, attention: str) -> int:
+    return next(block.depth for block in blocks(layout) if block.depth and _attention(block) == attention)
+
+
+def _attention(block: Block) -> str:
+    return (
+        "mid_block.attentions.0"
+        if block.part == "middle"
+        else (f"{block.part}_blocks.{block.stage}.attentions.{block.layer}")
+    )
+
+
+def _block_id(block: Block) -> BlockId:
+    if block.part == "middle":
+        return "middle", 0
+    return {"down": "input", "up": "output"}[block.part], block.n
