@@ -28,6 +28,8 @@ MODULES = {
     "pack-tiny": "tools.tiny.pack",
     "evaluate-tiny": "tools.tiny.evaluate",
     "parity": "tools.parity",
+    "transfer": "tools.transfer",
+    "lineage": "tools.lineage",
 }
 PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
 
@@ -54,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("evaluate-tiny", help="measure the built-in model and write its card, likewise")
     commands.add_parser("parity", help="compare with diffusers and write docs/parity.md")
+    commands.add_parser("transfer", help="measure what of SDXL's adapters reaches KOALA and write docs/transfer.md")
+    commands.add_parser("lineage", help="SDXL KOALA [--out FILE]: measure which SDXL layer each KOALA layer came from")
     return top
 
 

@@ -82,18 +82,21 @@ def model_facts(model: comfy.model_patcher.ModelPatcher) -> ModelFacts:
     attached = model.get_attachment(ATTACHMENT)
     if attached is not None:
         return attached
-    network = getattr(model.model, "diffusion_model", None)
-    weights = network.state_dict() if network is not None else {}
-    try:
-        seen = keys.read_layout(_shapes(weights))[0]
-    except (KeyError, ValueError, IndexError):
-        seen = None
+    seen = network_layout(getattr(model.model, "diffusion_model", None))
     if seen not in layout.KOALA_NAMES:
         raise ValueError(
             f"this MODEL is no KOALA ({type(model.model).__name__}); expected a model from KOALA Checkpoint Loader, or "
             f"a KOALA U-Net from a stock loader. For other models use the stock nodes, or the preset custom."
         )
     return assumed_facts(seen, dtype_name(model.model_dtype()), model.model_size())
+
+
+def network_layout(network: torch.nn.Module | None) -> Layout | None:
+    """The layout of a host model's U-Net, None for anything that is not of SDXL's family."""
+    try:
+        return keys.read_layout(_shapes(network.state_dict() if network is not None else {}))[0]
+    except (KeyError, ValueError, IndexError):
+        return None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

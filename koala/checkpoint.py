@@ -34,6 +34,8 @@ UNET_PREFIX = "model.diffusion_model."
 HEADER_LIMIT = 100_000_000  # the safetensors library's own, in bytes
 CLIP_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 VAE_PREFIX = "first_stage_model."
+SCHEDULER_KEY = "koala.config.scheduler"
+"""Metadata in which a single file carries what a folder has in scheduler_config.json, as JSON."""
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
 TEXT_NAMES = ("model.fp16.safetensors", "model.safetensors")
@@ -103,8 +105,8 @@ def label(path: Path) -> str:
     return "/".join(path.parts[-3:]) if published else path.name
 
 
-def read_header(path: Path) -> Header:
-    """Read and check a safetensors header.
+def read_header(path: Path, wanted: str = "KOALA weights") -> Header:
+    """Read and check a safetensors header; ``wanted`` is what an error says was expected in the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,7 +126,7 @@ def read_header(path: Path) -> Header:
         shapes = {key: tuple(value["shape"]) for key, value in header.items()}
         end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise CheckpointError(_not_safetensors(path, size, start + raw[:56])) from None
+        raise CheckpointError(_not_safetensors(path, size, start + raw[:56], wanted)) from None
     if size < end:
         raise CheckpointError(_cut_short(path, size, f"the {end:,}"))
     try:
@@ -133,7 +135,7 @@ def read_header(path: Path) -> Header:
     except SafetensorError as error:
         raise CheckpointError(
             f"{label(path)} is damaged: its header does not describe its {size:,} bytes ({error}); expected a "
-            f".safetensors file of KOALA weights. Fetch the file again."
+            f".safetensors file of {wanted}. Fetch the file again."
         ) from None
     return Header(path, types, shapes, metadata)
 
@@ -174,7 +176,15 @@ def inspect_unet(path: Path) -> UNetFile:
 def inspect_model(path: Path) -> Model:
     """A bare U-Net file or a single-file checkpoint's U-Net, with its variant as far as the file tells it."""
     unet = inspect_unet(path)
-    return Model(unet, identify(unet.metadata, {}, "", label(path)))
+    stated = _parse_json(unet.metadata.get(SCHEDULER_KEY, "{}"), f"{label(path)}: the metadata {SCHEDULER_KEY}")
+    scheduler = {**SCHEDULER_CONFIG, **stated}
+    if scheduler["prediction_type"] != "epsilon":
+        raise CheckpointError(
+            f"{label(path)}: the metadata {SCHEDULER_KEY} asks for {scheduler['prediction_type']} prediction; every "
+            f"KOALA predicts epsilon. Save the model again, or take the published file: "
+            f"{_published_unet(unet.layout, label(path))}"
+        )
+    return Model(unet, identify(unet.metadata, {}, "", label(path)), scheduler)
 
 
 def inspect_checkpoint(path: Path) -> Model:
@@ -358,7 +368,7 @@ def _cut_short(path: Path, size: int, promised: str) -> str:
     )
 
 
-def _not_safetensors(path: Path, size: int, start: bytes) -> str:
+def _not_safetensors(path: Path, size: int, start: bytes, wanted: str) -> str:
     text = start.lstrip().lower()
     if size == 0:
         what = "is empty"
@@ -372,20 +382,23 @@ def _not_safetensors(path: Path, size: int, start: bytes) -> str:
         what = "is a GGUF file, which needs a GGUF loader's node"
     else:
         what = f"is no safetensors file (it begins with {start[:12]!r})"
-    return f"{label(path)} {what}; expected a .safetensors file of KOALA weights. Fetch the published file again."
+    return f"{label(path)} {what}; expected a .safetensors file of {wanted}. Fetch the published file again."
 
 
 def _read_json(path: Path) -> dict[str, object]:
     """A small config file's contents, empty where there is no such file."""
     if not path.is_file():
         return {}
+    return _parse_json(path.read_bytes(), "/".join(path.parts[-3:]))
+
+
+def _parse_json(text: str | bytes, place: str) -> dict[str, object]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(text)
     except ValueError:
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{'/'.join(path.parts[-3:])} holds no JSON object; expected a model's "
-            f"configuration. Restore the published file."
+            f"{place} holds no JSON object; expected a model's configuration. Restore the published file."
         )
     return config

@@ -67,8 +67,7 @@ class Lineage:
 
     @property
     def teacher(self) -> Layout:
-        part = self.student
-        return replace(SDXL, channels=part.channels, context=part.context, added=part.added)
+        return at_widths_of(self.student, SDXL)
 
     def ancestor(self, module: str) -> str:
         """The teacher's name of a module or tensor of the student; diffusers names both."""
@@ -104,7 +103,7 @@ class Lineage:
                 module, index, rest = inner[1], int(inner[2]), part[inner.end() :]
                 kept, whole = self.transformers[module], self.ancestor(module)
                 for removed in set(range(_depth(self.teacher, whole))) - set(kept):
-                    if min(range(len(kept)), key=lambda at: (abs(kept[at] - removed), at)) == index:  # noqa: B023
+                    if min(range(len(kept)), key=lambda at: (abs(kept[at] - removed), at)) == index:
                         found[f"{whole}.transformer_blocks.{removed}{rest}"] = part
         return found
 
@@ -126,6 +125,12 @@ class Lineage:
         return {_block_id(block): self.transformers[_attention(block)] for block in blocks(self.student) if block.depth}
 
     @cached_property
+    def attention_order(self) -> tuple[int, ...]:
+        """For each attention module of the student, in forward order, the teacher's number in the same order."""
+        whole = [_block_id(block) for block in blocks(self.teacher) if block.depth]
+        return tuple(whole.index(self.blocks[block]) for block in self.attention)
+
+    @cached_property
     def skips(self) -> tuple[int, ...]:
         """For each skip connection of the student, counted on the way down, the teacher's that its residuals come from.
 
@@ -143,7 +148,7 @@ def lineage(layout: Layout) -> Lineage:
 
     Raises ValueError for a layout that no table describes.
     """
-    kept = KEPT_TRANSFORMERS.get(_at_sdxl_widths(layout))
+    kept = KEPT_TRANSFORMERS.get(at_widths_of(SDXL, layout))
     if kept is None:
         known = ", ".join(map(name, KEPT_TRANSFORMERS))
         raise ValueError(
@@ -155,11 +160,12 @@ def lineage(layout: Layout) -> Lineage:
 
 def is_teacher(layout: Layout) -> bool:
     """True for SDXL's own layers, at any width."""
-    return _at_sdxl_widths(layout) == SDXL
+    return at_widths_of(SDXL, layout) == SDXL
 
 
-def _at_sdxl_widths(layout: Layout) -> Layout:
-    return replace(layout, channels=SDXL.channels, context=SDXL.context, added=SDXL.added)
+def at_widths_of(model: Layout, layout: Layout) -> Layout:
+    """``layout``'s layers at the widths of ``model``."""
+    return replace(layout, channels=model.channels, context=model.context, added=model.added)
 
 
 def _depth(layout: Layout, attention: str) -> int:

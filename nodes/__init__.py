@@ -2,8 +2,22 @@
 
 from comfy_api.latest import io
 
+from .adapt import KoalaAttentionPatches, KoalaControlNet, KoalaHookLora, KoalaLoraLoader, KoalaUNetSwap
 from .load import KoalaCheckpointLoader, KoalaModelInfo
 from .prompt import KoalaPrompt
 from .sample import KoalaSampler, KoalaScheduler
+from .save import KoalaCheckpointSave
 
-NODES: list[type[io.ComfyNode]] = [KoalaCheckpointLoader, KoalaModelInfo, KoalaPrompt, KoalaScheduler, KoalaSampler]
+NODES: list[type[io.ComfyNode]] = [
+    KoalaCheckpointLoader,
+    KoalaModelInfo,
+    KoalaPrompt,
+    KoalaScheduler,
+    KoalaSampler,
+    KoalaUNetSwap,
+    KoalaLoraLoader,
+    KoalaHookLora,
+    KoalaControlNet,
+    KoalaAttentionPatches,
+    KoalaCheckpointSave,
+]

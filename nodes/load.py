@@ -19,6 +19,7 @@ from ..koala.checkpoint import (
     require_text_width,
 )
 from ..koala.facts import report
+from ..transfer.addons import misplaced
 from .base import CATEGORY, noted
 
 BUILT_IN = "built-in koala-tiny"
@@ -153,7 +154,8 @@ class KoalaModelInfo(io.ComfyNode):
             display_name="KOALA Model Info",
             category=CATEGORY,
             description="Shows a KOALA model's layout, size against SDXL, weight type, variant and how it was told, "
-            "and the settings that it was published with.",
+            "and the settings that it was published with. Names add-ons on it that do nothing on a KOALA, or the wrong "
+            "thing.",
             search_aliases=["koala info", "model details", "koala parameters", "which koala"],
             is_output_node=True,
             inputs=[io.Model.Input("model", tooltip="A KOALA model, from this pack's loader or a stock one.")],
@@ -164,14 +166,17 @@ class KoalaModelInfo(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
         kept = koala_loader.dtype_name(model.model_dtype())
-        text = report(koala_loader.model_facts(model), kept, model.model_size())
+        facts = koala_loader.model_facts(model)
+        text = "\n".join((report(facts, kept, model.model_size()), *misplaced(model, facts.layout)))
         return noted(cls, text, text)
 
 
 def diffusers_folders() -> dict[str, Path]:
-    """Name -> path of every Hugging Face folder (one with a model_index.json) below models/diffusers."""
+    """Name -> path of every Hugging Face folder (one with a model_index.json) below models/diffusers, and of those that
+    KOALA Checkpoint Save wrote below output/diffusers, as the host lists output/checkpoints with its checkpoints."""
     found: dict[str, Path] = {}
-    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+    saved = Path(folder_paths.get_output_directory(), "diffusers")
+    for root in (*map(Path, folder_paths.get_folder_paths("diffusers")), saved):
         for folder, inner, files in os.walk(root, followlinks=True):
             if "model_index.json" in files:
                 found.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))

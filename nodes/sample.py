@@ -12,6 +12,7 @@ from ..koala.layout import name
 from ..koala.schedule import Schedule, schedule
 from ..koala.settings import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala_loader import ATTACHMENT, model_facts
+from ..transfer.addons import require_carried
 from .base import CATEGORY, noted
 
 AUTO, CUSTOM = "auto", "custom"
@@ -151,6 +152,7 @@ class KoalaSampler(io.ComfyNode):
         sampler_name: str,
         denoise: float,
     ) -> io.NodeOutput:
+        require_carried(model, positive, negative)
         settings, why = _settings(model, preset)
         made = _schedule(model, settings.steps, settings.spacing, denoise)
         sampler = comfy.samplers.sampler_object(sampler_name)

@@ -87,6 +87,66 @@ SCHEMAS = {
         width=320,
         room=260,
     ),
+    "KoalaUNetSwap": Schema(
+        slots("model:MODEL"),
+        {"unet_name": ("COMBO", IF_GIVEN), "weight_dtype": ("COMBO", "default")},
+        slots("MODEL:MODEL report:STRING"),
+        width=420,
+        room=160,
+    ),
+    "KoalaLoraLoader": Schema(
+        slots("model:MODEL clip:CLIP"),
+        {
+            "lora_name": ("COMBO", IF_GIVEN),
+            "strength_model": ("FLOAT", 1.0),
+            "strength_clip": ("FLOAT", 1.0),
+            "trained_on": ("COMBO", "auto"),
+            "fold_removed": ("FLOAT", 0.0),
+        },
+        slots("MODEL:MODEL CLIP:CLIP report:STRING"),
+        width=420,
+        room=220,
+    ),
+    "KoalaControlNet": Schema(slots("control_net:CONTROL_NET"), {}, slots("CONTROL_NET:CONTROL_NET"), width=260),
+    "CheckpointLoaderSimple": Schema(
+        {}, {"ckpt_name": ("COMBO", IF_GIVEN)}, slots("MODEL:MODEL CLIP:CLIP VAE:VAE"), width=340
+    ),
+    "CLIPTextEncode": Schema(
+        slots("clip:CLIP"), {"text": ("STRING", "")}, slots("CONDITIONING:CONDITIONING"), width=400, room=100
+    ),
+    "KSampler": Schema(
+        slots("model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT"),
+        {
+            "seed": (SEED, 0),
+            "steps": ("INT", 20),
+            "cfg": ("FLOAT", 8.0),
+            "sampler_name": ("COMBO", "euler"),
+            "scheduler": ("COMBO", "simple"),
+            "denoise": ("FLOAT", 1.0),
+        },
+        slots("LATENT:LATENT"),
+        width=320,
+        room=240,
+    ),
+    "LoadImage": Schema(
+        {},
+        {"image": ("COMBO", "example.png"), "upload": ("IMAGEUPLOAD", "image")},
+        slots("IMAGE:IMAGE MASK:MASK"),
+        width=320,
+        room=320,
+    ),
+    "Canny": Schema(
+        slots("image:IMAGE"), {"low_threshold": ("FLOAT", 0.4), "high_threshold": ("FLOAT", 0.8)}, slots("IMAGE:IMAGE")
+    ),
+    "ControlNetLoader": Schema(
+        {}, {"control_net_name": ("COMBO", IF_GIVEN)}, slots("CONTROL_NET:CONTROL_NET"), width=380
+    ),
+    "ControlNetApplyAdvanced": Schema(
+        slots("positive:CONDITIONING negative:CONDITIONING control_net:CONTROL_NET image:IMAGE"),
+        {"strength": ("FLOAT", 1.0), "start_percent": ("FLOAT", 0.0), "end_percent": ("FLOAT", 1.0)},
+        slots("positive:CONDITIONING negative:CONDITIONING"),
+        width=320,
+    ),
     "EmptyLatentImage": Schema(
         {}, {"width": ("INT", 1024), "height": ("INT", 1024), "batch_size": ("INT", 1)}, slots("LATENT:LATENT")
     ),

@@ -14,7 +14,7 @@ import pytest
 from tools.testhost import ROOT, say
 
 PACK = "koala_pack"
-SHIPPED = ("koala", "koala_loader", "nodes")
+SHIPPED = ("koala", "koala_loader", "koala_saver", "transfer", "nodes")
 CONFIG = str(ROOT / "pyproject.toml")
 
 

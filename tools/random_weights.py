@@ -1,6 +1,7 @@
-"""Full-size KOALA folders with random weights, laid out as published: for tests that need the size, not the meaning.
+"""Full-size models with random weights, laid out as published: for tests that need the size, not the meaning.
 
-They are kept in the cache beside the test host, 6 GB in all, and made once in about a minute.
+KOALA folders, an SDXL checkpoint, and adapters for SDXL. They are kept in the cache beside the test host, 11 GB in all,
+and made once in about two minutes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from koala.checkpoint import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from koala.keys import Shape, tensors
-from koala.layout import KOALA_1B, KOALA_700M, Layout
+from koala.layout import KOALA_1B, KOALA_700M, SDXL, Layout
+from koala.parts import text_name
 from koala.settings import SCHEDULER_CONFIG
-from tools import testhost
+from tools import adapters, testhost
 
 LAYOUTS: dict[str, Layout] = {"koala-700m": KOALA_700M, "koala-1b": KOALA_1B}
 GAIN = 0.7  # keeps activations of a random network near 1
@@ -52,30 +55,48 @@ def folder(name: str) -> Path:
     return _once(name, write)
 
 
+def sdxl_checkpoint() -> Path:
+    """SDXL in one file as it is published, its U-Net in fp8 to be no larger than it must."""
+    shared = _once("sdxl-parts", _write_shared)
+
+    def write(root: Path) -> None:
+        named = {UNET_PREFIX + tensor.comfy: tensor.shape for tensor in tensors(SDXL)}
+        state = {name: weights.to(torch.float8_e4m3fn) for name, weights in _random(named, 3)}
+        for part, prefix in (
+            ("text_encoder/model.fp16", f"{CLIP_PREFIXES[0]}transformer."),
+            ("text_encoder_2/model.fp16", f"{CLIP_PREFIXES[1]}model.transformer."),
+            ("vae/diffusion_pytorch_model", VAE_PREFIX),
+        ):
+            weights = load_file(shared / f"{part}.safetensors")
+            state |= {prefix + (text_name(name) if "text" in part else name): weights[name] for name in weights}
+        _save(state, root / "sd_xl_base_1.0.safetensors")
+
+    return _once("sdxl-checkpoint", write) / "sd_xl_base_1.0.safetensors"
+
+
+def sdxl_lora() -> Path:
+    """An SDXL LoRA as kohya's tools write it, on every matrix of the attention modules."""
+
+    def write(root: Path) -> None:
+        state = adapters.lora(SDXL, only=adapters.in_attention)
+        _save({name: tensor.half() for name, tensor in state.items()}, root / "lora.safetensors")
+
+    return _once("sdxl-lora", write) / "lora.safetensors"
+
+
+def sdxl_controlnet() -> Path:
+    """An SDXL ControlNet of the middle size, with two transformers instead of thirty-four, as diffusers saves it."""
+
+    def write(root: Path) -> None:
+        state = adapters.controlnet(adapters.shallow(SDXL), numbering="diffusers")
+        _save({name: tensor.half() for name, tensor in state.items()}, root / "controlnet.safetensors")
+
+    return _once("sdxl-controlnet", write) / "controlnet.safetensors"
+
+
 def unet_state(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random fp16 weights of a U-Net under its diffusers names."""
     return dict(_random({tensor.diffusers: tensor.shape for tensor in tensors(layout)}, seed))
-
-
-def unet_config(layout: Layout) -> dict[str, object]:
-    """diffusers' ``UNet2DConditionModel`` arguments for a layout with the same depth in all layers of a stage."""
-    depths = [max(stage) for stage in layout.down]
-    cross = [depth > 0 for depth in depths]
-    return {
-        "sample_size": 128,
-        "block_out_channels": list(layout.channels),
-        "layers_per_block": len(layout.down[0]),
-        "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in cross],
-        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(cross)],
-        "mid_block_type": None if layout.middle is None else "UNetMidBlock2DCrossAttn",
-        "transformer_layers_per_block": [max(1, depth) for depth in depths],
-        "attention_head_dim": [max(1, width // 64) for width in layout.channels],
-        "cross_attention_dim": layout.context,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": layout.added,
-    }
 
 
 def _once(name: str, write: Callable[[Path], None]) -> Path:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from koala import keys, parts
 from koala.checkpoint import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
+from koala.export import unet_config
 from koala.settings import SCHEDULER_CONFIG
-from tools.random_weights import unet_config
 
 
 def pipeline(checkpoint: Path, tokenizer: Path) -> Any:

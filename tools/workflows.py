@@ -38,13 +38,31 @@ def published_loader(release: Release) -> Node:
     )
 
 
+def named_file(url: str, folder: str, name: str = "") -> tuple[dict[str, str]]:
+    """A download: where from, into which of the models' folders, and under which name if not its own."""
+    return ({"name": name or url.rpartition("/")[2], "url": url, "directory": folder},)
+
+
+HUB = "https://huggingface.co"
+SDXL_BASE = named_file(
+    f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors", "checkpoints"
+)
+LORA = named_file(f"{HUB}/nerijs/pixel-art-xl/resolve/main/pixel-art-xl.safetensors", "loras")
+CONTROLNET = named_file(
+    f"{HUB}/xinsir/controlnet-canny-sdxl-1.0/resolve/main/diffusion_pytorch_model.safetensors",
+    "controlnet",
+    "controlnet-canny-sdxl-1.0.safetensors",
+)
+
+
 def note(title: str, *paragraphs: str) -> Node:
     return Node("MarkdownNote", {"text": "\n\n".join((f"## {title}", *paragraphs))})
 
 
-def files_of(loader: Node) -> str:
-    """Where the loader's files come from and go, for a note."""
-    rows = (f"- [{model['name']}]({model['url']}) in models/{model['directory']}" for model in loader.models)
+def files_of(*loaders: Node) -> str:
+    """Where the loaders' files come from and go, for a note."""
+    models = (model for loader in loaders for model in loader.models)
+    rows = (f"- [{model['name']}]({model['url']}) in models/{model['directory']}" for model in models)
     return "\n".join(("Files (save each under the name that is written here, then press R):", *rows))
 
 
@@ -136,6 +154,68 @@ def tiny_image_to_image() -> Columns:
     return [[about], [loader, latent], texts, [first, start], [start_saved, encode], [second, end], [end_saved]]
 
 
+def swap_in_an_sdxl_graph(release: Release) -> Columns:
+    settings, unet = release.variant.settings, published_loader(release).models[:1]
+    loader = Node("CheckpointLoaderSimple", {"ckpt_name": SDXL_BASE[0]["name"]}, SDXL_BASE)
+    swap = Node("KoalaUNetSwap", {"model": loader["MODEL"], "unet_name": unet[0]["name"]}, unet)
+    about = note(
+        "KOALA in an SDXL graph",
+        "An SDXL graph of stock nodes with one node put in: **KOALA U-Net Swap** on the MODEL wire. LoRAs, patches and "
+        "sampling changes in front of it go along; CLIP, VAE and everything else stay as they are.",
+        f"The sampler has the settings that {release.name} was published with: {settings}, which stock ComfyUI calls "
+        "euler, ddim_uniform. Bypass the swap (Ctrl+B) to run SDXL itself.",
+        files_of(loader, swap),
+    )
+    texts = [Node("CLIPTextEncode", {"clip": loader["CLIP"], "text": text}) for text in (PROMPT, NEGATIVE)]
+    latent = empty_latent(settings.size)
+    links = {"positive": texts[0]["CONDITIONING"], "negative": texts[1]["CONDITIONING"]}
+    widgets = {"steps": settings.steps, "cfg": settings.cfg, "scheduler": "ddim_uniform"}
+    sampling = Node("KSampler", {"model": swap["MODEL"], **links, "latent_image": latent["LATENT"], **widgets})
+    decode, save = decoded(loader, sampling["LATENT"], "koala-swap")
+    return [[about], [loader, swap], [*texts, latent], [sampling, decode], [save]]
+
+
+def sdxl_lora(release: Release) -> Columns:
+    loader, settings = published_loader(release), release.variant.settings
+    inputs = {"model": loader["MODEL"], "clip": loader["CLIP"], "lora_name": LORA[0]["name"]}
+    lora = Node("KoalaLoraLoader", inputs, LORA)
+    about = note(
+        f"An SDXL LoRA on {release.name}",
+        "**KOALA LoRA Loader** puts each of the LoRA's changes on the KOALA layer that came from the one it was made "
+        "for, and shows how many there were. KOALA has fewer layers, so a strength above 1 may be needed.",
+        files_of(loader, lora),
+    )
+    text = Node("KoalaPrompt", {"clip": lora["CLIP"], "positive": f"pixel art, {PROMPT}", "negative": NEGATIVE})
+    latent = empty_latent(settings.size)
+    links = {"positive": text["positive"], "negative": text["negative"], "latent_image": latent["LATENT"]}
+    sampling = Node("KoalaSampler", {"model": lora["MODEL"], **links})
+    decode, save = decoded(loader, sampling["LATENT"], "koala-lora")
+    return [[about], [loader, lora], [text, latent], [sampling, decode], [save]]
+
+
+def sdxl_controlnet(release: Release) -> Columns:
+    loader, settings = published_loader(release), release.variant.settings
+    control = Node("ControlNetLoader", {"control_net_name": CONTROLNET[0]["name"]}, CONTROLNET)
+    fitted = Node("KoalaControlNet", {"control_net": control["CONTROL_NET"]})
+    about = note(
+        f"An SDXL ControlNet on {release.name}",
+        "**KOALA ControlNet**, between the ControlNet's loader and Apply ControlNet, carries its residuals to KOALA's "
+        "skip connections. Union ControlNets and T2I-Adapters for SDXL go through it likewise.",
+        "Load a picture of your own; its edges are what is drawn along.",
+        files_of(loader, control),
+    )
+    image = Node("LoadImage")
+    edges = Node("Canny", {"image": image["IMAGE"]})
+    text = prompt(loader, PROMPT, NEGATIVE)
+    links = {"positive": text["positive"], "negative": text["negative"], "image": edges["IMAGE"]}
+    applied = Node("ControlNetApplyAdvanced", {**links, "control_net": fitted["CONTROL_NET"], "strength": 0.8})
+    latent = empty_latent(settings.size)
+    sampling = sampler(loader, applied, latent["LATENT"])
+    decode, save = decoded(loader, sampling["LATENT"], "koala-controlnet")
+    columns = [[about], [loader, control, image], [text, fitted, edges], [applied, latent], [sampling, decode], [save]]
+    return columns
+
+
 def workflows() -> dict[str, dict[str, Any]]:
     """Every shipped workflow by its title, which is its file's stem and what the canvas lists it as."""
     released = {release.name: release for release in RELEASES}
@@ -146,6 +226,9 @@ def workflows() -> dict[str, dict[str, Any]]:
         f"KOALA-Lightning text to image ({lightning.variant.settings.steps} steps)": published_text_to_image(lightning),
         "KOALA-700M with SamplerCustom": sampler_custom(base),
         "KOALA-tiny image to image": tiny_image_to_image(),
+        "KOALA-700M in an SDXL graph": swap_in_an_sdxl_graph(base),
+        "KOALA-700M with an SDXL LoRA": sdxl_lora(base),
+        "KOALA-700M with an SDXL ControlNet": sdxl_controlnet(base),
     }
     return {title: canvas(title, columns) for title, columns in graphs.items()}
 

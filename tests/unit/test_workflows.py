@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +17,7 @@ from tools.workflows import FOLDER, as_text, workflows
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
 README = (ROOT / "README.md").read_text("utf-8")
 TITLE_HEIGHT = 30  # pixels that a node's title stands above its position
-MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae"}
+MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae", "checkpoints", "loras", "controlnet"}
 
 
 @pytest.fixture(params=sorted(FILES))
@@ -77,8 +78,8 @@ def test_downloads_are_what_the_widgets_ask_for(workflow: dict[str, Any]) -> Non
         files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
         assert [model["name"] for model in models] == files
         for model in models:
-            repository, _, path = model["url"].removeprefix("https://huggingface.co/etri-vilab/").partition("/")
-            assert repository in {release.name for release in RELEASES}
+            owner, repository, path = model["url"].removeprefix("https://huggingface.co/").split("/", 2)
+            assert owner != "etri-vilab" or repository in {release.name for release in RELEASES}
             assert path.startswith("resolve/main/")
             assert model["directory"] in MODEL_FOLDERS
 
@@ -106,8 +107,13 @@ def test_readme_has_every_release_under_a_name_that_is_recognised() -> None:
 
 
 def test_every_node_has_a_help_page() -> None:
-    own = {name for name in SCHEMAS if name.startswith("Koala")}
+    own = {
+        name
+        for path in (ROOT / "nodes").glob("*.py")
+        for name in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))
+    }
     assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == own
+    assert {name for name in SCHEMAS if name.startswith("Koala")} <= own
 
 
 @pytest.mark.parametrize("inputs", [{}, {"model": 1}, {"modle": 1}])

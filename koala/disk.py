@@ -1,0 +1,131 @@
+"""Weights onto the disk, whole or not at all: written beside their place, then given their name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SYSTEM_ERRORS = (
+    re.compile(r"I/O error: (?P<text>.*) \(os error (?P<code>\d+)\)"),
+    re.compile(r'code: (?P<code>\d+), .*message: "(?P<text>.*)"'),
+)
+"""How the safetensors library words an error of the operating system: from version 0.6 on, and before."""
+
+
+class SaveError(OSError):
+    """Something could not be written; the first line names it, what happened and what to do. Nothing is left behind."""
+
+    __module__ = "koala"  # the host prefixes an error's text with this; a pack's true module name is a path
+
+
+@contextmanager
+def written_whole(target: Path, size: int) -> Iterator[Path]:
+    """Yield a path beside ``target`` to write a file or folder of about ``size`` bytes to; it then gets its name.
+
+    Whatever is raised inside, what was written is deleted; a file that has the name already stays as it is.
+
+    Raises SaveError in place of any OSError, such as a full disk, and before anything is written where the disk has too
+    little room.
+    """
+    aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        free = shutil.disk_usage(target.parent).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"{_gigabytes(free)} are free")
+        yield aside
+        _rename(aside, target)
+    except OSError as error:
+        _delete(aside)
+        raise SaveError(_reason(target, size, error)) from error
+    except BaseException:
+        _delete(aside)
+        raise
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a new safetensors file. Raises OSError where it cannot be written, or is there already."""
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, dict(metadata))
+    except SafetensorError as error:
+        raise _system_error(str(error)) from error
+    if path.stat().st_mode != mode:  # from 0.8 on the library puts a file of its own, its owner's alone, in the place
+        path.chmod(mode)
+    _flush(path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small new file. Raises OSError where it cannot be written, or is there already."""
+    with path.open("xb") as file:
+        file.write(content)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself, so that no power cut leaves a name over missing data."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _system_error(said: str) -> OSError:
+    """The operating system's error in the safetensors library's words."""
+    for found in filter(None, (pattern.search(said) for pattern in SYSTEM_ERRORS)):
+        code = int(found["code"])
+        return OSError(code, found["text"], None, code)  # the last is Windows' number; other systems ignore it
+    return OSError(said)
+
+
+def _rename(aside: Path, target: Path) -> None:
+    """Give a finished file or folder its name; raises FileExistsError where something has it."""
+    if aside.is_file():
+        try:
+            os.link(aside, target)  # fails where the name is taken; a rename would overwrite
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            pass
+        else:
+            aside.unlink()
+            return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "the name is taken", str(target))
+    aside.rename(target)
+
+
+def _delete(aside: Path) -> None:
+    with suppress(OSError):  # what led here matters more than a failure to tidy up
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def _reason(target: Path, size: int, error: OSError) -> str:
+    if error.errno in FULL:
+        return (
+            f"no space left for {target.name}: {_gigabytes(size)} needed in {target.parent} ({error.strerror}). "
+            f"Free space there and run again; nothing was left behind."
+        )
+    if isinstance(error, FileExistsError):
+        return f"{target.name} is in {target.parent} already and was left as it is. Run again, or choose another name."
+    return (
+        f"{target.name} could not be written in {target.parent}: {error.strerror or error}. "
+        f"Make the folder writable, or choose another one, and run again; nothing was left behind."
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,102 @@
+"""Where a graph may end: KOALA Checkpoint Save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io
+
+from .. import koala_loader, koala_saver
+from .base import CATEGORY, noted
+
+CHECKPOINT = "checkpoint"
+FOLDER = "diffusers folder"
+
+
+def _prefix_input(default: str, tooltip: str) -> io.String.Input:
+    return io.String.Input("filename_prefix", default=default, tooltip=tooltip)
+
+
+class KoalaCheckpointSave(io.ComfyNode):
+    """Writes a KOALA with its patches to disk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KoalaCheckpointSave",
+            display_name="KOALA Checkpoint Save",
+            category=CATEGORY,
+            description="Saves a KOALA, LoRAs and merges baked in, as one .safetensors file or as a diffusers folder. "
+            "What is known of it (variant, schedule) is saved with it. Never overwrites a file.",
+            search_aliases=["save koala", "export koala", "save model", "save checkpoint", "bake lora", "diffusers"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A KOALA model; LoRAs and merges become part of the saved weights."),
+                io.DynamicCombo.Input(
+                    "format",
+                    tooltip="checkpoint: one file in ComfyUI's numbering. diffusers folder: as on Hugging Face.",
+                    options=[
+                        io.DynamicCombo.Option(
+                            CHECKPOINT,
+                            [
+                                _prefix_input(
+                                    "checkpoints/KOALA",
+                                    "Name below the output folder; a number is added. output/checkpoints is one of the "
+                                    "loaders' folders. For a U-Net alone take diffusion_models/KOALA.",
+                                )
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            FOLDER,
+                            [
+                                _prefix_input(
+                                    "diffusers/KOALA", "Name of the folder below the output folder; a number is added."
+                                )
+                            ],
+                        ),
+                    ],
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(koala_loader.WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="Type of the saved weights. default: as ComfyUI holds them in memory. fp8_e4m3fn is for "
+                    "the U-Net's matrices, the rest and the text encoders are then fp16. The VAE always keeps its "
+                    "own type.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Text encoders. A checkpoint without CLIP and VAE is the U-Net alone; a folder needs both.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Autoencoder; connect it together with CLIP."),
+            ],
+            outputs=[io.String.Output(display_name="name", tooltip="What was written, below the output folder.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, format: dict[str, str], weight_dtype: str, clip: Any = None, vae: Any = None
+    ) -> io.NodeOutput:
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
+            format["filename_prefix"], folder_paths.get_output_directory()
+        )
+        as_folder = format["format"] == FOLDER
+        target = Path(folder, f"{stem}_{counter:05}_" + ("" if as_folder else ".safetensors"))
+        save = koala_saver.save_folder if as_folder else koala_saver.save_checkpoint
+        save(target, model, clip, vae, weight_dtype, _graph(cls))
+        written = Path(subfolder, target.name).as_posix()
+        return noted(cls, f"saved as {written}", written)
+
+
+def _graph(node: type[io.ComfyNode]) -> dict[str, str]:
+    """The workflow as metadata, as core's CheckpointSave writes it; empty where the server was told to write none."""
+    if args.disable_metadata or not node.hidden:
+        return {}
+    found = {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
+    return {key: json.dumps(content) for key, content in found.items() if content is not None}

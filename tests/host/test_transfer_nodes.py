@@ -1,0 +1,145 @@
+"""KOALA in a graph of stock SDXL nodes, and SDXL's LoRAs on it, in the real server."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors.torch import save_file
+
+from koala.layout import KOALA_TINY, SSD_1B
+from koala.lineage import at_widths_of
+from tests.host.test_example_workflows import SIDE, place_files, shortened
+from tools import adapters
+from tools.client import Client, GraphError, Prompt
+from tools.server import Server
+from tools.testhost import ROOT, Host
+from tools.workflow import to_prompt
+
+SWAP = ROOT / "example_workflows" / "KOALA-700M in an SDXL graph.json"
+LORA = ROOT / "example_workflows" / "KOALA-700M with an SDXL LoRA.json"
+
+
+@pytest.fixture
+def graph(server: Server, client: Client, host: Host) -> Prompt:
+    """The shipped SDXL graph with the swap in it, small; its files and the LoRA's are in their folders."""
+    for path in (LORA, SWAP):
+        workflow = json.loads(path.read_text("utf-8"))
+        place_files(workflow, server, host)
+    info = client.object_info()
+    return to_prompt(shortened(workflow, info), info)
+
+
+def number(prompt: Prompt, class_type: str) -> str:
+    return next(key for key, node in prompt.items() if node["class_type"] == class_type)
+
+
+def rewired(prompt: Prompt, to_swap: list[Any], to_sampler: list[Any], **further: Any) -> Prompt:
+    """The graph with other wires into the swap's and the sampler's model, and nodes added."""
+    changed: Prompt = json.loads(json.dumps(prompt)) | further
+    changed[number(prompt, "KoalaUNetSwap")]["inputs"]["model"] = to_swap
+    changed[number(prompt, "KSampler")]["inputs"]["model"] = to_sampler
+    return changed
+
+
+def picture(client: Client, prompt: Prompt) -> Image.Image:
+    (image,) = client.run(prompt).images()
+    return Image.open(io.BytesIO(client.view(image))).convert("RGB")
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return ImageChops.difference(one, other).getbbox() is None
+
+
+@pytest.mark.slow
+def test_a_stock_graph_runs_with_and_without_the_swap_and_loras_go_along(graph: Prompt, client: Client) -> None:
+    loader, swap = number(graph, "CheckpointLoaderSimple"), number(graph, "KoalaUNetSwap")
+    sdxl = rewired(graph, [loader, 0], [loader, 0])
+    del sdxl[swap]
+    assert not any(node["class_type"].startswith("Koala") for node in sdxl.values())
+    sdxls = picture(client, sdxl)
+    lora = {"lora_name": "pixel-art-xl.safetensors", "strength_model": 0.8, "strength_clip": 1.0}
+    before = {"class_type": "LoraLoader", "inputs": {"model": [loader, 0], "clip": [loader, 1], **lora}}
+    koalas = picture(client, graph)
+    upstream = picture(client, rewired(graph, ["90", 0], [swap, 0], **{"90": before}))
+    inputs = {"model": [swap, 0], "clip": [loader, 1], **lora, "trained_on": "auto", "fold_removed": 0.0}
+    after = {"class_type": "KoalaLoraLoader", "inputs": inputs}
+    downstream = picture(client, rewired(graph, [loader, 0], ["91", 0], **{"91": after}))
+    assert {image.size for image in (sdxls, koalas, upstream, downstream)} == {(SIDE, SIDE)}
+    assert same(upstream, downstream)
+    assert not same(sdxls, koalas)
+    assert not same(koalas, upstream)
+
+
+def lora_graph(file: str) -> Prompt:
+    return {
+        "1": {
+            "class_type": "KoalaCheckpointLoader",
+            "inputs": {"source": "built-in koala-tiny", "weight_dtype": "default"},
+        },
+        "2": {
+            "class_type": "KoalaLoraLoader",
+            "inputs": {
+                "model": ["1", 0],
+                "clip": ["1", 1],
+                "lora_name": file,
+                "strength_model": 1.0,
+                "strength_clip": 1.0,
+                "trained_on": "auto",
+                "fold_removed": 0.0,
+            },
+        },
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 2]}},
+    }
+
+
+def place_lora(server: Server, file: str, state: dict[str, torch.Tensor]) -> Path:
+    path = server.base / "models" / "loras" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+    return path
+
+
+def test_the_loras_coverage_is_shown_on_the_node(server: Server, client: Client) -> None:
+    place_lora(server, "small.safetensors", adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention))
+    shown = client.run(lora_graph("small.safetensors")).outputs["2"]["text"]
+    assert "U-Net on koala-tiny: 222 applied, 500 removed with KOALA's missing layers" in shown[0]
+
+
+def flux() -> dict[str, torch.Tensor]:
+    module = "lora_unet_double_blocks_0_img_attn_qkv"
+    return {f"{module}.lora_up.weight": torch.ones(12, 4), f"{module}.lora_down.weight": torch.ones(4, 8)}
+
+
+def stable_diffusion_15() -> dict[str, torch.Tensor]:
+    module = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    return {f"{module}.lora_up.weight": torch.ones(640, 4), f"{module}.lora_down.weight": torch.ones(4, 768)}
+
+
+def ssd_1b() -> dict[str, torch.Tensor]:
+    return adapters.lora(at_widths_of(KOALA_TINY, SSD_1B), only=adapters.in_attention)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (stable_diffusion_15, "odd.safetensors is a LoRA for Stable Diffusion 1.x (text width 768, not 96)"),
+        (flux, "odd.safetensors is a LoRA for Flux"),
+        (ssd_1b, "odd.safetensors is a LoRA for SSD-1B (it has exactly its transformer blocks)"),
+        (lambda: {"decoder.conv_in.weight": torch.ones(4, 4, 3, 3)}, "odd.safetensors is a VAE; expected a LoRA"),
+        (None, "odd.safetensors is cut short"),
+    ],
+    ids=["SD 1.5", "Flux", "SSD-1B", "VAE", "corrupt"],
+)
+def test_a_person_reads_what_a_wrong_lora_is(make: Any, words: str, server: Server, client: Client) -> None:
+    path = place_lora(server, "odd.safetensors", (make or flux)())
+    if make is None:
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(GraphError) as caught:
+        client.run(lora_graph("odd.safetensors"))
+    assert words in str(caught.value).splitlines()[0]

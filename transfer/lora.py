@@ -1,0 +1,73 @@
+"""LoRA files -> patches on a KOALA MODEL and its CLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.hooks
+import comfy.lora
+import comfy.utils
+
+from ..koala.checkpoint import CheckpointError
+from ..koala.lora import Plan, TrainedOn, inspect_lora, renamed, report
+from ..koala_loader import model_facts
+
+
+class Applied(NamedTuple):
+    """A MODEL and a CLIP with a LoRA, and what became of each of its modules."""
+
+    model: Any
+    clip: Any
+    plan: Plan
+    report: str
+
+
+def apply_lora(
+    model: Any,
+    clip: Any,
+    path: Path,
+    strength_model: float,
+    strength_clip: float,
+    fold: float = 0.0,
+    trained_on: TrainedOn = "auto",
+) -> Applied:
+    """Clones of MODEL and CLIP with a LoRA file applied. ``fold`` is the weight with which changes of removed
+    transformer blocks go to their neighbours, 0 leaves them out.
+
+    Raises what ``inspect_lora`` raises, and CheckpointError where nothing at all would be applied.
+    """
+    plan, weights = _read(model, path, trained_on, fold != 0)
+    patched, patched_clip = model.clone(), clip.clone()
+    own = comfy.lora.model_lora_keys_unet(patched.model, {})
+    for names, strength in ((plan.names, 1.0), *((names, fold) for names in plan.folds)):
+        loaded = comfy.lora.load_lora(renamed(weights, names), own)
+        patched.add_patches(loaded, strength_model * strength)
+    keys = comfy.lora.model_lora_keys_clip(patched_clip.cond_stage_model, {})
+    text = comfy.lora.load_lora({key: weights[key] for key in plan.text}, keys, log_missing=False)
+    applied = len(patched_clip.add_patches(text, strength_clip))
+    if not (plan.names or plan.folds or applied):
+        raise CheckpointError(
+            f"{plan.file}: none of its {plan.text_modules} modules belongs to these text encoders, and it has none for "
+            f"the U-Net; expected a LoRA for SDXL or for KOALA. Leave this LoRA out."
+        )
+    said = f"{applied} of {plan.text_modules} applied" if plan.text else "none"
+    return Applied(patched, patched_clip, plan, report(plan, said))
+
+
+def hook_lora(
+    model: Any, path: Path, strength_model: float, strength_clip: float, trained_on: TrainedOn = "auto"
+) -> tuple[Any, Plan]:
+    """A LoRA as core's hooks (scheduled, masked), under names that core itself binds to the right KOALA layers."""
+    plan, weights = _read(model, path, trained_on, False)
+    named = renamed(weights, plan.names) | {key: weights[key] for key in plan.text}
+    return comfy.hooks.create_hook_lora(named, strength_model, strength_clip), plan
+
+
+def hook_report(plan: Plan) -> str:
+    return report(plan, f"{plan.text_modules} for the CLIP that the hooks are set on" if plan.text else "none")
+
+
+def _read(model: Any, path: Path, trained_on: TrainedOn, fold: bool) -> tuple[Plan, dict[str, Any]]:
+    plan = inspect_lora(path, model_facts(model).layout, trained_on, fold)
+    return plan, comfy.utils.load_torch_file(str(path), safe_load=True)
