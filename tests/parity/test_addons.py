@@ -16,11 +16,11 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 from koala_pack.koala.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
-from koala_pack.koala.lineage import lineage
+from koala_pack.koala.lineage import KEPT_TRANSFORMERS, Lineage, lineage
 from koala_pack.nodes.adapt import KoalaAttentionPatches
 from koala_pack.nodes.load import KoalaModelInfo
 from koala_pack.nodes.sample import KoalaSampler
-from koala_pack.transfer.attention import Rebound
+from koala_pack.transfer.attention import Rebound, as_teacher
 from koala_pack.transfer.lora import apply_lora
 
 from tools import adapters, parity, transfer
@@ -94,6 +94,42 @@ def test_every_number_that_a_patch_asks_for_is_sdxls() -> None:
     assert asked == {
         (*line.blocks[block], there, order[block]) for block, kept in line.attention.items() for there in kept
     }
+
+
+def test_several_patches_in_one_block_are_told_the_same_numbers() -> None:
+    seen: dict[str, list[Any]] = {"attn1": [], "attn2": [], "block": [], "after": []}
+
+    def attention_patch(kind: str) -> Any:
+        def patch(n: Any, context: Any, value: Any, options: dict[str, Any]) -> Any:
+            seen[kind].append((*options["block"], options["block_index"], options["transformer_index"]))
+            return n, context, value
+
+        return patch
+
+    def block_patch(kind: str) -> Any:
+        def patch(h: Any, options: dict[str, Any]) -> Any:
+            seen[kind].append(options["block"])
+            return h
+
+        return patch
+
+    model = koala().clone()
+    model.set_model_attn1_patch(attention_patch("attn1"))
+    model.set_model_attn2_patch(attention_patch("attn2"))
+    model.set_model_input_block_patch(block_patch("block"))
+    model.set_model_input_block_patch_after_skip(block_patch("after"))
+    transfer.sample(bind(model)[0], transfer.conditioning(KOALA_TINY))
+    assert seen["attn1"] == seen["attn2"]
+    assert seen["block"] == seen["after"]
+    assert set(seen["block"]) == {("input", block) for block in (0, 1, 3, 4, 6, 7)}
+
+
+def test_the_number_inside_a_block_follows_the_table() -> None:
+    odd = {**KEPT_TRANSFORMERS[KOALA_700M], "up_blocks.0.attentions.1": (0, 3, 4, 7, 9)}
+    here = {"block": ("output", 1), "block_index": 3, "transformer_index": 3}
+    there = {"block": ("output", 2), "block_index": 7, "transformer_index": 7}
+    assert as_teacher(Lineage(KOALA_700M, odd), here) == there
+    assert as_teacher(Lineage(KOALA_700M, odd), {"block": ("middle", 0)}) == {}
 
 
 def test_the_host_reaches_through_to_the_patch() -> None:
