@@ -48,6 +48,12 @@ def assumed_facts(layout: Layout, dtype: str, size: int) -> ModelFacts:
     return ModelFacts("another loader", layout, dtype, size, identity, SCHEDULER_CONFIG)
 
 
+def badge(facts: ModelFacts) -> str:
+    """The model in a few words, to be shown on a node."""
+    millions = parameters(facts.layout) / 1e6
+    return f"{name(facts.layout)} {facts.identity.variant.name} · {millions:,.0f}M · {_percent(facts)} of SDXL"
+
+
 def report(facts: ModelFacts, kept_dtype: str, kept_bytes: int) -> str:
     """A short text for a person: one fact a line. ``kept_...``: how the host keeps the U-Net's weights in memory."""
     settings = facts.settings

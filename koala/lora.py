@@ -147,20 +147,28 @@ def _upright(weights: Mapping[str, Tensor], magnitude: str) -> Tensor:
     return weights[magnitude].reshape(-1, *[1] * ((2 if down is None else down.ndim) - 1))
 
 
-def report(plan: Plan, text: str) -> str:
-    """What became of a LoRA, for a person: a summary, and a line for each stage. ``text`` tells of its text part."""
+def summary(plan: Plan, text: str) -> str:
+    """What became of a LoRA, for a person, in a few lines. ``text`` tells of its text part."""
     lines = [plan.file]
     if plan.origin:
         lines.append(f"trained on {plan.origin.model}: {plan.origin.evidence}")
         lines.append(f"U-Net on {name(plan.target)}: {_counts(Counter(module.outcome for module in plan.modules))}")
-        stages = dict.fromkeys(module.stage for module in plan.modules)
-        for stage in sorted(stages, key=STAGES.index):
-            found = Counter(module.outcome for module in plan.modules if module.stage == stage)
-            lines.append(f"  {stage}: {_counts(found)}")
     unknown = [module.name for module in plan.modules if module.outcome == "unknown"]
     if unknown:
         lines.append(f"unknown modules: {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}")
     return "\n".join((*lines, f"{TEXT_STAGE}: {text}"))
+
+
+def report(plan: Plan, text: str) -> str:
+    """The summary, and a line for each stage."""
+    stages = (f"  {stage}: {_counts(found)}" for stage, found in coverage(plan).items())
+    return "\n".join((summary(plan, text), *stages))
+
+
+def coverage(plan: Plan) -> dict[str, dict[Outcome, int]]:
+    """How many modules of each stage had which outcome, in the order of a forward pass."""
+    stages = sorted({module.stage for module in plan.modules}, key=STAGES.index)
+    return {stage: {outcome: count for outcome in _WORDS if (count := plan.count(outcome, stage))} for stage in stages}
 
 
 _WORDS: dict[Outcome, str] = {
@@ -172,8 +180,8 @@ _WORDS: dict[Outcome, str] = {
 }
 
 
-def _counts(found: Counter[Outcome]) -> str:
-    return ", ".join(f"{found[outcome]} {words}" for outcome, words in _WORDS.items() if found[outcome])
+def _counts(found: Mapping[Outcome, int]) -> str:
+    return ", ".join(f"{found[outcome]} {words}" for outcome, words in _WORDS.items() if found.get(outcome))
 
 
 STAGES = ("ends", "down 1", "down 2", "down 3", "middle", "up 1", "up 2", "up 3", "unknown")

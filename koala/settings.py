@@ -52,6 +52,9 @@ class Variant:
     settings: Settings
 
 
+STOCK_SCHEDULERS: dict[Spacing, str] = {"leading": "ddim_uniform", "trailing": "simple"}
+"""ComfyUI's own scheduler that comes nearest to a spacing; the same sigmas for step counts that divide 1000."""
+
 BASE = Variant("base", Settings(25, 7.5, "leading"))
 LIGHTNING = Variant("lightning", Settings(10, 3.5, "trailing"))
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (BASE, LIGHTNING)}

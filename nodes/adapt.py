@@ -11,13 +11,16 @@ from comfy_api.latest import io
 
 from .. import koala_loader
 from ..koala.checkpoint import inspect_model
+from ..koala.facts import badge
 from ..koala.layout import name
 from ..koala.lineage import lineage
+from ..koala.lora import coverage, report, summary
+from ..koala.settings import STOCK_SCHEDULERS, identify
 from ..transfer import attention
 from ..transfer.control import adapt
-from ..transfer.lora import apply_lora, hook_lora, hook_report
+from ..transfer.lora import apply_lora, hook_lora
 from ..transfer.swap import swap
-from .base import CATEGORY, noted
+from .base import CATEGORY, SHOWS, fingerprint, shown
 
 ADAPT = f"{CATEGORY}/SDXL add-ons"
 LORA_STRENGTH = 20.0
@@ -28,20 +31,22 @@ class KoalaUNetSwap(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        files = folder_paths.get_filename_list("diffusion_models")
         return io.Schema(
             node_id="KoalaUNetSwap",
             display_name="KOALA U-Net Swap",
             category=ADAPT,
             description="Puts a KOALA U-Net in the place of SDXL's in a graph that you have: put it on the MODEL wire, "
             "behind the SDXL loader or behind its LoRAs and patches. What the SDXL model bears goes along, each change "
-            "to the layer that it belongs to; CLIP, VAE, ControlNets and samplers stay as they are.",
+            "to the layer that it belongs to; CLIP, VAE and samplers stay as they are. ControlNets need KOALA ControlNet.",
             search_aliases=["swap sdxl", "replace unet", "sdxl to koala", "fast sdxl", "sdxl lite", "koala unet"],
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model from any loader, with LoRAs and patches as you like."),
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=files,
                     tooltip="KOALA's U-Net, as published in unet/, from models/diffusion_models.",
+                    extra_dict={"koala_published": {file: _published(file) for file in files}},
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -55,14 +60,32 @@ class KoalaUNetSwap(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The KOALA model, bearing what the SDXL model bore."),
                 io.String.Output(display_name="report", tooltip="What was carried over and what was not, and why."),
             ],
-            hidden=[io.Hidden.unique_id],
+            **SHOWS,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str = "", **_: Any) -> str:
+        """Changes when the file is replaced on disk under the same name."""
+        return fingerprint(*_found("diffusion_models", unet_name))
 
     @classmethod
     def execute(cls, model: Any, unet_name: str, weight_dtype: str) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
-        swapped = swap(model, koala_loader.load_unet(inspect_model(path), path.name, weight_dtype))
-        return noted(cls, swapped.report, swapped.model, swapped.report)
+        koala = koala_loader.load_unet(inspect_model(path), path.name, weight_dtype)
+        swapped = swap(model, koala)
+        return shown(swapped.report, swapped.model, swapped.report, badge=badge(koala_loader.model_facts(koala)))
+
+
+def _published(file: str) -> dict[str, Any]:
+    """KSampler's widgets as a U-Net of that file's name was published: what the canvas sets when it swaps one in."""
+    settings = identify({}, {}, "", file).variant.settings
+    scheduler = STOCK_SCHEDULERS[settings.spacing]
+    return {"steps": settings.steps, "cfg": settings.cfg, "sampler_name": "euler", "scheduler": scheduler}
+
+
+def _found(folder: str, file: str) -> list[Path]:
+    path = folder_paths.get_full_path(folder, file) if file else None
+    return [Path(path)] if path else []
 
 
 def _lora_inputs() -> list[io.Input]:
@@ -135,8 +158,13 @@ class KoalaLoraLoader(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="The text encoders with the LoRA."),
                 io.String.Output(display_name="report", tooltip="How many modules were applied and how many not, why."),
             ],
-            hidden=[io.Hidden.unique_id],
+            **SHOWS,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str = "", **_: Any) -> str:
+        """Changes when the file is replaced on disk under the same name."""
+        return fingerprint(*_found("loras", lora_name))
 
     @classmethod
     def execute(
@@ -151,7 +179,10 @@ class KoalaLoraLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         applied = apply_lora(model, clip, path, strength_model, strength_clip, fold_removed, trained_on)
-        return noted(cls, applied.report, applied.model, applied.clip, applied.report)
+        plan, text = applied.plan, applied.text
+        return shown(
+            summary(plan, text), applied.model, applied.clip, report(plan, text), coverage=coverage(applied.plan)
+        )
 
 
 class KoalaHookLora(io.ComfyNode):
@@ -173,11 +204,18 @@ class KoalaHookLora(io.ComfyNode):
                 _trained_on_input(),
             ],
             outputs=[
-                io.Hooks.Output(display_name="HOOKS", tooltip="For Set CLIP Hooks, Cond Set Props and Hook Keyframes."),
+                io.Hooks.Output(
+                    display_name="HOOKS", tooltip="For Set CLIP Hooks, Cond Set Props and Set Hook Keyframes."
+                ),
                 io.String.Output(display_name="report", tooltip="How many modules will be applied and how many not."),
             ],
-            hidden=[io.Hidden.unique_id],
+            **SHOWS,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str = "", **_: Any) -> str:
+        """Changes when the file is replaced on disk under the same name."""
+        return fingerprint(*_found("loras", lora_name))
 
     @classmethod
     def execute(
@@ -190,10 +228,10 @@ class KoalaHookLora(io.ComfyNode):
         prev_hooks: Any | None = None,
     ) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
-        hooks, plan = hook_lora(model, path, strength_model, strength_clip, trained_on)
-        text = hook_report(plan)
+        hooks, plan, text = hook_lora(model, path, strength_model, strength_clip, trained_on)
         before = prev_hooks if prev_hooks is not None else comfy.hooks.HookGroup()
-        return noted(cls, text, before.clone_and_combine(hooks), text)
+        combined = before.clone_and_combine(hooks)
+        return shown(summary(plan, text), combined, report(plan, text), coverage=coverage(plan))
 
 
 class KoalaControlNet(io.ComfyNode):
@@ -238,7 +276,7 @@ class KoalaAttentionPatches(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The same model, its patches on the right blocks."),
                 io.String.Output(display_name="report", tooltip="What was bound, and what has no block in KOALA."),
             ],
-            hidden=[io.Hidden.unique_id],
+            **SHOWS,
         )
 
     @classmethod
@@ -249,4 +287,4 @@ class KoalaAttentionPatches(io.ComfyNode):
         text = f"{count} patches bound to {name(line.student)}'s blocks"
         if dropped:
             text += f"; {len(dropped)} dropped, their blocks are not in it ({attention.places(dropped)})"
-        return noted(cls, text, bound, text)
+        return shown(text, bound, text)

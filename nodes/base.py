@@ -1,19 +1,32 @@
-"""What all nodes share: their place in the menu, and a short text shown on a node after it ran."""
+"""What all nodes share: their place in the menu, and what is shown on a node after it ran."""
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
-from server import PromptServer
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
 
 CATEGORY = "KOALA"
+DRAWING = "koala"
+"""Under this name a node's output for the canvas holds what web/ draws on the node."""
 
 
-def noted(node: type[io.ComfyNode], text: str, *outputs: object) -> io.NodeOutput:
-    """The node's outputs together with ``text``, which the run's history keeps, too.
+SHOWS: dict[str, Any] = (
+    {"has_intermediate_output": True} if "has_intermediate_output" in io.Schema.__dataclass_fields__ else {}
+)
+"""For the schema of a node that is shown something: a host that can (0.19 on) sends it again when the node's result
+comes from its cache."""
 
-    The node must declare ``io.Hidden.unique_id``.
-    """
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node.hidden and node.hidden.unique_id:
-        server.send_progress_text(text, node.hidden.unique_id)
-    return io.NodeOutput(*outputs, ui=ui.PreviewText(text))
+
+def shown(text: str, *outputs: object, **drawing: object) -> io.NodeOutput:
+    """The node's outputs together with what the canvas shows on it: ``text`` (also in the run's history), and
+    ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws."""
+    seen: dict[str, object] = {"text": (text,)} if text else {}
+    return io.NodeOutput(*outputs, ui={**seen, DRAWING: (drawing,)})
+
+
+def fingerprint(*paths: Path) -> str:
+    """Changes when a file is replaced on disk under the same name."""
+    stats = [path.stat() for path in paths if path.exists()]
+    return ";".join(f"{stat.st_mtime_ns}:{stat.st_size}" for stat in stats)

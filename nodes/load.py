@@ -18,9 +18,9 @@ from ..koala.checkpoint import (
     inspect_vae,
     require_text_width,
 )
-from ..koala.facts import report
+from ..koala.facts import badge, report
 from ..transfer.addons import misplaced
-from .base import CATEGORY, noted
+from .base import CATEGORY, SHOWS, fingerprint, shown
 
 BUILT_IN = "built-in koala-tiny"
 FOLDER = "diffusers folder"
@@ -119,29 +119,35 @@ class KoalaCheckpointLoader(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="Both text encoders."),
                 io.Vae.Output(display_name="VAE", tooltip="The autoencoder between latents and pictures."),
             ],
+            **SHOWS,
         )
 
     @classmethod
     def fingerprint_inputs(cls, source: dict[str, str] | None = None, **_: Any) -> str:
         """Changes when a chosen file is replaced on disk under the same name."""
-        stats = [path.stat() for path in _chosen(source or {}) if path.exists()]
-        return ";".join(f"{stat.st_mtime_ns}:{stat.st_size}" for stat in stats)
+        return fingerprint(*_chosen(source or {}))
 
     @classmethod
     def execute(cls, source: dict[str, str], weight_dtype: str) -> io.NodeOutput:
-        first, *others = _chosen(source)
-        kind = source["source"]
-        if kind == FOLDER:
-            return io.NodeOutput(*koala_loader.load_folder(first, weight_dtype))
-        if kind in (BUILT_IN, CHECKPOINT):
-            return io.NodeOutput(*koala_loader.load_checkpoint(first, weight_dtype))
-        # the small files are judged before the large one is read
-        inspected = inspect_model(first)
-        if kind == UNET_AND_CHECKPOINT:
-            clip, vae = koala_loader.load_checkpoint_parts(others[0])
-        else:
-            clip, vae = load_parts(inspected, *others)
-        return io.NodeOutput(koala_loader.load_unet(inspected, first.name, weight_dtype), clip, vae)
+        model, clip, vae = _load(source, weight_dtype)
+        return shown("", model, clip, vae, badge=badge(koala_loader.model_facts(model)))
+
+
+def _load(source: dict[str, str], weight_dtype: str) -> koala_loader.Loaded:
+    """MODEL, CLIP and VAE from where the node's source says."""
+    first, *others = _chosen(source)
+    kind = source["source"]
+    if kind == FOLDER:
+        return koala_loader.load_folder(first, weight_dtype)
+    if kind in (BUILT_IN, CHECKPOINT):
+        return koala_loader.load_checkpoint(first, weight_dtype)
+    # the small files are judged before the large one is read
+    inspected = inspect_model(first)
+    if kind == UNET_AND_CHECKPOINT:
+        clip, vae = koala_loader.load_checkpoint_parts(others[0])
+    else:
+        clip, vae = load_parts(inspected, *others)
+    return koala_loader.load_unet(inspected, first.name, weight_dtype), clip, vae
 
 
 class KoalaModelInfo(io.ComfyNode):
@@ -160,7 +166,7 @@ class KoalaModelInfo(io.ComfyNode):
             is_output_node=True,
             inputs=[io.Model.Input("model", tooltip="A KOALA model, from this pack's loader or a stock one.")],
             outputs=[io.String.Output(display_name="info", tooltip="The text that is shown, one fact a line.")],
-            hidden=[io.Hidden.unique_id],
+            **SHOWS,
         )
 
     @classmethod
@@ -168,7 +174,7 @@ class KoalaModelInfo(io.ComfyNode):
         kept = koala_loader.dtype_name(model.model_dtype())
         facts = koala_loader.model_facts(model)
         text = "\n".join((report(facts, kept, model.model_size()), *misplaced(model, facts.layout)))
-        return noted(cls, text, text)
+        return shown(text, text, badge=badge(facts))
 
 
 def diffusers_folders() -> dict[str, Path]:

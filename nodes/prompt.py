@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..koala.settings import STYLES
-from .base import CATEGORY, noted
+from .base import CATEGORY, SHOWS, shown
 
 Conditioning = list[list[Any]]
 
@@ -55,7 +55,7 @@ class KoalaPrompt(io.ComfyNode):
                 io.Conditioning.Output(display_name="positive", tooltip="Conditioning towards the prompt."),
                 io.Conditioning.Output(display_name="negative", tooltip="Conditioning away from the negative prompt."),
             ],
-            hidden=[io.Hidden.unique_id],
+            **SHOWS,
         )
 
     @classmethod
@@ -63,7 +63,7 @@ class KoalaPrompt(io.ComfyNode):
         positive, negative = STYLES[style].apply(positive, negative)
         if mode == "comfy":
             encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative)]
-            return noted(cls, "comfy: weights and long prompts as ComfyUI encodes them", *encoded)
+            return shown("comfy: weights and long prompts as ComfyUI encodes them", *encoded)
         first, cut = encode_reference(clip, positive)
         second, cut_negative = encode_reference(clip, negative)
         if not negative.strip():
@@ -73,7 +73,7 @@ class KoalaPrompt(io.ComfyNode):
             for which, lost in (("prompt", cut), ("negative", cut_negative))
             if lost
         ]
-        return noted(cls, "\n".join(losses) or "nothing was cut", first, second)
+        return shown("\n".join(losses) or "nothing was cut", first, second)
 
 
 def encode_reference(clip: Any, text: str) -> tuple[Conditioning, str]:

@@ -13,7 +13,7 @@ from ..koala.schedule import Schedule, schedule
 from ..koala.settings import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala_loader import ATTACHMENT, model_facts
 from ..transfer.addons import require_carried
-from .base import CATEGORY, noted
+from .base import CATEGORY, SHOWS, shown
 
 AUTO, CUSTOM = "auto", "custom"
 PRESETS = {f"{variant.name} ({variant.settings})": variant.settings for variant in VARIANTS.values()}
@@ -65,12 +65,22 @@ class KoalaScheduler(io.ComfyNode):
                 _denoise_input(),
             ],
             outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="Noise levels, one more than steps are run.")],
+            **SHOWS,
         )
 
     @classmethod
     def execute(cls, model: Any, steps: int, spacing: Any, denoise: float) -> io.NodeOutput:
         chosen: Spacing = model_facts(model).settings.spacing if spacing == AUTO else spacing
-        return io.NodeOutput(_schedule(model, steps, chosen, denoise).sigmas)
+        sigmas = _schedule(model, steps, chosen, denoise).sigmas
+        return shown("", sigmas, curve=_curve(model, sigmas, f"{len(sigmas) - 1} steps, {chosen}"))
+
+
+def _curve(model: Any, sigmas: Any, title: str) -> dict[str, Any]:
+    """A schedule to be drawn before the one that the model was published with, or SDXL's if it is no KOALA."""
+    facts = model.get_attachment(ATTACHMENT)
+    published = facts.settings if facts is not None else BASE
+    reference = _schedule(model, published.steps, published.spacing, 1.0).sigmas
+    return {"title": title, "sigmas": sigmas.tolist(), "published": str(published), "reference": reference.tolist()}
 
 
 class KoalaSampler(io.ComfyNode):
@@ -137,7 +147,7 @@ class KoalaSampler(io.ComfyNode):
                 _denoise_input(),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The denoised latent, for VAE Decode.")],
-            hidden=[io.Hidden.unique_id],
+            **SHOWS,
         )
 
     @classmethod
@@ -164,7 +174,7 @@ class KoalaSampler(io.ComfyNode):
         )
         run = len(made.sigmas) - 1
         part = "" if run >= settings.steps else f", the last {run} of them run"
-        return noted(cls, f"{settings}{part}, {sampler_name}\n{why}", output.result[0])
+        return shown(f"{settings}{part}, {sampler_name}\n{why}", output.result[0])
 
 
 def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:

@@ -11,7 +11,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from .. import koala_loader, koala_saver
-from .base import CATEGORY, noted
+from .base import CATEGORY, shown
 
 CHECKPOINT = "checkpoint"
 FOLDER = "diffusers folder"
@@ -76,7 +76,7 @@ class KoalaCheckpointSave(io.ComfyNode):
                 io.Vae.Input("vae", optional=True, tooltip="Autoencoder; connect it together with CLIP."),
             ],
             outputs=[io.String.Output(display_name="name", tooltip="What was written, below the output folder.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -91,7 +91,7 @@ class KoalaCheckpointSave(io.ComfyNode):
         save = koala_saver.save_folder if as_folder else koala_saver.save_checkpoint
         save(target, model, clip, vae, weight_dtype, _graph(cls))
         written = Path(subfolder, target.name).as_posix()
-        return noted(cls, f"saved as {written}", written)
+        return shown(f"saved as {written}", written)
 
 
 def _graph(node: type[io.ComfyNode]) -> dict[str, str]:

@@ -10,17 +10,17 @@ import comfy.lora
 import comfy.utils
 
 from ..koala.checkpoint import CheckpointError
-from ..koala.lora import Plan, TrainedOn, inspect_lora, renamed, report
+from ..koala.lora import Plan, TrainedOn, inspect_lora, renamed
 from ..koala_loader import model_facts
 
 
 class Applied(NamedTuple):
-    """A MODEL and a CLIP with a LoRA, and what became of each of its modules."""
+    """A MODEL and a CLIP with a LoRA, what became of each of its modules, and of its text part in words."""
 
     model: Any
     clip: Any
     plan: Plan
-    report: str
+    text: str
 
 
 def apply_lora(
@@ -51,21 +51,18 @@ def apply_lora(
             f"{plan.file}: none of its {plan.text_modules} modules belongs to these text encoders, and it has none for "
             f"the U-Net; expected a LoRA for SDXL or for KOALA. Leave this LoRA out."
         )
-    said = f"{applied} of {plan.text_modules} applied" if plan.text else "none"
-    return Applied(patched, patched_clip, plan, report(plan, said))
+    return Applied(patched, patched_clip, plan, f"{applied} of {plan.text_modules} applied" if plan.text else "none")
 
 
 def hook_lora(
     model: Any, path: Path, strength_model: float, strength_clip: float, trained_on: TrainedOn = "auto"
-) -> tuple[Any, Plan]:
-    """A LoRA as core's hooks (scheduled, masked), under names that core itself binds to the right KOALA layers."""
+) -> tuple[Any, Plan, str]:
+    """A LoRA as core's hooks (scheduled, masked), under names that core itself binds to the right KOALA layers; what
+    will become of its modules, and of its text part in words."""
     plan, weights = _read(model, path, trained_on, False)
     named = renamed(weights, plan.names) | {key: weights[key] for key in plan.text}
-    return comfy.hooks.create_hook_lora(named, strength_model, strength_clip), plan
-
-
-def hook_report(plan: Plan) -> str:
-    return report(plan, f"{plan.text_modules} for the CLIP that the hooks are set on" if plan.text else "none")
+    text = f"{plan.text_modules} for the CLIP that the hooks are set on" if plan.text else "none"
+    return comfy.hooks.create_hook_lora(named, strength_model, strength_clip), plan, text
 
 
 def _read(model: Any, path: Path, trained_on: TrainedOn, fold: bool) -> tuple[Plan, dict[str, Any]]:

@@ -66,7 +66,7 @@ def test_model_and_clip_are_cloned_and_changed(loras: Path) -> None:
     keys = comfy.lora.model_lora_keys_clip(transfer.clip().cond_stage_model, {})
     expected = len(comfy.lora.load_lora(dict(text), keys, log_missing=False))
     assert len(clip.patcher.patches) == expected > 0
-    assert report.splitlines()[-1] == f"text encoders: {expected} of 24 applied"
+    assert f"text encoders: {expected} of 24 applied" in report.splitlines()
 
 
 def test_a_lora_of_the_text_encoders_alone(loras: Path) -> None:

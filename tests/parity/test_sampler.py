@@ -142,9 +142,9 @@ def test_reference_text_is_encoded_as_the_pipeline_encodes_it(text: str) -> None
 
 def test_what_was_cut_is_said() -> None:
     node = _text(positive=LONG, negative="red")
-    assert node.ui.as_dict()["text"][0].startswith("prompt cut after 77 tokens, lost: ")
-    assert node.ui.as_dict()["text"][0].endswith("a gray koala on a green background")
-    assert _text().ui.as_dict()["text"][0] == "nothing was cut"
+    assert node.ui["text"][0].startswith("prompt cut after 77 tokens, lost: ")
+    assert node.ui["text"][0].endswith("a gray koala on a green background")
+    assert _text().ui["text"][0] == "nothing was cut"
 
 
 def test_an_empty_negative_becomes_zeros_only_in_reference_mode() -> None:

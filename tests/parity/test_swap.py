@@ -106,7 +106,9 @@ def test_attention_patches_go_to_their_blocks() -> None:
 
         return replacement
 
-    swapped, report = swap(transfer.ip_adapter(whole, patch), koala)
+    patched = transfer.ip_adapter(whole, patch)
+    swapped, report = swap(patched, koala)
+    assert len(patched.model_options["transformer_options"]["patches_replace"]["attn2"]) == 70
     sampled(swapped)
     line = lineage(transfer.small(KOALA_700M))
     assert ran == {(*line.blocks[block], there) for block, kept in line.attention.items() for there in kept}
