@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add_host(demo)
 
     add_host(commands.add_parser("serve", help="start ComfyUI with the pack and leave it running; prints the URL"))
-    commands.add_parser("test", help="ruff, mypy, then pytest; further arguments go to pytest")
+    commands.add_parser("test", help="ruff, mypy, the registry's checks, then pytest; further arguments go to pytest")
     commands.add_parser("train-tiny", help="train the built-in model; further arguments go to tools.tiny.train")
     commands.add_parser(
         "pack-tiny", help="write the built-in model's one file; further arguments go to tools.tiny.pack"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd1_clip
 import comfy.utils
 import torch
@@ -130,9 +131,23 @@ def _load(model: Any, clip: Any) -> None:
     comfy.model_management.load_models_gpu(patchers)
 
 
+def _patched(patcher: Any, module: Any, prefix: str = "") -> State:
+    """A module's tensors, core's stand-ins in the place of those that still have to be patched."""
+    if hasattr(patcher, "model_state_dict_for_saving"):  # 0.26.0 has it; 0.18.2 does the same, for the U-Net alone
+        return dict(patcher.model_state_dict_for_saving(module, prefix))
+    state = dict(module.state_dict())
+    for key in state:
+        owner, _, kind = key.rpartition(".")
+        layer = comfy.utils.get_attr(module, owner) if owner and kind in ("weight", "bias") else None
+        if hasattr(layer, "comfy_cast_weights") and not getattr(layer, "comfy_patched_weights", False):
+            weight = comfy.utils.get_attr(patcher.model, prefix + key)
+            state[key] = comfy.model_patcher.LazyCastingParam(patcher, prefix + key, weight)
+    return state
+
+
 def _unet(facts: ModelFacts, model: Any, types: _Types) -> State:
     """The U-Net's tensors under ComfyUI's names without a prefix, baked."""
-    state = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+    state = _patched(model, model.model.diffusion_model, "diffusion_model.")
     cover = keys.coverage(facts.layout, "comfy", _shapes(state))
     if not cover.exact:
         odd = (*cover.missing, *cover.extra, *cover.misshapen)
@@ -146,7 +161,7 @@ def _unet(facts: ModelFacts, model: Any, types: _Types) -> State:
 
 def _text(facts: ModelFacts, clip: Any, types: _Types) -> State:
     """Both text encoders under core's names (``clip_l.``, ``clip_g.``), baked."""
-    state = clip.state_dict_for_saving()
+    state = _patched(clip.patcher, clip.cond_stage_model)
     try:
         first, second = (parts.read_text_encoder(_shapes(_encoder(state, part))) for part in TEXT_PARTS)
         found = (first.hidden + second.hidden, second.projection)

@@ -38,7 +38,8 @@ class KoalaUNetSwap(io.ComfyNode):
             category=ADAPT,
             description="Puts a KOALA U-Net in the place of SDXL's in a graph that you have: put it on the MODEL wire, "
             "behind the SDXL loader or behind its LoRAs and patches. What the SDXL model bears goes along, each change "
-            "to the layer that it belongs to; CLIP, VAE and samplers stay as they are. ControlNets need KOALA ControlNet.",
+            "to the layer that it belongs to; CLIP, VAE and samplers stay as they are. ControlNets need KOALA "
+            "ControlNet.",
             search_aliases=["swap sdxl", "replace unet", "sdxl to koala", "fast sdxl", "sdxl lite", "koala unet"],
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model from any loader, with LoRAs and patches as you like."),

@@ -33,7 +33,7 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # texts are drawn however small they are
 }
-OURS = ("koala-sdxl/", "KOALA SDXL", "[DEPRECATED] Monkey-patching")
+OURS = ("koala-sdxl/", "koalasdxl", "[DEPRECATED] Monkey-patching")
 """What is in a line of the browser's console that our script has caused."""
 
 

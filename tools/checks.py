@@ -1,4 +1,4 @@
-"""What `dev.py test` runs: ruff, mypy, then pytest."""
+"""What `dev.py test` runs: ruff, mypy, the gates of tools/gates.py, then pytest."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import gates
 from tools.testhost import ROOT, say
 
 PACK = "koala_pack"
@@ -23,7 +24,12 @@ def run(pytest_arguments: Sequence[str]) -> int:
 
     The last line of output is pytest's summary, if it comes to that.
     """
-    for title, check in (("ruff check", lint), ("ruff format", formatting), ("mypy", types)):
+    for title, check in (
+        ("ruff check", lint),
+        ("ruff format", formatting),
+        ("mypy", types),
+        ("the packed pack", gates.run),
+    ):
         say(f"== {title}")
         if status := check():
             say(f"== {title} failed; the tests were not run")

@@ -49,10 +49,8 @@ def run_comfy_cli(arguments: list[str], folder: Path) -> str:
     """
     command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", *arguments]
     with tempfile.TemporaryDirectory(prefix="comfy-cli-") as home:
-        private = {"HOME": home, "XDG_CONFIG_HOME": home, "DO_NOT_TRACK": "1"}
-        private["GIT_CEILING_DIRECTORIES"] = str(
-            folder.parent
-        )  # a repository around the scratch folder is none of ours
+        private = {"HOME": home, "XDG_CONFIG_HOME": home, "RUFF_CACHE_DIR": home, "DO_NOT_TRACK": "1"}
+        private["GIT_CEILING_DIRECTORIES"] = str(folder.parent)  # one around the scratch folder is none of ours
         environment = {**os.environ, **private}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr

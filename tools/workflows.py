@@ -233,6 +233,11 @@ def workflows() -> dict[str, dict[str, Any]]:
     return {title: canvas(title, columns) for title, columns in graphs.items()}
 
 
+def models(workflow: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The downloads that a workflow offers: each file's name, address, and folder below models/."""
+    return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+
+
 def as_text(workflow: Mapping[str, Any]) -> str:
     """A workflow as its file holds it."""
     return json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"

@@ -31,7 +31,7 @@ async function insertTextToImage() {
 }
 
 app.registerExtension({
-  name: "KOALA SDXL.canvas",
+  name: "koalasdxl.canvas",
 
   commands: [
     {

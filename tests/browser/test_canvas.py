@@ -385,8 +385,19 @@ def test_the_help_page_of_each_node_is_shown(page: Page, shoot: Shoot) -> None:
         title = (ROOT / "web" / "docs" / f"{node}.md").read_text("utf-8").splitlines()[0].removeprefix("# ")
         page.get_by_role("heading", name=title).last.wait_for(timeout=10_000)
         page.get_by_role("heading", name=first).last.wait_for(timeout=10_000)
+        assert picture_is_there(page, node), node
         if node == "KoalaSampler":
             shoot("help")
+
+
+def picture_is_there(page: Page, node: str) -> bool:
+    """Whether the picture of a help page that is open has been loaded."""
+    page.wait_for_timeout(300)
+    there: bool = page.evaluate(
+        "(node) => [...document.images].some((image) => image.src.endsWith(`${node}.png`) && image.naturalWidth > 100)",
+        node,
+    )
+    return there
 
 
 def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2: bool, shots: Any) -> None:
@@ -396,3 +407,9 @@ def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2
         titles = page.evaluate("() => window.app.rootGraph.nodes.map((node) => node.title)")
         korean = json.loads((ROOT / "locales" / "ko" / "nodeDefs.json").read_text("utf-8"))
         assert korean["KoalaSampler"]["display_name"] in titles
+        click_title(page, "KoalaSampler")
+        page.get_by_test_id("info-button").click()
+        page.get_by_role("heading", name=korean["KoalaSampler"]["display_name"]).last.wait_for(timeout=10_000)
+        page.wait_for_timeout(500)
+        browser.screenshot(page, shots, f"korean-help-{'nodes2' if nodes_2 else 'classic'}")
+        assert picture_is_there(page, "KoalaSampler")

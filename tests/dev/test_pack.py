@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import tomllib
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tools import pack
+from tools import pack, testhost
 from tools.problem import Problem
 from tools.testhost import requirement_lines
 
@@ -94,3 +97,36 @@ def test_the_two_lists_of_requirements_are_one() -> None:
 
 def test_our_own_pack_is_valid_for_the_registry() -> None:
     assert "All validation checks passed" in pack.run_comfy_cli(["node", "validate"], pack.ROOT)
+
+
+CI = ("test.yml", "publish.yml")
+WORKFLOWS = sorted((pack.ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_ci_workflow_may_read_and_uses_whole_versions_of_actions(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text("utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    (job,) = workflow["jobs"].values()
+    assert "permissions" not in job
+    used = [step["uses"] for step in job["steps"] if "uses" in step]
+    assert used
+    assert not [name for name in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+", name)]
+
+
+def test_ci_runs_the_readmes_test_command_and_publishes_on_a_new_version() -> None:
+    test, publish = (yaml.safe_load((WORKFLOWS[0].parent / name).read_text("utf-8")) for name in CI)
+    (command,) = [step["run"] for step in test["jobs"]["test"]["steps"] if "run" in step]
+    assert f"\n{command} " in (pack.ROOT / "README.md").read_text("utf-8")
+    assert publish[True]["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}  # YAML's "on" is a truth value
+    (step,) = publish["jobs"]["publish"]["steps"]
+    assert step["with"] == {"personal_access_token": "${{ secrets.REGISTRY_ACCESS_TOKEN }}"}
+
+
+def test_ci_keeps_what_the_environment_is_made_of() -> None:
+    """The cache's key changes with every file that a cached environment or ComfyUI tree depends on."""
+    steps = yaml.safe_load((WORKFLOWS[0].parent / CI[0]).read_text("utf-8"))["jobs"]["test"]["steps"]
+    (cache,) = [step["with"] for step in steps if step.get("uses", "").startswith("actions/cache@")]
+    named = re.findall(r"'([^']+)'", cache["key"])
+    assert all(any(fnmatch(file, pattern) for pattern in named) for file in testhost.FULL.requirements)
+    assert {"tools/constraints.txt", "tools/testhost.py"} <= set(named)

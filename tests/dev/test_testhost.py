@@ -97,6 +97,14 @@ def test_an_entry_is_named_after_what_is_in_it(tmp_path: Path, small: testhost.E
     assert small.folder != before
 
 
+def test_releases_are_listed_from_the_oldest_on_and_the_tested_one_is_the_newest() -> None:
+    versions = [tuple(map(int, release.split("."))) for release in testhost.RELEASES]
+    assert versions == sorted(versions)
+    assert list(testhost.RELEASES)[-1] == testhost.TESTED_RELEASE
+    packages = {(release.package, release.version, release.sha256) for release in testhost.RELEASES.values()}
+    assert len(packages) == len(versions)
+
+
 def test_comfyui_requirements_leave_the_torch_family_to_our_pins(tmp_path: Path) -> None:
     (tmp_path / "requirements.txt").write_text("torch\ntorchsde\ntorchvision\n# a word\n\ntorchaudio\nnumpy>=1.25.0\n")
     file = testhost.write_host_requirements(tmp_path, tmp_path)

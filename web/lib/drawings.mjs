@@ -60,32 +60,28 @@ function showBadge(node, text) {
 }
 
 function showContent(node, content) {
-  let widget = node.widgets?.find((known) => known.name === WIDGET);
-  if (!widget) {
-    const root = document.createElement("div");
-    root.style.cssText = "overflow: hidden; padding: 2px 6px; box-sizing: border-box;";
-    // last of the widgets and in no saved file: a workflow's widget values are positional
-    const height = () => widget?.koalaHeight ?? 0;
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height };
-    widget = node.addDOMWidget(WIDGET, "koala", root, options);
-    widget.serialize = false;
-  }
-  const width = Math.max(node.size[0], WIDTH);
-  widget.koalaHeight = heightOf(content, width - 44) + MARGINS;
-  widget.element.replaceChildren(content);
-  node.setSize([width, Math.max(node.size[1], node.computeSize()[1])]);
-  node.setDirtyCanvas(true, true);
+  const widget = node.widgets?.find((known) => known.name === WIDGET) ?? addWidget(node);
+  widget.element.firstChild.replaceChildren(content);
 }
 
-/** Height that an element takes at a width, both in pixels without the canvas's zoom. */
-function heightOf(element, width) {
-  const room = document.createElement("div");
-  room.style.cssText = `position: absolute; visibility: hidden; width: ${width}px;`;
-  room.append(element);
-  document.body.append(room);
-  const { offsetHeight } = element;
-  room.remove();
-  return offsetHeight;
+/** The node's last widget, as high as what is in it, and in no saved file: a workflow's widget values are positional. */
+function addWidget(node) {
+  const root = document.createElement("div");
+  root.style.cssText = "overflow: hidden; padding: 2px 6px; box-sizing: border-box;";
+  const inner = document.createElement("div");
+  root.append(inner);
+  let needed = 0;
+  const height = () => needed;
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height };
+  const widget = node.addDOMWidget(WIDGET, "koala", root, options);
+  widget.serialize = false;
+  new ResizeObserver(() => {
+    if (!inner.offsetHeight || inner.offsetHeight + MARGINS === needed) return; // 0: not on the page at present
+    needed = inner.offsetHeight + MARGINS;
+    node.setSize([Math.max(node.size[0], WIDTH), Math.max(node.size[1], node.computeSize()[1])]);
+    node.setDirtyCanvas(true, true);
+  }).observe(inner);
+  return widget;
 }
 
 function svg(name, attributes, text) {
