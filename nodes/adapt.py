@@ -14,13 +14,13 @@ from ..koala.checkpoint import inspect_model
 from ..koala.facts import badge
 from ..koala.layout import name
 from ..koala.lineage import lineage
-from ..koala.lora import coverage, report, summary
+from ..koala.lora import WORDS, Plan, coverage, report, summary
 from ..koala.settings import STOCK_SCHEDULERS, identify
 from ..transfer import attention
 from ..transfer.control import adapt
 from ..transfer.lora import apply_lora, hook_lora
 from ..transfer.swap import swap
-from .base import CATEGORY, SHOWS, fingerprint, shown
+from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
 ADAPT = f"{CATEGORY}/SDXL add-ons"
 LORA_STRENGTH = 20.0
@@ -43,19 +43,8 @@ class KoalaUNetSwap(io.ComfyNode):
             search_aliases=["swap sdxl", "replace unet", "sdxl to koala", "fast sdxl", "sdxl lite", "koala unet"],
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model from any loader, with LoRAs and patches as you like."),
-                io.Combo.Input(
-                    "unet_name",
-                    options=files,
-                    tooltip="KOALA's U-Net, as published in unet/, from models/diffusion_models.",
-                    extra_dict={"koala_published": {file: _published(file) for file in files}},
-                ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(koala_loader.WEIGHT_DTYPES),
-                    default="default",
-                    advanced=True,
-                    tooltip="Type in which the U-Net's weights are kept. default leaves it to ComfyUI.",
-                ),
+                unet_input(extra_dict={"koala_published": {file: _published(file) for file in files}}),
+                weight_dtype_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The KOALA model, bearing what the SDXL model bore."),
@@ -134,6 +123,7 @@ class KoalaLoraLoader(io.ComfyNode):
             node_id="KoalaLoraLoader",
             display_name="KOALA LoRA Loader",
             category=ADAPT,
+            essentials_category="Image Generation",
             description="Applies a LoRA that was made for SDXL to the KOALA layers that came from those it changes, "
             "and says what was applied. LoRAs trained on KOALA go on as they are. The stock Load LoRA would put a "
             "third of an SDXL LoRA on the wrong layers.",
@@ -180,10 +170,13 @@ class KoalaLoraLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         applied = apply_lora(model, clip, path, strength_model, strength_clip, fold_removed, trained_on)
-        plan, text = applied.plan, applied.text
-        return shown(
-            summary(plan, text), applied.model, applied.clip, report(plan, text), coverage=coverage(applied.plan)
-        )
+        return _covered(applied.plan, applied.text, applied.model, applied.clip)
+
+
+def _covered(plan: Plan, text: str, *outputs: Any) -> io.NodeOutput:
+    """A LoRA node's outputs and its report, with what became of the LoRA's modules shown on the node."""
+    drawing = {"stages": coverage(plan), "words": WORDS}
+    return shown(summary(plan, text), *outputs, report(plan, text), coverage=drawing)
 
 
 class KoalaHookLora(io.ComfyNode):
@@ -231,8 +224,7 @@ class KoalaHookLora(io.ComfyNode):
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         hooks, plan, text = hook_lora(model, path, strength_model, strength_clip, trained_on)
         before = prev_hooks if prev_hooks is not None else comfy.hooks.HookGroup()
-        combined = before.clone_and_combine(hooks)
-        return shown(summary(plan, text), combined, report(plan, text), coverage=coverage(plan))
+        return _covered(plan, text, before.clone_and_combine(hooks))
 
 
 class KoalaControlNet(io.ComfyNode):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import folder_paths
 from comfy_api.latest import io
+
+from ..koala_loader import WEIGHT_DTYPES
 
 CATEGORY = "KOALA"
 DRAWING = "koala"
@@ -24,6 +27,27 @@ def shown(text: str, *outputs: object, **drawing: object) -> io.NodeOutput:
     ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws."""
     seen: dict[str, object] = {"text": (text,)} if text else {}
     return io.NodeOutput(*outputs, ui={**seen, DRAWING: (drawing,)})
+
+
+def unet_input(**further: Any) -> io.Combo.Input:
+    """The choice of a KOALA U-Net's file."""
+    return io.Combo.Input(
+        "unet_name",
+        options=folder_paths.get_filename_list("diffusion_models"),
+        tooltip="KOALA's U-Net alone, as published in unet/, from models/diffusion_models.",
+        **further,
+    )
+
+
+def weight_dtype_input() -> io.Combo.Input:
+    """The choice of the type in which a U-Net's weights are kept."""
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(WEIGHT_DTYPES),
+        default="default",
+        advanced=True,
+        tooltip="Type in which the U-Net's weights are kept. default: as ComfyUI chooses for this device.",
+    )
 
 
 def fingerprint(*paths: Path) -> str:

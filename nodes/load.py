@@ -20,7 +20,7 @@ from ..koala.checkpoint import (
 )
 from ..koala.facts import badge, report
 from ..transfer.addons import misplaced
-from .base import CATEGORY, SHOWS, fingerprint, shown
+from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
 BUILT_IN = "built-in koala-tiny"
 FOLDER = "diffusers folder"
@@ -34,11 +34,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        unet = io.Combo.Input(
-            "unet_name",
-            options=folder_paths.get_filename_list("diffusion_models"),
-            tooltip="KOALA's U-Net alone, as published in unet/, from models/diffusion_models.",
-        )
+        unet = unet_input()
         return io.Schema(
             node_id="KoalaCheckpointLoader",
             display_name="KOALA Checkpoint Loader",
@@ -106,13 +102,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
                         ),
                     ],
                 ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(koala_loader.WEIGHT_DTYPES),
-                    default="default",
-                    advanced=True,
-                    tooltip="Type in which the U-Net's weights are kept. default: as ComfyUI chooses for this device.",
-                ),
+                weight_dtype_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The U-Net; its variant and settings travel with it."),

@@ -92,6 +92,7 @@ class KoalaSampler(io.ComfyNode):
             node_id="KoalaSampler",
             display_name="KOALA Sampler",
             category=CATEGORY,
+            essentials_category="Image Generation",
             description="Makes a picture's latent with the steps, guidance and schedule that the model was published "
             "with; shows which these were. Gives what diffusers gives from the same noise.",
             search_aliases=["koala ksampler", "25 steps", "10 steps", "sdxl lite", "fast sdxl", "lightning"],

@@ -10,7 +10,9 @@ import comfy.lora
 import comfy.utils
 
 from ..koala.checkpoint import CheckpointError
-from ..koala.lora import Plan, TrainedOn, inspect_lora, renamed
+from ..koala.lora import Plan, inspect_lora
+from ..koala.lora_names import renamed
+from ..koala.lora_origin import TrainedOn
 from ..koala_loader import model_facts
 
 

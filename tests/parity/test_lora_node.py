@@ -15,7 +15,7 @@ from koala_pack.koala.checkpoint import CheckpointError
 from koala_pack.koala.keys import tensors
 from koala_pack.koala.layout import KOALA_1B, KOALA_TINY, SDXL
 from koala_pack.koala.lineage import lineage
-from koala_pack.koala.lora import aliases
+from koala_pack.koala.lora_names import aliases
 from koala_pack.nodes.adapt import KoalaHookLora, KoalaLoraLoader
 from safetensors.torch import save_file
 

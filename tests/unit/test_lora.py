@@ -13,7 +13,8 @@ from koala.checkpoint import CheckpointError
 from koala.keys import Tensor, tensors
 from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SSD_1B, VEGA, Layout, name
 from koala.lineage import at_widths_of, lineage
-from koala.lora import Plan, aliases, inspect_lora, renamed, report
+from koala.lora import Plan, inspect_lora, report
+from koala.lora_names import aliases, renamed
 from tools import adapters
 from tools.adapters import SMALL_SDXL, State
 

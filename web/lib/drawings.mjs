@@ -1,13 +1,6 @@
 // What is drawn on a node after it ran, from the data in its output alone: { badge, curve, coverage }, any of them.
 
 const COLOURS = { applied: "#4caf7a", folded: "#9ccc65", removed: "#6b7280", mismatch: "#f59e0b", unknown: "#ef4444" };
-const WORDS = {
-  applied: "applied",
-  folded: "folded into a neighbour",
-  removed: "for layers that KOALA lacks",
-  mismatch: "of another shape",
-  unknown: "unknown",
-};
 const BADGE = "#2f6b4f";
 const WIDGET = "koala_shown";
 const WIDTH = 340; // pixels that text and drawings need
@@ -124,7 +117,7 @@ export function curve({ title, sigmas, published, reference }) {
 }
 
 /** A bar for each stage of the U-Net: how many of a LoRA's modules had which outcome. */
-export function coverage(stages) {
+export function coverage({ stages, words }) {
   const root = document.createElement("div");
   root.className = "koala-coverage";
   root.style.cssText = "display: grid; grid-template-columns: max-content 1fr max-content; gap: 3px 6px;";
@@ -138,7 +131,7 @@ export function coverage(stages) {
     for (const [outcome, count] of counts) {
       const part = document.createElement("div");
       Object.assign(part.dataset, { outcome, count });
-      part.title = `${stage}: ${count} ${WORDS[outcome]}`;
+      part.title = `${stage}: ${count} ${words[outcome]}`;
       part.style.cssText = `flex: ${count} 1 0; background: ${COLOURS[outcome]};`;
       bar.append(part);
     }
@@ -147,8 +140,8 @@ export function coverage(stages) {
   const legend = document.createElement("div");
   legend.style.cssText = "grid-column: 1 / -1; display: flex; gap: 10px; flex-wrap: wrap; opacity: 0.8;";
   const seen = new Set(Object.values(stages).flatMap(Object.keys));
-  for (const outcome of Object.keys(WORDS).filter((known) => seen.has(known))) {
-    const entry = cell(`■ ${WORDS[outcome]}`);
+  for (const outcome of Object.keys(words).filter((known) => seen.has(known))) {
+    const entry = cell(`■ ${words[outcome]}`);
     entry.style.color = COLOURS[outcome];
     legend.append(entry);
   }
