@@ -106,14 +106,16 @@ def text_to_image(title: str) -> dict[str, Any]:
     sampling = sampler(loader, text, latent["LATENT"])
     decode = Node("VAEDecode", {"samples": sampling["LATENT"], "vae": loader["VAE"]})
     columns = [[loader], [text, latent], [sampling], [decode]]
+    # Not the loader's source nor the sampler's preset: outside of its node a dynamic combo does not bring the widgets
+    # that its options have. Both are one double click away.
     promoted = (
         *((text, name) for name in ("positive", "negative")),
         *((latent, name) for name in ("width", "height")),
-        *((sampling, "seed"), (loader, "source"), (sampling, "preset")),
+        (sampling, "seed"),
     )
     about = (
-        "Draws a picture with KOALA, compact SDXL, with the settings that the chosen model was published with. "
-        "koala-tiny, which is part of the pack, runs at once."
+        "Draws a picture with KOALA, compact SDXL, with the settings that the model was published with. koala-tiny, "
+        "which is part of the pack, runs at once; open the subgraph to choose another model or other settings."
     )
     definition = subgraph(title, columns, decode["IMAGE"], "KOALA", about)
     aliases = ("koala", "koala text to image", "sdxl lite", "fast sdxl", "compact sdxl", "koala t2i")

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import requests
 from PIL import Image
 from playwright.sync_api import Browser
 
@@ -26,9 +28,10 @@ from tools.workflows import FOLDER, models
 
 SIDE = 512  # pixels
 QUALITY = 88
-BACKGROUND = "#141414"  # that of the canvas
+PALETTE, BACKGROUND = "light", "#d3d3d3"  # the canvas's own, in which a small graph is seen best
+EXAMPLE = "example.png"  # the picture that ComfyUI comes with, and Load Image starts with
 SEED = 4  # looked at: of the first two dozen the clearest koala
-MARGIN = 24  # pixels of the canvas around a graph
+MARGIN = 50  # pixels of the canvas around a graph
 TITLE = 30  # pixels that a node's title stands above its position
 GRAPH_ONLY = """() => { for (const part of document.querySelectorAll('body *'))
     if (part.id !== 'graph-canvas' && !part.querySelector('#graph-canvas, [data-testid="transform-pane"]')
@@ -82,6 +85,7 @@ def thumbnails(server: Server, chromium: Browser, files: Sequence[Path]) -> dict
     """The picture of each workflow file, by the path where it belongs."""
     client = Client(server.url)
     info: dict[str, Any] = client.object_info()
+    requests.post(f"{server.url}/api/settings", json={"Comfy.ColorPalette": PALETTE}, timeout=30).raise_for_status()
     made = {}
     for file in files:
         workflow = json.loads(file.read_text("utf-8"))
@@ -92,7 +96,9 @@ def thumbnails(server: Server, chromium: Browser, files: Sequence[Path]) -> dict
 
 def write() -> None:
     """Make every thumbnail anew."""
-    with running(testhost.test_host()) as server, browser.browser() as chromium:
+    host = testhost.test_host()
+    with running(host) as server, browser.browser() as chromium:
+        shutil.copyfile(host.folder / "input" / EXAMPLE, server.base / "input" / EXAMPLE)
         for path, picture in thumbnails(server, chromium, sorted(FOLDER.glob("*.json"))).items():
             picture.save(path, quality=QUALITY, optimize=True)
             say(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")

@@ -17,16 +17,12 @@ from tools.client import Client
 from tools.server import Server
 from tools.testhost import ROOT, Host
 from tools.workflow import to_prompt, with_widget
+from tools.workflows import models
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")
 """What ComfyUI logs where an adapter does not fit the model it is on."""
 SIDE = 256  # pixels: a full-size U-Net makes it on a CPU in seconds
-
-
-def models(workflow: dict[str, Any]) -> list[dict[str, str]]:
-    """The downloads that the workflow offers."""
-    return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
 
 
 SDXL = {

@@ -8,8 +8,10 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from PIL import Image, ImageStat
 
 from koala.settings import RELEASES, identify
+from tools import blueprints
 from tools.canvas import SCHEMAS, Node
 from tools.testhost import ROOT
 from tools.workflows import FOLDER, as_text, workflows
@@ -114,6 +116,43 @@ def test_every_node_has_a_help_page() -> None:
     }
     assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == own
     assert {name for name in SCHEMAS if name.startswith("Koala")} <= own
+
+
+@pytest.mark.parametrize("title", sorted(FILES))
+def test_every_workflow_has_its_picture(title: str) -> None:
+    """If this fails: `python -m tools.thumbnails`. The canvas shows it in a square; the host knows only this name."""
+    path = FILES[title].with_suffix(".jpg")
+    assert path.stat().st_size < 40_000
+    with Image.open(path) as picture:
+        assert (picture.format, picture.width) == ("JPEG", picture.height)
+        assert min(ImageStat.Stat(picture).stddev) > 10  # something is to be seen
+
+
+def test_no_picture_is_left_of_a_workflow_that_is_gone() -> None:
+    assert {path.stem for path in FOLDER.glob("*.jpg")} == FILES.keys()
+
+
+def test_blueprints_are_what_the_generator_writes() -> None:
+    """If this fails: `python -m tools.blueprints`."""
+    found = {path.stem: path.read_text("utf-8") for path in blueprints.FOLDER.glob("*.json")}
+    assert found == {title: as_text(blueprint) for title, blueprint in blueprints.blueprints().items()}
+
+
+def test_a_blueprint_is_one_node_that_stands_for_its_subgraph() -> None:
+    for title, blueprint in blueprints.blueprints().items():
+        (root,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+        assert (root["type"], root["title"], inner["name"]) == (inner["id"], title, title)
+        assert [(slot["name"], slot["type"]) for slot in root["outputs"]] == [("IMAGE", "IMAGE")]
+        nodes = {node["id"]: node for node in inner["nodes"]}
+        for number, widget in root["properties"]["proxyWidgets"]:
+            kinds = {slot["name"]: slot["type"] for slot in nodes[int(number)]["inputs"] if "widget" in slot}
+            assert not kinds[widget].startswith("COMFY_DYNAMIC")  # which brings no further widgets out here
+        for link in inner["links"]:
+            assert link["id"] in nodes[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
+            if link["target_id"] == inner["outputNode"]["id"]:
+                assert inner["outputs"][link["target_slot"]]["linkIds"] == [link["id"]]
+            else:
+                assert nodes[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
 
 
 @pytest.mark.parametrize("inputs", [{}, {"model": 1}, {"modle": 1}])

@@ -1,0 +1,181 @@
+"""On the canvas: templates with their pictures, missing files, the blueprint, workflows of older versions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page
+
+from tests.host.test_nodes import seen
+from tests.host.test_old_workflows import SAVED, lost, queued, read
+from tools import browser
+from tools.client import Client
+from tools.frozen import opened
+from tools.server import Server
+from tools.thumbnails import SIDE
+from tools.workflows import models, workflows
+
+Shoot = Callable[[str], Any]
+PUBLISHED = "KOALA-700M text to image (25 steps)"
+TINY = "KOALA-tiny text to image"
+BLUEPRINT = "KOALA text to image"
+SHOWN = {"positive", "negative", "width", "height", "seed"}
+
+
+@pytest.fixture
+def classic(chromium: Browser, server: Server) -> Iterator[Page]:
+    """The empty canvas in one renderer, where it makes no difference which; downloads go nowhere."""
+    with browser.canvas(chromium, server.url, nodes_2=False) as page:
+        page.context.route(re.compile("^https://"), lambda route: route.abort())
+        yield page
+        assert page.complaints == []  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def bare(server: Server) -> Iterator[list[dict[str, str]]]:
+    """The files of the published workflow, none of them on the server; what other tests have put there comes back."""
+    wanted = models(workflows()[PUBLISHED])
+    aside = {}
+    for model in wanted:
+        path = server.base / "models" / model["directory"] / model["name"]
+        if path.exists():
+            aside[path] = path.rename(path.with_name(f"{path.name}.aside"))
+    yield wanted
+    for path, kept in aside.items():
+        kept.rename(path)
+
+
+# --- templates ----------------------------------------------------------------------------------------------------
+
+
+def test_templates_are_listed_with_their_pictures(classic: Page, shots: Any) -> None:
+    titles = workflows().keys()
+    classic.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = classic.get_by_role("dialog")
+    dialog.locator("input").first.fill("KOALA")
+    for title in titles:
+        dialog.get_by_role("img", name=title, exact=True).wait_for(timeout=10_000)
+    classic.wait_for_function("() => [...document.querySelectorAll('[role=dialog] img')].every((i) => i.complete)")
+    browser.screenshot(classic, shots, "templates")
+    # the host's own picture, for a template that has none, is smaller
+    found = dialog.locator("img").evaluate_all("(all) => all.map((i) => [i.alt, i.naturalWidth, i.naturalHeight])")
+    assert sorted(found) == sorted([title, SIDE, SIDE] for title in titles)
+
+
+def test_missing_files_are_named_with_folder_and_download(
+    classic: Page, bare: list[dict[str, str]], shots: Any
+) -> None:
+    classic.evaluate("() => window.app.refreshComboInNodes()")
+    browser.open_workflow(classic, workflows()[PUBLISHED])
+    classic.get_by_role("button", name="View details").click(timeout=10_000)
+    rows = classic.get_by_test_id("missing-model-importable-rows")
+    rows.wait_for(timeout=10_000)
+    browser.screenshot(classic, shots, "missing-models")
+    lines = rows.inner_text().split("\n")
+    named = {tuple(lines[at : at + 2]) for at in range(0, len(lines), 3)}
+    assert named == {(model["name"], model["directory"]) for model in bare}
+    # where a click would lead: the host makes a link and clicks it
+    classic.evaluate(
+        """() => { window.koalaLinks = {};
+            HTMLAnchorElement.prototype.click = function () { window.koalaLinks[this.download] = this.href; }; }"""
+    )
+    for model in bare:
+        rows.get_by_role("button", name=f"Download {model['name']}").click()
+    classic.wait_for_function("(count) => Object.keys(window.koalaLinks).length === count", arg=len(bare))
+    assert classic.evaluate("() => window.koalaLinks") == {model["name"]: model["url"] for model in bare}
+
+
+def test_an_exported_graph_is_run_by_the_client(classic: Page, client: Client) -> None:
+    browser.open_workflow(classic, workflows()[TINY])
+    _, prompt = opened(classic)
+    assert len(client.run(prompt).images()) == 1
+
+
+# --- blueprint ----------------------------------------------------------------------------------------------------
+
+
+def test_the_blueprint_is_found_shows_its_widgets_and_draws(
+    page: Page, shoot: Shoot, nodes_2: bool, server: Server
+) -> None:
+    page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    box = page.get_by_role("dialog").locator("input").first
+    box.wait_for(timeout=10_000)
+    box.fill(BLUEPRINT)
+    page.wait_for_timeout(700)
+    shoot("blueprint-search")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(400)
+    page.mouse.click(700, 300)
+    page.wait_for_timeout(600)
+    (placed,) = browser.nodes(page)
+    assert placed["widgets"] == {
+        "positive": "a gray koala on a green background",
+        "negative": "",
+        "width": 128,
+        "height": 128,
+        "seed": 0,
+    }
+    if nodes_2:
+        text = page.locator(f'[data-node-id="{placed["id"]}"]').inner_text()
+        assert BLUEPRINT in text
+        assert all(name in text for name in SHOWN)
+    page.evaluate(
+        """() => { const [root] = window.app.rootGraph.nodes;
+            const values = { positive: 'a red circle on a white background', width: 96, seed: 7 };
+            for (const [name, value] of Object.entries(values))
+                root.widgets.find((widget) => widget.name === name).value = value;
+            const save = LiteGraph.createNode('SaveImage');
+            save.pos = [root.pos[0] + root.size[0] + 80, root.pos[1]];
+            window.app.rootGraph.add(save);
+            root.connect(0, save, 0); }"""
+    )
+    _, prompt = opened(page)
+    inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert inputs["KoalaPrompt"]["positive"] == "a red circle on a white background"
+    assert (inputs["EmptyLatentImage"]["width"], inputs["EmptyLatentImage"]["height"]) == (96, 128)
+    assert (inputs["KoalaSampler"]["seed"], inputs["KoalaSampler"]["preset"]) == (7, "auto")
+    browser.run(page)
+    assert page.evaluate("() => window.koalaDone") == "execution_success"
+    browser.see_all(page)
+    shoot("blueprint")
+    (name,) = page.evaluate(
+        "() => Object.values(window.app.nodeOutputs).flatMap((output) => output.images ?? []).map((i) => i.filename)"
+    )
+    picture = Image.open(server.base / "output" / name)
+    assert picture.size == (96, 128)
+    assert seen(picture) == ("red", "circle", "white")
+    # what is not shown outside is chosen inside
+    page.evaluate(
+        """() => { const [root] = window.app.rootGraph.nodes;
+            const sampler = root.subgraph.nodes.find((node) => node.type === 'KoalaSampler');
+            for (const [name, value] of [['preset', 'custom'], ['preset.steps', 3]]) {
+                const widget = sampler.widgets.find((known) => known.name === name);
+                widget.value = value;
+                widget.callback?.(value);
+            } }"""
+    )
+    _, prompt = opened(page)
+    (inputs,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "KoalaSampler"]
+    assert (inputs["preset"], inputs["preset.steps"]) == ("custom", 3)
+    browser.run(page)
+    assert page.evaluate("() => window.koalaDone") == "execution_success"
+
+
+# --- workflows of older versions ----------------------------------------------------------------------------------
+
+
+def test_what_older_versions_saved_opens_with_every_value(classic: Page) -> None:
+    for path in SAVED:
+        before = read(path)
+        browser.open_workflow(classic, before)
+        classic.keyboard.press("Escape")
+        saved, prompt = opened(classic)
+        assert lost(queued(path), prompt) == {}, path
+        now = {node["id"]: node for node in saved["nodes"]}
+        for node in before["nodes"]:
+            values = node.get("widgets_values", [])
+            assert now[node["id"]]["widgets_values"][: len(values)] == values, (path, node["type"])
