@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page
 from safetensors.torch import save_file
 
 from tools import adapters, browser
+from tools.problem import Problem
 from tools.server import Server
 
 FILES = (
@@ -27,6 +28,11 @@ FILES = (
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
+    """The machine's browser; where there is none and none can be installed, these tests are left out, and say so."""
+    try:
+        browser.chromium()
+    except Problem as problem:
+        pytest.skip(str(problem))
     with browser.browser() as started:
         yield started
 
