@@ -15,8 +15,10 @@ from playwright.sync_api import Browser, Page
 from safetensors.torch import save_file
 
 from tools import adapters, browser
+from tools.client import Client
 from tools.problem import Problem
-from tools.server import Server
+from tools.server import Server, running
+from tools.testhost import Host
 
 FILES = (
     "diffusion_models/koala-700m.fp16.safetensors",
@@ -38,21 +40,28 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def files(server: Server) -> Iterator[None]:
-    """The empty model files, and a small LoRA for koala-tiny; only the files made here are taken away again."""
-    made = []
+def server(host: Host) -> Iterator[Server]:
+    """A server of these tests' own: its model files are empty, and no other test should come upon them."""
+    with running(host) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Client:
+    """A connection to that server."""
+    return Client(server.url)
+
+
+@pytest.fixture(scope="session")
+def files(server: Server) -> None:
+    """The empty model files, and a small LoRA for koala-tiny."""
     for name in FILES:
         path = server.base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_bytes(b"")
-            made.append(path)
+        path.write_bytes(b"")
     lora = server.base / "models" / "loras" / "small.safetensors"
     lora.parent.mkdir(parents=True, exist_ok=True)
     save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), lora)
-    yield
-    for path in made:
-        path.unlink(missing_ok=True)
 
 
 @pytest.fixture(params=[False, True], ids=["classic", "nodes2"])
