@@ -2,13 +2,17 @@
 
 Each part is read from a ``Source`` (a file and a name prefix) by a top-level function, so that the host can build a
 part again from its file when it needs a second copy (dynamic VRAM, torch.compile, multi-GPU: ``cached_patcher_init``).
+What is read once is shared as long as anyone has it: a second load gives another clone, as a stock node's output does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -23,6 +27,7 @@ from .koala import checkpoint, keys, layout, parts
 from .koala.checkpoint import CLIP_PREFIXES, VAE_PREFIX
 from .koala.facts import ModelFacts, assumed_facts, facts_of
 from .koala.layout import Layout
+from .koala_reader import Source, read, streamed
 
 BUILT_IN = Path(__file__).parent / "assets" / "koala-tiny.safetensors"
 ATTACHMENT = "koala"
@@ -34,14 +39,58 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
 }
 """Types in which the U-Net's weights can be kept; None leaves the choice to the host (by file and device)."""
 
+FILE_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""Types that a U-Net file may have, by the names of ``koala.checkpoint.FLOAT_TYPES``."""
+
+TILES = (64, 32, 16)
+"""Sides of the tiles, in latents, in which a picture is decoded that is too large to be decoded whole."""
+
 Loaded = tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]
 
+_pristine: weakref.WeakValueDictionary[Hashable, comfy.model_patcher.ModelPatcher] = weakref.WeakValueDictionary()
+"""What was loaded -> the patcher that it was loaded into, which is never given out: only clones of it are. A clone
+keeps its parent, so that an entry lives exactly as long as anyone has the weights."""
+_wrappings: weakref.WeakKeyDictionary[comfy.model_patcher.ModelPatcher, Any] = weakref.WeakKeyDictionary()
+"""Patcher of a text encoder or VAE -> the CLIP or VAE around it, without patcher and network: so it keeps neither."""
 
-class Source(NamedTuple):
-    """Where one part's tensors lie: a file, and the prefix of their names in it."""
 
-    path: Path
-    prefix: str = ""
+class Vae(comfy.sd.VAE):
+    """The host's VAE, which also decodes in tiles on a CPU, where no error tells that memory is short."""
+
+    def decode(self, samples_in: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        """A latent [N, 4, h, w] as a picture [N, 8h, 8w, 3] in 0..1; in tiles where the host's estimate of the memory
+        that the whole takes is more than the machine has free."""
+        tile = None
+        if comfy.model_management.is_device_cpu(self.device):
+            height, width = samples_in.shape[-2:]
+            need = self.memory_used_decode(samples_in.shape, self.vae_dtype)
+            free = comfy.model_management.get_free_memory(self.device)
+            tile = decode_tile(height, width, need, free)
+        if tile is None:
+            return super().decode(samples_in, *arguments, **options)
+        logging.info(
+            f"KOALA: decoding {8 * width}x{8 * height} pixels in tiles of {8 * tile}: the whole may take "
+            f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB."
+        )
+        return self.decode_tiled(samples_in, tile_x=tile, tile_y=tile, overlap=tile // 4)
+
+
+def decode_tile(height: int, width: int, need: float, free: float) -> int | None:
+    """Side of the tiles in which to decode a latent of this size, None to decode it whole.
+
+    ``need`` is what the whole takes, ``free`` what there is, in bytes; of the tiles that fit the largest is taken, or
+    else the smallest. A tile takes as much of ``need`` as it has of the area.
+    """
+    if need <= free:
+        return None
+    fitting = (side for side in TILES if side * side < height * width and need * side * side <= free * height * width)
+    return next(fitting, TILES[-1])
 
 
 def load_folder(folder: Path, weight_dtype: str = "default") -> Loaded:
@@ -69,7 +118,8 @@ def load_checkpoint_parts(path: Path) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:
 
 def load_unet(model: checkpoint.Model, source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
     """Build the MODEL of an inspected U-Net; what is known of it (``ModelFacts``) travels with it as an attachment."""
-    patcher = _unet_patcher(model.unet, WEIGHT_DTYPES[weight_dtype])
+    unet, dtype = model.unet, WEIGHT_DTYPES[weight_dtype]
+    patcher = _shared((dtype, Source(unet.path, unet.prefix)), lambda: _unet_patcher(unet, dtype)).clone()
     patcher.set_attachments(ATTACHMENT, facts_of(model, source))
     return patcher
 
@@ -130,56 +180,104 @@ def unet_config(shape: Layout) -> dict[str, Any]:
     }
 
 
+def _shared(
+    sources: tuple[Hashable, ...], build: Callable[[], comfy.model_patcher.ModelPatcher]
+) -> comfy.model_patcher.ModelPatcher:
+    """The patcher that was built of the same sources, where anyone still has a clone of it, or else a new one.
+
+    A file that was replaced since is another source.
+    """
+    files = [source.path.stat() for source in sources if isinstance(source, Source)]
+    key = (*sources, *((file.st_ino, file.st_size, file.st_mtime_ns) for file in files))
+    patcher = _pristine.get(key)
+    if patcher is None:
+        patcher = _pristine[key] = build()
+    return patcher
+
+
+def _dressed(sources: tuple[Source, ...], build: Callable[[], Any], network: str) -> Any:
+    """A CLIP or VAE around a clone of the shared patcher; ``network`` is its attribute that holds the network."""
+
+    def undressed() -> comfy.model_patcher.ModelPatcher:
+        whole = build()
+        wrapping = _wrappings[whole.patcher] = copy.copy(whole)
+        wrapping.patcher = None
+        setattr(wrapping, network, None)
+        return whole.patcher
+
+    patcher = _shared(sources, undressed)
+    whole = copy.copy(_wrappings[patcher])
+    whole.patcher = patcher.clone()
+    setattr(whole, network, patcher.model)
+    return whole
+
+
 def _unet_patcher(
     unet: checkpoint.UNetFile, dtype: torch.dtype | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """Build core's SDXL model for any layout and fill it, as ``comfy.sd.load_diffusion_model`` does for known ones."""
-    weights = _read(Source(unet.path, unet.prefix))
-    names = keys.renaming(unet.layout, unet.numbering, "comfy")
-    weights = {names[name]: tensor for name, tensor in weights.items()}
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     config = comfy.supported_models.SDXL(unet_config(unet.layout))
     kept = dtype or management.unet_dtype(
         model_params=keys.parameters(unet.layout),
         supported_dtypes=config.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(weights),
+        weight_dtype=FILE_DTYPES[unet.dtype],
     )
     cast = management.unet_manual_cast(kept, device, config.supported_inference_dtypes)
     config.set_inference_dtype(kept, cast)
-    model = config.get_model(weights, "")
+    model = config.get_model({}, "")
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    names = keys.renaming(unet.layout, unet.numbering, "comfy")
+    weights = read(Source(unet.path, unet.prefix), kept)
+    _fill(model.diffusion_model, {names[name]: tensor for name, tensor in weights.items()}, patcher)
     patcher.cached_patcher_init = (_unet_patcher, (unet, dtype))
     return patcher
 
 
-def load_clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """Build SDXL's CLIP from two text encoders of any size; ``first`` is CLIP-L, ``second`` CLIP-G."""
-    encoders = {"clip_l": _read_text(first), "clip_g": _read_text(second)}
+def load_clip(first: Source, second: Source) -> comfy.sd.CLIP:
+    """SDXL's CLIP from two text encoders of any size; ``first`` is CLIP-L, ``second`` CLIP-G."""
+    return _dressed((first, second), lambda: _clip(first, second), "cond_stage_model").clone()
+
+
+def load_vae(source: Source) -> comfy.sd.VAE:
+    """An AutoencoderKL of any size from diffusers or original names."""
+    return _dressed((source,), lambda: _vae(source), "first_stage_model")
+
+
+class _Clip(comfy.sd.CLIP):
+    """The host's CLIP, filled as we fill; a clone of it is a plain CLIP."""
+
+    def load_sd(self, sd: dict[str, torch.Tensor], full_model: bool = False) -> Any:
+        return _fill(self.cond_stage_model, sd, self.patcher)
+
+
+def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    dtype = comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
+    encoders = {"clip_l": _read_text(first, dtype), "clip_g": _read_text(second, dtype)}
     sizes = {name: parts.read_text_encoder(_shapes(weights)) for name, weights in encoders.items()}
     state = {
         f"{name}.transformer.{key}": tensor for name, weights in encoders.items() for key, tensor in weights.items()
     }
     target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
-    clip = comfy.sd.CLIP(
+    options: dict[str, Any] = {f"{name}_model_config": _text_config(size) for name, size in sizes.items()}
+    clip = _Clip(
         target,
         embedding_directory=_embeddings(),
         parameters=sum(tensor.numel() for tensor in state.values()),
         state_dict=state,
-        model_options={f"{name}_model_config": _text_config(size) for name, size in sizes.items()},
+        model_options={**options, "dtype": dtype},
         disable_dynamic=disable_dynamic,
     )
     clip.patcher.cached_patcher_init = (_clip_patcher, (first, second))
     return clip
 
 
-def load_vae(source: Source, disable_dynamic: bool = False) -> comfy.sd.VAE:
-    """Build an AutoencoderKL of any size from diffusers or original names."""
-    weights = _read(source)
+def _vae(source: Source) -> Vae:
+    weights = read(source)  # the host copies them into the type that it chooses
     sizes = parts.read_autoencoder(_shapes(weights))
     first = sizes.channels[0]
     config = {
@@ -197,32 +295,40 @@ def load_vae(source: Source, disable_dynamic: bool = False) -> comfy.sd.VAE:
         },
         "embed_dim": sizes.embed,
     }
-    vae = comfy.sd.VAE(sd=weights, config={"params": config})
+    vae = Vae(sd=weights, config={"params": config})
     vae.patcher.cached_patcher_init = (_vae_patcher, (source,))
     return vae
 
 
 def _clip_patcher(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_clip(first, second, disable_dynamic).patcher
+    return _clip(first, second, disable_dynamic).patcher
 
 
 def _vae_patcher(source: Source, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_vae(source).patcher
+    return _vae(source).patcher
 
 
-def _read(source: Source) -> dict[str, torch.Tensor]:
-    """A part's tensors by their names without the prefix; memory-mapped, never to be written to."""
-    weights = comfy.utils.load_torch_file(str(source.path))
-    return {name[len(source.prefix) :]: tensor for name, tensor in weights.items() if name.startswith(source.prefix)}
+def _fill(
+    network: torch.nn.Module, weights: Mapping[str, torch.Tensor], patcher: comfy.model_patcher.ModelPatcher
+) -> Any:
+    """Give a network its weights: these tensors themselves, on the device of the parameter that each replaces.
+
+    Returns the names that were missing and those that were unexpected, as ``load_state_dict`` does.
+    """
+    if streamed():
+        return network.load_state_dict(weights, strict=False, assign=patcher.is_dynamic())
+    own = network.state_dict()
+    placed = {name: tensor.to(own[name].device) if name in own else tensor for name, tensor in weights.items()}
+    return network.load_state_dict(placed, strict=False, assign=True)
 
 
 def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, keys.Shape]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-def _read_text(source: Source) -> dict[str, torch.Tensor]:
+def _read_text(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A text encoder's tensors under transformers' names, wherever they lie."""
-    weights = _read(source)
+    weights = read(source, dtype)
     if source.prefix == CLIP_PREFIXES[1]:  # open_clip's names
         weights = {key.removeprefix("model."): tensor for key, tensor in weights.items()}
         weights = comfy.utils.clip_text_transformers_convert(weights, "", "")

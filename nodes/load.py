@@ -19,6 +19,7 @@ from ..koala.checkpoint import (
     require_text_width,
 )
 from ..koala.facts import badge, report
+from ..koala_reader import Source
 from ..transfer.addons import misplaced
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
@@ -225,5 +226,5 @@ def load_parts(model: Model, first: Path, second: Path, vae: Path) -> tuple[Any,
         )
     require_text_width(model.unet.layout, kinds["l"], kinds["g"])
     inspect_vae(vae)
-    clip = koala_loader.load_clip(koala_loader.Source(kinds["l"]), koala_loader.Source(kinds["g"]))
-    return clip, koala_loader.load_vae(koala_loader.Source(vae))
+    clip = koala_loader.load_clip(Source(kinds["l"]), Source(kinds["g"]))
+    return clip, koala_loader.load_vae(Source(vae))

@@ -18,6 +18,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from koala_pack import koala_loader, koala_saver
 from koala_pack.koala import checkpoint, disk, layout, settings
+from koala_pack.koala_reader import Source
 from koala_pack.nodes.save import KoalaCheckpointSave
 from safetensors.torch import load_file, save_file
 
@@ -225,7 +226,7 @@ def wide_vae(tmp_path_factory: pytest.TempPathFactory) -> Any:
         AutoencoderKL(**{**random_weights.VAE, "block_out_channels": [32] * 4, "latent_channels": 16}).state_dict(),
         path,
     )
-    return koala_loader.load_vae(koala_loader.Source(path))
+    return koala_loader.load_vae(Source(path))
 
 
 def test_what_is_missing_or_foreign_is_named(wide_vae: Any, tmp_path: Path) -> None:

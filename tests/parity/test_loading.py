@@ -1,0 +1,218 @@
+"""What loading costs: nothing a second time, no second copy in memory, and tiles where a picture is too large."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import pytest
+import torch
+from koala_pack import koala_loader, koala_reader
+from koala_pack.koala.checkpoint import CLIP_PREFIXES, VAE_PREFIX, inspect_model
+from koala_pack.koala_loader import BUILT_IN, decode_tile
+from koala_pack.koala_reader import Source
+
+from tools import parity, random_weights, testhost
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A koala-tiny that no other test has loaded."""
+    return Path(shutil.copyfile(BUILT_IN, tmp_path / "koala.safetensors"))
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
+    """What is read from files."""
+    found: list[Source] = []
+
+    def watched(source: Source, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        found.append(source)
+        return koala_reader.read(source, dtype)
+
+    monkeypatch.setattr(koala_loader, "read", watched)
+    return found
+
+
+def networks(loaded: koala_loader.Loaded) -> tuple[torch.nn.Module, ...]:
+    model, clip, vae = loaded
+    return model.model.diffusion_model, clip.cond_stage_model, vae.first_stage_model
+
+
+# A second time
+
+
+def test_a_second_load_reads_nothing_and_shares_the_weights(file: Path, read: list[Source]) -> None:
+    first = koala_loader.load_checkpoint(file)
+    assert len(read) == 4
+    second = koala_loader.load_checkpoint(file)
+    assert len(read) == 4
+    assert all(one is other for one, other in zip(networks(first), networks(second), strict=True))
+    assert all(one is not other for one, other in zip(first, second, strict=True))
+
+
+def test_what_is_done_to_one_load_is_not_done_to_another(file: Path) -> None:
+    first, second = koala_loader.load_checkpoint(file), koala_loader.load_checkpoint(file)
+    latent = torch.randn(1, 4, 8, 8)
+    wanted = [
+        parity.KoalaPrompt.execute(second[1], "a red circle", "", "no style", "reference"),
+        second[2].decode(latent),
+    ]
+    name = "diffusion_model.out.2.weight"
+    first[0].add_patches({name: (torch.ones_like(networks(first)[0].out[2].weight),)})
+    first[1].clip_layer(-1)
+    first[2].patcher.add_patches({"decoder.conv_out.weight": (torch.ones(3, 32, 3, 3),)})
+    first[2].process_output = lambda picture: picture * 0
+    assert (list(first[0].patches), list(second[0].patches), list(second[2].patcher.patches)) == ([name], [], [])
+    found = [
+        parity.KoalaPrompt.execute(second[1], "a red circle", "", "no style", "reference"),
+        second[2].decode(latent),
+    ]
+    assert torch.equal(found[0].result[0][0][0], wanted[0].result[0][0][0])
+    assert torch.equal(found[1], wanted[1])
+
+
+def test_another_type_of_weights_is_another_model(file: Path) -> None:
+    first = koala_loader.load_checkpoint(file)[0]
+    kept = koala_loader.load_checkpoint(file, "fp16")[0]
+    assert kept.model is not first.model
+    assert {weights.dtype for weights in kept.model.diffusion_model.parameters()} == {torch.float16}
+
+
+def test_a_replaced_file_is_read_again(file: Path, read: list[Source]) -> None:
+    first = koala_loader.load_checkpoint(file)
+    data = bytearray(file.read_bytes())
+    data[-4000:] = bytes(4000)
+    other = file.with_name("other")
+    other.write_bytes(data)
+    other.replace(file)
+    second = koala_loader.load_checkpoint(file)
+    assert len(read) == 8
+    assert any(
+        not torch.equal(tensor, other.state_dict()[name])
+        for one, other in zip(networks(first), networks(second), strict=True)
+        for name, tensor in one.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("part", range(3), ids=["MODEL", "CLIP", "VAE"])
+def test_what_nobody_has_any_more_is_let_go(part: int, file: Path, read: list[Source]) -> None:
+    loaded = koala_loader.load_checkpoint(file)
+    loaded[2].decode(torch.randn(1, 4, 8, 8))
+    alive = weakref.ref(networks(loaded)[part])
+    of_it = [loaded[part], loaded[part].clone() if part < 2 else loaded[part]]
+    del loaded
+    of_it.pop()
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert alive() is not None
+    of_it.pop()
+    gc.collect()
+    comfy.model_management.cleanup_models()
+    gc.collect()
+    assert alive() is None
+    koala_loader.load_checkpoint(file)
+    assert len(read) == 8
+
+
+# Reading
+
+
+def whole_file() -> dict[str, torch.Tensor]:
+    return comfy.utils.load_torch_file(str(BUILT_IN))
+
+
+@pytest.mark.parametrize("prefix", [*CLIP_PREFIXES, VAE_PREFIX, "", "nothing of this name"])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_tensors_are_the_files(prefix: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {name[len(prefix) :]: tensor for name, tensor in whole_file().items() if name.startswith(prefix)}
+    monkeypatch.setattr(koala_reader, "GROUP", 10_000)
+    for disabled in (False, True):
+        monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", disabled)
+        found = koala_reader.read(Source(BUILT_IN, prefix), dtype)
+        assert set(found) == set(wanted)
+        assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
+
+
+def test_a_host_that_streams_weights_gets_tensors_of_its_own_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, torch.Tensor]] = []
+    load = comfy.utils.load_torch_file
+
+    def watched(*arguments: Any, **further: Any) -> Any:
+        made.append(load(*arguments, **further))
+        return made[-1]
+
+    monkeypatch.setattr(comfy.utils, "load_torch_file", watched)
+    monkeypatch.setattr(koala_reader, "streamed", lambda: True)
+    found = koala_reader.read(Source(BUILT_IN, VAE_PREFIX), torch.float16)
+    (whole,) = made
+    assert found
+    assert all(tensor is whole[VAE_PREFIX + name] for name, tensor in found.items())
+
+
+def test_loading_takes_little_more_memory_than_the_weights() -> None:
+    """KOALA-700M's U-Net, an fp16 file kept as fp32, in a process of its own: a second copy would be half as much."""
+    file = inspect_model(
+        random_weights.folder("koala-700m") / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    ).unet.path
+    code = (
+        "from tools.bench import engines, meter; engines.activate('cpu'); from pathlib import Path\n"
+        "from koala_pack import koala_loader; from koala_pack.koala.checkpoint import inspect_model\n"
+        f"unet = inspect_model(Path({str(file)!r})); before = meter.forget_peak()['ram']\n"
+        "model = koala_loader.load_unet(unet, 'it'); above = meter.peak()['ram'] - before\n"
+        "print(above / sum(weights.nbytes for weights in model.model.parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=testhost.ROOT, capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout.splitlines()[-1]) <= 1.1
+
+
+# Tiles
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "need", "free", "side"),
+    [
+        (128, 128, 10, 10, None),
+        (128, 128, 10, 9.9, 64),
+        (128, 128, 10, 2.5, 64),
+        (128, 128, 10, 2.4, 32),
+        (128, 128, 10, 0.5, 16),
+        (128, 128, 10, 0.001, 16),
+        (64, 64, 10, 9.9, 32),  # a tile as large as the whole would be no help
+        (32, 256, 10, 5.1, 64),
+    ],
+)
+def test_size_of_tiles(height: int, width: int, need: float, free: float, side: int | None) -> None:
+    assert decode_tile(height, width, need, free) == side
+
+
+def test_a_large_picture_is_decoded_in_tiles_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vae = parity.tiny_models()[2]
+    latent = torch.randn(1, 4, 96, 64, generator=torch.Generator().manual_seed(1)) * 4
+    whole = vae.decode(latent)
+    need = vae.memory_used_decode(latent.shape, vae.vae_dtype)
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(vae.decode(latent), whole)
+    assert "tiles" not in caplog.text
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: need * 0.7)
+    sizes: list[tuple[int, ...]] = []
+    hook = vae.first_stage_model.decoder.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape[2:]))
+    with caplog.at_level(logging.INFO):
+        tiled = vae.decode(latent)
+    hook.remove()
+    assert len(sizes) > 1
+    assert max(height * width for height, width in sizes) <= 0.7 * 96 * 64
+    assert "decoding 512x768 pixels in tiles of 512" in caplog.text
+    assert tiled.shape == whole.shape
+    error = (tiled - whole).square().mean()
+    assert float(error) < 1e-3  # tiles know little of each other, so that seams are blended
