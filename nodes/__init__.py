@@ -7,6 +7,7 @@ from .load import KoalaCheckpointLoader, KoalaModelInfo
 from .prompt import KoalaPrompt
 from .sample import KoalaSampler, KoalaScheduler
 from .save import KoalaCheckpointSave
+from .speed import KoalaAccelerate
 
 NODES: list[type[io.ComfyNode]] = [
     KoalaCheckpointLoader,
@@ -14,6 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
     KoalaPrompt,
     KoalaScheduler,
     KoalaSampler,
+    KoalaAccelerate,
     KoalaUNetSwap,
     KoalaLoraLoader,
     KoalaHookLora,

@@ -87,6 +87,13 @@ SCHEMAS = {
         width=320,
         room=260,
     ),
+    "KoalaAccelerate": Schema(
+        slots("model:MODEL vae:VAE"),
+        {"preset": (DYNAMIC, "exact")},
+        slots("MODEL:MODEL VAE:VAE"),
+        width=400,
+        room=80,
+    ),
     "KoalaUNetSwap": Schema(
         slots("model:MODEL"),
         {"unet_name": ("COMBO", IF_GIVEN), "weight_dtype": ("COMBO", "default")},

@@ -15,7 +15,7 @@ from tools import gates
 from tools.testhost import ROOT, say
 
 PACK = "koala_pack"
-SHIPPED = ("koala", "koala_loader", "koala_saver", "transfer", "nodes")
+SHIPPED = ("koala", "koala_reader", "koala_loader", "koala_saver", "transfer", "speed", "nodes")
 CONFIG = str(ROOT / "pyproject.toml")
 
 

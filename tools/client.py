@@ -14,7 +14,7 @@ import websocket
 
 Prompt = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs", ...}: what POST /prompt takes
 Event = Callable[[str, dict[str, Any]], None]
-PREVIEW_IMAGE = 1  # type of a binary WebSocket message, big endian in its first four bytes
+PREVIEW_IMAGE, TEXT = 1, 3  # types of binary WebSocket messages, big endian in their first four bytes
 
 
 class GraphError(Exception):
@@ -98,7 +98,8 @@ class Client:
 
         ``workflow`` (the canvas form) goes into the PNGs' metadata. ``on_event`` is told every event of this run, as
         (type, data) in the server's own terms: "execution_start", "executing", "progress", "executed" ..., and
-        ("preview", {"image": bytes}) for a live preview. Raises GraphError, Interrupted, ConnectionError.
+        ("preview", {"image": bytes}) for a live preview, ("progress_text", {"node": id, "text": text}) for a text that
+        is shown on a node while it runs. Raises GraphError, Interrupted, ConnectionError.
         """
         address = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={self.id}"
         try:
@@ -130,8 +131,12 @@ class Client:
         while True:
             message = socket.recv()
             if isinstance(message, bytes):
-                if struct.unpack(">I", message[:4])[0] == PREVIEW_IMAGE:
-                    on_event("preview", {"image": message[8:]})  # four bytes of message type, four of image format
+                kind, number = struct.unpack(">II", message[:8])
+                if kind == PREVIEW_IMAGE:  # the number is the image's format
+                    on_event("preview", {"image": message[8:]})
+                elif kind == TEXT:  # the number is the length of the node's id
+                    node, text = message[8 : 8 + number], message[8 + number :]
+                    on_event("progress_text", {"node": node.decode(), "text": text.decode()})
                 continue
             if not message:
                 raise ConnectionError(f"{self.url}: the server closed the connection while a graph ran")

@@ -1,8 +1,9 @@
 """Graphs as this version of the pack saves them, kept for ever: `python -m tools.frozen` writes them once a version.
 
-For each shipped workflow, and for a graph with every node of ours, a pair of files below ``FOLDER/<version>``:
+For each shipped workflow, and for graphs that have every node of ours, a pair of files below ``FOLDER/<version>``:
 ``<title>.json`` as the canvas saves a workflow (widgets by their place), ``<title>.api.json`` as it exports one for
-POST /prompt (inputs by their names). Later versions have to open both with every value in its place.
+POST /prompt (inputs by their names). Later versions have to open both with every value in its place. What comes to a
+version before its release is written beside what is there, which stays as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tools.workflows import as_text
 
 FOLDER = ROOT / "tests" / "host" / "workflows"
 EVERY_NODE = "every node"
+ACCELERATED = f"{EVERY_NODE}, acceleration"
 API = ".api"  # in the name of a file that is in the format of POST /prompt
 
 
@@ -108,7 +110,28 @@ GRAPH = {
     ),
     "saved file": Placed("KoalaCheckpointSave", {"format.filename_prefix": "checkpoints/mine"}, {"model": ("file", 0)}),
 }
-"""Every node of ours, and so connected that each output needs a file which no server has: nothing of it is ever run."""
+"""The nodes of ours, and so connected that each output needs a file which no server has: nothing of it is ever run."""
+
+CUSTOM = {
+    "preset": "custom",
+    "preset.reuse": "fast",
+    "preset.guidance_start": 0.25,
+    "preset.guidance_end": 0.75,
+    "preset.cpu_routines": "bf16",
+}
+ACCELERATED_GRAPH = {
+    "file": GRAPH["file"],
+    "custom": Placed("KoalaAccelerate", CUSTOM, {"model": ("file", 0), "vae": ("file", 2)}),
+    "preset": Placed("KoalaAccelerate", {"preset": "fast"}, {"model": ("file", 0)}),
+    "info": Placed("KoalaModelInfo", {}, {"model": ("custom", 0)}),
+    "info 2": Placed("KoalaModelInfo", {}, {"model": ("preset", 0)}),
+    "picture": Placed("EmptyImage"),
+    "encoded": Placed("VAEEncode", {}, {"pixels": ("picture", 0), "vae": ("custom", 1)}),
+    "saved": Placed("SaveLatent", {}, {"samples": ("encoded", 0)}),
+}
+"""The same for the node that came after the first graph was frozen: as custom, and as a preset without a VAE."""
+BUILT = {EVERY_NODE: GRAPH, ACCELERATED: ACCELERATED_GRAPH}
+"""Graphs that are frozen beside the shipped ones, by their titles."""
 
 BUILD = """(graph) => {
     const made = {};
@@ -136,23 +159,27 @@ def opened(page: Page) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write(folder: Path) -> None:
-    """Write this version's files. Raises Problem where they are there: what was saved once is not to change."""
-    if folder.exists():
-        raise Problem(f"{folder} is there already; frozen files stay as they are. Raise the version in pyproject.toml.")
+    """Write those of this version's files that are not there. Raises Problem where all are: what was saved once is not
+    to change."""
+    missing = [file for file in sorted(SHIPPED.glob("*.json")) if not (folder / file.name).exists()]
+    built = {title: graph for title, graph in BUILT.items() if not (folder / f"{title}.json").exists()}
+    if not missing and not built:
+        raise Problem(f"{folder} is whole; frozen files stay as they are. Raise the version in pyproject.toml.")
     with (
         running(testhost.test_host()) as server,
         browser.browser() as chromium,
         browser.canvas(chromium, server.url, nodes_2=False) as page,
     ):
         graphs = {}
-        for file in sorted(SHIPPED.glob("*.json")):
+        for file in missing:
             browser.open_workflow(page, json.loads(file.read_text("utf-8")))
             graphs[file.stem] = opened(page)
-        page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow') }")
-        page.evaluate("() => window.app.rootGraph.clear()")
-        page.evaluate(BUILD, {name: astuple(node) for name, node in GRAPH.items()})
-        graphs[EVERY_NODE] = opened(page)
-    folder.mkdir(parents=True)
+        for title, graph in built.items():
+            page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow') }")
+            page.evaluate("() => window.app.rootGraph.clear()")
+            page.evaluate(BUILD, {name: astuple(node) for name, node in graph.items()})
+            graphs[title] = opened(page)
+    folder.mkdir(parents=True, exist_ok=True)
     for title, (saved, queued) in graphs.items():
         (folder / f"{title}.json").write_text(as_text(saved), "utf-8")
         (folder / f"{title}{API}.json").write_text(as_text(queued), "utf-8")

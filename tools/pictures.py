@@ -47,10 +47,13 @@ ADD = """([lora]) => {
     const lora_loader = feed(put('KoalaLoraLoader', [500, 800], { lora_name: lora }));
     const hook = feed(put('KoalaHookLora', [1000, 800], { lora_name: lora }));
     const patches = feed(put('KoalaAttentionPatches', [1500, 800]));
+    const accelerate = feed(put('KoalaAccelerate', [2000, 800], { preset: 'balanced' }));
+    loader.connect(2, accelerate, 'vae');
     seen(scheduler, 0, [0, 1600]);
     seen(lora_loader, 2, [500, 1600]);
     seen(hook, 1, [1000, 1600]);
     seen(patches, 1, [1500, 1600]);
+    seen(accelerate, 0, [2000, 1600]);
 }"""
 LEFT = """() => {
     const graph = window.app.rootGraph;

@@ -136,6 +136,24 @@ def sampler_custom(release: Release) -> Columns:
     return [[about], [loader, sigmas, euler], [text, latent], [sampling, decode], [save]]
 
 
+def accelerated(release: Release) -> Columns:
+    loader, settings = published_loader(release), release.variant.settings
+    fast = Node("KoalaAccelerate", {"model": loader["MODEL"], "vae": loader["VAE"], "preset": "balanced"})
+    about = note(
+        f"{release.name}, sampled faster",
+        "**KOALA Accelerate**, last on the MODEL wire: most steps run a small part of the U-Net only, and foretell the "
+        "rest from the steps before. After a run the sampler shows what was left out.",
+        "*exact* does not change the picture, *balanced* hardly, *fast* a little. Bypass the node (Ctrl+B) to compare. "
+        f"The sampler's preset *auto* follows the model as ever: {settings}.",
+        files_of(loader),
+    )
+    text = prompt(loader, PROMPT, NEGATIVE)
+    latent = empty_latent(settings.size)
+    sampling = sampler(fast, text, latent["LATENT"])
+    decode, save = decoded(fast, sampling["LATENT"], "koala-accelerated")
+    return [[about], [loader, fast], [text, latent], [sampling, decode], [save]]
+
+
 def tiny_image_to_image() -> Columns:
     loader = Node("KoalaCheckpointLoader")
     about = note(
@@ -224,6 +242,7 @@ def workflows() -> dict[str, dict[str, Any]]:
         "KOALA-tiny text to image": tiny_text_to_image(),
         f"KOALA-700M text to image ({base.variant.settings.steps} steps)": published_text_to_image(base),
         f"KOALA-Lightning text to image ({lightning.variant.settings.steps} steps)": published_text_to_image(lightning),
+        "KOALA-700M accelerated": accelerated(base),
         "KOALA-700M with SamplerCustom": sampler_custom(base),
         "KOALA-tiny image to image": tiny_image_to_image(),
         "KOALA-700M in an SDXL graph": swap_in_an_sdxl_graph(base),

@@ -81,11 +81,13 @@ def own() -> list[str]:
 
 
 def test_our_own_zip_holds_what_runs_and_nothing_else(own: list[str]) -> None:
-    runs = {"__init__.py", "koala_loader.py", "koala_saver.py", "koala", "transfer", "nodes"}
-    runs |= {"web", "locales", "example_workflows", "subgraphs"}
+    runs = {"__init__.py", "koala_reader.py", "koala_loader.py", "koala_saver.py"}
+    runs |= {"koala", "transfer", "speed", "nodes", "web", "locales", "example_workflows", "subgraphs"}
     tells = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "requirements.txt", "assets"}
     assert {name.split("/")[0] for name in own} <= runs | tells
     assert {"__init__.py", "koala/layout.py", "nodes/load.py", "assets/koala-tiny.safetensors", "LICENSE"} <= set(own)
+    assert {"koala_reader.py", "speed/plan.py", "nodes/speed.py"} <= set(own)
+    assert not [name for name in own if "bench" in name]
 
 
 def test_the_two_lists_of_requirements_are_one() -> None:

@@ -92,4 +92,4 @@ def test_a_shipped_workflow_runs(
 def test_workflows_cover_what_the_pack_promises() -> None:
     used = {node["type"] for path in WORKFLOWS for node in json.loads(path.read_text("utf-8"))["nodes"]}
     assert {"KoalaCheckpointLoader", "KoalaModelInfo", "KoalaPrompt", "KoalaScheduler", "KoalaSampler"} <= used
-    assert {"KoalaUNetSwap", "KoalaLoraLoader", "KoalaControlNet"} <= used
+    assert {"KoalaAccelerate", "KoalaUNetSwap", "KoalaLoraLoader", "KoalaControlNet"} <= used

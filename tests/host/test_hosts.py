@@ -19,7 +19,8 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
 from tests.host.test_example_workflows import COMPLAINTS
-from tests.host.test_nodes import graph
+from tests.host.test_nodes import graph, seen
+from tests.host.test_speed_node import AS_BALANCED, accelerated
 from tools import adapters
 from tools.client import Client, Prompt
 from tools.server import Server, running
@@ -79,6 +80,11 @@ def with_patches() -> Prompt:
     return prompt
 
 
+def with_foretold_steps() -> Prompt:
+    """By ComfyUI's own routines: which others are faster each server measures anew."""
+    return accelerated(AS_BALANCED | {"preset.cpu_routines": "off"})
+
+
 def with_core_sampler() -> Prompt:
     prompt = graph()
     prompt["10"] = node("KoalaScheduler", model=["1", 0], steps=25, spacing="trailing", denoise=1.0)
@@ -112,6 +118,7 @@ def saving() -> Prompt:
 
 GRAPHS = {
     "text to image": graph,
+    "KOALA Accelerate": with_foretold_steps,
     "LoRA": with_lora,
     "hooks": with_hooks,
     "ControlNet": with_controlnet,
@@ -160,10 +167,12 @@ def wanted(server: Server, adapter_files: dict[str, Path]) -> dict[str, Image.Im
 
 
 def about_us(log: str) -> list[str]:
-    """The lines of a server's log that name the pack, but for the one that says how long its import took."""
+    """The lines of a server's log that name the pack, but for those that say how long its import took, and what KOALA
+    Accelerate has left out."""
     log = re.sub(r"koala-comfyui-\w+|comfyui-koala", "", log)  # the folders that it runs in
     lines = [line for line in log.splitlines() if "koala" in line.lower()]
-    return [line for line in lines if not re.search(r"\d seconds: \S*custom_nodes/koala-sdxl$", line)]
+    said = r"\d seconds: \S*custom_nodes/koala-sdxl$|KOALA Accelerate: \d+ of \d+ passes in full, \d+ with guidance$"
+    return [line for line in lines if not re.search(said, line)]
 
 
 def test_all_graphs_draw_something_else(wanted: dict[str, Image.Image]) -> None:
@@ -201,6 +210,12 @@ def test_an_older_release_gives_the_same_pictures_and_no_warning(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["exact", "fast"])
+def test_an_older_release_runs_by_faster_routines(preset: str, older: Server) -> None:
+    assert seen(picture(Client(older.url), accelerated({"preset": preset}))) == ("red", "circle", "blue")
+
+
+@pytest.mark.slow
 def test_what_an_older_release_saves_gives_the_same_picture(
     older: Server, wanted: dict[str, Image.Image], adapter_files: dict[str, Path]
 ) -> None:
@@ -225,5 +240,6 @@ def test_our_own_log_lines_are_told_from_the_servers() -> None:
     base = "/tmp/koala-comfyui-1a"
     log = f"Setting base directory to: {base}\n   0.0 seconds: {base}/custom_nodes/koala-sdxl"
     assert about_us(log) == []
+    assert about_us(f"{log}\nKOALA Accelerate: 12 of 25 passes in full, 25 with guidance") == []
     assert about_us(f"{log} (IMPORT FAILED)") != []
     assert about_us(f"{log}\n[WARNING] koala-sdxl: something") == ["[WARNING] koala-sdxl: something"]

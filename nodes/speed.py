@@ -1,0 +1,135 @@
+"""Fewer and cheaper passes through the U-Net: KOALA Accelerate."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..koala.facts import ModelFacts
+from ..koala.schedule import schedule
+from ..koala_loader import model_facts
+from ..speed.accelerate import accelerate, steps_in_full
+from ..speed.kernels import install_vae
+from ..speed.plan import EXACT, PRESETS, REUSE, ROUTINES, WHOLE, Acceleration
+from .base import CATEGORY, SHOWS, shown
+
+CUSTOM = "custom"
+NO_VAE = "KOALA Accelerate has no VAE to give: nothing is connected to its vae input. Connect the loader's VAE to it."
+
+
+class KoalaAccelerate(io.ComfyNode):
+    """A KOALA that samples faster."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KoalaAccelerate",
+            display_name="KOALA Accelerate",
+            category=CATEGORY,
+            description="Samples faster. exact: the same picture, by faster routines on the CPU. balanced and fast: "
+            "most steps run a small part of the U-Net only and foretell the rest from the steps before; a CPU that is "
+            "faster in bf16 computes in bf16. For any sampler node; put it last on the MODEL wire.",
+            search_aliases=[
+                "speed",
+                "faster",
+                "deepcache",
+                "easycache",
+                "teacache",
+                "skip steps",
+                "cpu",
+                "cfg interval",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="A KOALA model, with LoRAs and patches as you like."),
+                io.DynamicCombo.Input(
+                    "preset",
+                    tooltip="exact: no change of the picture. balanced: hardly any. fast: small ones. custom: yours.",
+                    options=[
+                        *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
+                        io.DynamicCombo.Option(
+                            CUSTOM,
+                            [
+                                io.Combo.Input(
+                                    "reuse",
+                                    options=list(REUSE),
+                                    default="balanced",
+                                    tooltip="How many steps go by foretold features. off: none.",
+                                ),
+                                _percent_input("guidance_start", WHOLE[0], "Before this part of the schedule"),
+                                _percent_input("guidance_end", WHOLE[1], "After this part of the schedule"),
+                                io.Combo.Input(
+                                    "cpu_routines",
+                                    options=list(ROUTINES),
+                                    default=EXACT,
+                                    tooltip="On the CPU only. exact: faster routines for the same sums. bf16: "
+                                    "computes in bf16 where this processor is faster in it.",
+                                ),
+                            ],
+                        ),
+                    ],
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="The VAE, to decode faster on the CPU, too. May be left open."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The same model, for any sampler."),
+                io.Vae.Output(display_name="VAE", tooltip="The VAE that came in, for VAE Decode."),
+            ],
+            **SHOWS,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, preset: dict[str, Any], vae: Any = None) -> io.NodeOutput:
+        facts = model_facts(model)
+        settings = PRESETS.get(preset["preset"]) or _custom(preset)
+        made = accelerate(model, settings, _tell_sampler)
+        faster_vae, how = (ExecutionBlocker(NO_VAE), "") if vae is None else install_vae(vae, settings.routines)
+        routines = ", ".join(filter(None, (made.routines, how)))
+        return shown(_summary(facts, settings, routines), made.model, faster_vae)
+
+
+def _percent_input(name: str, default: float, when: str) -> io.Float.Input:
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip=f"{when} (0: its beginning, 1: its end) the negative prompt is left out, as with cfg 1.",
+    )
+
+
+def _custom(preset: dict[str, Any]) -> Acceleration:
+    start, end = preset["guidance_start"], preset["guidance_end"]
+    if start >= end:
+        raise ValueError(
+            f"guidance_start is {start} and guidance_end {end}; expected an end after the start. For no guidance at "
+            f"all set the sampler's cfg to 1."
+        )
+    return Acceleration(preset["cpu_routines"], REUSE[preset["reuse"]], (start, end))
+
+
+def _summary(facts: ModelFacts, settings: Acceleration, routines: str) -> str:
+    """What the node will do with the model's published number of steps, and on this machine."""
+    published = facts.settings
+    full = steps_in_full(settings, schedule(published.steps, published.spacing, 1.0, facts.scheduler).sigmas)
+    lines = [f"{len(full)} of {published.steps} steps in full"]
+    if settings.guided != WHOLE:
+        lines.append(f"guidance from {settings.guided[0]:g} to {settings.guided[1]:g}")
+    if routines:
+        lines.append(f"on this CPU: {routines}")
+    return "\n".join(lines)
+
+
+def _tell_sampler(text: str) -> None:
+    """Show on the node that samples what was left out, and log it."""
+    logging.info("KOALA Accelerate: %s", text)
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is not None and server is not None:
+        server.send_progress_text(text, context.node_id)

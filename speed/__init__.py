@@ -1,0 +1,1 @@
+"""Fewer and cheaper passes through KOALA's U-Net."""

@@ -1,0 +1,479 @@
+"""KOALA Accelerate in ComfyUI: exact where it says so, near where not, and never with another run's features."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+from comfy.model_management import InterruptProcessingException
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_custom_sampler import CFGOverride, SamplerCustom
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_freelunch import FreeU_V2
+from koala_pack.koala.layout import KOALA_1B, KOALA_700M, Layout, name
+from koala_pack.koala.schedule import schedule
+from koala_pack.nodes.adapt import KoalaControlNet, KoalaHookLora, KoalaLoraLoader
+from koala_pack.nodes.prompt import KoalaPrompt
+from koala_pack.nodes.sample import KoalaSampler
+from koala_pack.nodes.speed import KoalaAccelerate
+from koala_pack.speed import accelerate as module
+from koala_pack.speed import kernels
+from koala_pack.speed.accelerate import accelerate
+from koala_pack.speed.plan import BF16, EXACT, OFF, PRESETS, REUSE, Acceleration, Reuse
+from koala_pack.speed.run import Run
+from safetensors.torch import save_file
+
+import nodes as core
+from tools import adapters, parity, transfer
+from tools.tiny.evaluate import grid_prompts
+
+HEAD = 0.036  # of a pass, what a step on a foretold feature computes, at KOALA-700M's size
+BASE = {"preset": "custom", "steps": 25, "cfg": 7.5, "spacing": "leading"}
+IN_FULL = Acceleration(OFF, Reuse(*[tuple(schedule(1000, "leading").sigmas[:-1].tolist())] * 2))
+"""Reuse that never finds a step to leave out."""
+BALANCED = Acceleration(OFF, REUSE["balanced"])
+
+
+class Said(list[str]):
+    """What the node would tell the sampler's node after each run."""
+
+    @property
+    def full(self) -> int:
+        return int(self[-1].split(" of ")[0])
+
+    @property
+    def passes(self) -> int:
+        return int(self[-1].split()[2])
+
+
+@pytest.fixture
+def said() -> Said:
+    return Said()
+
+
+@pytest.fixture
+def faster(said: Said) -> Callable[..., Any]:
+    """koala-tiny, or another MODEL, accelerated."""
+    return lambda settings=BALANCED, model=None: (
+        accelerate(parity.tiny_models()[0] if model is None else model, settings, said.append).model
+    )
+
+
+@pytest.fixture
+def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A models/loras of this test's own, with an SDXL LoRA for koala-tiny."""
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "loras", ([str(tmp_path)], known["loras"][1]))
+    save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), tmp_path / "some.safetensors")
+
+
+def prompts(texts: Sequence[str] = ("a red circle on a white background",)) -> tuple[Any, Any]:
+    """Conditioning that gives each picture of a batch a prompt of its own, and no negative prompt."""
+    clip = parity.tiny_models()[1]
+    made = [KoalaPrompt.execute(clip, text, "", "no style", "reference").result for text in texts]
+    return tuple(
+        [
+            [
+                torch.cat([one[side][0][0] for one in made]),
+                made[0][side][0][1] | {"pooled_output": torch.cat([one[side][0][1]["pooled_output"] for one in made])},
+            ]
+        ]
+        for side in (0, 1)
+    )
+
+
+def run(model: Any, texts: Any = None, **changes: Any) -> torch.Tensor:
+    positive, negative = texts or prompts()
+    latent = changes.pop("latent", None) or {"samples": torch.zeros(len(positive[0][0]), 4, 16, 16)}
+    arguments = {"seed": 5, "preset": BASE, "sampler_name": "euler", "denoise": 1.0} | changes
+    return KoalaSampler.execute(model, positive, negative, latent, **arguments).result[0]["samples"]
+
+
+def plain(*arguments: Any, **named: Any) -> torch.Tensor:
+    return run(parity.tiny_models()[0], *arguments, **named)
+
+
+def pictures(latents: torch.Tensor) -> torch.Tensor:
+    vae = parity.tiny_models()[2]
+    return torch.cat([vae.decode(part) for part in latents.split(8)])
+
+
+def decibels(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Mean PSNR of decoded pictures."""
+    error = (pictures(found) - pictures(wanted)).square().flatten(1).mean(1)
+    return float((-10 * error.clamp(min=1e-10).log10()).mean())
+
+
+def some_latent(seed: int = 3) -> dict[str, Any]:
+    return {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) / parity.SCALE}
+
+
+# In full, nothing changes
+
+
+@pytest.mark.parametrize("koala", [KOALA_700M, KOALA_1B], ids=name)
+def test_the_two_halves_are_the_whole(koala: Layout, faster: Callable[..., Any], said: Said) -> None:
+    model = FreeU_V2.execute(transfer.pair(koala)[1], 1.3, 1.4, 0.9, 0.2).result[0]
+    control = KoalaControlNet.execute(transfer.controlnet()).result[0]
+    texts = transfer.conditioning(transfer.small(koala), transfer.hinted(control))
+    wanted = transfer.sample(model, texts, steps=3)
+    assert torch.equal(transfer.sample(faster(IN_FULL, model), texts, steps=3), wanted)
+    assert said.full == 3
+    assert not torch.equal(transfer.sample(faster(Acceleration(OFF, Reuse((0.01,))), model), texts, steps=4), wanted)
+
+
+def test_patches_hear_the_numbers_of_the_whole(faster: Callable[..., Any]) -> None:
+    def heard(settings: Acceleration | None) -> list[Any]:
+        found: list[Any] = []
+
+        def patch(h: Any, skip: Any, options: dict[str, Any]) -> Any:
+            found.append((options["block"], tuple(h.shape), tuple(skip.shape)))
+            return h, skip
+
+        model = parity.tiny_models()[0].clone()
+        model.set_model_output_block_patch(patch)
+        run(faster(settings, model) if settings else model, preset=BASE | {"steps": 1})
+        return found
+
+    assert heard(IN_FULL) == heard(None)
+    assert len(heard(None)) == 6
+
+
+def test_the_given_model_stays_as_it_is(faster: Callable[..., Any]) -> None:
+    before = plain()
+    run(faster())
+    assert torch.equal(plain(), before)
+    unet = parity.tiny_models()[0].model.diffusion_model
+    assert unet.middle_block is None
+    assert len(unet.input_blocks) == len(unet.output_blocks) == 6
+
+
+# Features used again
+
+
+def test_presets_keep_the_pictures(faster: Callable[..., Any], said: Said) -> None:
+    """Bounds are the issue's, on a few prompts; docs/benchmarks.md has 216."""
+    texts = prompts(grid_prompts(216)[0][5::12])
+    wanted = plain(texts)
+    balanced = decibels(run(faster(BALANCED), texts), wanted)
+    assert said.full == 12
+    fast = decibels(run(faster(Acceleration(OFF, REUSE["fast"])), texts), wanted)
+    assert said.full == 9
+    assert balanced >= 39
+    assert fast >= 33
+    as_dear = {steps: decibels(plain(texts, preset=BASE | {"steps": steps}), wanted) for steps in (13, 10)}
+    assert balanced >= as_dear[13] + 6
+    assert fast >= as_dear[10] + 2.5
+
+
+@pytest.mark.parametrize("sampler", sorted(module.ONE_STEP | module.MULTISTEP))
+def test_every_deterministic_sampler(sampler: str, faster: Callable[..., Any], said: Said) -> None:
+    """Better than fewer steps of the same sampler that are as dear."""
+    name = sampler.removeprefix("sample_")
+    texts = prompts(grid_prompts(216)[0][5::54])
+    found, wanted = run(faster(), texts, sampler_name=name), plain(texts, sampler_name=name)
+    assert said.full < said.passes * 0.62
+    cost = 25 * (said.full + HEAD * (said.passes - said.full)) / said.passes
+    below, above = (
+        decibels(plain(texts, sampler_name=name, preset=BASE | {"steps": int(cost) + more}), wanted) for more in (0, 1)
+    )
+    assert decibels(found, wanted) > below + (above - below) * (cost % 1)
+
+
+def test_every_number_of_steps(faster: Callable[..., Any], said: Said) -> None:
+    for steps in (1, 2, 5, 10, 50):
+        preset = BASE | {"steps": steps}
+        assert decibels(run(faster(), preset=preset), plain(preset=preset)) >= 35
+    assert said.full < 20
+
+
+def test_image_to_image_and_masks(faster: Callable[..., Any], said: Said) -> None:
+    """Its beginning, too, is computed in full, at whichever noise level it lies."""
+    texts = prompts(grid_prompts(216)[0][5::54])
+    latent = {"samples": plain(prompts(grid_prompts(216)[0][7::54]))}
+    found, wanted = (sampled(texts, latent=latent, denoise=0.6) for sampled in (partial(run, faster()), plain))
+    assert said.passes == 15
+    assert said.full < 13
+    assert decibels(found, wanted) >= 33
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :, 64:] = 1
+    masked = latent | {"noise_mask": mask}
+    found = run(faster(), texts, latent=masked)
+    assert decibels(found, plain(texts, latent=masked)) >= 35
+    assert torch.allclose(found[..., :7], latent["samples"][..., :7], atol=1e-4)
+
+
+def test_loras_upstream_and_downstream(faster: Callable[..., Any], loras: None) -> None:
+    model, clip, _ = parity.tiny_models()
+
+    def with_lora(given: Any) -> Any:
+        return KoalaLoraLoader.execute(given, clip, "some.safetensors", 0.1, 1.0, "auto", 0.0).result[0]
+
+    wanted = run(with_lora(model))
+    assert not torch.equal(wanted, plain())
+    found = run(faster(BALANCED, with_lora(model)))
+    assert torch.equal(found, run(with_lora(faster())))
+    assert decibels(found, wanted) >= 35
+
+
+def test_areas_and_several_prompts(faster: Callable[..., Any], said: Said) -> None:
+    positive, negative = prompts()
+    other = prompts(["a blue square on a black background"])[0]
+    left = core.ConditioningSetArea().append(positive, 64, 128, 0, 0, 1.0)[0]
+    right = core.ConditioningSetArea().append(other, 64, 128, 64, 0, 1.0)[0]
+    texts = (left + right, negative)
+    assert decibels(run(faster(), texts), plain(texts)) >= 33
+    assert said.full == 12
+
+
+def test_a_controlnet_that_ends_is_not_carried_on(faster: Callable[..., Any], said: Said) -> None:
+    """Where it stops, the features before and after have nothing to do with each other."""
+    model = transfer.pair(KOALA_700M)[1]
+    control = KoalaControlNet.execute(transfer.controlnet()).result[0]
+    layout = transfer.small(KOALA_700M)
+    whole = transfer.conditioning(layout, transfer.hinted(control))
+    transfer.sample(faster(BALANCED, model), whole, steps=25)
+    without_end = said.full
+    ending = transfer.hinted(control)
+    ending.timestep_percent_range = (0.0, 0.35)
+    transfer.sample(faster(BALANCED, model), transfer.conditioning(layout, ending), steps=25)
+    assert without_end < said.full <= without_end + 2
+
+
+def test_a_lora_that_is_scheduled_is_not_carried_on(faster: Callable[..., Any], said: Said, loras: None) -> None:
+    model = parity.tiny_models()[0]
+    hooks = KoalaHookLora.execute(model, "some.safetensors", 0.1, 1.0, "auto").result[0]
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    keyframes.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.5))
+    hooks.set_keyframes_on_hooks(keyframes)
+    texts = tuple(comfy.hooks.set_hooks_for_conditioning(side, hooks) for side in prompts())
+    wanted, found = plain(texts), run(faster(), texts)
+    assert said.full > 12
+    assert decibels(found, wanted) >= 33
+
+
+# Guidance
+
+
+def test_outside_the_interval_only_the_prompt_is_computed(faster: Callable[..., Any], said: Said) -> None:
+    found = run(faster(Acceleration(OFF, guided=(0.0, 0.6))))
+    assert said[-1].startswith("25 of 25 passes in full, 15 with guidance")
+    stock = CFGOverride.execute(parity.tiny_models()[0], 1.0, 0.6, 1.0).result[0]
+    assert torch.equal(found, run(stock))
+    both = run(faster(Acceleration(OFF, REUSE["balanced"], (0.2, 0.6))))
+    assert "10 with guidance" in said[-1]
+    assert not torch.equal(both, found)
+
+
+def test_what_needs_the_negative_prompt_gets_it(faster: Callable[..., Any], said: Said) -> None:
+    model = parity.tiny_models()[0].clone()
+    model.set_model_sampler_cfg_function(lambda given: given["uncond"] + 3 * (given["cond"] - given["uncond"]))
+    wanted = run(model)
+    assert torch.equal(run(faster(Acceleration(OFF, guided=(0.0, 0.5)), model)), wanted)
+    assert "25 with guidance" in said[-1]
+
+
+# Other nodes
+
+
+def test_a_compiled_model_reuses_as_well(faster: Callable[..., Any], said: Said) -> None:
+    wanted = run(faster(), preset=BASE | {"steps": 8})
+    compiled = faster().clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager")
+    assert torch.equal(run(compiled, preset=BASE | {"steps": 8}), wanted)
+    assert said[-1] == said[-2]
+    assert said.full < 8
+
+
+# Where it cannot be right
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lcm", "ddpm", "dpm_adaptive", "uni_pc"]
+)
+def test_other_samplers_run_in_full_and_say_so(sampler: str, faster: Callable[..., Any], said: Said) -> None:
+    shorter = BASE | {"steps": 6}
+    assert torch.equal(run(faster(), sampler_name=sampler, preset=shorter), plain(sampler_name=sampler, preset=shorter))
+    assert sampler.replace("uni_pc", "unipc") in said[-1]
+    assert "draws noise between steps, or is not known to bear foretold ones" in said[-1]
+
+
+def test_churn_runs_in_full(faster: Callable[..., Any], said: Said) -> None:
+    sampler = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
+    positive, negative = prompts()
+    sigmas = schedule(6, "leading").sigmas
+    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    SamplerCustom.execute(faster(), True, 1, 7.5, positive, negative, sampler, sigmas, latent)
+    assert "s_churn" in said[-1]
+    assert said.full == 6
+
+
+def test_tiled_and_wrapped_sampling_runs_in_full(faster: Callable[..., Any], said: Said) -> None:
+    model = parity.tiny_models()[0].clone()
+    model.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+    assert torch.equal(run(faster(BALANCED, model)), plain())
+    assert "model_function_wrapper" in said[-1]
+
+
+def test_not_twice_and_not_with_easycache(faster: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="comes from a KOALA Accelerate; expected one that does not"):
+        faster(BALANCED, faster())
+    with pytest.raises(ValueError, match="EasyCache as well as KOALA Accelerate"):
+        faster(BALANCED, EasyCacheNode.execute(parity.tiny_models()[0], 0.2, 0.15, 0.95, False).result[0])
+    with pytest.raises(ValueError, match="EasyCache as well as KOALA Accelerate"):
+        run(EasyCacheNode.execute(faster(), 0.2, 0.15, 0.95, False).result[0])
+
+
+# State is a run's own
+
+
+def test_runs_know_nothing_of_each_other(faster: Callable[..., Any]) -> None:
+    model, green = faster(), prompts(["a green star on a blue background"])
+    alone = run(faster(), green)
+    run(model)
+    assert torch.equal(run(model, green), alone)
+    wide = {"samples": torch.zeros(2, 4, 16, 24)}
+    run(model, latent=wide)
+    assert torch.equal(run(model, green), alone)
+
+
+def test_a_cancelled_run_leaves_nothing(faster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[weakref.ref[Run]] = []
+
+    class Watched(Run):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            runs.append(weakref.ref(self))
+
+        def begin(self, time: float) -> None:
+            super().begin(time)
+            if len(runs) == 1 and self.evaluations == 9:
+                raise InterruptProcessingException
+
+    monkeypatch.setattr(module, "Run", Watched)
+    model = faster()
+    with pytest.raises(InterruptProcessingException):
+        run(model)
+    found = run(model)
+    gc.collect()
+    assert [made() for made in runs] == [None, None]
+    monkeypatch.undo()
+    assert torch.equal(found, run(faster()))
+
+
+# The faster routines
+
+
+def test_exact_routines_give_the_same_picture(faster: Callable[..., Any]) -> None:
+    texts = prompts(grid_prompts(216)[0][::54])
+    found, wanted = run(faster(PRESETS["exact"]), texts), plain(texts)
+    assert not torch.equal(found, wanted)
+    assert float((pictures(found) - pictures(wanted)).abs().max()) <= 1 / 255
+
+
+def test_bf16_is_near_and_only_where_it_is_faster(faster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = prompts(grid_prompts(216)[0][5::27])
+    exact = run(faster(Acceleration(EXACT)), texts)
+    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: False)
+    assert torch.equal(run(faster(Acceleration(BF16)), texts), exact)
+    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
+    found = run(faster(Acceleration(BF16)), texts)
+    assert found.dtype == torch.float32
+    assert not torch.allclose(found, exact, atol=1e-4)
+    assert decibels(found, exact) >= 39
+    assert torch.equal(run(faster(Acceleration(EXACT)), texts), exact)
+
+
+@pytest.mark.parametrize(("routines", "most"), [(EXACT, 0.1), (BF16, 6)])
+def test_the_vae_by_other_routines(routines: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``most``: by how much of 255 a pixel may differ."""
+    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
+    vae = parity.tiny_models()[2]
+    faster, words = kernels.install_vae(vae, routines)
+    assert ("bf16" in words) == (routines == BF16)
+    latent = plain(prompts(grid_prompts(216)[0][5::54]))
+    wanted, found = vae.decode(latent), faster.decode(latent)
+    assert not torch.equal(found, wanted)
+    assert float((found - wanted).abs().max()) <= most / 255
+    tiles = {"tile_x": 8, "tile_y": 8, "overlap": 2}
+    assert float((faster.decode_tiled(latent, **tiles) - vae.decode_tiled(latent, **tiles)).abs().max()) <= most / 255
+    code, again = vae.encode(wanted), faster.encode(wanted)
+    assert not torch.equal(again, code)
+    assert float((again - code).abs().max() / code.abs().max()) <= most / 100
+    assert torch.equal(vae.decode(latent), wanted)
+    assert kernels.install_vae(vae, OFF) == (vae, "")
+
+
+def test_one_dnn_takes_plain_products_only() -> None:
+    rows, weight, bias = torch.randn(2, 100, 64), torch.randn(32, 64), torch.randn(32)
+    wanted = torch.nn.functional.linear(rows, weight, bias)
+    with kernels.OneDnnProducts():
+        assert torch.allclose(torch.nn.functional.linear(rows, weight, bias), wanted, atol=1e-4)
+        assert torch.nn.functional.linear(rows.half(), weight.half()).dtype == torch.float16
+        few = torch.nn.functional.linear(rows[0, :2], weight, bias)
+    assert torch.equal(few, torch.nn.functional.linear(rows[0, :2], weight, bias))
+
+
+def test_an_attention_that_was_chosen_stays(faster: Callable[..., Any]) -> None:
+    called = []
+
+    def chosen(function: Any, *arguments: Any, **named: Any) -> Any:
+        called.append(function)
+        return function(*arguments, **named)
+
+    model = parity.tiny_models()[0].clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = chosen
+    run(faster(PRESETS["exact"], model), preset=BASE | {"steps": 1})
+    assert called
+
+
+# The node
+
+
+def node(**preset: Any) -> Any:
+    return KoalaAccelerate.execute(parity.tiny_models()[0], preset)
+
+
+def test_the_node_says_what_it_will_do() -> None:
+    text = {name: node(preset=name).ui["text"][0].splitlines() for name in PRESETS}
+    assert [lines[0] for lines in text.values()] == [
+        "25 of 25 steps in full",
+        "12 of 25 steps in full",
+        "9 of 25 steps in full",
+    ]
+    assert all(lines[-1].startswith("on this CPU: ") for lines in text.values())
+    assert "bf16" not in text["exact"][-1]
+    assert ("bf16" in text["fast"][-1]) == kernels.bf16_is_faster()
+
+
+def test_the_vae_output_needs_the_vae() -> None:
+    vae = parity.tiny_models()[2]
+    made = KoalaAccelerate.execute(parity.tiny_models()[0], {"preset": "exact"}, vae)
+    assert made.result[1].first_stage_model is vae.first_stage_model
+    assert made.ui["text"][0].endswith(", VAE in channels_last")
+    assert "nothing is connected to its vae input" in node(preset="exact").result[1].message
+
+
+def test_custom_settings() -> None:
+    chosen = {"preset": "custom", "reuse": "fast", "guidance_start": 0.0, "guidance_end": 0.7, "cpu_routines": OFF}
+    made = node(**chosen)
+    assert made.ui["text"][0].splitlines() == ["9 of 25 steps in full", "guidance from 0 to 0.7"]
+    with pytest.raises(ValueError, match=r"guidance_start is 0\.8 and guidance_end 0\.7; expected an end after"):
+        node(**chosen | {"guidance_start": 0.8})
+
+
+def test_models_that_are_no_koala_are_refused() -> None:
+    whole = transfer.pair(KOALA_700M)[0].clone()
+    whole.attachments.clear()
+    with pytest.raises(ValueError, match="this MODEL is no KOALA"):
+        KoalaAccelerate.execute(whole, {"preset": "fast"})

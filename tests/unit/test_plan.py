@@ -1,0 +1,171 @@
+"""Which steps KOALA Accelerate computes in full, and when a run's features may be used. No ComfyUI needed."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from koala.schedule import schedule
+from speed.plan import FIRST, PRESETS, REUSE, full_steps
+from speed.run import Run
+
+
+def numbers(count: int) -> list[float]:
+    """Noise levels at which the steps of a leading schedule begin."""
+    return schedule(count, "leading").sigmas[:-1].tolist()
+
+
+BASE = numbers(25)
+
+
+TABLES = {
+    f"{name}, {kind}": getattr(reuse, kind)
+    for name, reuse in REUSE.items()
+    if name != "off"
+    for kind in ("one_step", "multistep")
+}
+each_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+
+
+def test_without_a_table_every_step_is_full() -> None:
+    assert full_steps(BASE, ()) == frozenset(range(25))
+    assert full_steps([], TABLES["fast, one_step"]) == frozenset()
+
+
+def test_the_tables_at_the_published_steps() -> None:
+    full = {name: len(full_steps(BASE, table)) for name, table in TABLES.items()}
+    assert full == {
+        "balanced, one_step": 12,
+        "balanced, multistep": 15,
+        "fast, one_step": 9,
+        "fast, multistep": 13,
+    }
+    assert all(len(table) == full[name] for name, table in TABLES.items())
+
+
+@each_table
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 15, 20, 30, 50, 100, 1000])
+def test_any_number_of_steps(table: tuple[float, ...], count: int) -> None:
+    full = full_steps(numbers(count), table)
+    assert set(range(min(count, FIRST))) <= full
+    assert len(full) <= max(len(table) + 5, 35)  # at a thousand steps they stand closer than the table for long
+    if count >= 30:
+        assert len(full) >= len(table)
+
+
+@each_table
+def test_tables_fall(table: tuple[float, ...]) -> None:
+    assert list(table) == sorted(set(table), reverse=True)
+    assert all(0 < level < 15 for level in table)
+
+
+@each_table
+@pytest.mark.parametrize("begin", [0, 6, 12, 20])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_no_feature_is_foretold_from_too_far(table: tuple[float, ...], begin: int, every: int) -> None:
+    sigmas = numbers(100)[begin::every]
+    logs, full = [math.log(sigma) for sigma in sigmas], sorted(full_steps(sigmas, table))
+    for first, second in pairwise(full):
+        last = next((step for step in full if step > second), len(sigmas)) - 1
+        assert logs[second] - logs[last] <= 2.2 * (logs[first] - logs[second])
+
+
+def test_image_to_image_has_a_beginning_and_the_table_s_later_part() -> None:
+    table = TABLES["balanced, one_step"]
+    whole, late = full_steps(BASE, table), BASE[12:]
+    assert full_steps(late, table) == {step - 12 for step in whole if step >= 12} | {0, 1, 2, 3}
+
+
+def test_levels_between_the_table_s_and_rounding() -> None:
+    assert full_steps([9.0, 8.5, 8.2, 8.0, 7.02, 6.9, 6.8], (7.0,)) == {0, 1, 2, 3, 4}
+    assert full_steps([9.0, 8.5, 8.2, 8.0, 7.9, 6.9, 6.8], (7.0,)) == {0, 1, 2, 3, 5}
+    assert full_steps([9.0, 8.5, 8.2, 8.0, 7.9], (7.0, 0.5)) == {0, 1, 2, 3}
+
+
+def test_presets_differ_in_what_they_leave_out() -> None:
+    assert [bool(preset.reuse.one_step) for preset in PRESETS.values()] == [False, True, True]
+    for balanced, fast in zip(PRESETS["balanced"].reuse, PRESETS["fast"].reuse, strict=True):
+        assert len(balanced) > len(fast)
+
+
+HALVES = [16.0, 8.0, 4.0, 2.0, 1.0, 0.5]
+
+
+def feature(value: float, parts: int = 1) -> torch.Tensor:
+    return torch.full((parts, 2, 1, 1), float(value))
+
+
+def run(full: set[int]) -> Run:
+    return Run(HALVES, frozenset(full))
+
+
+def evaluate(run: Run, sigma: float, value: float, keys: tuple[str, ...] = ("prompt",)) -> torch.Tensor | None:
+    """One evaluation of a model whose deep feature is ``value``; what was foretold, None where it was computed."""
+    run.begin(sigma)
+    foretold = run.foretold(keys)
+    if foretold is None:
+        run.keep(keys, feature(value, len(keys)))
+    return foretold
+
+
+def test_a_straight_line_goes_on() -> None:
+    course = run({0, 1})
+    assert evaluate(course, 16, 10) is None
+    assert evaluate(course, 8, 8) is None
+    third = evaluate(course, 4, math.nan)
+    assert third is not None
+    assert torch.allclose(third, feature(6))
+    later = evaluate(course, 1, math.nan)
+    assert later is not None
+    assert torch.allclose(later, feature(2))
+    assert str(course).startswith("2 of 4 passes in full")
+
+
+def test_full_steps_are_computed_once() -> None:
+    """A sampler that looks at a step's end first (heun) comes to each time twice."""
+    course = run({0, 1, 2})
+    for sigma in (16, 8):
+        assert evaluate(course, sigma, 1) is None
+        if sigma != 16:
+            assert evaluate(course, sigma, 1) is not None
+    assert evaluate(course, 4, 1) is None
+    assert evaluate(course, 4, 1) is not None
+
+
+def test_a_prompt_that_comes_later_is_computed_first() -> None:
+    course = run({0, 1})
+    evaluate(course, 16, 1)
+    evaluate(course, 8, 1)
+    assert evaluate(course, 4, 5, ("other",)) is None
+    assert evaluate(course, 2, 5, ("other",)) is None
+    assert evaluate(course, 1, 5, ("other",)) is not None
+    assert evaluate(course, 0.5, 1, ("prompt",)) is None, "its features are older than the newest"
+
+
+def test_parts_of_a_call_are_kept_apart() -> None:
+    course = run({0, 1})
+    course.begin(16)
+    assert course.foretold(("a", "b")) is None
+    course.keep(("a", "b"), torch.cat([feature(1), feature(10)]))
+    course.begin(8)
+    assert course.foretold(("a", "b")) is None
+    course.keep(("a", "b"), torch.cat([feature(2), feature(20)]))
+    course.begin(4)
+    swapped = course.foretold(("b", "a"))
+    assert swapped is not None
+    assert torch.allclose(swapped[:, 0, 0, 0], torch.tensor([30.0, 3.0]))
+
+
+def test_the_same_prompt_twice_in_a_step_ends_it() -> None:
+    course = run({0, 1})
+    evaluate(course, 16, 1)
+    evaluate(course, 8, 1)
+    course.begin(4)
+    assert course.foretold(("prompt",)) is not None
+    assert course.foretold(("prompt",)) is None
+    assert "tiled" in course.in_full
+    assert evaluate(course, 2, 1) is None
+    assert str(course).startswith("3 of 4 passes in full")
