@@ -30,6 +30,7 @@ MODULES = {
     "parity": "tools.parity",
     "transfer": "tools.transfer",
     "lineage": "tools.lineage",
+    "bench": "tools.bench",
 }
 PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
 
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("parity", help="compare with diffusers and write docs/parity.md")
     commands.add_parser("transfer", help="measure what of SDXL's adapters reaches KOALA and write docs/transfer.md")
     commands.add_parser("lineage", help="SDXL KOALA [--out FILE]: measure which SDXL layer each KOALA layer came from")
+    commands.add_parser("bench", help="measure speed, memory and quality beside stock ComfyUI and diffusers, likewise")
     return top
 
 

@@ -1,0 +1,364 @@
+"""The benchmark without its measurements: what it computes, writes and refuses; and one small, real survey."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import pytest
+import torch
+
+from koala.schedule import schedule
+from speed.plan import FIRST, full_steps
+from tools.bench import __main__ as command
+from tools.bench import published, readings, report, search, sections, store
+from tools.bench.process import Worker
+from tools.bench.sections import FEWER, OURS, RIVALS, SECTIONS, SIZES, WHOLE, Bench, Run, Survey
+from tools.bench.stats import Spread, at_cost, bracket, is_met, ratio, spread
+from tools.bench.targets import TARGETS, judge
+from tools.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
+from tools.problem import Problem
+
+SMALL = Survey(4, 2, steps=(6,), thresholds=(0.2,), starts=(0.6,), others=(Run("dpmpp_2m", 12),))
+GB = 10**9
+SIGMAS = schedule(25, "leading").sigmas[:-1].tolist()
+
+
+class FakeWorker:
+    """Answers as a worker does, at once: the pack takes half of stock's time, by its own routines a quarter."""
+
+    open: ClassVar[Counter[str]] = Counter()
+    most_open = 0
+    asked: ClassVar[list[tuple[str, str, dict[str, Any]]]] = []
+
+    def __init__(self, engine: str, device: str) -> None:
+        self.engine, self.device = engine, device
+
+    def __enter__(self) -> FakeWorker:
+        self.open[self.engine] += 1
+        FakeWorker.most_open = max(self.most_open, self.open.total())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open[self.engine] -= 1
+
+    def ask(self, order: str, **given: Any) -> Any:
+        self.asked.append((self.engine, order, given))
+        return getattr(self, order)(**given)
+
+    def machine(self) -> dict[str, Any]:
+        gpu = "a GPU" if self.device == "cuda" else ""
+        return {"cpu": "a CPU", "threads": 2, "memory": 16 * GB, "gpu": gpu, "versions": {"torch": "2"}}
+
+    def rates(self) -> dict[str, Any]:
+        rates = {"contiguous": 50.0, "channels_last": 100.0, "bf16": 200.0}
+        shape = {"shape": "1 x 2 to 3 channels", "gflop": 4.0, **rates}
+        return {"matmul": {"PyTorch": 100.0, "bf16": 300.0}, "unet": [shape], "vae": [shape], "fp16 to fp32": 5.0}
+
+    def probes(self) -> dict[str, bool]:
+        return {"oneDNN": False, "bf16": True}
+
+    def macs(self, sizes: list[int]) -> dict[str, Any]:
+        at = {str(px): {"convolution": 10**9 * px, "linear": 10**9 * px, "attention": 0} for px in sizes}
+        unet = {"sizes": at, "blocks": {"UNetModel.out": 1.0}, "head": 0.04}
+        return {"unets": {"KOALA-700M": unet, "SDXL": unet}, "vae": at}
+
+    def load(self, what: str, folder: str) -> dict[str, Any]:
+        bytes_ = {"ram": 2 * GB, "gpu": 2 * GB}
+        return {"seconds": self.seconds(), "peak": bytes_, "above": bytes_, "weights": 2 * GB}
+
+    def step(self, out: str = "", routines: str = "", **_: Any) -> dict[str, Any]:
+        if out:
+            numpy.save(out, numpy.array([2.0, 1.0 if self.engine == "stock" else 1.5]))
+        return {"seconds": self.seconds() / (2 if routines else 1), "peak": {"ram": 3 * GB, "gpu": GB}}
+
+    decode = step
+
+    def studio(self, folder: str) -> dict[str, Any]:
+        return {}
+
+    def sample(self, way: str, **_: Any) -> dict[str, Any]:
+        reused = way.startswith(("balanced", "fast"))
+        return {"seconds": 1.0 if reused else 2.0, "said": "12 of 25" if reused else ""}
+
+    def gallery(self, prompts: int) -> dict[str, float]:
+        return {"head": 0.04}
+
+    def quality(self, patch: str, value: Any, run: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+        cost = run["steps"] / reference["steps"]
+        if patch:
+            cost = 0.5 if patch != OURS or value.startswith(("balanced", "fast")) else 1.0
+        psnr = 100.0 if cost == 1 else 40.0 if patch == OURS else 60 * cost
+        return {"cost": cost, "psnr": psnr, "fidelity": 90.0, "trunk": 1.0, "head": 1.0}
+
+    def seconds(self) -> float:
+        return {"pack": 1.0, "stock": 2.0}.get(self.engine, 4.0)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
+    """Sections that measure nothing."""
+    FakeWorker.asked, FakeWorker.most_open, FakeWorker.open = [], 0, Counter()
+    for module in (sections, command):
+        monkeypatch.setattr(module, "Worker", FakeWorker)
+    monkeypatch.setattr(published, "link", lambda target: target)
+    return FakeWorker
+
+
+@pytest.fixture(scope="module")
+def survey() -> dict[str, Any]:
+    """A real quality survey, in a worker."""
+    return SECTIONS["quality"](Bench(survey=SMALL))
+
+
+def test_figures_of_measurements() -> None:
+    assert spread([3, 1, 2]) == Spread(2, 1, 3)
+    assert ratio([1, 4], [2, 2]) == Spread(1.25, 0.5, 2)
+    with pytest.raises(ValueError, match="no measurement"):
+        spread([])
+    with pytest.raises(ValueError, match="zip"):
+        ratio([1, 2], [1])
+
+
+@pytest.mark.parametrize(("cost", "value"), [(0.1, 10), (0.2, 10), (0.3, 15), (0.4, 20), (0.5, 25), (0.9, 30)])
+def test_a_curve_is_read_between_its_points_and_keeps_its_ends(cost: float, value: float) -> None:
+    points = [(0.6, 30), (0.2, 10), (0.4, 12), (0.4, 20)]  # unsorted, and two at one cost: the better counts
+    assert at_cost(points, cost) == pytest.approx(value)
+
+
+def test_fewer_steps_lie_around_a_cost() -> None:
+    assert bracket(25, 0.5) == (12, 13)
+    assert bracket(10, 0.5) == (5,)
+    assert bracket(10, 0.01) == (1, 2)
+    assert bracket(10, 1.0) == (10,)
+
+
+def test_a_bound_is_met_from_its_side() -> None:
+    assert is_met(0.6, 0.6, at_most=True)
+    assert not is_met(0.61, 0.6, at_most=True)
+    assert is_met(2, 1.9, at_most=False)
+    assert not is_met(1.8, 1.9, at_most=False)
+
+
+def test_a_section_is_kept_beside_others_and_replaces_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    store.keep(folder, "cpu", "load", {}, {"a": 1})
+    store.keep(folder, "cpu", "step", {}, {"a": 2})
+    store.keep(folder, "cpu", "load", {}, {"a": 3})
+    found = store.read(folder)["cpu"]
+    assert {name: entry["figures"] for name, entry in found.items()} == {"load": {"a": 3}, "step": {"a": 2}}
+    assert [file.name for file in folder.iterdir()] == [store.NAME]
+
+
+def test_results_that_are_no_json_are_named(tmp_path: Path) -> None:
+    (tmp_path / store.NAME).write_text("{", "utf-8")
+    with pytest.raises(Problem, match=store.NAME):
+        report.write(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_sections_make_a_report_that_judges_every_target(
+    fake: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(command, "require_gpu", lambda: None)
+    text = command.run(command.chosen([], device), Bench(device, 2, SMALL), tmp_path).read_text("utf-8")
+    found = store.read(tmp_path)[device]
+    verdicts = [judge(target, found, "ram" if device == "cpu" else "gpu") for target in TARGETS_OF[device]]
+    assert [str(one.target.what) for one in verdicts if one.figure is None] == []
+    assert "not measured" not in text
+    titles = [line for line in text.splitlines() if line.startswith("### ")]
+    wanted = ["Targets", "Machine", "Multiplications", "Loading", "A step", "VAE decode", "A whole run", "Memory"]
+    wanted += ["Quality"] if device == "cpu" else []
+    assert titles == [f"### {title}" for title in (*wanted, "What bounds it")]
+    plots = sorted(file.name for file in tmp_path.glob("*.png"))
+    assert len(plots) == (3 if device == "cpu" else 2)
+    for plot in plots:
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+        assert f"({plot})" in text
+
+
+TARGETS_OF = {"cpu": TARGETS["ram"], "cuda": TARGETS["gpu"]}
+
+
+def test_verdicts_follow_the_figures(fake: type[FakeWorker]) -> None:
+    bench = Bench(repeats=2, survey=SMALL)
+    found = {
+        name: {"about": FakeWorker("lab", "cpu").machine(), "figures": SECTIONS[name](bench)}
+        for name in ("load", "step", "quality")
+    }
+    verdicts = {one.target.what: one for one in (judge(target, found, "ram") for target in TARGETS["ram"])}
+    assert verdicts["loading, time over stock DiffusersLoader"].figure == 0.5
+    assert str(verdicts["loading, time over stock DiffusersLoader"]) == "met"
+    assert str(verdicts['loading the same files again, time over the first ("costs nothing")']) == "**not met**"
+    assert verdicts["a step at 512 px, pack, exact: time over stock"].figure == 0.25
+    assert verdicts["balanced, fp32: above fewer steps at the same cost"].figure == pytest.approx(10, abs=1.5)
+    assert str(verdicts["balanced: speed, 25 steps at 512 px, over stock KSampler"]) == "not measured"
+
+
+def test_part_of_the_sections_makes_a_report(fake: type[FakeWorker], tmp_path: Path) -> None:
+    text = command.run(["macs"], Bench(), tmp_path).read_text("utf-8")
+    assert "### Multiplications" in text
+    assert "### Loading" not in text
+    assert "not measured" in text
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_engines_take_turns_and_no_more_than_three_are_there_at_once(fake: type[FakeWorker]) -> None:
+    figures = SECTIONS["step"](Bench(repeats=2))
+    assert fake.most_open == 3
+    assert fake.open.total() == 0
+    asked = [
+        (engine, given["routines"])
+        for engine, order, given in fake.asked
+        if order == "step" and given["px"] == SIZES[0]
+    ]
+    turn = [("pack", "exact"), ("pack", "bf16"), ("stock", ""), ("diffusers", "")]
+    assert asked[:12] == 3 * turn  # the first turn does not count
+    assert set(figures["sizes"]["256"]) == {*ROUTINES, "stock", "diffusers"}
+    assert all(len(runs) == 2 for at in figures["sizes"].values() for runs in at.values())
+    assert figures["difference"]["stock"] == 0
+    assert figures["difference"]["pack, exact"] == 0.25  # half a unit, over the largest value
+
+
+def test_other_runs_judge_reuse_alone(fake: type[FakeWorker]) -> None:
+    rows = SECTIONS["quality"](Bench(survey=SMALL))["rows"]
+    judged: dict[str, list[str]] = {}
+    for row in rows:
+        if row["family"] == OURS:
+            judged.setdefault(row["run"], []).append(row["value"])
+    assert judged == {str(Run()): list(VARIANTS), str(SMALL.others[0]): list(REUSE_ALONE)}
+
+
+def test_a_worker_that_fails_tells_its_last_words_and_is_gone() -> None:
+    with pytest.raises(Problem, match="diffusers failed at load") as caught, Worker("diffusers", "cpu") as worker:
+        worker.ask("load", what="paint", folder="")
+    assert "exit status 1" in str(caught.value)
+    assert str(caught.value).endswith("KeyError: 'paint'\n")
+    require_gone(worker)
+
+
+def test_a_worker_that_is_killed_is_told_so_and_is_gone() -> None:
+    with Worker("diffusers", "cpu") as worker:
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(Problem, match="for want of memory"):
+            worker.ask("peak")
+    require_gone(worker)
+
+
+def test_a_worker_ends_with_an_error_around_it() -> None:
+    with contextlib.suppress(KeyboardInterrupt), Worker("diffusers", "cpu") as worker:
+        raise KeyboardInterrupt
+    require_gone(worker)
+
+
+def require_gone(worker: Worker) -> None:
+    """Neither running nor a zombie."""
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker._process.pid, 0)
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, fake: type[FakeWorker]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Problem, match="finds no CUDA GPU"):
+        command.main(["machine", "--device", "cuda"])
+    assert not fake.asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["paint"], "paint"), (["load", "--repeats", "0"], "--repeats"), (["search"], "--full")]
+)
+def test_a_wrong_command_line_is_refused(
+    capsys: pytest.CaptureFixture[str], fake: type[FakeWorker], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not fake.asked
+
+
+def test_sections_are_chosen_by_device_and_name() -> None:
+    assert command.chosen([], "cpu") == list(SECTIONS)
+    assert command.chosen([], "cuda") == [name for name in SECTIONS if name != "quality"]
+    assert command.chosen(["step", "report"], "cpu") == ["step"]
+    assert command.chosen(["report"], "cpu") == []
+
+
+@pytest.mark.parametrize("full", [9, 12, 18, 25])
+def test_a_search_begins_with_a_table_that_the_pack_keeps_to(full: int) -> None:
+    table = search.start(full, SIGMAS)
+    assert len(table) == full
+    assert table[:FIRST] == tuple(range(FIRST))
+    assert search.is_whole(table, SIGMAS)
+
+
+def test_a_search_begins_with_a_known_table() -> None:
+    known = [SIGMAS[step] for step in (0, 1, 2, 3, 5, 8, 13, 20)]
+    full = sorted(full_steps(SIGMAS, known))
+    assert search.start(len(full), SIGMAS, [known]) == tuple(full)
+
+
+@pytest.mark.parametrize("full", [2, 26])
+def test_a_search_for_a_table_that_cannot_be_is_refused(full: int) -> None:
+    with pytest.raises(Problem, match="expected"):
+        search.main(["--full", str(full)])
+
+
+def test_a_search_climbs_by_single_steps_to_where_no_move_is_better() -> None:
+    def score(table: search.Table) -> float:
+        return -float(sum(abs(step - 2 * i) for i, step in enumerate(table)))
+
+    first = search.start(12, SIGMAS)
+    found = list(search.better(first, SIGMAS, score))
+    assert found[0] == (first, score(first))
+    assert len(found) > 1
+    assert [top for _, top in found] == sorted(top for _, top in found)
+    for (before, _), (after, _) in pairwise(found):
+        assert len(set(before) - set(after)) == 1
+        assert search.is_whole(after, SIGMAS)
+
+
+@pytest.mark.slow
+def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, Any]) -> None:
+    assert survey["head"] == pytest.approx(0.036, abs=0.005)  # what speed.plan's tables were weighed with
+    found = {"quality": {"about": {}, "figures": survey}}
+    (whole,) = readings.rows(found, WHOLE)
+    assert (whole["cost"], whole["psnr"]) == (1, 100)
+    assert whole["trunk"] == whole["head"] == 2 * 25  # prompt and negative prompt
+    assert readings.preset(found, "exact")["psnr"] > 60
+    full = {name: readings.preset(found, name)["trunk"] / 2 for name in REUSE_ALONE}
+    assert full == {"balanced, fp32": 12, "fast, fp32": 9}
+    for name in REUSE_ALONE:
+        row = readings.preset(found, name)
+        assert row["head"] == 2 * 25  # every step runs the last layers
+        assert row["cost"] == pytest.approx((row["trunk"] * (1 - survey["head"]) + 50 * survey["head"]) / 50)
+    for family in (FEWER, *RIVALS):
+        assert all(0.1 < row["cost"] < 1 for row in readings.rows(found, family))
+        assert all(5 < row["psnr"] < 60 for row in readings.rows(found, family))
+    assert readings.runs_surveyed(found) == [str(Run()), str(SMALL.others[0])]
+
+
+@pytest.mark.slow
+def test_a_real_survey_makes_a_report(survey: dict[str, Any], tmp_path: Path) -> None:
+    about = FakeWorker("lab", "cpu").machine()
+    store.keep(tmp_path, "cpu", "quality", about, json.loads(json.dumps(survey)))
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "4 prompts" in text
+    assert f"| {SMALL.others[0]} |" in text
+    assert (tmp_path / "benchmarks-quality.png").stat().st_size > 5000
+
+
+@pytest.fixture(autouse=True)
+def _docs_are_left_alone() -> Iterator[None]:
+    docs = command.ROOT / "docs"
+    before = {file: file.stat().st_mtime_ns for file in docs.glob("benchmarks*")}
+    yield
+    assert {file: file.stat().st_mtime_ns for file in docs.glob("benchmarks*")} == before

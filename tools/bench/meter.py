@@ -1,0 +1,68 @@
+"""Time and memory of this process, in seconds and bytes."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+STATUS = Path("/proc/self/status")
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """How long it took, and what it gave. On a GPU, work is over when its queue is empty."""
+    _wait()
+    start = time.perf_counter()
+    made = work()
+    _wait()
+    return time.perf_counter() - start, made
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def forget_peak() -> dict[str, int]:
+    """Begin a new peak, and return the memory in use now: ``ram`` (resident, mapped files included) and ``gpu``."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return {"ram": _kilobytes("VmRSS"), "gpu": torch.cuda.memory_allocated() if torch.cuda.is_available() else 0}
+
+
+def peak() -> dict[str, int]:
+    """The most since ``forget_peak``, or since the process began."""
+    return {"ram": _kilobytes("VmHWM"), "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+
+
+def _kilobytes(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    import diffusers
+    from comfyui_version import __version__ as comfyui
+
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "memory": int(memory.split()[1]) * 1024,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
+        "versions": {
+            "ComfyUI": comfyui,
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "Python": platform.python_version(),
+        },
+    }
