@@ -68,7 +68,7 @@ class FakeWorker:
 
     def macs(self, sizes: list[int]) -> dict[str, Any]:
         at = {str(px): {"convolution": 10**9 * px, "linear": 10**9 * px, "attention": 0} for px in sizes}
-        unet = {"sizes": at, "blocks": {"UNetModel.out": 1.0}, "head": 0.04}
+        unet = {"sizes": at, "blocks": {"input_blocks.0": 1.0}, "head": 0.04}
         return {"unets": {"KOALA-700M": unet, "SDXL": unet}, "vae": at}
 
     def load(self, what: str, folder: str) -> dict[str, Any]:
@@ -324,6 +324,18 @@ def test_a_search_climbs_by_single_steps_to_where_no_move_is_better() -> None:
     for (before, _), (after, _) in pairwise(found):
         assert len(set(before) - set(after)) == 1
         assert search.is_whole(after, SIGMAS)
+
+
+@pytest.mark.slow
+def test_multiplications_are_counted_by_block() -> None:
+    with Worker("lab", "cpu") as lab:
+        found = lab.ask("macs", sizes=[256])["unets"]
+    assert found["KOALA-700M"]["sizes"]["256"] != found["SDXL"]["sizes"]["256"]
+    blocks = found["KOALA-700M"]["blocks"]
+    assert list(blocks) == [f"{kind}_blocks.{i}" for kind in ("input", "output") for i in range(6)]
+    assert 0.9 < sum(blocks.values()) <= 1
+    assert found["KOALA-700M"]["head"] == pytest.approx(0.04, abs=0.005)
+    assert "middle_block" in found["SDXL"]["blocks"]
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tools import random_weights
 
 NAMES = {SDXL: "SDXL"}
+LAYERS = {"input_blocks": 2, "middle_block": 1, "output_blocks": 2}
+"""Numbers in the name of a layer of a block."""
 SHARED_AT = 512  # px at which the blocks' shares are told
 
 
@@ -81,11 +83,12 @@ def _count(work: Callable[[], Any]) -> dict[str, Any]:
     for operation, flops in found["Global"].items():
         by_operation[_kind(str(operation))] += flops // 2
     total = sum(by_operation.values())
-    blocks = {
-        place: sum(flops.values()) / 2 / total
-        for place, flops in found.items()
-        if place.count(".") == 2 and place.split(".")[1] in ("input_blocks", "middle_block", "output_blocks")
-    }
+    blocks: dict[str, float] = {}
+    for place, flops in found.items():  # the host runs a block's layers one by one: blocks themselves are not called
+        _, kind, *numbers = place.split(".") if "." in place else (place, "")
+        if len(numbers) == LAYERS.get(kind):
+            block = ".".join((kind, *numbers[:-1]))
+            blocks[block] = blocks.get(block, 0.0) + sum(flops.values()) / 2 / total
     return {"total": total, "by_operation": by_operation, "blocks": blocks}
 
 

@@ -136,9 +136,7 @@ def _macs(sections: Sections, memory: str) -> Iterator[str]:
             for name, unet in found.items()
         ),
     )
-    blocks = ", ".join(
-        f"{place.removeprefix('UNetModel.')} {_percent(share)}" for place, share in found[KOALA]["blocks"].items()
-    )
+    blocks = ", ".join(f"{block} {_percent(share)}" for block, share in found[KOALA]["blocks"].items())
     yield from (
         "Shares of the operations are those at 1024 px; the head is what a step on a foretold feature computes, at "
         f"512 px. {KOALA}'s blocks at 512 px: {blocks}.",
