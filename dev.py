@@ -31,6 +31,7 @@ MODULES = {
     "transfer": "tools.transfer",
     "lineage": "tools.lineage",
     "bench": "tools.bench",
+    "distill": "tools.distill",
 }
 PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("transfer", help="measure what of SDXL's adapters reaches KOALA and write docs/transfer.md")
     commands.add_parser("lineage", help="SDXL KOALA [--out FILE]: measure which SDXL layer each KOALA layer came from")
     commands.add_parser("bench", help="measure speed, memory and quality beside stock ComfyUI and diffusers, likewise")
+    commands.add_parser("distill", help="CONFIG.toml: make a compact U-Net out of an SDXL (tools/distill/README.md)")
     return top
 
 

@@ -16,7 +16,8 @@ from .keys import Numbering, Tensor, tensors
 from .layout import KOALA_1_7B, KOALA_1B, KOALA_700M, SDXL, Block, Layout, blocks, name
 
 KEPT_LAYERS: dict[str, tuple[int, ...]] = {"down": (0,), "up": (0, 2)}
-"""SDXL's index of each layer that a stage on the way down or up kept, in diffusers' numbering."""
+"""SDXL's index of each layer that a stage on the way down or up kept, in diffusers' numbering; a stage with as many
+layers as SDXL's kept them all."""
 
 KEPT_TRANSFORMERS: dict[Layout, dict[str, tuple[int, ...]]] = {
     KOALA_700M: {
@@ -72,12 +73,17 @@ class Lineage:
     def ancestor(self, module: str) -> str:
         """The teacher's name of a module or tensor of the student; diffusers names both."""
         origin = _LAYER.sub(
-            lambda found: f"{found[1]}_blocks.{found[2]}.{found[3]}.{KEPT_LAYERS[found[1]][int(found[4])]}", module
+            lambda at: f"{at[1]}_blocks.{at[2]}.{at[3]}.{self._layer(at[1], int(at[2]), int(at[4]))}", module
         )
         if inner := _TRANSFORMER.match(module):
             kept = self.transformers[inner[1]][int(inner[2])]
             origin = re.sub(r"transformer_blocks\.\d+", f"transformer_blocks.{kept}", origin)
         return origin
+
+    def _layer(self, part: str, stage: int, layer: int) -> int:
+        """The teacher's index of a layer of the student's stage."""
+        whole = len(getattr(self.teacher, part)[stage])
+        return layer if len(getattr(self.student, part)[stage]) == whole else KEPT_LAYERS[part][layer]
 
     @cached_property
     def tensors(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -102,7 +108,7 @@ class Lineage:
             if inner := _TRANSFORMER.match(part):
                 module, index, rest = inner[1], int(inner[2]), part[inner.end() :]
                 kept, whole = self.transformers[module], self.ancestor(module)
-                for removed in set(range(_depth(self.teacher, whole))) - set(kept):
+                for removed in set(range(attention_depths(self.teacher)[whole])) - set(kept):
                     if min(range(len(kept)), key=lambda at: (abs(kept[at] - removed), at)) == index:
                         found[f"{whole}.transformer_blocks.{removed}{rest}"] = part
         return found
@@ -115,7 +121,7 @@ class Lineage:
         for block in blocks(self.student):
             layer = block.layer
             if block.kind == "resnet" and block.part in KEPT_LAYERS:
-                layer = KEPT_LAYERS[block.part][layer]
+                layer = self._layer(block.part, block.stage, layer)
             found.setdefault(_block_id(block), _block_id(whole[block.kind, block.part, block.stage, layer]))
         return found
 
@@ -168,8 +174,9 @@ def at_widths_of(model: Layout, layout: Layout) -> Layout:
     return replace(layout, channels=model.channels, context=model.context, added=model.added)
 
 
-def _depth(layout: Layout, attention: str) -> int:
-    return next(block.depth for block in blocks(layout) if block.depth and _attention(block) == attention)
+def attention_depths(layout: Layout) -> dict[str, int]:
+    """Attention module (diffusers name) -> how many transformer blocks it has, in forward order."""
+    return {_attention(block): block.depth for block in blocks(layout) if block.depth}
 
 
 def _attention(block: Block) -> str:

@@ -121,6 +121,10 @@ class UNet:
         """A tensor flattened, of length 1: float32 on the CPU."""
         return torch.nn.functional.normalize(self._file.get_tensor(self.names[name]).float().flatten(), dim=0)
 
+    def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Every tensor in this type on the CPU, by diffusers' names."""
+        return {name: self._file.get_tensor(stored).to(dtype) for name, stored in self.names.items()}
+
     def matrices(self, module: str) -> tuple[tuple[str, Shape], ...]:
         """The matrices and kernels of a module: name after the module's, and shape."""
         return tuple(

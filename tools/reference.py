@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from koala import keys, parts
 from koala.checkpoint import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
@@ -18,15 +18,18 @@ from koala.export import unet_config
 from koala.settings import SCHEDULER_CONFIG
 
 
-def pipeline(checkpoint: Path, tokenizer: Path) -> Any:
+def pipeline(checkpoint: Path, tokenizer: Path, network: Any = None) -> Any:
     """diffusers' ``StableDiffusionXLPipeline`` with a single-file checkpoint's weights, fp32 on the CPU.
 
-    ``tokenizer`` is a folder with CLIP's own vocabulary (ComfyUI has one in comfy/sd1_tokenizer).
+    ``tokenizer`` is a folder with CLIP's own vocabulary (ComfyUI has one in comfy/sd1_tokenizer). With a ``network``,
+    that is the U-Net, and the file's own is not read.
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
 
-    state = {name: tensor.float() for name, tensor in load_file(checkpoint).items()}
+    with safe_open(checkpoint, framework="pt") as file:
+        wanted = (name for name in file.keys() if network is None or not name.startswith(UNET_PREFIX))  # noqa: SIM118
+        state = {name: file.get_tensor(name).float() for name in wanted}
     first, second = (
         CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77, **pad) for pad in ({}, {"pad_token": "!"})
     )
@@ -36,7 +39,7 @@ def pipeline(checkpoint: Path, tokenizer: Path) -> Any:
         text_encoder_2=_clip_g(_under(state, f"{CLIP_PREFIXES[1]}model.")),
         tokenizer=first,
         tokenizer_2=second,
-        unet=unet(_under(state, UNET_PREFIX)),
+        unet=network or unet(_under(state, UNET_PREFIX)),
         scheduler=EulerDiscreteScheduler.from_config(dict(SCHEDULER_CONFIG)),
         add_watermarker=False,
     )

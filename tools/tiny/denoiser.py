@@ -1,14 +1,17 @@
-"""Stage 3: the U-Net, KOALA-700M's topology at a tenth of its width, trained on ready latents and ready embeddings."""
+"""Stage 3: a U-Net of any layout at a tenth of SDXL's width, trained on ready latents and ready embeddings."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
+from koala.export import unet_config
+from koala.layout import KOALA_TINY, Layout
 from tools.tiny import autoencoder, checkpoints, text
 from tools.tiny.pictures import KOALA, Drawings, all_captions, draw, random_captions, random_drawings
 
@@ -38,23 +41,13 @@ class Recipe:
     ema: float = 0.999
 
 
-def new_unet() -> UNet2DConditionModel:
-    """KOALA-700M's layout: one layer a block, transformer depths 0, 2, 5, no middle block, heads 64 wide."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        mid_block_type=None,
-        block_out_channels=(32, 64, 128),
-        layers_per_block=1,
-        transformer_layers_per_block=[1, 2, 5],
-        attention_head_dim=[1, 1, 2],
-        cross_attention_dim=96,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=64 + 6 * 256,
-    )
+TEACHER = Recipe(small_steps=1600, steps=0, batch=16, learning_rate=8e-4)
+"""For sdxl-tiny, which has three times the weights: small pictures only."""
+
+
+def new_unet(layout: Layout = KOALA_TINY) -> UNet2DConditionModel:
+    """A layout with random weights."""
+    return UNet2DConditionModel.from_config(unet_config(layout, Recipe().size))
 
 
 def new_scheduler() -> EulerDiscreteScheduler:
@@ -114,17 +107,18 @@ def _drawings(recipe: Recipe, size: int, seed: int) -> Drawings:
 def train(
     recipe: Recipe,
     small: Latents,
-    full: Latents,
+    full: Latents | None,
     embeddings: Embeddings,
     seed: int,
     path: Path,
     log: Callable[[str], None],
     look: Callable[[UNet2DConditionModel, int], None],
+    layout: Layout = KOALA_TINY,
 ) -> UNet2DConditionModel:
     """Train, or go on from the checkpoint at `path`; returns the averaged weights, exact in fp16. `look` is called
-    every 1000 steps with the averaged net and the picture size."""
+    every 1000 steps with the averaged net and the picture size. Without `full` all steps are on small pictures."""
     torch.manual_seed(seed)
-    model, average = new_unet(), new_unet().requires_grad_(False).eval()
+    model, average = new_unet(layout), new_unet(layout).requires_grad_(False).eval()
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     start = 0
@@ -134,9 +128,8 @@ def train(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    drawings = {data.size: _drawings(recipe, data.size, seed) for data in (small, full)}
+    drawings = {data.size: _drawings(recipe, data.size, seed) for data in (small, full) if data}
     odds = {size: 1 + (recipe.koalas - 1) * (d.shape == KOALA).float() for size, d in drawings.items()}
-    signal = DDPMScheduler(**NOISE).alphas_cumprod
     total = recipe.small_steps + recipe.steps
     running = None
     for step in range(start, total):
@@ -144,11 +137,11 @@ def train(
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / 100)
             group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
-        data = small if step < recipe.small_steps else full
+        data = full if full and step >= recipe.small_steps else small
         chosen = torch.multinomial(odds[data.size], recipe.batch, replacement=True, generator=generator)
         captions = random_captions(drawings[data.size].pick(chosen), generator)
         context, pooled = _conditions(embeddings, [c.text for c in captions], recipe, generator)
-        loss = _loss(model, data, data.latents[chosen], context, pooled, signal, recipe.most_weight, generator)
+        loss = noise_loss(model, data.size, data.latents[chosen], context, pooled, recipe.most_weight, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -180,24 +173,25 @@ def _conditions(
     return embeddings.context[row, variant] * keep.view(n, 1, 1), embeddings.pooled[row, variant] * keep.view(n, 1)
 
 
-def _loss(
-    model: UNet2DConditionModel,
-    data: Latents,
+def noise_loss(
+    model: Callable[..., Any],
+    size: int,
     latents: torch.Tensor,
     context: torch.Tensor,
     pooled: torch.Tensor,
-    signal: torch.Tensor,
     most_weight: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Error of the predicted noise, weighted by 1/alpha_bar (the loss of velocity prediction): colours are decided
-    where noise is strongest, and there the plain error is tiny whatever the net says."""
+    where noise is strongest, and there the plain error is tiny whatever the net says. `model`: a U-Net, or what is
+    called like one; `size`: the pictures', in pixels; latents: [n, 4, size/8, size/8]."""
     n = len(latents)
+    signal = DDPMScheduler(**NOISE).alphas_cumprod
     noise = torch.randn(latents.shape, generator=generator)
     # One time step from each of n equal stretches: the same mean, less variance.
     time = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * len(signal)).long()
     alpha = signal[time].view(n, 1, 1, 1)
-    sizes = torch.tensor([[data.size, data.size, 0, 0, data.size, data.size]]).float().expand(n, 6)
+    sizes = torch.tensor([[size, size, 0, 0, size, size]]).float().expand(n, 6)
     predicted = model(
         alpha.sqrt() * latents + (1 - alpha).sqrt() * noise,
         time,

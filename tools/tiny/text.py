@@ -56,10 +56,11 @@ def _config(hidden: int, activation: str, projection: int) -> CLIPTextConfig:
 class Encoders(nn.Module):
     """SDXL's pair: CLIP-L-like (32 wide) and CLIP-G-like (64 wide, with projection)."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: CLIPTextModel | None = None, second: CLIPTextModelWithProjection | None = None) -> None:
+        """Ready ones, or new ones with random weights."""
         super().__init__()
-        self.l = CLIPTextModel(_config(32, "quick_gelu", 32))
-        self.g = CLIPTextModelWithProjection(_config(64, "gelu", 64))
+        self.l = first or CLIPTextModel(_config(32, "quick_gelu", 32))
+        self.g = second or CLIPTextModelWithProjection(_config(64, "gelu", 64))
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens: int64 [n, 77], padded with the end token -> context [n, 77, 96], pooled [n, 64], as SDXL's pipeline

@@ -1,6 +1,9 @@
 """Trains koala-tiny from nothing: draws its pictures, then autoencoder -> text encoders -> U-Net -> diffusers folder.
 
-Usage: python -m tools.tiny.train --tokenizer COMFYUI/comfy/sd1_tokenizer [--work DIR]
+Usage: python -m tools.tiny.train --tokenizer COMFYUI/comfy/sd1_tokenizer [--work DIR] [--teacher]
+
+With --teacher it trains sdxl-tiny instead, SDXL's layout at the same width, on the same pictures, with the shipped
+koala-tiny's autoencoder and text encoders: what `dev.py distill` then makes a koala-tiny of.
 
 Everything is drawn from fixed seeds and every stage goes on from its last checkpoint, so a stopped run is continued by
 the same command. About an hour and a half on two CPU cores.
@@ -13,15 +16,21 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
+from koala.layout import KOALA_TINY, SDXL
+from koala.lineage import at_widths_of
+from tools import reference
+from tools.testhost import ROOT
 from tools.tiny import autoencoder, denoiser, pipeline, sheet, text
 from tools.tiny.evaluate import grid_prompts, score
 
 SEED = 0
+SHIPPED = ROOT / "assets" / "koala-tiny.safetensors"
+SDXL_TINY = at_widths_of(KOALA_TINY, SDXL)
 
 
-def train(tokenizer_folder: Path, work: Path) -> Path:
+def train(tokenizer_folder: Path, work: Path, teacher: bool) -> Path:
     """Run every stage that `work` does not hold yet; returns the folder of the finished model."""
-    done = work / "koala-tiny"
+    done = work / ("sdxl-tiny" if teacher else "koala-tiny")
     if done.exists():
         return done
     started = time.monotonic()
@@ -29,12 +38,17 @@ def train(tokenizer_folder: Path, work: Path) -> Path:
     def log(line: str) -> None:
         print(f"{time.monotonic() - started:7.0f} s  {line}", flush=True)
 
-    recipe = denoiser.Recipe()
+    recipe, layout = (denoiser.TEACHER, SDXL_TINY) if teacher else (denoiser.Recipe(), KOALA_TINY)
     tokenizers = text.tokenizers(tokenizer_folder)
-    vae = autoencoder.train(autoencoder.Recipe(), SEED, work / "autoencoder.pt", log)
-    encoders = text.train(text.Recipe(), tokenizers[0], SEED, work / "text.pt", log)
+    if teacher:
+        shipped = reference.pipeline(SHIPPED, tokenizer_folder)
+        vae, encoders = shipped.vae, text.Encoders(shipped.text_encoder, shipped.text_encoder_2)
+    else:
+        vae = autoencoder.train(autoencoder.Recipe(), SEED, work / "autoencoder.pt", log)
+        encoders = text.train(text.Recipe(), tokenizers[0], SEED, work / "text.pt", log)
     embeddings = denoiser.embed_captions(encoders, tokenizers[0], recipe, SEED)
-    small, full = (denoiser.encode_drawings(vae, recipe, size, SEED, work) for size in (recipe.small_size, recipe.size))
+    small = denoiser.encode_drawings(vae, recipe, recipe.small_size, SEED, work)
+    full = denoiser.encode_drawings(vae, recipe, recipe.size, SEED, work) if recipe.steps else None
 
     def look(unet: UNet2DConditionModel, size: int) -> None:
         prompts, answers = grid_prompts(48)
@@ -42,7 +56,7 @@ def train(tokenizer_folder: Path, work: Path) -> Path:
         sheet.save(made, 12, work / f"look-{time.monotonic() - started:05.0f}.png")
         log(f"look: {score(made, answers)}")
 
-    unet = denoiser.train(recipe, small, full, embeddings, SEED, work / "unet.pt", log, look)
+    unet = denoiser.train(recipe, small, full, embeddings, SEED, work / "unet.pt", log, look, layout)
     pipeline.save(pipeline.assemble(vae, encoders, tokenizers, unet), done)
     log(f"finished: {done}")
     return done
@@ -52,9 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="train-tiny", description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("koala-tiny-training"), help="checkpoints and the result")
+    parser.add_argument("--teacher", action="store_true", help="train sdxl-tiny instead")
     parser.add_argument("--tokenizer", type=Path, required=True, help="CLIP's: ComfyUI's comfy/sd1_tokenizer")
     arguments = parser.parse_args(argv)
-    print(train(arguments.tokenizer, arguments.work))
+    print(train(arguments.tokenizer, arguments.work, arguments.teacher))
     return 0
 
 

@@ -1,0 +1,70 @@
+"""Metrics of a run: means between two rows, and a CSV file that a continued run goes on with."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, on_main_process
+
+
+class Means:
+    """Means over all processes of what was added since the last row; part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
+        means = accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
+        for name, value in zip(values, means, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means, and begin anew."""
+        found = {name: total / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return found
+
+    def state_dict(self) -> dict[str, object]:
+        return {"sums": dict(self.sums), "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+
+class CsvTracker(GeneralTracker):
+    """accelerate's tracker for a CSV file: one row a call, the first column is the step."""
+
+    name = "csv"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    @on_main_process
+    def go_on_from(self, step: int) -> None:
+        """Drop the rows that a run wrote after the checkpoint from which it goes on."""
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                head, *rows = csv.reader(file)
+            with self.path.open("w", newline="") as file:
+                csv.writer(file).writerows([head, *(row for row in rows if int(row[0]) <= step)])
+
+    @on_main_process
+    def log(self, values: dict, step: int | None = None, **_: object) -> None:
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *values])
+            writer.writerow([step, *values.values()])
