@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from . import foreign
 from .keys import NUMBERINGS, Coverage, Numbering, Shape, coverage, names, read_layout
-from .layout import KOALA_NAMES, Layout, is_subnetwork, name
+from .layout import KOALA_NAMES, SDXL, Layout, is_subnetwork, name
+from .lineage import Kept, attention_depths
 from .parts import TextEncoder, read_autoencoder, read_text_encoder
 from .settings import SCHEDULER_CONFIG, Identity, identify, release_for
 
@@ -36,6 +37,9 @@ CLIP_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 VAE_PREFIX = "first_stage_model."
 SCHEDULER_KEY = "koala.config.scheduler"
 """Metadata in which a single file carries what a folder has in scheduler_config.json, as JSON."""
+KEPT_KEY = "koala.transformers"
+"""Metadata in which a student of one's own says which of SDXL's transformer blocks it kept, as JSON: attention module
+-> list of SDXL's indices, as in ``lineage.KEPT_TRANSFORMERS``."""
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
 TEXT_NAMES = ("model.fp16.safetensors", "model.safetensors")
@@ -87,6 +91,7 @@ class Model:
     unet: UNetFile
     identity: Identity
     scheduler: Mapping[str, object] = field(default_factory=lambda: SCHEDULER_CONFIG)
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def inspect_model(path: Path) -> Model:
             f"KOALA predicts epsilon. Save the model again, or take the published file: "
             f"{_published_unet(unet.layout, label(path))}"
         )
-    return Model(unet, identify(unet.metadata, {}, "", label(path)), scheduler)
+    return Model(unet, identify(unet.metadata, {}, "", label(path)), scheduler, _kept(unet))
 
 
 def inspect_checkpoint(path: Path) -> Model:
@@ -296,7 +301,27 @@ def inspect_folder(folder: Path) -> Folder:
         )
     origin = str(_read_json(folder / "unet" / "config.json").get("_name_or_path", ""))
     identity = identify(unet.metadata, scheduler, origin, folder.name)
-    return Folder(Model(unet, identity, scheduler), found["text_encoder"], found["text_encoder_2"], found["vae"])
+    model = Model(unet, identity, scheduler, _kept(unet))
+    return Folder(model, found["text_encoder"], found["text_encoder_2"], found["vae"])
+
+
+def _kept(unet: UNetFile) -> Kept | None:
+    """The transformer blocks that the file says it kept of SDXL's; None where it says nothing."""
+    if KEPT_KEY not in unet.metadata:
+        return None
+    place = f"{label(unet.path)}: the metadata {KEPT_KEY}"
+    stated = _parse_json(unet.metadata[KEPT_KEY], place)
+    kept = {module: tuple(found) for module, found in stated.items() if isinstance(found, list)}
+    depths = attention_depths(unet.layout)
+    deepest = max(attention_depths(SDXL).values())
+    if {module: len(found) for module, found in kept.items()} != depths or not all(
+        type(index) is int and index < deepest for found in kept.values() for index in found
+    ):
+        raise CheckpointError(
+            f"{place} does not fit {name(unet.layout)}: it has {json.dumps(stated)[:80]}; expected for each attention "
+            f"module as many of SDXL's indices as it has transformer blocks ({depths}). Save the model again."
+        )
+    return kept
 
 
 def _recognise(header: Header, found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 
-from .checkpoint import SCHEDULER_KEY
+from .checkpoint import KEPT_KEY, SCHEDULER_KEY
 from .facts import ModelFacts
 from .layout import Layout, name
 from .parts import Autoencoder, TextEncoder
@@ -32,8 +32,9 @@ MODEL_INDEX = {
 
 
 def metadata(facts: ModelFacts, title: str, implementation: str) -> dict[str, str]:
-    """ModelSpec 1.0.1's fields, and what the pack reads back: the variant where it is known, the schedule where it is
-    not SDXL's. ``implementation``: "sgm" for ComfyUI's names, "diffusers" for diffusers'."""
+    """ModelSpec 1.0.1's fields, and what the pack reads back: the variant and the kept transformer blocks where they
+    are known, the schedule where it is not SDXL's. ``implementation``: "sgm" for ComfyUI's names, "diffusers" for
+    diffusers'."""
     found = {
         "format": "pt",  # transformers refuses a file without
         "modelspec.sai_model_spec": "1.0.1",
@@ -47,6 +48,8 @@ def metadata(facts: ModelFacts, title: str, implementation: str) -> dict[str, st
     }
     if facts.identity.certain:
         found["koala.variant"] = facts.identity.variant.name
+    if facts.kept:
+        found[KEPT_KEY] = json.dumps(dict(facts.kept))
     if dict(facts.scheduler) != dict(SCHEDULER_CONFIG):
         found[SCHEDULER_KEY] = json.dumps(dict(facts.scheduler))
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .checkpoint import Model
 from .keys import parameters
 from .layout import KOALA_TINY, SDXL, Layout, name
+from .lineage import Kept, Lineage, lineage
 from .settings import BASE, SCHEDULER_CONFIG, SIZES, Identity, Settings
 
 
@@ -21,6 +22,13 @@ class ModelFacts:
     bytes: int
     identity: Identity
     scheduler: Mapping[str, object]
+    kept: Kept | None = None
+    """Which of SDXL's transformer blocks it kept, where its file says so."""
+
+    @property
+    def lineage(self) -> Lineage:
+        """Which SDXL layer each of its layers came from. Raises ValueError where nothing says so."""
+        return lineage(self.layout, self.kept)
 
     @property
     def settings(self) -> Settings:
@@ -39,7 +47,7 @@ class ModelFacts:
 def facts_of(model: Model, source: str) -> ModelFacts:
     """The facts that an inspected file tells; ``source`` is the name that the person chose."""
     unet = model.unet
-    return ModelFacts(source, unet.layout, unet.dtype, unet.bytes, model.identity, model.scheduler)
+    return ModelFacts(source, unet.layout, unet.dtype, unet.bytes, model.identity, model.scheduler, model.kept)
 
 
 def assumed_facts(layout: Layout, dtype: str, size: int) -> ModelFacts:

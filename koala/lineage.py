@@ -50,6 +50,8 @@ KEPT_TRANSFORMERS: dict[Layout, dict[str, tuple[int, ...]]] = {
 """SDXL's index of each transformer block that an attention module kept. That 700M and 1B kept the FIRST five and six of
 ten is an assumption: shapes cannot tell. `python3 dev.py lineage` measures it on real weights and writes this table."""
 
+Kept = Mapping[str, tuple[int, ...]]
+"""Attention module of a student (diffusers name) -> the teacher's index of each of its transformer blocks."""
 BlockId = tuple[str, int]
 """A block as ComfyUI names it while it runs: ("input", 4), ("middle", 0), ("output", 2)."""
 Item = TypeVar("Item")
@@ -63,8 +65,7 @@ class Lineage:
     """A compact U-Net as it was cut out of one with SDXL's layers and the same widths."""
 
     student: Layout
-    transformers: Mapping[str, tuple[int, ...]]
-    """Attention module of the student (diffusers name) -> the teacher's index of each of its transformer blocks."""
+    transformers: Kept
 
     @property
     def teacher(self) -> Layout:
@@ -148,18 +149,23 @@ class Lineage:
         return tuple(whole_last - takers[last - skip] for skip in range(len(takers)))
 
 
-@cache
-def lineage(layout: Layout) -> Lineage:
-    """The lineage of a KOALA layout, at SDXL's widths or at any other.
+def lineage(layout: Layout, kept: Kept | None = None) -> Lineage:
+    """The lineage of a U-Net, at SDXL's widths or at any other: by ``kept``, where its file says what it kept, or else
+    by the table.
 
-    Raises ValueError for a layout that no table describes.
+    Raises ValueError where neither has it.
     """
+    return Lineage(layout, kept) if kept else _by_table(layout)
+
+
+@cache
+def _by_table(layout: Layout) -> Lineage:
     kept = KEPT_TRANSFORMERS.get(at_widths_of(SDXL, layout))
     if kept is None:
         known = ", ".join(map(name, KEPT_TRANSFORMERS))
         raise ValueError(
             f"no table says which of SDXL's layers the {name(layout)} kept; known are {known}. "
-            f"Adapters made for SDXL can only be carried over to these."
+            f"Adapters made for SDXL can only be carried over to these, and to students whose file says what they kept."
         )
     return Lineage(layout, kept)
 

@@ -17,7 +17,7 @@ from .checkpoint import CheckpointError, label, read_header
 from .foreign import describe
 from .keys import Shape, tensors
 from .layout import Layout, name
-from .lineage import Lineage, lineage
+from .lineage import Kept, Lineage, lineage
 from .lora_names import MAGNITUDE, TEXT, Groups, aliases, fits, split
 from .lora_origin import Origin, TrainedOn, origin_of
 
@@ -59,11 +59,14 @@ class Plan:
         return len({split(key)[0] for key in self.text})
 
 
-def inspect_lora(path: Path, target: Layout, trained_on: TrainedOn = "auto", fold: bool = False) -> Plan:
-    """Plan a LoRA file onto ``target``: a known KOALA's layout, at any width.
+def inspect_lora(
+    path: Path, target: Layout, trained_on: TrainedOn = "auto", fold: bool = False, kept: Kept | None = None
+) -> Plan:
+    """Plan a LoRA file onto ``target``: a known KOALA's layout, at any width, or with ``kept`` any other.
 
     ``trained_on``: "auto" tells SDXL's from KOALA's own by the layers that the file names. ``fold``: give the changes
     of removed transformer blocks to the nearest block that was kept (an experiment) instead of leaving them out.
+    ``kept``: what the model's file says it kept of SDXL's transformer blocks.
 
     Raises CheckpointError where the file is no LoRA, was made for another model, or has no layer in common with
     ``target``; ValueError where no lineage of ``target`` is known and one is needed.
@@ -82,7 +85,7 @@ def inspect_lora(path: Path, target: Layout, trained_on: TrainedOn = "auto", fol
     text = {module: parts for module, parts in groups.items() if TEXT.match(module)}
     unet = {module: parts for module, parts in groups.items() if module not in text}
     origin = origin_of(file, unet, header.shapes, header.metadata, target, trained_on) if unet else None
-    names, folds, modules = _carry(unet, header.shapes, target, origin, fold)
+    names, folds, modules = _carry(unet, header.shapes, target, origin, fold, kept)
     made = Plan(
         file, target, origin, names, folds, tuple(key for parts in text.values() for key in parts.values()), modules
     )
@@ -144,7 +147,12 @@ def stage(module: str) -> str:
 
 
 def _carry(
-    groups: Groups, shapes: Mapping[str, Shape], target: Layout, origin: Origin | None, fold: bool
+    groups: Groups,
+    shapes: Mapping[str, Shape],
+    target: Layout,
+    origin: Origin | None,
+    fold: bool,
+    kept: Kept | None,
 ) -> tuple[dict[str, str], tuple[dict[str, str], ...], tuple[Module, ...]]:
     """Where each module goes: ``Plan``'s names, folds and modules."""
     known = aliases(origin.layout) if origin else {}
@@ -152,7 +160,7 @@ def _carry(
     line: Lineage | None = None
     place = own  # the module of ``target`` that each module of the LoRA's own model became
     if origin and origin.layout != target:
-        line = lineage(target)
+        line = lineage(target, kept)
         place = {_module(whole.diffusers): own[_module(part.diffusers)] for part, whole in line.tensors}
     names: dict[str, str] = {}
     folds: list[dict[str, str]] = []

@@ -13,7 +13,6 @@ from .. import koala_loader
 from ..koala.checkpoint import inspect_model
 from ..koala.facts import badge
 from ..koala.layout import name
-from ..koala.lineage import lineage
 from ..koala.lora import WORDS, Plan, coverage, report, summary
 from ..koala.settings import STOCK_SCHEDULERS, identify
 from ..transfer import attention
@@ -274,7 +273,7 @@ class KoalaAttentionPatches(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        line = lineage(koala_loader.model_facts(model).layout)
+        line = koala_loader.model_facts(model).lineage
         bound = model.clone()
         count, dropped = attention.rebind(bound.model_options["transformer_options"], line)
         text = f"{count} patches bound to {name(line.student)}'s blocks"

@@ -48,7 +48,8 @@ class KoalaAccelerate(io.ComfyNode):
                 io.Model.Input("model", tooltip="A KOALA model, with LoRAs and patches as you like."),
                 io.DynamicCombo.Input(
                     "preset",
-                    tooltip="exact: no change of the picture. balanced: hardly any. fast: details, now and then a shape. custom: yours.",
+                    tooltip="exact: no change of the picture. balanced: hardly any. fast: details, now and then a "
+                    "shape. custom: yours.",
                     options=[
                         *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
                         io.DynamicCombo.Option(

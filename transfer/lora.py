@@ -68,5 +68,6 @@ def hook_lora(
 
 
 def _read(model: Any, path: Path, trained_on: TrainedOn, fold: bool) -> tuple[Plan, dict[str, Any]]:
-    plan = inspect_lora(path, model_facts(model).layout, trained_on, fold)
+    facts = model_facts(model)
+    plan = inspect_lora(path, facts.layout, trained_on, fold, facts.kept)
     return plan, comfy.utils.load_torch_file(str(path), safe_load=True)

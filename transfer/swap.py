@@ -10,7 +10,7 @@ import comfy.utils
 
 from ..koala.keys import parameters
 from ..koala.layout import Layout, name
-from ..koala.lineage import Lineage, is_teacher, lineage
+from ..koala.lineage import Lineage, is_teacher
 from ..koala_loader import ATTACHMENT, model_facts, network_layout
 from . import attention
 
@@ -81,7 +81,7 @@ def swap(whole: Any, koala: Any) -> Swapped:
 
 
 def _line(whole: Any, koala: Any) -> Lineage:
-    line = lineage(model_facts(koala).layout)
+    line = model_facts(koala).lineage
     found = network_layout(getattr(whole.model, "diffusion_model", None))
     if found == line.teacher:
         return line

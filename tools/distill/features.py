@@ -56,8 +56,8 @@ def pairs(line: Lineage, table: LossTable) -> tuple[Pair, ...]:
     )
     if not chosen:
         raise Problem(
-            f"loss.stages: no {table.place} in {', '.join(table.stages) or 'no stage'} of the student; expected a stage "
-            f'that has it. Add one, or set loss.place = "none".'
+            f"loss.stages: the student has no {table.place} in {', '.join(table.stages) or 'no stage'}; expected a "
+            f'stage that has it. Add one, or set loss.place = "none".'
         )
     return chosen
 

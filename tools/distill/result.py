@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from koala import disk
+from koala.checkpoint import KEPT_KEY
 from koala.export import unet_config
 from koala.layout import name
 from koala.lineage import Lineage
@@ -21,19 +22,24 @@ from tools.problem import Problem
 DISTILLATION = "koala.distillation"
 """Metadata that says, as JSON, how a model was made."""
 
+ANEW = "Begin anew in another output folder, with a lower training.learning_rate."
+
 
 def metadata(config: Config, teacher: Teacher, line: Lineage) -> dict[str, str]:
     """What the result says of itself: variant, layout, teacher, steps, losses, and the transformer blocks it kept."""
     told = {
         "layout": name(line.student),
         "teacher": teacher.name,
-        "start": config.student.start,
-        "transformers": {module: list(kept) for module, kept in line.transformers.items()},
+        "start": Path(config.student.start).name,
         "steps": config.training.steps,
         "images_a_step": config.training.batch * config.training.accumulate,
         "loss": config.loss.model_dump(mode="json"),
     }
-    return {"koala.variant": config.teacher.variant, DISTILLATION: json.dumps(told)}
+    return {
+        "koala.variant": config.teacher.variant,
+        KEPT_KEY: json.dumps(dict(line.transformers)),
+        DISTILLATION: json.dumps(told),
+    }
 
 
 def unet(line: Lineage, weights: dict[str, torch.Tensor]) -> UNet2DConditionModel:
@@ -47,8 +53,11 @@ def unet(line: Lineage, weights: dict[str, torch.Tensor]) -> UNet2DConditionMode
 def write(config: Config, teacher: Teacher, line: Lineage, weights: dict[str, torch.Tensor], target: Path) -> None:
     """Write ``target`` / ``NAME`` (a diffusers folder) and ``NAME.safetensors``, fp16; NAME is the output folder's.
 
-    Raises Problem where it cannot be written; the checkpoint is still there then.
+    Raises Problem where it cannot be written, or where the weights are no numbers of fp16; the checkpoint is still there
+    then.
     """
+    if odd := next((name for name, weight in weights.items() if not weight.isfinite().all()), None):
+        raise Problem(f"the result was not written: {odd} of the student holds what is no finite number. {ANEW}")
     title = config.output.resolve().name
     said = metadata(config, teacher, line)
     inprocess.activate()
@@ -64,3 +73,5 @@ def write(config: Config, teacher: Teacher, line: Lineage, weights: dict[str, to
             koala_saver.save_checkpoint(aside / f"{title}.safetensors", *loaded, "fp16", said)
     except OSError as error:
         raise Problem(f"the result could not be written: {error} The last checkpoint holds it; run again.") from None
+    except ValueError as error:  # beyond the range of fp16
+        raise Problem(f"the result was not written: {error} {ANEW}") from None

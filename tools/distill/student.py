@@ -11,13 +11,10 @@ from diffusers import UNet2DConditionModel
 from koala.export import unet_config
 from koala.keys import tensors
 from koala.layout import SDXL, Layout, name
-from koala.lineage import KEPT_LAYERS, Lineage, at_widths_of, attention_depths
+from koala.lineage import KEPT_LAYERS, Kept, Lineage, at_widths_of, attention_depths
 from tools.distill.config import NAMED_LAYOUTS, StudentTable
 from tools.lineage import open_unet
 from tools.problem import Problem
-
-Kept = Mapping[str, tuple[int, ...]]
-"""Attention module of the student (diffusers name) -> the teacher's index of each of its transformer blocks."""
 
 RULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "first": lambda depth, whole: tuple(range(depth)),

@@ -1,0 +1,88 @@
+"""A student of one's own whose file says which of SDXL's transformer blocks it kept: SDXL's add-ons go by that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from koala.checkpoint import KEPT_KEY, CheckpointError, inspect_model
+from koala.export import metadata
+from koala.facts import ModelFacts, facts_of
+from koala.keys import tensors
+from koala.layout import KOALA_TINY, Layout, compact, name
+from koala.lineage import Lineage, at_widths_of, attention_depths, lineage
+from koala.lora import inspect_lora
+from tests.unit import files
+from tools import adapters
+from tools.adapters import SMALL_SDXL
+
+DEPTHS = attention_depths(KOALA_TINY)
+EVEN = {module: (0, 2, 4, 6, 9) if depth == 5 else (0, 1) for module, depth in DEPTHS.items()}
+MINE = at_widths_of(KOALA_TINY, compact(3, middle=False))
+MINE_KEPT = {module: (1, 4, 8) if depth == 3 else (0, 1) for module, depth in attention_depths(MINE).items()}
+
+
+def told(path: Path, layout: Layout, text: str | None) -> ModelFacts:
+    said = {} if text is None else {KEPT_KEY: text}
+    return facts_of(inspect_model(files.write(path / "mine.safetensors", files.unet(layout), metadata=said)), "mine")
+
+
+def test_a_file_that_says_nothing_goes_by_the_table(tmp_path: Path) -> None:
+    facts = told(tmp_path, KOALA_TINY, None)
+    assert facts.kept is None
+    assert facts.lineage == lineage(KOALA_TINY)
+
+
+@pytest.mark.parametrize(("layout", "kept"), [(KOALA_TINY, EVEN), (MINE, MINE_KEPT)], ids=["even", "own layout"])
+def test_what_the_file_says_counts(tmp_path: Path, layout: Layout, kept: dict[str, tuple[int, ...]]) -> None:
+    facts = told(tmp_path, layout, json.dumps(kept))
+    assert facts.lineage == Lineage(layout, kept)
+    assert facts.lineage.tensors  # complete: every tensor has an origin
+    again = told(tmp_path, layout, metadata(facts, "again", "sgm")[KEPT_KEY])
+    assert again.kept == kept
+
+
+def test_an_own_layout_that_says_nothing_has_no_lineage(tmp_path: Path) -> None:
+    facts = told(tmp_path, MINE, None)
+    with pytest.raises(ValueError, match="no table says which of SDXL's layers the custom"):
+        _ = facts.lineage
+
+
+def test_an_sdxl_lora_goes_to_the_blocks_that_the_file_names(tmp_path: Path) -> None:
+    save_file(adapters.lora(SMALL_SDXL, only=adapters.in_attention), tmp_path / "lora.safetensors")
+    plan = inspect_lora(tmp_path / "lora.safetensors", KOALA_TINY, kept=EVEN)
+    by_table = inspect_lora(tmp_path / "lora.safetensors", KOALA_TINY)
+    wanted = {part.comfy: whole.diffusers for part, whole in Lineage(KOALA_TINY, EVEN).tensors}
+    assert plan.count("applied") == by_table.count("applied") == sum(map(adapters.in_attention, tensors(KOALA_TINY)))
+    assert plan.names != by_table.names
+    goal = "diffusion_model.input_blocks.5.1.transformer_blocks.4.attn1.to_q"
+    source = next(old for old, new in plan.names.items() if new.startswith(goal))
+    origin = wanted[f"{goal.removeprefix('diffusion_model.')}.weight"]
+    assert origin.startswith("down_blocks.2.attentions.0.transformer_blocks.9.")
+    assert "transformer_blocks_9_" in source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({}),
+        json.dumps({**EVEN, "down_blocks.2.attentions.0": [0, 1]}),
+        json.dumps({**EVEN, "down_blocks.2.attentions.0": [0, 1, 2, 3, "4"]}),
+        json.dumps({**EVEN, "down_blocks.7.attentions.0": [0, 1]}),
+        json.dumps({module: len(kept) for module, kept in EVEN.items()}),
+        "[]",
+        "not JSON",
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"mine.safetensors: the metadata {KEPT_KEY}"):
+        told(tmp_path, KOALA_TINY, text)
+
+
+def test_indices_beyond_sdxls_are_refused(tmp_path: Path) -> None:
+    beyond = {**EVEN, "down_blocks.2.attentions.0": (0, 2, 4, 6, 10)}
+    with pytest.raises(CheckpointError, match=f"does not fit {name(KOALA_TINY)}"):
+        told(tmp_path, KOALA_TINY, json.dumps(beyond))
