@@ -32,6 +32,7 @@ MODULES = {
     "lineage": "tools.lineage",
     "bench": "tools.bench",
     "distill": "tools.distill",
+    "distill-study": "tools.tiny.report",
 }
 PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
 
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("lineage", help="SDXL KOALA [--out FILE]: measure which SDXL layer each KOALA layer came from")
     commands.add_parser("bench", help="measure speed, memory and quality beside stock ComfyUI and diffusers, likewise")
     commands.add_parser("distill", help="CONFIG.toml: make a compact U-Net out of an SDXL (tools/distill/README.md)")
+    commands.add_parser("distill-study", help="try distillation out on the small family, write docs/distillation.md")
     return top
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 class Table(BaseModel):
     """A table of the file: unknown keys and values of another type are errors, paths count from the file's folder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def key(default: Any, description: str) -> Any:
@@ -46,7 +47,7 @@ class CustomLayout(Table):
 
     down: tuple[tuple[Count, ...], ...] = key(..., "transformer depth of each layer of each stage on the way down")
     up: tuple[tuple[Count, ...], ...] = key(..., "the same on the way up, deepest stage first")
-    middle: int | None = key(None, "transformer depth of the middle block; without this key there is none")
+    middle: Count | None = key(None, "transformer depth of the middle block; without this key there is none")
 
 
 STARTS = ("teacher", "random")
@@ -118,7 +119,7 @@ class TrainingTable(Table):
     )
     precision: Literal["no", "bf16", "fp16"] = key("bf16", "mixed precision of the student; its weights stay fp32")
     gradient_checkpointing: bool = key(False, "compute activations twice, keep few of them")
-    seed: int = key(0, "of everything random")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(0, "of everything random")
     checkpoint_every: PositiveInt = key(500, "optimiser steps between checkpoints")
     keep: PositiveInt = key(2, "checkpoints kept")
 
@@ -166,15 +167,23 @@ def read(path: Path) -> Config:
         if isinstance(table, dict) and isinstance(table.get(name), str) and table[name] not in STARTS:
             table[name] = str(path.parent / Path(table[name]).expanduser())
     try:
-        return Config.model_validate(found)
+        return Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:
-        raise Problem("\n".join(f"{path}: {fault}" for fault in _faults(error))) from None
+        raise Problem("\n".join(f"{path}: {fault}" for fault in _faults(error, found))) from None
 
 
-def _faults(error: ValidationError) -> Iterator[str]:
+EITHER = [["student", name] for name in ("layout", "transformers", "start")]
+"""Keys that take a word or something else; pydantic then tells of both."""
+
+
+def _faults(error: ValidationError, found: dict[str, Any]) -> Iterator[str]:
     """Each fault in a sentence that begins with the key."""
     for fault in error.errors():
-        where = [str(part) for part in fault["loc"] if not str(part).endswith("]")]
+        where = [str(part) for part in fault["loc"]]
+        if where[:2] in EITHER and len(where) > 2:
+            if isinstance(found[where[0]][where[1]], dict) == (fault["type"] == "literal_error"):
+                continue  # of a table what is wrong in it, of all else which words there are
+            del where[2]
         known = keys_of(*where[:-1])
         near = get_close_matches(where[-1], known, 1) if where else []
         if fault["type"] == "extra_forbidden":
@@ -183,7 +192,9 @@ def _faults(error: ValidationError) -> Iterator[str]:
         elif fault["type"] == "missing":
             yield f"{'.'.join(where)} is missing; it has no default. Add it."
         else:
-            yield f"{'.'.join(where)} = {fault['input']!r} cannot be used: {fault['msg']}. Change it."
+            wanted = "Input should be a table" if fault["type"] == "model_type" else fault["msg"]
+            meant = f" ({StudentTable.model_fields[where[1]].description})" if where in EITHER else ""
+            yield f"{'.'.join(where)} = {fault['input']!r} cannot be used: {wanted}{meant}. Change it."
 
 
 def keys_of(*tables: str) -> tuple[str, ...]:
@@ -191,5 +202,6 @@ def keys_of(*tables: str) -> tuple[str, ...]:
     model: Any = Config
     for name in tables:
         field = getattr(model, "model_fields", {}).get(name)
-        model = field.annotation if field else None
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     return tuple(getattr(model, "model_fields", {}))

@@ -56,13 +56,13 @@ class CsvTracker(GeneralTracker):
         """Drop the rows that a run wrote after the checkpoint from which it goes on."""
         if self.path.exists():
             with self.path.open(newline="") as file:
-                head, *rows = csv.reader(file)
+                rows = [row for row in csv.reader(file) if row[0] == "step" or int(row[0]) <= step]
             with self.path.open("w", newline="") as file:
-                csv.writer(file).writerows([head, *(row for row in rows if int(row[0]) <= step)])
+                csv.writer(file).writerows(rows)
 
     @on_main_process
     def log(self, values: dict, step: int | None = None, **_: object) -> None:
-        new = not self.path.exists()
+        new = not self.path.exists() or not self.path.stat().st_size
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
             if new:

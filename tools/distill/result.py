@@ -53,8 +53,7 @@ def unet(line: Lineage, weights: dict[str, torch.Tensor]) -> UNet2DConditionMode
 def write(config: Config, teacher: Teacher, line: Lineage, weights: dict[str, torch.Tensor], target: Path) -> None:
     """Write ``target`` / ``NAME`` (a diffusers folder) and ``NAME.safetensors``, fp16; NAME is the output folder's.
 
-    Raises Problem where it cannot be written, or where the weights are no numbers of fp16; the checkpoint is still there
-    then.
+    Raises Problem where it cannot be written, or where weights are no numbers of fp16; the checkpoint is still there.
     """
     if odd := next((name for name, weight in weights.items() if not weight.isfinite().all()), None):
         raise Problem(f"the result was not written: {odd} of the student holds what is no finite number. {ANEW}")

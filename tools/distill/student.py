@@ -29,6 +29,8 @@ def plan(table: StudentTable, teacher: Layout) -> Lineage:
     """
     chosen = table.layout
     layout = NAMED_LAYOUTS[chosen] if isinstance(chosen, str) else Layout(**chosen.model_dump())
+    if not (layout.down and all((*layout.down, *layout.up))):
+        raise Problem("student.layout: a stage has no layers; expected three stages each way, with layers. Give them.")
     try:
         unet_config(layout)  # what diffusers cannot describe it cannot train
         return cut_out(at_widths_of(teacher, layout), table.transformers)

@@ -16,6 +16,8 @@ from tools import lineage, reference, testhost
 from tools.distill.config import TeacherTable
 from tools.problem import Problem
 
+BESIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "vae")
+"""Folders of SDXL's parts but the U-Net."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,8 +61,11 @@ class Teacher:
         folder = self.table.model
         if not folder.is_dir():
             return reference.pipeline(folder, testhost.test_host().folder / "comfy" / "sd1_tokenizer", unet)
+        absent = [part for part in BESIDE if not (folder / part).is_dir()]
         half = any((folder / "text_encoder").glob("*.fp16.safetensors"))
         try:
+            if absent:  # without a tokenizer's folder transformers makes one that knows no words
+                raise OSError(f"it has no {' and no '.join(absent)}.")
             made = StableDiffusionXLPipeline.from_pretrained(
                 folder,
                 unet=unet,
@@ -88,7 +93,13 @@ def open_teacher(table: TeacherTable) -> Teacher:
             f"teacher.model: {table.model} is a {name(file.layout)}; expected SDXL's own layers, of which the student "
             f"keeps some. Give an SDXL model, with or without merged LoRAs."
         )
-    return Teacher(table, file)
+    teacher = Teacher(table, file)
+    if (kind := teacher.noise.config.prediction_type) != "epsilon":
+        raise Problem(
+            f"teacher.model: {table.model} predicts {kind}, as its scheduler says; expected epsilon, as SDXL and every "
+            f"KOALA does. Give an SDXL that predicts epsilon."
+        )
+    return teacher
 
 
 class Encoder:

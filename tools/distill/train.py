@@ -6,11 +6,13 @@ goes on from a checkpoint draws what an unbroken run draws.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +24,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -55,7 +56,8 @@ class Objective:
     table: LossTable
     dropout: float
     noise: DDPMScheduler
-    teacher: UNet2DConditionModel
+    teacher: UNet2DConditionModel | None
+    """None where only the noise itself is learnt."""
     pairs: tuple[features.Pair, ...]
     teacher_taps: features.Taps
     student_taps: features.Taps
@@ -74,10 +76,13 @@ class Objective:
             "encoder_hidden_states": batch["context"] * kept.view(count, 1, 1),
             "added_cond_kwargs": {"text_embeds": batch["pooled"] * kept.view(count, 1), "time_ids": batch["ids"]},
         }
-        with torch.no_grad(), self.teacher_taps.taking() as wanted:
-            answer = self.teacher(noisy.to(self.teacher.dtype), when, **_cast(given, self.teacher.dtype)).sample
         with self.student_taps.taking() as found:
             predicted = network(noisy, when, **given).sample
+        answer, wanted = predicted.detach(), {}
+        if self.teacher is not None:
+            kind = self.teacher.dtype
+            with torch.no_grad(), self.teacher_taps.taking() as wanted:
+                answer = self.teacher(noisy.to(kind), when, **_cast(given, kind)).sample
         error = losses.feature_error(self.table, self.pairs, found, wanted).to(device)
         weights = losses.time_weights(self.table, self.noise, when)
         return losses.terms(self.table, weights, noise, predicted, answer, error)
@@ -134,7 +139,7 @@ def prepare(
 ) -> tuple[cache.Cache, Grid | None]:
     """The cached data, computed by the first process if need be, and the sample grid; the teacher's text encoders and
     VAE are in memory for this only."""
-    drawing = accelerator.is_main_process and config.log.samples_every > 0
+    drawing = accelerator.is_main_process and config.log.samples_every > 0 and bool(config.log.prompts)
     with accelerator.main_process_first():
         samples = cache.ready(config.data, teacher.identity)
         encoder = Encoder(teacher.pipeline(None), accelerator.device) if drawing or samples is None else None
@@ -164,7 +169,7 @@ def _train(
         table=config.loss,
         dropout=config.data.caption_dropout,
         noise=teacher.noise,
-        teacher=master.to(accelerator.device),
+        teacher=master.to(accelerator.device) if pairs or config.loss.output else None,
         pairs=pairs,
         teacher_taps=features.Taps(master, (pair.teacher for pair in pairs)),
         student_taps=features.Taps(network, (pair.student for pair in pairs)),
@@ -172,10 +177,9 @@ def _train(
     parameters = list(network.parameters())
     optimiser = torch.optim.AdamW(parameters, table.learning_rate, betas=table.betas, weight_decay=table.weight_decay)
     wrapped, optimiser = accelerator.prepare(network, optimiser)
-    schedule = LambdaLR(optimiser.optimizer, lambda step: rate(table, step))
     average = EMAModel(wrapped.parameters(), decay=table.ema, foreach=True) if table.ema else None
     means = Means()
-    accelerator.register_for_checkpointing(*filter(None, (schedule, average, means)))
+    accelerator.register_for_checkpointing(*filter(None, (average, means)))
     saves = config.output / "checkpoints"
     step = _resume(accelerator, saves, say)
     loader = _loader(config, samples, accelerator, step)
@@ -190,14 +194,21 @@ def _train(
     )
     since, told_at = time.monotonic(), step
     for number, batch in enumerate(loader, step * table.accumulate):
+        used = table.learning_rate * rate(table, step)  # not from the checkpoint: it may differ when a run goes on
+        for group in optimiser.param_groups:
+            group["lr"] = used
         with accelerator.accumulate(wrapped):
             found = objective.errors(wrapped, batch, _generator(table.seed, number, accelerator.process_index))
             loss = losses.total(config.loss, found)
             told = {name: value.detach() for name, value in {"loss": loss, **found}.items()}
-            _finite(told, accelerator, step, saves)
+            _finite(
+                {f"{name} error": value for name, value in found.items()} | {"loss": loss}, accelerator, step, saves
+            )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(wrapped.parameters(), table.clip)
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), table.clip)
+                if table.precision != "fp16":  # there the scaler leaves out a step whose gradients overflow
+                    _finite({"gradient's norm": norm}, accelerator, step, saves)
             optimiser.step()
             optimiser.zero_grad()
         means.add(told, accelerator)
@@ -205,8 +216,6 @@ def _train(
             continue
         if average:
             average.step(wrapped.parameters())
-        used = schedule.get_last_lr()[0]
-        schedule.step()
         step += 1
         bar.update(seen)
         if step % config.log.every == 0 or step == table.steps:
@@ -222,13 +231,16 @@ def _train(
             for watch in watches if accelerator.is_main_process else ():
                 watch(step, result.unet(line, weights))
     bar.close()
-    accelerator.end_training()
     weights = averaged(accelerator, wrapped, average)
-    del objective, master, network, wrapped, optimiser
+    # the result is put together in the memory that training took
+    del objective, master, network, wrapped, optimiser, average, parameters, loader
+    accelerator.free_memory()
+    gc.collect()
     if accelerator.is_main_process:
         result.write(config, teacher, line, weights, config.output / FINISHED)
         say(f"finished: {config.output / FINISHED}")
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # after it the processes do not know each other any more
     return config.output / FINISHED
 
 
@@ -269,11 +281,12 @@ def _finite(told: Mapping[str, torch.Tensor], accelerator: Accelerator, step: in
     odd = accelerator.reduce(odd, "sum")
     if not odd.any():
         return
-    name = next((name for name, bad in zip(told, odd.tolist(), strict=True) if bad and name != "loss"), "loss")
+    bad = [name for name, found in zip(told, odd.tolist(), strict=True) if found]
+    name = next((name for name in bad if name != "loss"), "loss")
     last = _checkpoints(saves)
     kept = f"the last good state is {last[-1]}" if last else "there is no checkpoint yet"
     raise Problem(
-        f"step {step + 1}: the {name} error is no finite number; training has stopped and {kept}. Lower "
+        f"step {step + 1}: the {name} is no finite number; training has stopped and {kept}. Lower "
         f'training.learning_rate, or take precision = "no" or a teacher dtype with more range, and run again: it goes '
         f"on from there."
     )
@@ -337,7 +350,9 @@ def _same_run(config: Config) -> None:
     path = config.output / "config.json"
     now = config.model_dump(mode="json")
     if not path.exists():
-        path.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # each process writes it; none sees a half of it
+        aside.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
+        aside.replace(path)
         return
     begun = json.loads(path.read_text("utf-8"))
     for name, value in now.items():

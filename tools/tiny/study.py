@@ -1,10 +1,7 @@
-"""Distillation tried out on the small family: sdxl-tiny teaches students of koala-tiny's layout, by `dev.py distill`'s
-own engine. Curves against training from nothing, the paper's ablation, the choice of layers; the figures behind
-docs/distillation.md.
+"""The trainings of the study: sdxl-tiny teaches students of koala-tiny's layout, by `dev.py distill`'s own engine.
 
-Usage: python -m tools.tiny.study --teacher DIR [--work DIR] [--jobs 2] [--only NAME ...]
-
-Every run is a process of its own with one thread, and leaves a JSON file; what is there already is not run again.
+Curves against training from nothing, the paper's ablation, the choice of layers. Every run is a process of its own with
+one thread, and leaves a JSON file; what is there already is not run again. tools/tiny/report.py makes the page of it.
 """
 
 import argparse
@@ -20,15 +17,18 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from tools import testhost
 from tools.distill import train
 from tools.distill.config import PLACES, Config
 from tools.problem import Problem
 from tools.testhost import ROOT
-from tools.tiny import dataset, evaluate, pipeline
+from tools.tiny import dataset, evaluate, pipeline, sheet
 
-SIZE = 64  # pixels: a quarter of the work of koala-tiny's 128, and the teacher knows both
-PICTURES = 4000
+SIZE = 128  # pixels
+PICTURES = 2500
+BATCH = 16
 PROMPTS = 108
+SHOWN = 12  # pictures of each run that are kept to be looked at
 SEEDS = (0, 1, 2)
 
 
@@ -59,12 +59,17 @@ LAYERS = tuple(Run(f"even, seed {seed}", "layers", 200, 200, seed, transformers=
 RUNS = (*CURVES, *ABLATION, *LAYERS)
 
 
-def config(run: Run, teacher: Path, work: Path) -> Config:
+def teacher_folder(work: Path) -> Path:
+    """sdxl-tiny, where `train-tiny --teacher --work` leaves it."""
+    return work / "teacher" / "sdxl-tiny"
+
+
+def config(run: Run, work: Path) -> Config:
     """The configuration of a run, as a TOML file would hold it."""
     return Config.model_validate(
         {
             "output": work / "runs" / run.name.replace(", ", "-").replace(" ", "-"),
-            "teacher": {"model": teacher, "dtype": "fp32"},
+            "teacher": {"model": teacher_folder(work), "dtype": "fp32"},
             "student": {"layout": "koala-700m", "start": run.start, "transformers": run.transformers},
             "data": {
                 "path": work / f"drawings-{SIZE}",
@@ -77,7 +82,7 @@ def config(run: Run, teacher: Path, work: Path) -> Config:
             "loss": {"place": run.place, "output": run.output, "weighting": "velocity"},
             "training": {
                 "steps": run.steps,
-                "batch": 32,
+                "batch": BATCH,
                 "learning_rate": 1e-3,
                 "warmup": 30,
                 "betas": (0.9, 0.99),
@@ -92,11 +97,11 @@ def config(run: Run, teacher: Path, work: Path) -> Config:
     )
 
 
-def carry_out(run: Run, teacher: Path, work: Path) -> None:
+def carry_out(run: Run, work: Path) -> None:
     """Train, judge on the way, and write the run's JSON file."""
-    settings = config(run, teacher, work)
+    settings = config(run, work)
     prompts, asked = evaluate.grid_prompts(PROMPTS)
-    model = pipeline.load(teacher)
+    model = pipeline.load(teacher_folder(work))
     path, curve = settings.output.with_suffix(".curve.json"), {}
     if path.exists():  # what an earlier process saw before it was stopped
         curve = json.loads(path.read_text())
@@ -106,6 +111,7 @@ def carry_out(run: Run, teacher: Path, work: Path) -> None:
         made = pipeline.pictures(model, prompts, seed=evaluate.SEED, size=SIZE)
         curve[str(step)] = asdict(evaluate.score(made, asked))
         path.write_text(json.dumps(curve))
+        sheet.save(made[:SHOWN], SHOWN, settings.output.with_suffix(".png"))
 
     train.run(settings, lambda line: print(line, flush=True), look)
     rows = (settings.output / "metrics.csv").read_text().splitlines()
@@ -115,63 +121,70 @@ def carry_out(run: Run, teacher: Path, work: Path) -> None:
     settings.output.with_suffix(".json").write_text(json.dumps(found, indent=1))
 
 
-def teacher_score(teacher: Path, work: Path) -> None:
+def teacher_score(work: Path) -> None:
     """The same judgement of the teacher itself."""
     path = work / "runs" / "teacher.json"
     if not path.exists():
         prompts, asked = evaluate.grid_prompts(PROMPTS)
-        made = pipeline.pictures(pipeline.load(teacher), prompts, seed=evaluate.SEED, size=SIZE)
+        made = pipeline.pictures(pipeline.load(teacher_folder(work)), prompts, seed=evaluate.SEED, size=SIZE)
+        sheet.save(made[:SHOWN], SHOWN, path.with_suffix(".png"))
         path.write_text(json.dumps(asdict(evaluate.score(made, asked)), indent=1))
 
 
 def results(work: Path) -> dict[str, Any]:
     """What every finished run left, by its name."""
-    files = [config(run, work, work).output.with_suffix(".json") for run in RUNS]
+    files = [config(run, work).output.with_suffix(".json") for run in RUNS]
     return {run.name: json.loads(file.read_text()) for run, file in zip(RUNS, files, strict=True) if file.exists()}
 
 
-def all_runs(teacher: Path, work: Path, jobs: int, only: list[str]) -> None:
-    """Every run that has not been finished, ``jobs`` at a time. Raises Problem where one fails."""
+def run_all(work: Path, jobs: int, only: list[str]) -> None:
+    """Everything that has not been done, ``jobs`` at a time; ``only`` some groups. Raises Problem where one fails."""
     dataset.write(work / f"drawings-{SIZE}", SIZE, PICTURES)
     (work / "runs").mkdir(parents=True, exist_ok=True)
-    waiting = [run for run in RUNS if run.name not in results(work) and (not only or run.group in only)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    if not teacher_folder(work).exists():
+        tokenizer = testhost.test_host().folder / "comfy" / "sd1_tokenizer"
+        print("sdxl-tiny: an hour or more", flush=True)
+        command = ["tools.tiny.train", "--teacher", "--tokenizer", str(tokenizer), "--work", str(work / "teacher")]
+        _process(command, work / "runs" / "teacher.log", threads=jobs)
+    teacher_score(work)
+    done = results(work)
+    waiting = [run for run in RUNS if run.name not in done and (not only or run.group in only)]
 
     def one(run: Run) -> None:
-        log = config(run, teacher, work).output.with_suffix(".log")
-        command = [sys.executable, "-m", "tools.tiny.study", "--teacher", str(teacher), "--work", str(work)]
-        with log.open("w") as file:
-            done = subprocess.run([*command, "--one", run.name], cwd=ROOT, env=environment, stdout=file, stderr=file)
-        if done.returncode:
-            raise Problem(f"the run {run.name} failed; {log} says why. Mend it and run again.")
+        _process(["tools.tiny.study", "--work", str(work), run.name], config(run, work).output.with_suffix(".log"))
         print(f"done: {run.name}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         if waiting:
             one(waiting[0])  # alone: it fills the cache that the others share
         list(pool.map(one, waiting[1:]))
+    found = work / "runs" / "addons.json"
+    if not found.exists() and (not only or "addons" in only):
+        student = config(CURVES[0], work).output
+        paths = ["--teacher", teacher_folder(work), "--student", student / "result" / f"{student.name}.safetensors"]
+        command = ["tools.tiny.addons", *map(str, paths), "--work", str(work / "addons"), "--out", str(found)]
+        _process([*command, "--size", str(SIZE)], found.with_suffix(".log"))
+
+
+def _process(module: list[str], log: Path, threads: int = 1) -> None:
+    """Run a module, its output in a file. Raises Problem where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", *module], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False
+        )
+    if done.returncode:
+        raise Problem(f"{log.stem} failed; {log} says why. Mend it and run again.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="study", description=__doc__.split("\n")[0])
-    parser.add_argument("--teacher", type=Path, required=True, help="sdxl-tiny's folder, from train-tiny --teacher")
-    parser.add_argument("--work", type=Path, default=Path("distillation-study"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
-    parser.add_argument("--only", nargs="*", default=[], help="groups of runs: curve, place, layers")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    """One run, in this process."""
+    parser = argparse.ArgumentParser(prog="study", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("name", choices=[run.name for run in RUNS])
     arguments = parser.parse_args(argv)
-    teacher, work = arguments.teacher.resolve(), arguments.work.resolve()
-    try:
-        if arguments.one:
-            torch.set_num_threads(1)
-            carry_out(next(run for run in RUNS if run.name == arguments.one), teacher, work)
-        else:
-            all_runs(teacher, work, arguments.jobs, arguments.only)
-            teacher_score(teacher, work)
-    except Problem as problem:
-        print(f"study: {problem}", file=sys.stderr)
-        return 1
+    torch.set_num_threads(1)
+    carry_out(next(run for run in RUNS if run.name == arguments.name), arguments.work)
     return 0
 
 
