@@ -32,7 +32,7 @@ MODULES = {
     "lineage": "tools.lineage",
     "bench": "tools.bench",
     "distill": "tools.distill",
-    "distill-study": "tools.tiny.report",
+    "distill-study": "tools.study",
 }
 PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
 

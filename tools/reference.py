@@ -96,10 +96,7 @@ def _clip_g(state: dict[str, torch.Tensor]) -> Any:
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
     from transformers import CLIPTextModelWithProjection
 
-    if any(name.startswith("transformer.text_model.") for name in state):  # transformers' names already
-        renamed = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-    else:
-        renamed = convert_open_clip_checkpoint(None, state, prefix="")
+    renamed = convert_open_clip_checkpoint(None, state, prefix="")
     model = CLIPTextModelWithProjection(_clip_config(parts.read_text_encoder(_shapes(renamed)), "gelu"))
     return _load_text(model, renamed)
 

@@ -17,6 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from koala.export import unet_config
+from koala.layout import SDXL
 from tools import inprocess, random_weights
 from tools.distill import config, train
 from tools.problem import Problem
@@ -32,7 +36,7 @@ def configuration(work: Path) -> config.Config:
     return config.Config.model_validate(
         {
             "output": work / "koala-700m",
-            "teacher": {"model": random_weights.sdxl_checkpoint(), "dtype": "bf16"},
+            "teacher": {"model": work / "sdxl", "dtype": "bf16"},
             "data": {
                 "path": work / "drawings",
                 "cache": work / "cache",
@@ -55,12 +59,23 @@ def configuration(work: Path) -> config.Config:
     )
 
 
-def process(work: Path, until: Path | None) -> tuple[float, float]:
-    """Train in a process of its own, to the end or until a file is there, then it is killed; its seconds, and its peak
+def prepare(work: Path) -> None:
+    """Write the pictures, and SDXL as a diffusers folder: KOALA's, with another U-Net."""
+    dataset.write(work / "drawings", SIZE, 4)
+    inprocess.activate()
+    from koala_pack import koala_loader, koala_saver
+
+    folder = work / "sdxl"
+    koala_saver.save_folder(folder, *koala_loader.load_folder(random_weights.folder("koala-700m")), "fp16")
+    save_file(random_weights.unet_state(SDXL), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "unet" / "config.json").write_text(json.dumps(unet_config(SDXL)))
+
+
+def process(work: Path, task: str, until: Path | None = None) -> tuple[float, float]:
+    """A task in a process of its own, to the end or until a file is there, then it is killed; its seconds, and its peak
     memory in GB. Raises Problem where it fails."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "tools.distill.dry_run", "--work", str(work), "--train"]
-    child = subprocess.Popen(command, cwd=ROOT)
+    child = subprocess.Popen([sys.executable, "-m", "tools.distill.dry_run", "--work", str(work), task], cwd=ROOT)
     killed = False
     while True:
         pid, status, used = os.wait4(child.pid, os.WNOHANG)
@@ -71,15 +86,16 @@ def process(work: Path, until: Path | None) -> tuple[float, float]:
             killed = True
         time.sleep(0.5)
     if status and not killed:
-        raise Problem(f"the training ended with status {status}; its own message is above.")
+        raise Problem(f"{task} ended with status {status}; its own message is above.")
     return time.monotonic() - started, used.ru_maxrss * 1024 / 1e9
 
 
 def run(work: Path) -> dict[str, object]:
     """Both processes, then both loaders; returns what was seen."""
-    dataset.write(work / "drawings", SIZE, 4)
+    if not (work / "sdxl").exists():
+        process(work, "--prepare")
     checkpoint = work / "koala-700m" / "checkpoints" / "step-0000001"
-    seconds, peaks = zip(*(process(work, until) for until in (checkpoint, None)), strict=True)
+    seconds, peaks = zip(*(process(work, "--train", until) for until in (checkpoint, None)), strict=True)
     head, *rows = ((work / "koala-700m" / "metrics.csv").read_text()).splitlines()
     file = work / "koala-700m" / "result" / "koala-700m.safetensors"
     inprocess.activate()
@@ -102,9 +118,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dry-run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="a JSON file for what was seen")
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     work = arguments.work.resolve()
+    if arguments.prepare:
+        prepare(work)
+        return 0
     if arguments.train:
         train.run(configuration(work), lambda line: print(line, flush=True))
         return 0

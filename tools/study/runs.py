@@ -1,7 +1,7 @@
 """The trainings of the study: sdxl-tiny teaches students of koala-tiny's layout, by `dev.py distill`'s own engine.
 
 Curves against training from nothing, the paper's ablation, the choice of layers. Every run is a process of its own with
-one thread, and leaves a JSON file; what is there already is not run again. tools/tiny/report.py makes the page of it.
+one thread, and leaves a JSON file; what is there already is not run again. tools/study/page.py makes the page of it.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
     waiting = [run for run in RUNS if run.name not in done and (not only or run.group in only)]
 
     def one(run: Run) -> None:
-        _process(["tools.tiny.study", "--work", str(work), run.name], config(run, work).output.with_suffix(".log"))
+        _process(["tools.study.runs", "--work", str(work), run.name], config(run, work).output.with_suffix(".log"))
         print(f"done: {run.name}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -162,7 +162,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
     if not found.exists() and (not only or "addons" in only):
         student = config(CURVES[0], work).output
         paths = ["--teacher", teacher_folder(work), "--student", student / "result" / f"{student.name}.safetensors"]
-        command = ["tools.tiny.addons", *map(str, paths), "--work", str(work / "addons"), "--out", str(found)]
+        command = ["tools.study.addons", *map(str, paths), "--work", str(work / "addons"), "--out", str(found)]
         _process([*command, "--size", str(SIZE)], found.with_suffix(".log"))
 
 

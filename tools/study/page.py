@@ -1,14 +1,7 @@
-"""Distillation tried out on the small family: runs what the study lacks, writes docs/distillation.md and its plots.
+"""docs/distillation.md and its plots, out of what the study left."""
 
-Usage: python3 dev.py distill-study [--work DIR] [--jobs 2] [--only GROUP ...]
-
-Several hours on two CPU cores, of which the teacher takes one. Stopped at any time, it goes on with the same command.
-"""
-
-import argparse
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,12 +10,11 @@ from typing import Any
 import matplotlib
 from PIL import Image
 
-from tools import testhost
 from tools.distill import scale
 from tools.distill.config import PLACES
-from tools.problem import Problem
+from tools.study import runs as study
 from tools.testhost import ROOT
-from tools.tiny import denoiser, study
+from tools.tiny import denoiser
 
 matplotlib.use("Agg")  # needs no screen
 
@@ -318,25 +310,3 @@ two CPU cores, and worked out on paper for the real one. Written by `python3 dev
     path = DOCS / "distillation.md"
     path.write_text(head + told + tail, "utf-8")
     return path
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="dev.py distill-study", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--work", type=Path, default=testhost.cache_folder() / "distillation-study")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each; 0: only write")
-    parser.add_argument("--only", nargs="*", default=[], help="some groups of runs: curve, place, layers, addons")
-    arguments = parser.parse_args(argv)
-    work = arguments.work.resolve()
-    try:
-        if arguments.jobs:
-            study.run_all(work, arguments.jobs, arguments.only)
-        print(write(work))
-    except Problem as problem:
-        print(f"distill-study: {problem}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""tools/tiny/addons: its judges, a few steps of both trainings, and files that our nodes' inspectors read."""
+"""tools/study/addons: its judges, a few steps of both trainings, and files that our nodes' inspectors read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from safetensors import safe_open
 from koala.layout import KOALA_TINY
 from koala.lora import inspect_lora
 from tools import adapters, inprocess, reference, testhost
-from tools.tiny import addon_training, denoiser
-from tools.tiny.addon_pictures import dipped, judge_dip, outlines, overlaps, silhouettes
-from tools.tiny.addon_training import CONTROLNET, LORA
+from tools.study import addon_training
+from tools.study.addon_pictures import dipped, judge_dip, outlines, overlaps, silhouettes
+from tools.study.addon_training import CONTROLNET, LORA
+from tools.tiny import denoiser
 from tools.tiny.pictures import KOALA, draw, random_drawings
 from tools.tiny.train import SDXL_TINY, SHIPPED
 

@@ -1,6 +1,6 @@
 """Do a LoRA and a ControlNet of sdxl-tiny do the same on a koala-tiny? Trains both, samples with both, counts.
 
-Usage: python -m tools.tiny.addons --teacher DIR --student FOLDER_OR_FILE --work DIR [--size PIXELS] [--prompts N]
+Usage: python -m tools.study.addons --teacher DIR --student FOLDER_OR_FILE --work DIR [--size PIXELS] [--prompts N]
                                    [--out JSON]
 
 Everything is sampled by ComfyUI in this process, at KOALA's published base settings, the same prompts and first noise
@@ -37,9 +37,8 @@ from koala_pack.nodes.sample import KoalaScheduler  # noqa: E402
 from koala_pack.transfer.lora import apply_lora  # noqa: E402
 
 from tools.adapters import SMALL_SDXL  # noqa: E402
-from tools.tiny import pipeline, sheet  # noqa: E402
-from tools.tiny.addon_pictures import judge_dip, outlines, overlaps  # noqa: E402
-from tools.tiny.addon_training import (  # noqa: E402
+from tools.study.addon_pictures import judge_dip, outlines, overlaps  # noqa: E402
+from tools.study.addon_training import (  # noqa: E402
     CONTROLNET,
     LORA,
     SHAPELESS,
@@ -47,6 +46,7 @@ from tools.tiny.addon_training import (  # noqa: E402
     train_controlnet,
     train_lora,
 )
+from tools.tiny import pipeline, sheet  # noqa: E402
 from tools.tiny.evaluate import SEED, grid_prompts  # noqa: E402
 from tools.tiny.judge import judge  # noqa: E402
 from tools.tiny.pictures import Drawings, caption, random_drawings  # noqa: E402

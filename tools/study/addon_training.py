@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch.nn import Parameter
 
 from tools import adapters
+from tools.study.addon_pictures import dipped, outlines
 from tools.tiny import autoencoder, checkpoints, denoiser, text
-from tools.tiny.addon_pictures import dipped, outlines
 from tools.tiny.pictures import Caption, caption, draw, random_captions, random_drawings
 
 SEED = 0

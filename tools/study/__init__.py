@@ -1,0 +1,1 @@
+"""Distillation tried out on the small family: what docs/distillation.md is made of."""
