@@ -76,15 +76,16 @@ class Objective:
             "encoder_hidden_states": batch["context"] * kept.view(count, 1, 1),
             "added_cond_kwargs": {"text_embeds": batch["pooled"] * kept.view(count, 1), "time_ids": batch["ids"]},
         }
-        with self.student_taps.taking() as found:
-            predicted = network(noisy, when, **given).sample
-        answer, wanted = predicted.detach(), {}
+        answer, wanted = None, {}
         if self.teacher is not None:
             kind = self.teacher.dtype
             with torch.no_grad(), self.teacher_taps.taking() as wanted:
                 answer = self.teacher(noisy.to(kind), when, **_cast(given, kind)).sample
+        with self.student_taps.taking() as found:
+            predicted = network(noisy, when, **given).sample
         error = losses.feature_error(self.table, self.pairs, found, wanted).to(device)
         weights = losses.time_weights(self.table, self.noise, when)
+        answer = predicted.detach() if answer is None else answer
         return losses.terms(self.table, weights, noise, predicted, answer, error)
 
 
