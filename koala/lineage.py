@@ -83,8 +83,8 @@ class Lineage:
 
     def _layer(self, part: str, stage: int, layer: int) -> int:
         """The teacher's index of a layer of the student's stage."""
-        whole = len(getattr(self.teacher, part)[stage])
-        return layer if len(getattr(self.student, part)[stage]) == whole else KEPT_LAYERS[part][layer]
+        own, whole = (model.down if part == "down" else model.up for model in (self.student, self.teacher))
+        return layer if len(own[stage]) == len(whole[stage]) else KEPT_LAYERS[part][layer]
 
     @cached_property
     def tensors(self) -> tuple[tuple[Tensor, Tensor], ...]:

@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from koala.checkpoint import KEPT_KEY, UNET_PREFIX, inspect_folder, inspect_model
-from koala.keys import renaming
+from koala.keys import renaming, tensors
 from koala.layout import KOALA_TINY
 from koala.lineage import lineage
-from tools import inprocess, reference, testhost
+from tools import adapters, inprocess, reference, testhost
+from tools.adapters import RANK
 from tools.distill import __main__ as command
 from tools.distill import cache, config, features, losses, result, student, train
 from tools.distill.buckets import Batches
@@ -533,6 +534,70 @@ def refused_teacher(place: Path, model: Path | str) -> str:
     return refused(
         place, "untaught", teacher={"model": str(model)}, data={**SETTINGS["data"], "cache": "cache-of-none"}
     )
+
+
+TEXT_LAYER = "text_model.encoder.layers.1.mlp.fc1"
+
+
+@pytest.mark.parametrize("naming", ["kohya, diffusers blocks", "kohya, LDM blocks", "diffusers, PEFT"])
+def test_loras_are_merged_into_the_teacher(place: Path, tmp_path: Path, naming: str) -> None:
+    """Two LoRAs, one after the other, as up x down x alpha / rank on top of each weight."""
+    only = ("down_blocks.2.attentions.1.transformer_blocks.9.", "up_blocks.0.attentions.2.proj_in.")
+    style, paths, alone = adapters.NAMINGS[naming], [], config.TeacherTable(model=place / "sdxl-tiny", dtype="fp32")
+    wanted = open_teacher(alone).unet().state_dict()
+    for seed in (1, 2):
+        changed = adapters.lora(
+            SDXL_TINY,
+            "LoRA",
+            naming,
+            seed,
+            lambda tensor: adapters.in_attention(tensor) and tensor.diffusers.startswith(only),
+        )
+        if "kohya" not in naming:  # it has no alpha: the factor is 1
+            changed = {name: value for name, value in changed.items() if not name.endswith(".alpha")}
+        for tensor in tensors(SDXL_TINY):
+            up, down = (
+                style.module(tensor) + style.suffixes.get(end, end) for end in (".lora_up.weight", ".lora_down.weight")
+            )
+            if tensor.diffusers.endswith(".weight") and up in changed:
+                factor = float(changed.get(f"{style.module(tensor)}.alpha", RANK)) / RANK
+                wanted[tensor.diffusers] = wanted[tensor.diffusers] + factor * changed[up] @ changed[down]
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_file({name: value.contiguous() for name, value in changed.items()}, paths[-1])
+    found = open_teacher(alone.model_copy(update={"loras": tuple(paths)})).unet().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in found)
+
+
+def test_a_loras_text_part_is_merged_too(place: Path, tmp_path: Path) -> None:
+    down, up = torch.full((2, 32), 0.1), torch.full((128, 2), 0.5)
+    name = f"lora_te1_{TEXT_LAYER.replace('.', '_')}"
+    parts = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+    whole = adapters.lora(SDXL_TINY, "LoRA", "kohya, diffusers blocks", only=adapters.in_attention)
+    save_file({**whole, **parts}, tmp_path / "text.safetensors")
+    table = config.TeacherTable(model=place / "sdxl-tiny", dtype="fp32")
+    plain, changed = (
+        open_teacher(table.model_copy(update={"loras": loras})) for loras in ((), (tmp_path / "text.safetensors",))
+    )
+    before, after = (teacher.pipeline(None).text_encoder.state_dict() for teacher in (plain, changed))
+    assert before.keys() == after.keys()
+    odd = [key for key in before if not torch.equal(before[key], after[key])]
+    assert len(odd) == 1
+    assert odd[0].endswith("encoder.layers.1.mlp.fc1.weight")
+    assert torch.allclose(after[odd[0]] - before[odd[0]], up @ down, atol=1e-6)
+    assert changed.identity != plain.identity  # so that other texts are not taken from the cache
+
+
+def test_what_is_no_lora_is_named(place: Path, tmp_path: Path) -> None:
+    save_file(adapters.lora(SDXL_TINY, "LoHa", only=adapters.in_attention), tmp_path / "loha.safetensors")
+    for path, why in (
+        (tmp_path / "nowhere.safetensors", "is not there; expected a .safetensors file"),
+        (tmp_path / "loha.safetensors", "cannot be merged"),
+        (place / "sdxl-tiny" / "unet" / "diffusion_pytorch_model.fp16.safetensors", "cannot be merged"),
+    ):
+        teacher = {"model": "sdxl-tiny", "dtype": "fp32", "loras": [str(path)]}
+        said = refused(place, "with-lora", teacher=teacher)
+        assert said.startswith(f"teacher.loras: {path} {why}")
 
 
 def test_a_student_is_no_teacher(place: Path) -> None:

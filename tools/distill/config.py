@@ -35,7 +35,8 @@ def key(default: Any, description: str) -> Any:
 
 
 class TeacherTable(Table):
-    model: Path = key(..., "SDXL: a Hugging Face folder or a single .safetensors file, LoRAs merged or not")
+    model: Path = key(..., "SDXL: a Hugging Face folder or a single .safetensors file, LoRAs merged into it or not")
+    loras: tuple[Path, ...] = key((), "LoRA files to merge into it at full strength, U-Net and text encoders")
     variant: Literal["base", "lightning"] = key(
         "base", "lightning for a step-distilled teacher; the student is then sampled as KOALA-Lightning"
     )
@@ -145,7 +146,14 @@ class Config(Table):
     log: LogTable = LogTable()
 
 
-PATHS = (("output",), ("teacher", "model"), ("student", "start"), ("data", "path"), ("data", "cache"))
+PATHS = (
+    ("output",),
+    ("teacher", "model"),
+    ("teacher", "loras"),
+    ("student", "start"),
+    ("data", "path"),
+    ("data", "cache"),
+)
 """Keys whose values are paths, which count from the file's folder."""
 
 
@@ -164,12 +172,19 @@ def read(path: Path) -> Config:
         table: Any = found
         for outer in tables:
             table = table.get(outer) if isinstance(table, dict) else None
-        if isinstance(table, dict) and isinstance(table.get(name), str) and table[name] not in STARTS:
-            table[name] = str(path.parent / Path(table[name]).expanduser())
+        if isinstance(table, dict) and name in table:
+            table[name] = _from(path.parent, table[name])
     try:
         return Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:
         raise Problem("\n".join(f"{path}: {fault}" for fault in _faults(error, found))) from None
+
+
+def _from(folder: Path, value: Any) -> Any:
+    """A path, or each of a list, as it counts from a folder; anything else as it is."""
+    if isinstance(value, list):
+        return [_from(folder, one) for one in value]
+    return str(folder / Path(value).expanduser()) if isinstance(value, str) and value not in STARTS else value
 
 
 EITHER = [["student", name] for name in ("layout", "transformers", "start")]

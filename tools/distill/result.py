@@ -30,6 +30,7 @@ def metadata(config: Config, teacher: Teacher, line: Lineage) -> dict[str, str]:
     told = {
         "layout": name(line.student),
         "teacher": teacher.name,
+        "loras": [path.name for path in config.teacher.loras],
         "start": Path(config.student.start).name,
         "steps": config.training.steps,
         "images_a_step": config.training.batch * config.training.accumulate,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
+from koala.checkpoint import read_header
 from koala.export import unet_config
 from koala.layout import Layout, name
 from koala.lineage import is_teacher
@@ -16,6 +19,7 @@ from tools import lineage, reference, testhost
 from tools.distill.config import TeacherTable
 from tools.problem import Problem
 
+TEXT = ("text_encoder", "text_encoder_2")
 BESIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "vae")
 """Folders of SDXL's parts but the U-Net."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +43,8 @@ class Teacher:
     @property
     def identity(self) -> dict[str, str]:
         """What tells one teacher's latents and text embeddings from another's."""
-        return {"teacher": self.name, "file": f"{self.file.path.stat().st_size} bytes"}
+        files = {path.name: f"{path.stat().st_size} bytes" for path in (self.file.path, *self.table.loras)}
+        return {"teacher": self.name, "files": json.dumps(files)}
 
     @cached_property
     def noise(self) -> DDPMScheduler:
@@ -50,14 +55,54 @@ class Teacher:
         return DDPMScheduler.from_config(dict(reference.SCHEDULER_CONFIG))
 
     def unet(self) -> UNet2DConditionModel:
-        """Its U-Net, frozen, in the type that the configuration names; read tensor by tensor."""
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(unet_config(self.layout))
-        unet.load_state_dict(self.file.weights(DTYPES[self.table.dtype]), strict=True, assign=True)
-        return unet.eval().requires_grad_(False)
+        """Its U-Net with its LoRAs merged, frozen, in the type that the configuration names; read tensor by tensor."""
+        unet = self._empty()
+        kept = DTYPES[self.table.dtype]
+        # merged in fp32, in which no small change is rounded away before all are in
+        weights = self.file.weights(torch.float32 if self.table.loras else kept)
+        unet.load_state_dict(weights, strict=True, assign=True)
+        for state, alphas, metadata in self.loras():
+            StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
+            unet.fuse_lora()
+            unet.unload_lora()
+        return unet.to(kept).eval().requires_grad_(False)
+
+    def loras(self) -> list[tuple[dict[str, torch.Tensor], Any, Any]]:
+        """Each LoRA as diffusers reads it: tensors, alphas, metadata. Raises Problem for one that it cannot read."""
+        config, found = self._empty().config, []
+        for path in self.table.loras:
+            try:
+                read_header(path, "a LoRA")
+                read = StableDiffusionXLPipeline.lora_state_dict(
+                    str(path), unet_config=config, return_lora_metadata=True
+                )
+                if not all("lora" in key for key in read[0]):
+                    raise ValueError("it is no LoRA, or of a kind that diffusers does not know")
+            except (OSError, ValueError, KeyError) as error:
+                raise Problem(
+                    f"teacher.loras: {path} cannot be merged ({error}); expected an SDXL LoRA that diffusers reads. "
+                    f"Merge it with another tool, and give the merged model."
+                ) from None
+            found.append(read)
+        return found
 
     def pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
-        """diffusers' pipeline of the teacher's other parts, in fp32, around a U-Net or none."""
+        """diffusers' pipeline of the teacher's other parts, LoRAs merged, in fp32, around a U-Net or none."""
+        made = self._pipeline(unet)
+        for state, alphas, metadata in self.loras():
+            for part in TEXT:
+                made.load_lora_into_text_encoder(state, alphas, getattr(made, part), prefix=part, metadata=metadata)
+            made.fuse_lora(components=list(TEXT))
+            for part in TEXT:
+                recurse_remove_peft_layers(getattr(made, part))
+        return made
+
+    def _empty(self) -> UNet2DConditionModel:
+        """Its U-Net without contents."""
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(unet_config(self.layout))
+
+    def _pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
         folder = self.table.model
         if not folder.is_dir():
             return reference.pipeline(folder, testhost.test_host().folder / "comfy" / "sd1_tokenizer", unet)
@@ -85,8 +130,10 @@ class Teacher:
 
 def open_teacher(table: TeacherTable) -> Teacher:
     """Look at the headers of a teacher's files. Raises Problem for anything that has not SDXL's layers."""
-    if not table.model.exists():
-        raise Problem(f"teacher.model: {table.model} is not there; expected SDXL, a folder or a .safetensors file.")
+    model = ("model", table.model, "SDXL, a folder or a .safetensors file")
+    for key, path, wanted in (model, *(("loras", path, "a .safetensors file") for path in table.loras)):
+        if not path.exists():
+            raise Problem(f"teacher.{key}: {path} is not there; expected {wanted}.")
     file = lineage.open_unet(table.model, "SDXL")
     if not is_teacher(file.layout):
         raise Problem(
@@ -99,6 +146,7 @@ def open_teacher(table: TeacherTable) -> Teacher:
             f"teacher.model: {table.model} predicts {kind}, as its scheduler says; expected epsilon, as SDXL and every "
             f"KOALA does. Give an SDXL that predicts epsilon."
         )
+    teacher.loras()
     return teacher
 
 
