@@ -217,13 +217,13 @@ def against_nothing(data: Mapping[str, Any]) -> str:
     """The curves, with the pictures at their ends."""
     return f"""## Distilled against trained from nothing
 
-*distilled*: cut out of the teacher, all three errors. *cut, task only*: the same start without the teacher. *from
-nothing*: random weights. Pictures right in everything, %, after so many steps:
+*distilled*: cut out of the teacher, all three errors. *from nothing*: random weights, no teacher. *cut, task only*: the
+distilled one's start, no teacher. Pictures right in everything, %, after so many steps:
 
 {curves(data)}
 ![The same twelve prompts: the teacher, and each run's last pictures](distillation-pictures.png)
 
-*From above: the teacher, distilled, cut and task only, from nothing.*
+*From above: the teacher, distilled, from nothing, cut and task only.*
 """
 
 

@@ -49,8 +49,8 @@ class Run:
 
 CURVES = (
     Run("distilled", "curve", 600, 150),
-    Run("cut, task only", "curve", 600, 150, place="none", output=0.0),
     Run("from nothing", "curve", 600, 150, start="random", place="none", output=0.0),
+    Run("cut, task only", "curve", 600, 150, place="none", output=0.0),
 )
 ABLATION = tuple(
     Run(f"{place}, seed {seed}", "place", 200, 200, seed, place=place) for place in PLACES for seed in SEEDS
