@@ -270,7 +270,7 @@ def test_both_say_what_they_are_made_of(place: Path, whole: Path) -> None:
         assert json.loads(metadata[result.DISTILLATION]) == {
             "layout": "koala-tiny",
             "teacher": "sdxl-tiny",
-        "loras": [],
+            "loras": [],
             "start": "teacher",
             "steps": STEPS,
             "images_a_step": 4,

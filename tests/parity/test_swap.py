@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from koala_pack import koala_loader
+from koala_pack.koala.checkpoint import KEPT_KEY, inspect_model
 from koala_pack.koala.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
-from koala_pack.koala.lineage import lineage
+from koala_pack.koala.lineage import Lineage, attention_depths, lineage
 from koala_pack.nodes.adapt import KoalaUNetSwap
 from koala_pack.transfer.lora import apply_lora
 from koala_pack.transfer.swap import swap
@@ -50,6 +52,22 @@ def test_a_lora_upstream_equals_one_downstream(layout: Layout, tmp_path: Path, m
     applied = {KOALA_700M: 222, KOALA_1B: 314}[layout]
     assert f"weight patches: {applied} carried, {722 - applied} belong to layers" in report
     assert koala_loader.model_facts(swapped).source == "koala.safetensors"
+
+
+def test_a_student_gets_the_changes_of_the_blocks_that_its_file_names(tmp_path: Path) -> None:
+    """By the LoRA loader and by the swap, what SDXL's LoRA makes of just those blocks."""
+    own = transfer.small(KOALA_700M)
+    kept = {module: (0, 2, 4, 6, 9) if depth == 5 else (0, 1) for module, depth in attention_depths(own).items()}
+    even = Lineage(own, kept)
+    save_file(even.cut(transfer.sdxl_weights(), "comfy"), tmp_path / "even.safetensors", {KEPT_KEY: json.dumps(kept)})
+    student = koala_loader.load_unet(inspect_model(tmp_path / "even.safetensors"), "even")
+    changed, _ = comfy.sd.load_lora_for_models(transfer.pair(KOALA_700M)[0], None, attention_lora(), 0.7, 0.0)
+    wanted = even.cut(transfer.baked(changed), "comfy")
+    with transfer.on_disk(attention_lora()) as path:
+        loaded = apply_lora(student, transfer.clip(), path, 0.7, 0.0).model
+    for found in (loaded, swap(changed, student).model):
+        assert transfer.difference(transfer.baked(found), wanted) < 1e-6
+        assert koala_loader.model_facts(found).kept == kept
 
 
 def test_neither_model_is_changed() -> None:
