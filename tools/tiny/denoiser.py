@@ -41,7 +41,7 @@ class Recipe:
     ema: float = 0.999
 
 
-TEACHER = Recipe(small_steps=1600, steps=1400, batch=16, learning_rate=8e-4)
+TEACHER = Recipe(small_steps=1600, steps=4400, batch=16, learning_rate=8e-4)
 """For sdxl-tiny, which has three times the weights."""
 
 
