@@ -10,9 +10,9 @@ from typing import Any
 import matplotlib
 from PIL import Image
 
-from tools.distill import scale
 from tools.distill.config import PLACES
 from tools.study import runs as study
+from tools.study import scale_page
 from tools.testhost import ROOT
 from tools.tiny import denoiser
 
@@ -260,7 +260,7 @@ def full_size(data: Mapping[str, Any]) -> str:
     verdict = "the same weights" if found["same_in_stock_comfyui"] else "OTHER weights"
     return f"""## At real scale, two steps
 
-`python -m tools.distill.dry_run`, random weights: SDXL in bf16 teaches a KOALA-700M in fp32 at 256 px, a picture a
+`python -m tools.study.dry_run`, random weights: SDXL in bf16 teaches a KOALA-700M in fp32 at 256 px, a picture a
 step, with gradient checkpointing, on a CPU. Each step is a process of its own: the second goes on from the first one's
 checkpoint. The result loads in this pack and in stock ComfyUI to {verdict}. Seconds and peak memory are the process's,
 starting, caching, checkpoint and result included.
@@ -277,7 +277,7 @@ SECTIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str
     (lambda data: bool(group(data["runs"], group="place")), places),
     (lambda data: "addons" in data, carried),
     (lambda data: "dry_run" in data, full_size),
-    (lambda data: True, lambda data: scale.section()),
+    (lambda data: True, lambda data: scale_page.section()),
 )
 """Parts of the page: when there is something to tell, and what."""
 

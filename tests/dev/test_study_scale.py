@@ -8,7 +8,7 @@ import torch
 from koala.keys import parameters
 from koala.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
 from tools.bench import store
-from tools.distill import scale
+from tools.study import scale, scale_page
 from tools.testhost import ROOT
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -18,7 +18,7 @@ ATTENTION = torch.nn.functional.scaled_dot_product_attention
 def test_the_counted_unets_have_the_weights_that_their_layouts_say(layout: Layout) -> None:
     unet = scale._unet(layout, "meta")
     assert sum(weight.numel() for weight in unet.parameters()) == parameters(layout)
-    root, units = scale._units(layout)
+    root, units = scale.fsdp_units(layout)
     assert root + sum(units.values()) == parameters(layout)
 
 
@@ -81,7 +81,7 @@ def test_counting_leaves_torch_as_it_was() -> None:
 
 
 def test_the_section_tells_it_all() -> None:
-    text = scale.section()
+    text = scale_page.section()
     assert text.startswith("## At real scale, on paper\n")
     assert text.endswith(".\n")
     heads = [line for line, below in zip(text.splitlines(), text.splitlines()[1:], strict=False) if below[:4] == "|---"]

@@ -1,6 +1,6 @@
 """Two steps at full size on a CPU with random weights: shapes, losses, checkpoint, resume, reload, and what it takes.
 
-Usage: python -m tools.distill.dry_run --work DIR [--out JSON]    (about 20 GB of memory, 30 GB of disk, 20 minutes)
+Usage: python -m tools.study.dry_run --work DIR [--out JSON]    (about 20 GB of memory, 30 GB of disk, 20 minutes)
 
 SDXL in bf16 teaches a KOALA-700M in fp32 at 256 px, a picture a step. The first process is killed after one step; the
 second goes on from its checkpoint. The result is then loaded by the pack and by stock ComfyUI.
@@ -75,7 +75,7 @@ def process(work: Path, task: str, until: Path | None = None) -> tuple[float, fl
     """A task in a process of its own, to the end or until a file is there, then it is killed; its seconds, and its peak
     memory in GB. Raises Problem where it fails."""
     started = time.monotonic()
-    child = subprocess.Popen([sys.executable, "-m", "tools.distill.dry_run", "--work", str(work), task], cwd=ROOT)
+    child = subprocess.Popen([sys.executable, "-m", "tools.study.dry_run", "--work", str(work), task], cwd=ROOT)
     killed = False
     while True:
         pid, status, used = os.wait4(child.pid, os.WNOHANG)
