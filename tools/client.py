@@ -93,6 +93,10 @@ class Client:
         """Cancel what is running."""
         self._call("POST", "/interrupt")
 
+    def free(self) -> None:
+        """Let go of every model and of what was computed, as soon as nothing runs."""
+        self._call("POST", "/free", json={"unload_models": True, "free_memory": True})
+
     def run(self, prompt: Prompt, workflow: dict[str, Any] | None = None, on_event: Event | None = None) -> Result:
         """Run a graph to its end.
 

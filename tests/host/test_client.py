@@ -78,6 +78,20 @@ def test_a_cancelled_run_raises(client: Client) -> None:
         client.run(graph, on_event=cancel)
 
 
+def test_what_was_computed_is_let_go(client: Client) -> None:
+    graph = {"1": {"class_type": "EmptyImage", "inputs": {**EMPTY["inputs"], "width": 72}}, "2": preview("1")}
+
+    def computed() -> bool:
+        seen: list[object] = []
+        client.run(graph, on_event=lambda kind, data: seen.append(data.get("node") if kind == "executing" else None))
+        return "1" in seen
+
+    assert computed()
+    assert not computed()
+    client.free()  # the server does so between two graphs, at the latest after the next one
+    assert any(computed() for _ in range(3))
+
+
 def test_no_server_is_a_connection_error() -> None:
     with pytest.raises(ConnectionError):
         Client("http://127.0.0.1:9").object_info()
