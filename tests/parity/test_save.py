@@ -13,6 +13,7 @@ from koala_pack import koala_loader
 from koala_pack.koala import checkpoint, layout
 
 from tools import parity, random_weights
+from tools.tiny.pack import UNUSED
 
 
 def _predict(model: Any) -> torch.Tensor:
@@ -25,6 +26,10 @@ def _predict(model: Any) -> torch.Tensor:
     return comfy.sample.sample_custom(model, x, 1.0, sampler, sigmas, conditioning, conditioning, torch.zeros_like(x))
 
 
+def _close(first: torch.Tensor, second: torch.Tensor) -> None:
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
 def _shapes(model: Any) -> list[tuple[int, ...]]:
     shape = koala_loader.model_facts(model).layout
     return [(1, 4, 8, 8), (1, 77, shape.context), (1, shape.pooled)]
@@ -34,11 +39,20 @@ def test_koala_tiny_saved_by_core_loads_again(tmp_path: Path) -> None:
     model, clip, vae = parity.tiny_models()
     comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model, clip, vae)
     again, again_clip, again_vae = koala_loader.load_checkpoint(tmp_path / "saved.safetensors")
-    assert torch.equal(_predict(again), _predict(model))
+    for saved, loaded in (
+        (model.model, again.model),
+        (clip.cond_stage_model, again_clip.cond_stage_model),
+        (vae.first_stage_model, again_vae.first_stage_model),
+    ):
+        weights = loaded.state_dict()
+        other = [name for name, weight in saved.state_dict().items() if not torch.equal(weight, weights[name])]
+        assert set(other) <= UNUSED
+    # answers but for rounding: where equal weights lie otherwise in memory, some processors add up in another order
+    _close(_predict(again), _predict(model))
     first, second = (part.encode_from_tokens_scheduled(part.tokenize("a red star")) for part in (clip, again_clip))
-    assert torch.equal(first[0][0], second[0][0])
-    latent = torch.randn(1, 4, 8, 8)
-    assert torch.equal(vae.decode(latent), again_vae.decode(latent))
+    _close(first[0][0], second[0][0])
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    _close(vae.decode(latent), again_vae.decode(latent))
 
 
 @pytest.mark.slow

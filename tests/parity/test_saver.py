@@ -71,10 +71,15 @@ def _encode(clip: Any) -> list[torch.Tensor]:
 
 
 def _same(first: koala_loader.Loaded, second: koala_loader.Loaded) -> None:
+    """The same answers but for rounding: where equal weights lie otherwise in memory, some processors' routines add up
+    in another order. (That the weights are equal bit for bit is asserted of the file.)"""
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(_predict(first[0]), _predict(second[0]))
-    assert all(map(torch.equal, _encode(first[1]), _encode(second[1])))
-    assert torch.equal(first[2].decode(latent), second[2].decode(latent))
+    for answer in (
+        lambda loaded: _predict(loaded[0]),
+        lambda loaded: _encode(loaded[1]),
+        lambda loaded: loaded[2].decode(latent),
+    ):
+        torch.testing.assert_close(answer(first), answer(second), rtol=1e-4, atol=1e-4)
 
 
 def test_the_lora_is_felt_in_each_part() -> None:
