@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from . import foreign
 from .keys import NUMBERINGS, Coverage, Numbering, Shape, coverage, names, read_layout
-from .layout import KOALA_NAMES, SDXL, Layout, is_subnetwork, name
-from .lineage import Kept, attention_depths
+from .layout import KOALA_NAMES, Layout, is_subnetwork, name
+from .lineage import Kept, check_kept
 from .parts import TextEncoder, read_autoencoder, read_text_encoder
 from .settings import SCHEDULER_CONFIG, Identity, identify, release_for
 
@@ -312,15 +312,12 @@ def _kept(unet: UNetFile) -> Kept | None:
     place = f"{label(unet.path)}: the metadata {KEPT_KEY}"
     stated = _parse_json(unet.metadata[KEPT_KEY], place)
     kept = {module: tuple(found) for module, found in stated.items() if isinstance(found, list)}
-    depths = attention_depths(unet.layout)
-    deepest = max(attention_depths(SDXL).values())
-    if {module: len(found) for module, found in kept.items()} != depths or not all(
-        type(index) is int and index < deepest for found in kept.values() for index in found
-    ):
-        raise CheckpointError(
-            f"{place} does not fit {name(unet.layout)}: it has {json.dumps(stated)[:80]}; expected for each attention "
-            f"module as many of SDXL's indices as it has transformer blocks ({depths}). Save the model again."
-        )
+    try:
+        if len(kept) < len(stated) or any(type(index) is not int for found in kept.values() for index in found):
+            raise ValueError("it has more than lists of whole numbers")
+        check_kept(unet.layout, kept)
+    except ValueError as error:
+        raise CheckpointError(f"{place} does not fit {name(unet.layout)}: {error}. Save the model again.") from None
     return kept
 
 

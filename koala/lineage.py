@@ -185,6 +185,24 @@ def attention_depths(layout: Layout) -> dict[str, int]:
     return {_attention(block): block.depth for block in blocks(layout) if block.depth}
 
 
+def depths_in_teacher(layout: Layout) -> dict[str, int]:
+    """Attention module of a student -> how many transformer blocks the teacher's has that it came from."""
+    bare = Lineage(layout, {})
+    wholes = attention_depths(bare.teacher)
+    return {module: wholes.get(bare.ancestor(module), 0) for module in attention_depths(layout)}
+
+
+def check_kept(layout: Layout, kept: Kept) -> None:
+    """Check that ``kept`` has for each attention module of a student as many of the teacher's blocks as it has itself,
+    in order. Raises ValueError naming the first that does not fit."""
+    depths, wholes = attention_depths(layout), depths_in_teacher(layout)
+    for module in dict.fromkeys((*depths, *kept)):
+        chosen, depth, whole = list(kept.get(module, ())), depths.get(module, 0), wholes.get(module, 0)
+        if len(chosen) != depth or chosen != sorted(set(chosen) & set(range(whole))):
+            expected = f"{depth} of 0 to {whole - 1} in increasing order" if depth else "no such module"
+            raise ValueError(f"{module} is to keep the transformer blocks {chosen}; expected {expected}")
+
+
 def _attention(block: Block) -> str:
     return (
         "mid_block.attentions.0"

@@ -82,7 +82,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
         told(tmp_path, KOALA_TINY, text)
 
 
-def test_indices_beyond_sdxls_are_refused(tmp_path: Path) -> None:
-    beyond = {**EVEN, "down_blocks.2.attentions.0": (0, 2, 4, 6, 10)}
-    with pytest.raises(CheckpointError, match=f"does not fit {name(KOALA_TINY)}"):
-        told(tmp_path, KOALA_TINY, json.dumps(beyond))
+@pytest.mark.parametrize(
+    ("module", "kept"),
+    [
+        ("down_blocks.2.attentions.0", (0, 2, 4, 6, 10)),
+        ("down_blocks.2.attentions.0", (-1, 2, 4, 6, 9)),
+        ("down_blocks.2.attentions.0", (0, 2, 2, 6, 9)),
+        ("down_blocks.1.attentions.0", (0, 9)),
+    ],
+    ids=["beyond", "negative", "twice", "beyond its own module"],
+)
+def test_indices_that_sdxl_has_not_are_refused(tmp_path: Path, module: str, kept: tuple[int, ...]) -> None:
+    with pytest.raises(CheckpointError, match=f"does not fit {name(KOALA_TINY)}: {module} is to keep"):
+        told(tmp_path, KOALA_TINY, json.dumps({**EVEN, module: kept}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +11,15 @@ from diffusers import UNet2DConditionModel
 from koala.export import unet_config
 from koala.keys import tensors
 from koala.layout import SDXL, Layout, name
-from koala.lineage import KEPT_LAYERS, Kept, Lineage, at_widths_of, attention_depths
+from koala.lineage import (
+    KEPT_LAYERS,
+    Kept,
+    Lineage,
+    at_widths_of,
+    attention_depths,
+    check_kept,
+    depths_in_teacher,
+)
 from tools.distill.config import NAMED_LAYOUTS, StudentTable
 from tools.lineage import open_unet
 from tools.problem import Problem
@@ -50,32 +58,24 @@ def cut_out(layout: Layout, transformers: str | Kept) -> Lineage:
         counts, full = ([len(stage) for stage in getattr(which, direction)] for which in (layout, SDXL))
         if len(counts) != len(full) or any(n not in (len(fewer), all_) for n, all_ in zip(counts, full, strict=True)):
             raise ValueError(f"on the way {direction} its stages have {counts} layers; expected {len(fewer)} or {full}")
-    bare, depths = Lineage(layout, {}), attention_depths(layout)
-    wholes = {module: attention_depths(bare.teacher).get(bare.ancestor(module), 0) for module in depths}
+    depths, wholes = attention_depths(layout), depths_in_teacher(layout)
     for module, depth in depths.items():
         if depth > wholes[module]:
             block = f"{module}.transformer_blocks.{wholes[module]}."
             first = next(one.diffusers for one in tensors(layout) if one.diffusers.startswith(block))
+            ancestor = Lineage(layout, {}).ancestor(module)
             raise ValueError(
-                f"{first} would come from block {wholes[module]} of the teacher's {bare.ancestor(module)}, which has "
+                f"{first} would come from block {wholes[module]} of the teacher's {ancestor}, which has "
                 f"{wholes[module]} of them"
             )
     if isinstance(transformers, str):
         transformers = {module: RULES[transformers](depth, wholes[module]) for module, depth in depths.items()}
-    _check(transformers, depths, wholes)
+    check_kept(layout, transformers)
     line = Lineage(layout, dict(transformers))
     for tensor, origin in line.tensors:
         if tensor.shape != origin.shape:
             raise ValueError(f"{tensor.diffusers} is {list(tensor.shape)}, {origin.diffusers} {list(origin.shape)}")
     return line
-
-
-def _check(transformers: Kept, depths: Mapping[str, int], wholes: Mapping[str, int]) -> None:
-    for module in dict.fromkeys((*depths, *transformers)):
-        kept, depth, whole = list(transformers.get(module, ())), depths.get(module, 0), wholes.get(module, 0)
-        if len(kept) != depth or kept != sorted(set(kept) & set(range(whole))):
-            expected = f"{depth} of 0 to {whole - 1} in increasing order" if depth else "no such module"
-            raise ValueError(f"{module} is to keep the transformer blocks {kept}; expected {expected}")
 
 
 def build(line: Lineage, start: str | Path, teacher: UNet2DConditionModel, seed: int) -> UNet2DConditionModel:
