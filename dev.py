@@ -106,8 +106,8 @@ def main(arguments: list[str]) -> int:
 
 def run_inside(python: Path, arguments: list[str]) -> int:
     """Run this file again with the environment's Python."""
-    # OpenMP threads that spin while they wait starve each other on a machine with few cores: 15 times slower was seen
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for name, value in testhost.OPENMP.items():
+        os.environ.setdefault(name, value)
     command = [str(python), "-E", str(Path(__file__).resolve()), *arguments]  # -E: no PYTHONPATH of other programs
     if os.name == "posix":
         sys.stdout.flush()

@@ -42,7 +42,7 @@ from tools.tiny.train import SDXL_TINY, SHIPPED
 State = dict[str, torch.Tensor]
 STEPS, EVERY = 10, 2  # of the run that is held against others, and between its checkpoints
 LINE = lineage(KOALA_TINY)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "teacher": {"model": "sdxl-tiny", "dtype": "fp32"},
     "data": {

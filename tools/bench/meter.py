@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -51,13 +52,9 @@ def machine(device: str) -> dict[str, Any]:
     import diffusers
     from comfyui_version import __version__ as comfyui
 
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
-    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     return {
-        "cpu": cpu,
+        **computer(),
         "threads": torch.get_num_threads(),
-        "memory": int(memory.split()[1]) * 1024,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
         "versions": {
             "ComfyUI": comfyui,
@@ -66,3 +63,11 @@ def machine(device: str) -> dict[str, Any]:
             "Python": platform.python_version(),
         },
     }
+
+
+def computer() -> dict[str, Any]:
+    """The processor's name, how many cores of it there are, and the memory in bytes."""
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory": int(memory.split()[1]) * 1024}

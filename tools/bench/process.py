@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from tools.problem import Problem
-from tools.testhost import ROOT
+from tools.testhost import OPENMP, ROOT
 
 TAIL = 2000  # characters of a failed worker's log that are shown
 
@@ -25,8 +25,7 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-E", "-m", "tools.bench.worker", engine, device],
             cwd=ROOT,
-            # as dev.py says: threads that spin while they wait starve each other
-            env={"OMP_WAIT_POLICY": "passive", **os.environ, "TQDM_DISABLE": "1"},
+            env={**OPENMP, **os.environ, "TQDM_DISABLE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -176,7 +176,9 @@ def _train(
         student_taps=features.Taps(network, (pair.student for pair in pairs)),
     )
     parameters = list(network.parameters())
-    optimiser = torch.optim.AdamW(parameters, table.learning_rate, betas=table.betas, weight_decay=table.weight_decay)
+    optimiser = torch.optim.AdamW(
+        parameters, table.learning_rate, betas=table.betas, weight_decay=table.weight_decay, fused=True
+    )
     wrapped, optimiser = accelerator.prepare(network, optimiser)
     average = EMAModel(wrapped.parameters(), decay=table.ema, foreach=True) if table.ema else None
     means = Means()

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from koala.export import unet_config
 from koala.layout import SDXL
 from tools import inprocess, random_weights
+from tools.bench import meter
 from tools.distill import config, train
 from tools.problem import Problem
 from tools.testhost import ROOT
@@ -110,6 +111,7 @@ def run(work: Path) -> dict[str, object]:
         "peak_gb": peaks,
         "seconds": seconds,
         "same_in_stock_comfyui": equal,
+        "computer": meter.computer(),
     }
 
 

@@ -11,8 +11,8 @@ import matplotlib
 from PIL import Image
 
 from tools.distill.config import PLACES
+from tools.study import judging, scale_page
 from tools.study import runs as study
-from tools.study import scale_page
 from tools.testhost import ROOT
 from tools.tiny import denoiser
 
@@ -22,6 +22,7 @@ from matplotlib import pyplot
 
 DOCS = ROOT / "docs"
 DATA = DOCS / "distillation.json"
+RECIPE = denoiser.Recipe()
 PAPER = {
     "none": 25.53,
     "self-attention": 26.74,
@@ -33,14 +34,30 @@ PAPER = {
 """KOALA's table 3 (arXiv 2312.04005): HPSv2 of a student by where its features were taken."""
 
 
+JUDGED = {"all": "all right, %", "held_out": "held-out error"}
+"""What of a judgement is shown of each step of a curve."""
+REFERENCES = {
+    "teacher": "the teacher",
+    "shipped": f"koala-tiny as shipped, from nothing: {RECIPE.small_steps + RECIPE.steps} steps of {RECIPE.batch}",
+}
+DIGITS = {"all": 1, "held_out": 4}
+
+
 def collect(work: Path) -> dict[str, Any]:
     """All figures of the study, for docs/distillation.json."""
     found: dict[str, Any] = {"runs": study.results(work)}
-    for name in ("teacher", "addons", "dry_run"):
+    for name in ("teacher", "shipped", "addons", "dry_run"):
         path = work / "runs" / f"{name}.json"
         if path.exists():
             found[name] = json.loads(path.read_text())
     return found
+
+
+def computers(data: Mapping[str, Any]) -> str:
+    """The machines of the runs and of the dry run, in words."""
+    found = [run["computer"] for run in (*data["runs"].values(), data.get("dry_run", {})) if "computer" in run]
+    told = {f"{one['cpu']}, {one['cores']} cores, {one['memory'] / 1e9:.0f} GB" for one in found}
+    return f"Measured on: {'; '.join(sorted(told))}.\n" if told else ""
 
 
 def last(run: Mapping[str, Any]) -> dict[str, float]:
@@ -59,41 +76,38 @@ def group(runs: Mapping[str, Any], **wanted: object) -> list[Mapping[str, Any]]:
     return [run for run in runs.values() if all(run[name] == value for name, value in wanted.items())]
 
 
-def first_reaching(run: Mapping[str, Any], share: float) -> int | None:
-    """The first judged step at which at least this share of pictures, in percent, is right in everything."""
-    return next((int(step) for step, score in run["curve"].items() if score["all"] >= share), None)
-
-
 def curves(data: Mapping[str, Any]) -> str:
     """The curves' plot and table."""
     runs = group(data["runs"], group="curve")
-    figure = pyplot.figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    for run in runs:
-        points = sorted((int(step), score["all"]) for step, score in run["curve"].items())
-        axes.plot(*zip(*points, strict=True), ".-", label=run["name"])
-    if "teacher" in data:
-        axes.axhline(data["teacher"]["all"], color="#777777", linestyle=":", label="the teacher")
-    axes.set(xlabel="training steps", ylabel="pictures right in everything, %", ylim=(0, 100))
-    axes.legend()
+    figure = pyplot.figure(figsize=(11, 4), layout="constrained")
+    for axes, (what, label) in zip(figure.subplots(1, 2), JUDGED.items(), strict=True):
+        for run in runs:
+            points = sorted((int(step), score[what]) for step, score in run["curve"].items())
+            axes.plot(*zip(*points, strict=True), ".-", label=run["name"])
+        for (name, told), style in zip(REFERENCES.items(), (":", "--"), strict=True):
+            axes.axhline(data[name][what], color="#777777", linestyle=style, label=told)
+        axes.set(xlabel="training steps", ylabel=label)
+        axes.legend()
     figure.savefig(DOCS / "distillation-curves.png", dpi=100)
     pyplot.close(figure)
     steps = sorted({int(step) for run in runs for step in run["curve"]})
-    rows = [
-        f"| {run['name']} | " + " | ".join(f"{run['curve'][str(step)]['all']:.1f}" for step in steps) + " |"
-        for run in runs
+    lines = [f"| run | |{' | '.join(map(str, steps))} |", f"|---|---|{'---|' * len(steps)}"]
+    for what, label in JUDGED.items():
+        for run in runs:
+            found = (run["curve"][str(step)][what] for step in steps)
+            lines.append(f"| {run['name']} | {label} | {' | '.join(f'{value:.{DIGITS[what]}f}' for value in found)} |")
+    lines += [
+        f"| {told} | {label} |{' |' * (len(steps) - 1)} {data[name][what]:.{DIGITS[what]}f} |"
+        for name, told in REFERENCES.items()
+        for what, label in JUDGED.items()
     ]
-    return (
-        f"| run | {' | '.join(map(str, steps))} |\n|---|{'---|' * len(steps)}\n"
-        + "\n".join(rows)
-        + "\n\n![Share of right pictures against training steps](distillation-curves.png)\n"
-    )
+    return "\n".join(lines) + "\n\n![Both against training steps](distillation-curves.png)\n"
 
 
 def _row(label: str, runs: Sequence[Mapping[str, Any]], *further: str) -> str:
     scores = [last(run) for run in runs]
     cells = [spread([score[what] for score in scores]) for what in ("all", "shape", "colour", "background")]
-    error = spread([run["last_errors"]["output"] for run in runs], 4)
+    error = spread([score["held_out"] for score in scores], 4)
     return f"| {label} | {len(runs)} | " + " | ".join((*cells, error, *further)) + " |"
 
 
@@ -101,15 +115,15 @@ def ablation(data: Mapping[str, Any]) -> str:
     """The table of places, a plot, and the choice of layers."""
     by_place = {place: group(data["runs"], group="place", place=place) for place in PLACES}
     by_place = {place: runs for place, runs in by_place.items() if runs}
-    figure = pyplot.figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    for at, runs in enumerate(by_place.values()):
-        axes.plot([at] * len(runs), [last(run)["all"] for run in runs], "o", color="#2f6f4f", alpha=0.6)
-    axes.set_xticks(range(len(by_place)), by_place)
-    axes.set(ylabel="pictures right in everything, %", title="a point for each seed")
+    figure = pyplot.figure(figsize=(11, 4), layout="constrained")
+    for axes, (what, label) in zip(figure.subplots(1, 2), JUDGED.items(), strict=True):
+        for at, runs in enumerate(by_place.values()):
+            axes.plot([at] * len(runs), [last(run)[what] for run in runs], "o", color="#2f6f4f", alpha=0.6)
+        axes.set_xticks(range(len(by_place)), by_place, rotation=20)
+        axes.set(ylabel=label, title="a point for each seed")
     figure.savefig(DOCS / "distillation-places.png", dpi=100)
     pyplot.close(figure)
-    columns = "| all right, % | shape, % | colour, % | background, % | output error |"
+    columns = "| all right, % | shape, % | colour, % | background, % | held-out error |"
     rule = "|---|---|---|---|---|---|---|"
     order = sorted(by_place, key=lambda place: -mean(last(run)["all"] for run in by_place[place]))
     paper = sorted(PAPER, key=PAPER.__getitem__, reverse=True)
@@ -119,7 +133,7 @@ def ablation(data: Mapping[str, Any]) -> str:
         "",
         f"Best first, here: {', '.join(order)}. The paper's: {', '.join(paper)}.",
         "",
-        "![Share of right pictures by place, one point a seed](distillation-places.png)",
+        "![Both by place, one point a seed](distillation-places.png)",
         "",
         "### First or even",
         "",
@@ -204,12 +218,13 @@ def family(data: Mapping[str, Any]) -> str:
 koala-tiny's width, with koala-tiny's autoencoder and text encoders, and was trained on the same drawings by the same
 chain: {recipe.small_steps} steps of {recipe.batch} pictures of {recipe.small_size} px, then {recipe.steps} of
 {recipe.size} px. Students have koala-tiny's layout (7.5 M weights). A picture counts as right when its shape, the
-shape's colour and the background are what the prompt says; {study.PROMPTS} prompts, 25 steps, cfg 7.5, read off the
-pixels. The teacher: all right {teacher["all"]:.1f} %, shape {teacher["shape"]:.1f} %, colour {teacher["colour"]:.1f} %,
-background {teacher["background"]:.1f} %.
+shape's colour and the background are what the prompt says; {judging.PROMPTS} prompts, 25 steps, cfg 7.5, read off the
+pixels. The held-out error is that of the predicted noise, weighted as velocity's, on {judging.HELD_OUT} drawings that
+no training saw, with the same noise and time steps for every U-Net. The teacher: all right {teacher["all"]:.1f} %,
+shape {teacher["shape"]:.1f} %, colour {teacher["colour"]:.1f} %, background {teacher["background"]:.1f} %.
 
-Every run: batch {study.BATCH}, AdamW at 1e-3, task, output and feature error with a factor of 1, task and output error
-weighted as velocity's.
+Every run: {study.PICTURES} drawings, batch {study.BATCH}, AdamW at 1e-3, task, output and feature error with a factor
+of 1, task and output error weighted as velocity's.
 """
 
 
@@ -218,7 +233,7 @@ def against_nothing(data: Mapping[str, Any]) -> str:
     return f"""## Distilled against trained from nothing
 
 *distilled*: cut out of the teacher, all three errors. *from nothing*: random weights, no teacher. *cut, task only*: the
-distilled one's start, no teacher. Pictures right in everything, %, after so many steps:
+distilled one's start, no teacher. After so many steps:
 
 {curves(data)}
 ![The same twelve prompts: the teacher, and each run's last pictures](distillation-pictures.png)
@@ -273,7 +288,7 @@ starting, caching, checkpoint and result included.
 
 SECTIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], str]], ...] = (
     (lambda data: "teacher" in data, family),
-    (lambda data: len(group(data["runs"], group="curve")) > 1, against_nothing),
+    (lambda data: "shipped" in data and len(group(data["runs"], group="curve")) > 1, against_nothing),
     (lambda data: bool(group(data["runs"], group="place")), places),
     (lambda data: "addons" in data, carried),
     (lambda data: "dry_run" in data, full_size),
@@ -290,7 +305,7 @@ def write(work: Path) -> Path:
     for name in ("lora", "controlnet"):
         for sheet in (work / "addons").glob(f"{name}-*.png"):
             shutil.copy(sheet, DOCS / f"distillation-{name}.png")
-    told = "\n".join(part(data) for there, part in SECTIONS if there(data))
+    told = computers(data) + "\n" + "\n".join(part(data) for there, part in SECTIONS if there(data))
     missing = [part.__name__.replace("_", " ") for there, part in SECTIONS if not there(data)]
     head = """# Distillation, tried out
 
@@ -301,7 +316,7 @@ two CPU cores, and worked out on paper for the real one. Written by `python3 dev
     tail = f"""
 ## What this does not show
 
-- The small family draws six shapes in nine colours at {study.SIZE} px; what wins there need not win on photographs.
+- The small family draws six shapes in nine colours at {judging.SIZE} px; what wins there need not win on photographs.
 - Three seeds tell large differences from chance, not small ones: compare the spreads.
 - Nothing here has run on a GPU, and nothing with SDXL's own weights.
 """

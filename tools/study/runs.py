@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from tools import testhost
+from tools import reference, testhost
+from tools.bench import meter
 from tools.distill import train
 from tools.distill.config import PLACES, Config
 from tools.problem import Problem
+from tools.study.judging import SIZE, judge
 from tools.testhost import ROOT
-from tools.tiny import dataset, evaluate, pipeline, sheet
+from tools.tiny import dataset, pipeline
+from tools.tiny.train import SHIPPED
 
-SIZE = 128  # pixels
 PICTURES = 2500
 BATCH = 16
-PROMPTS = 108
-SHOWN = 12  # pictures of each run that are kept to be looked at
 SEEDS = (0, 1, 2)
 
 
@@ -48,9 +48,9 @@ class Run:
 
 
 CURVES = (
-    Run("distilled", "curve", 600, 150),
-    Run("from nothing", "curve", 600, 150, start="random", place="none", output=0.0),
-    Run("cut, task only", "curve", 600, 150, place="none", output=0.0),
+    Run("distilled", "curve", 2000, 400),
+    Run("from nothing", "curve", 2000, 400, start="random", place="none", output=0.0),
+    Run("cut, task only", "curve", 2000, 400, place="none", output=0.0),
 )
 ABLATION = tuple(
     Run(f"{place}, seed {seed}", "place", 200, 200, seed, place=place) for place in PLACES for seed in SEEDS
@@ -100,35 +100,30 @@ def config(run: Run, work: Path) -> Config:
 def carry_out(run: Run, work: Path) -> None:
     """Train, judge on the way, and write the run's JSON file."""
     settings = config(run, work)
-    prompts, asked = evaluate.grid_prompts(PROMPTS)
-    model = pipeline.load(teacher_folder(work))
     path, curve = settings.output.with_suffix(".curve.json"), {}
     if path.exists():  # what an earlier process saw before it was stopped
         curve = json.loads(path.read_text())
 
     def look(step: int, unet: UNet2DConditionModel) -> None:
-        model.unet = unet
-        made = pipeline.pictures(model, prompts, seed=evaluate.SEED, size=SIZE)
-        curve[str(step)] = asdict(evaluate.score(made, asked))
+        curve[str(step)] = judge(unet, teacher_folder(work), settings.output.with_suffix(".png"))
         path.write_text(json.dumps(curve))
-        sheet.save(made[:SHOWN], SHOWN, settings.output.with_suffix(".png"))
 
     train.run(settings, lambda line: print(line, flush=True), look)
     rows = (settings.output / "metrics.csv").read_text().splitlines()
     head, tail = rows[0].split(","), [row.split(",") for row in rows[-5:]]
     errors = {name: sum(float(row[at]) for row in tail) / len(tail) for at, name in enumerate(head) if name != "step"}
-    found = {**asdict(run), "curve": curve, "last_errors": errors}
+    found = {**asdict(run), "curve": curve, "last_errors": errors, "computer": meter.computer()}
     settings.output.with_suffix(".json").write_text(json.dumps(found, indent=1))
 
 
-def teacher_score(work: Path) -> None:
-    """The same judgement of the teacher itself."""
-    path = work / "runs" / "teacher.json"
-    if not path.exists():
-        prompts, asked = evaluate.grid_prompts(PROMPTS)
-        made = pipeline.pictures(pipeline.load(teacher_folder(work)), prompts, seed=evaluate.SEED, size=SIZE)
-        sheet.save(made[:SHOWN], SHOWN, path.with_suffix(".png"))
-        path.write_text(json.dumps(asdict(evaluate.score(made, asked)), indent=1))
+def judge_references(work: Path) -> None:
+    """The same judgement of the teacher itself, and of the koala-tiny that the checkout holds."""
+    shipped = reference.pipeline(SHIPPED, testhost.test_host().folder / "comfy" / "sd1_tokenizer")
+    for name, unet in {"teacher": pipeline.load(teacher_folder(work)).unet, "shipped": shipped.unet}.items():
+        path = work / "runs" / f"{name}.json"
+        if not path.exists():
+            found = judge(unet, teacher_folder(work), path.with_suffix(".png"))
+            path.write_text(json.dumps(found, indent=1))
 
 
 def results(work: Path) -> dict[str, Any]:
@@ -146,7 +141,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
         print("sdxl-tiny: an hour or more", flush=True)
         command = ["tools.tiny.train", "--teacher", "--tokenizer", str(tokenizer), "--work", str(work / "teacher")]
         _process(command, work / "runs" / "teacher.log", threads=jobs)
-    teacher_score(work)
+    judge_references(work)
     done = results(work)
     waiting = [run for run in RUNS if run.name not in done and (not only or run.group in only)]
 
@@ -168,7 +163,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
 
 def _process(module: list[str], log: Path, threads: int = 1) -> None:
     """Run a module, its output in a file. Raises Problem where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    environment = {**testhost.OPENMP, **os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as file:
         done = subprocess.run(
             [sys.executable, "-m", *module], cwd=ROOT, env=environment, stdout=file, stderr=file, check=False

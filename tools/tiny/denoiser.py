@@ -120,7 +120,9 @@ def train(
     torch.manual_seed(seed)
     model, average = new_unet(layout), new_unet(layout).requires_grad_(False).eval()
     average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     start = 0
     if path.exists():
         state = checkpoints.load(path)

@@ -1,0 +1,62 @@
+"""How good a U-Net of the small family is: pictures of prompts, read off their pixels, and the error on held-out ones.
+
+A share of right pictures says what a person sees; the error tells U-Nets apart whose pictures are all wrong, or right.
+"""
+
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from tools.tiny import autoencoder, checkpoints, denoiser, evaluate, pipeline, sheet, text
+from tools.tiny.pictures import draw, random_captions, random_drawings
+
+SIZE = 128  # pixels
+PROMPTS = 108
+SHOWN = 12  # pictures that are kept to be looked at
+HELD_OUT = 256  # drawings that no training saw
+BATCH = 32
+STAGE = 9  # of tools.tiny's random numbers
+
+Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Latents [n, 4, 16, 16], context [n, 77, 96] and pooled [n, 64] of some drawings with their captions."""
+
+
+def judge(
+    unet: UNet2DConditionModel, teacher: Path, pictures: Path, prompts: int = PROMPTS, held_out: int = HELD_OUT
+) -> dict[str, Any]:
+    """tools.tiny's score at KOALA's published settings, and ``held_out``; pictures go to the PNG file. ``teacher``: the
+    diffusers folder that has the VAE and the text encoders."""
+    model = pipeline.load(teacher)
+    model.unet = unet
+    texts, asked = evaluate.grid_prompts(prompts)
+    made = pipeline.pictures(model, texts, seed=evaluate.SEED, size=SIZE)
+    sheet.save(made[:SHOWN], SHOWN, pictures)
+    return {**asdict(evaluate.score(made, asked)), "held_out": held_out_error(unet, teacher, held_out)}
+
+
+@torch.no_grad()
+def held_out_error(unet: UNet2DConditionModel, teacher: Path, count: int) -> float:
+    """The velocity-weighted error of the noise that the U-Net predicts, on ``count`` drawings of their own seed, with
+    the same noise and time steps for every U-Net."""
+    generator = checkpoints.step_generator(evaluate.SEED, STAGE, 1)
+    weight = denoiser.Recipe().most_weight
+    errors = [
+        denoiser.noise_loss(unet, SIZE, latents, context, pooled, weight, generator)
+        for latents, context, pooled in zip(*(part.split(BATCH) for part in _held_out(teacher, count)), strict=True)
+    ]
+    return float(torch.stack(errors).mean())
+
+
+@cache
+def _held_out(teacher: Path, count: int) -> Sample:
+    model = pipeline.load(teacher)
+    generator = checkpoints.step_generator(evaluate.SEED, STAGE, 0)
+    drawings = random_drawings(count, generator)
+    said = [caption.text for caption in random_captions(drawings, generator)]
+    encoders = text.Encoders(model.text_encoder, model.text_encoder_2)
+    context, pooled = text.encode(encoders, text.tokenize(model.tokenizer, said))
+    return autoencoder.encode(model.vae, draw(drawings, SIZE)), context, pooled
