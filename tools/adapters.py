@@ -259,8 +259,9 @@ def controlnet(layout: Layout = SMALL_SDXL, seed: int = 0, numbering: Numbering 
 
 def shallow(layout: Layout) -> Layout:
     """The layout with hardly any transformers, as the published middle-sized ControlNets have it."""
-    depths = (*(tuple(0 for _ in stage) for stage in layout.down[:-1]), tuple(1 for _ in layout.down[-1]))
-    return replace(layout, down=depths, middle=1)
+    depths, layers = (*(0 for _ in layout.down[:-1]), 1), len(layout.down[0])
+    down, up = ((depth,) * layers for depth in depths), ((depth,) * (layers + 1) for depth in reversed(depths))
+    return replace(layout, down=tuple(down), middle=1, up=tuple(up))
 
 
 def _stem(tensor: str) -> str:

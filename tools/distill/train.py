@@ -128,7 +128,16 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
         say = _silent
     samples, grid = prepare(config, teacher, accelerator, say)
     watches = [*([grid.save] if grid else []), *([watch] if watch else [])]
-    return _train(config, teacher, line, pairs, samples, watches, accelerator, say)
+    weights = _learn(config, teacher, line, pairs, samples, watches, accelerator, say)
+    # the result is put together in the memory that training took
+    accelerator.free_memory()
+    gc.collect()
+    if accelerator.is_main_process:
+        result.write(config, teacher, line, weights, done)
+        say(f"finished: {done}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # after it the processes do not know each other any more
+    return done
 
 
 def _silent(_: str) -> None:
@@ -151,7 +160,7 @@ def prepare(
     return samples, grid
 
 
-def _train(
+def _learn(
     config: Config,
     teacher: Teacher,
     line: Lineage,
@@ -160,24 +169,12 @@ def _train(
     watches: list[Watch],
     accelerator: Accelerator,
     say: Callable[[str], None],
-) -> Path:
+) -> dict[str, torch.Tensor]:
+    """All steps that are left; the averaged weights at their end."""
     table = config.training
-    master = teacher.unet()
-    network = student.build(line, config.student.start, master, table.seed)
-    if table.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    objective = Objective(
-        table=config.loss,
-        dropout=config.data.caption_dropout,
-        noise=teacher.noise,
-        teacher=master.to(accelerator.device) if pairs or config.loss.output else None,
-        pairs=pairs,
-        teacher_taps=features.Taps(master, (pair.teacher for pair in pairs)),
-        student_taps=features.Taps(network, (pair.student for pair in pairs)),
-    )
-    parameters = list(network.parameters())
+    network, objective = _objective(config, teacher, line, pairs, accelerator)
     optimiser = torch.optim.AdamW(
-        parameters, table.learning_rate, betas=table.betas, weight_decay=table.weight_decay, fused=True
+        network.parameters(), table.learning_rate, betas=table.betas, weight_decay=table.weight_decay, fused=True
     )
     wrapped, optimiser = accelerator.prepare(network, optimiser)
     average = EMAModel(wrapped.parameters(), decay=table.ema, foreach=True) if table.ema else None
@@ -187,15 +184,7 @@ def _train(
     step = _resume(accelerator, saves, say)
     loader = _loader(config, samples, accelerator, step)
     _start_trackers(config, accelerator, step)
-    seen = table.batch * table.accumulate * accelerator.num_processes
-    bar = tqdm(
-        total=table.steps * seen,
-        initial=step * seen,
-        unit=" images",
-        disable=not accelerator.is_main_process,
-        mininterval=1.0,
-    )
-    since, told_at = time.monotonic(), step
+    progress = Progress(config, accelerator, step)
     for number, batch in enumerate(loader, step * table.accumulate):
         used = table.learning_rate * rate(table, step)  # not from the checkpoint: it may differ when a run goes on
         for group in optimiser.param_groups:
@@ -220,31 +209,62 @@ def _train(
         if average:
             average.step(wrapped.parameters())
         step += 1
-        bar.update(seen)
-        if step % config.log.every == 0 or step == table.steps:
-            speed = (step - told_at) * seen / (time.monotonic() - since)
-            since, told_at = time.monotonic(), step
-            row = {**means.take(), "learning_rate": used}
-            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-            accelerator.log({**row, "images_per_s": round(speed, 3)}, step=step)
+        progress.step(step, means, used)
         if step % table.checkpoint_every == 0 or step == table.steps:
-            _checkpoint(accelerator, saves, step, table.keep, parameters)
+            _checkpoint(accelerator, saves, step, table.keep, network)
         if config.log.samples_every and (step % config.log.samples_every == 0 or step == table.steps):
             weights = averaged(accelerator, wrapped, average)
             for watch in watches if accelerator.is_main_process else ():
                 watch(step, result.unet(line, weights))
-    bar.close()
-    weights = averaged(accelerator, wrapped, average)
-    # the result is put together in the memory that training took
-    del objective, master, network, wrapped, optimiser, average, parameters, loader
-    accelerator.free_memory()
-    gc.collect()
-    if accelerator.is_main_process:
-        result.write(config, teacher, line, weights, config.output / FINISHED)
-        say(f"finished: {config.output / FINISHED}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # after it the processes do not know each other any more
-    return config.output / FINISHED
+    progress.bar.close()
+    return averaged(accelerator, wrapped, average)
+
+
+def _objective(
+    config: Config, teacher: Teacher, line: Lineage, pairs: tuple[features.Pair, ...], accelerator: Accelerator
+) -> tuple[UNet2DConditionModel, Objective]:
+    """The student at its start, and what it is trained on."""
+    master = teacher.unet()
+    network = student.build(line, config.student.start, master, config.training.seed)
+    if config.training.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return network, Objective(
+        table=config.loss,
+        dropout=config.data.caption_dropout,
+        noise=teacher.noise,
+        teacher=master.to(accelerator.device) if pairs or config.loss.output else None,
+        pairs=pairs,
+        teacher_taps=features.Taps(master, (pair.teacher for pair in pairs)),
+        student_taps=features.Taps(network, (pair.student for pair in pairs)),
+    )
+
+
+class Progress:
+    """The bar, and the rows of metrics every so many steps."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, step: int) -> None:
+        table = config.training
+        self.accelerator, self.every, self.last = accelerator, config.log.every, table.steps
+        self.seen = table.batch * table.accumulate * accelerator.num_processes
+        self.bar = tqdm(
+            total=table.steps * self.seen,
+            initial=step * self.seen,
+            unit=" images",
+            disable=not accelerator.is_main_process,
+            mininterval=1.0,
+        )
+        self.since, self.told_at = time.monotonic(), step
+
+    def step(self, step: int, means: Means, learning_rate: float) -> None:
+        """After optimiser step ``step``; takes the means where they are told."""
+        self.bar.update(self.seen)
+        if step % self.every and step != self.last:
+            return
+        speed = (step - self.told_at) * self.seen / (time.monotonic() - self.since)
+        self.since, self.told_at = time.monotonic(), step
+        row = {**means.take(), "learning_rate": learning_rate}
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+        self.accelerator.log({**row, "images_per_s": round(speed, 3)}, step=step)
 
 
 def _generator(seed: int, number: int, process: int) -> torch.Generator:
@@ -316,14 +336,12 @@ def _resume(accelerator: Accelerator, saves: Path, say: Callable[[str], None]) -
     return step
 
 
-def _checkpoint(
-    accelerator: Accelerator, saves: Path, step: int, keep: int, parameters: list[torch.nn.Parameter]
-) -> None:
+def _checkpoint(accelerator: Accelerator, saves: Path, step: int, keep: int, network: torch.nn.Module) -> None:
     """Write beside, rename, then drop the oldest. Raises Problem where the disk is full; earlier ones stay."""
     saves.mkdir(parents=True, exist_ok=True)
     target = saves / f"step-{step:07d}"
     aside = saves / f".step-{step:07d}.partial"
-    size = 4 * 4 * sum(parameter.numel() for parameter in parameters)  # weights, two moments, average; fp32
+    size = 4 * 4 * sum(parameter.numel() for parameter in network.parameters())  # weights, two moments, average; fp32
     try:
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)

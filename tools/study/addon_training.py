@@ -28,6 +28,7 @@ SEED = 0
 LORA_STAGE, CONTROLNET_STAGE = 4, 5  # of tools.tiny's random numbers
 LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 """Every matrix of the attention modules, as most of SDXL's LoRAs have them."""
+CONTROLNET_LAYOUT = adapters.shallow(adapters.SMALL_SDXL)
 SHAPELESS = "a {background} background"
 
 Log = Callable[[str], None]
@@ -79,9 +80,12 @@ def train_controlnet(
 
 
 def new_controlnet(teacher: StableDiffusionXLPipeline, seed: int) -> ControlNetModel:
-    """A ControlNet that changes nothing yet, its way down and middle the teacher's."""
+    """A ControlNet that changes nothing yet, of the size of SDXL's published middle ones: the teacher's way down and
+    middle with hardly any transformers."""
     torch.manual_seed(seed)
-    control = ControlNetModel.from_unet(teacher.unet)
+    trunk, weights = denoiser.new_unet(CONTROLNET_LAYOUT), teacher.unet.state_dict()
+    trunk.load_state_dict({name: weights[name] for name in trunk.state_dict()})
+    control = ControlNetModel.from_unet(trunk)
     open_hint(control)
     return control
 
@@ -187,7 +191,8 @@ def minimise(loss: Loss, parameters: Iterable[Parameter], recipe: Recipe, stage:
 
 def save_controlnet(control: ControlNetModel, path: Path) -> None:
     """Write a ControlNet of sdxl-tiny under ComfyUI's names: its loader knows diffusers' only at SDXL's own widths."""
-    names = dict(zip(adapters.controlnet(numbering="diffusers"), adapters.controlnet(), strict=True))
+    theirs, ours = (adapters.controlnet(CONTROLNET_LAYOUT, numbering=names) for names in ("diffusers", "comfy"))
+    names = dict(zip(theirs, ours, strict=True))
     _save({names[name]: tensor for name, tensor in control.state_dict().items()}, path)
 
 
@@ -196,8 +201,8 @@ def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _save(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Whole or not at all: written beside, then renamed."""
+    """In fp16, whole or not at all: written beside, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, beside)
+    save_file({name: tensor.detach().half().contiguous() for name, tensor in state.items()}, beside)
     os.replace(beside, path)
