@@ -638,6 +638,15 @@ def test_a_teacher_that_predicts_velocity_is_named(place: Path, tmp_path: Path) 
     assert f"{tmp_path / 'velocity'} predicts v_prediction" in refused_teacher(place, tmp_path / "velocity")
 
 
+@pytest.mark.parametrize(("mark", "metadata"), [("v_pred", {}), ("", {"modelspec.predict_key": "v"})])
+def test_a_single_file_that_predicts_velocity_is_named(
+    place: Path, tmp_path: Path, mark: str, metadata: dict[str, str]
+) -> None:
+    state = load_file(place / "sdxl-tiny" / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    save_file(state | ({mark: torch.zeros(0)} if mark else {}), path := tmp_path / "velocity.safetensors", metadata)
+    assert f"{path} predicts v_prediction" in refused_teacher(place, path)
+
+
 def test_the_command_ends_with_one_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = described(place, "command", {"teacher": {"model": str(tmp_path / "nowhere")}})
     assert command.main([str(path)]) == 1

@@ -22,6 +22,8 @@ from tools.problem import Problem
 TEXT = ("text_encoder", "text_encoder_2")
 BESIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "vae")
 """Folders of SDXL's parts but the U-Net."""
+PREDICTION_MARKS = {"v_pred": "v_prediction", "edm_vpred.sigma_max": "v_prediction", "edm_mean": "edm"}
+"""Tensors by which a single file says, to ComfyUI too, that its U-Net predicts something else than the noise."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +54,11 @@ class Teacher:
         folder = self.table.model / "scheduler"
         if folder.is_dir():
             return DDPMScheduler.from_pretrained(folder)
-        return DDPMScheduler.from_config(dict(reference.SCHEDULER_CONFIG))
+        header = read_header(self.table.model)
+        told = [kind for mark, kind in PREDICTION_MARKS.items() if mark in header.shapes]
+        if header.metadata.get("modelspec.predict_key") == "v":
+            told.append("v_prediction")
+        return DDPMScheduler.from_config({**reference.SCHEDULER_CONFIG, "prediction_type": [*told, "epsilon"][0]})
 
     def unet(self) -> UNet2DConditionModel:
         """Its U-Net with its LoRAs merged, frozen, in the type that the configuration names; read tensor by tensor."""
@@ -143,7 +149,7 @@ def open_teacher(table: TeacherTable) -> Teacher:
     teacher = Teacher(table, file)
     if (kind := teacher.noise.config.prediction_type) != "epsilon":
         raise Problem(
-            f"teacher.model: {table.model} predicts {kind}, as its scheduler says; expected epsilon, as SDXL and every "
+            f"teacher.model: {table.model} predicts {kind}, as it says itself; expected epsilon, as SDXL and every "
             f"KOALA does. Give an SDXL that predicts epsilon."
         )
     teacher.loras()
