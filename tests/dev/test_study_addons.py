@@ -69,18 +69,24 @@ def test_outlines_are_thin_lines_around_whole_shapes() -> None:
 
 
 def test_a_lora_is_trained_and_read(teacher: Any, tmp_path: Path) -> None:
-    recipe, path = replace(LORA, **FEW), tmp_path / "lora.safetensors"
+    recipe, path = replace(LORA, **FEW | {"steps": 10}), tmp_path / "lora.safetensors"
     loss = addon_training.lora_loss(teacher, recipe, 0)
-    before = loss(torch.Generator().manual_seed(1))
+
+    def mean() -> float:
+        return sum(float(loss(torch.Generator().manual_seed(seed)).detach()) for seed in range(1, 5)) / 4
+
+    before = mean()
     addon_training.train_lora(teacher, path, print, recipe)
-    assert loss(torch.Generator().manual_seed(1)) < before
+    assert mean() < before
     assert [file.name for file in tmp_path.iterdir()] == ["lora.safetensors"]
     plan = inspect_lora(path, KOALA_TINY)
     assert plan.origin
     assert plan.origin.model == "SDXL"
-    in_attention = sum(map(adapters.in_attention, adapters.tensors(KOALA_TINY)))
-    whole = sum(map(adapters.in_attention, adapters.tensors(SDXL_TINY)))
-    assert (plan.count("applied"), plan.count("removed")) == (in_attention, whole - in_attention)
+    part, whole = (
+        sum(adapters.in_attention(tensor) and ".to_" in tensor.diffusers for tensor in adapters.tensors(layout))
+        for layout in (KOALA_TINY, SDXL_TINY)
+    )
+    assert (plan.count("applied"), plan.count("removed")) == (part, whole - part)
     assert len(plan.modules) == whole
 
 

@@ -26,8 +26,8 @@ from tools.tiny.pictures import Caption, caption, draw, random_captions, random_
 
 SEED = 0
 LORA_STAGE, CONTROLNET_STAGE = 4, 5  # of tools.tiny's random numbers
-LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""Every matrix of the attention modules, as most of SDXL's LoRAs have them."""
+LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+"""Those, and a rank of 4, are what diffusers' own script for SDXL's LoRAs trains."""
 CONTROLNET_LAYOUT = adapters.shallow(adapters.SMALL_SDXL)
 SHAPELESS = "a {background} background"
 
@@ -48,7 +48,7 @@ class Recipe:
     drawings: int = 1000
     drop: float = 0.10
     warm: int = 20
-    rank: int = 16
+    rank: int = 4
 
 
 LORA = Recipe(steps=300, learning_rate=5e-3)

@@ -217,14 +217,16 @@ def family(data: Mapping[str, Any]) -> str:
 **sdxl-tiny** has SDXL's layout (two layers a stage, transformer depths 0, 2, 10, a middle block; 24.2 M weights) at
 koala-tiny's width, with koala-tiny's autoencoder and text encoders, and was trained on the same drawings by the same
 chain: {recipe.small_steps} steps of {recipe.batch} pictures of {recipe.small_size} px, then {recipe.steps} of
-{recipe.size} px. Students have koala-tiny's layout (7.5 M weights). A picture counts as right when its shape, the
-shape's colour and the background are what the prompt says; {judging.PROMPTS} prompts, 25 steps, cfg 7.5, read off the
-pixels. The held-out error is that of the predicted noise, weighted as velocity's, on {judging.HELD_OUT} drawings that
-no training saw, with the same noise and time steps for every U-Net. The teacher: all right {teacher["all"]:.1f} %,
-shape {teacher["shape"]:.1f} %, colour {teacher["colour"]:.1f} %, background {teacher["background"]:.1f} %.
+{recipe.size} px{teacher.get("history", "")}. Students have koala-tiny's layout (7.5 M weights).
+
+A picture counts as right when its shape, the shape's colour and the background are what the prompt says;
+{judging.PROMPTS} prompts, 25 steps, cfg 7.5, read off the pixels. The held-out error is that of the predicted noise,
+weighted as velocity's, on {judging.HELD_OUT} drawings that no training saw, with the same noise and time steps for
+every U-Net. The teacher: all right {teacher["all"]:.1f} %, shape {teacher["shape"]:.1f} %, colour
+{teacher["colour"]:.1f} %, background {teacher["background"]:.1f} %.
 
 Every run: {study.PICTURES} drawings, batch {study.BATCH}, AdamW at 1e-3, task, output and feature error with a factor
-of 1, task and output error weighted as velocity's.
+of 1, task and output error weighted as velocity's, at most {study.WEIGHTING["most_weight"]:g} times.
 """
 
 

@@ -24,11 +24,12 @@ from tools.distill.config import PLACES, Config
 from tools.problem import Problem
 from tools.study.judging import SIZE, judge
 from tools.testhost import ROOT
-from tools.tiny import dataset, pipeline
+from tools.tiny import dataset, denoiser, pipeline
 from tools.tiny.train import SHIPPED
 
 PICTURES = 2500
 BATCH = 16
+WEIGHTING = {"weighting": "velocity", "most_weight": denoiser.TEACHER.most_weight}
 SEEDS = (0, 1, 2)
 
 
@@ -79,7 +80,7 @@ def config(run: Run, work: Path) -> Config:
                 "max_aspect": 1.0,
                 "workers": 0,
             },
-            "loss": {"place": run.place, "output": run.output, "weighting": "velocity"},
+            "loss": {"place": run.place, "output": run.output, **WEIGHTING},
             "training": {
                 "steps": run.steps,
                 "batch": BATCH,
