@@ -6,7 +6,7 @@ Tests under unit/ ask for none, and need neither ComfyUI nor the environment's o
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -14,10 +14,28 @@ from tools import testhost
 from tools.client import Client
 from tools.server import Server, running
 
+SHARED = pytest.StashKey[ExitStack]()
+"""What the tests of a folder share and what takes memory: servers, a browser."""
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     """A run that is told to end, by CI's time limit say, ends in order: its servers are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+    config.stash[SHARED] = ExitStack()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What is shared ends with the folder's last test: full-size models in a server and in this process at once are
+    more than 24 GB."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        item.config.stash[SHARED].close()
+
+
+@pytest.fixture(scope="session")
+def shared(pytestconfig: pytest.Config) -> ExitStack:
+    """Keeps what is entered into it until the folder's last test."""
+    return pytestconfig.stash[SHARED]
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +45,9 @@ def host() -> testhost.Host:
 
 
 @pytest.fixture(scope="session")
-def server(host: testhost.Host) -> Iterator[Server]:
+def server(host: testhost.Host, shared: ExitStack) -> Server:
     """The running server; put models below ``server.base / "models"``, it sees them at the next request."""
-    with running(host, arguments=["--preview-method", "latent2rgb"]) as started:
-        yield started
+    return shared.enter_context(running(host, arguments=["--preview-method", "latent2rgb"]))
 
 
 @pytest.fixture(scope="session")

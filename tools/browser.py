@@ -25,6 +25,7 @@ ARGUMENTS = (
     *("--disable-component-update", "--disable-sync", "--force-device-scale-factor=1"),
 )
 SIZE = (1600, 1000)
+PATIENCE = 120_000  # milliseconds, for a machine that is busy with other things
 READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.canvas && window.LiteGraph"
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -72,6 +73,7 @@ def canvas(browser: Browser, url: str, nodes_2: bool, locale: str = "en") -> Ite
     settings = {**SETTINGS, "Comfy.VueNodes.Enabled": nodes_2, "Comfy.Locale": locale}
     requests.post(f"{url}/api/settings", json=settings, timeout=30).raise_for_status()
     context = browser.new_context(viewport={"width": SIZE[0], "height": SIZE[1]}, accept_downloads=True)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     complaints: list[str] = []
     page.complaints = complaints  # type: ignore[attr-defined]
@@ -79,7 +81,7 @@ def canvas(browser: Browser, url: str, nodes_2: bool, locale: str = "en") -> Ite
     page.on("console", lambda line: complaints.append(line.text) if _ours(line) else None)
     try:
         page.goto(url)
-        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_function(READY)
         page.evaluate("() => window.app.rootGraph.clear()")
         yield page
     finally:
@@ -117,15 +119,15 @@ def nodes(page: Page) -> list[dict[str, Any]]:
     return found
 
 
-def run(page: Page, timeout: float = 120) -> None:
-    """Queue the graph as the Run button does and wait for its end. ``timeout`` in seconds."""
+def run(page: Page) -> None:
+    """Queue the graph as the Run button does and wait for its end."""
     page.evaluate(
         """() => { window.koalaDone = false;
             for (const name of ['execution_success', 'execution_error', 'execution_interrupted'])
                 window.app.api.addEventListener(name, () => { window.koalaDone = name }, { once: true }); }"""
     )
     page.evaluate("async () => { await window.app.queuePrompt(0, 1) }")
-    page.wait_for_function("() => window.koalaDone", timeout=timeout * 1000)
+    page.wait_for_function("() => window.koalaDone")
     page.wait_for_timeout(500)
 
 

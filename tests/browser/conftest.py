@@ -1,4 +1,4 @@
-"""A browser for the whole run, and the canvas in either renderer, on a server that has files to choose from.
+"""A browser for all of these tests, and the canvas in either renderer, on a server that has files to choose from.
 
 Screenshots go to the folder that KOALA_SCREENSHOTS names, else to a temporary one that pytest keeps.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,19 @@ FILES = (
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
+def chromium(shared: ExitStack) -> Browser:
     """The machine's browser; where there is none and none can be installed, these tests are left out, and say so."""
     try:
         browser.chromium()
     except Problem as problem:
         pytest.skip(str(problem))
-    with browser.browser() as started:
-        yield started
+    return shared.enter_context(browser.browser())
 
 
 @pytest.fixture(scope="session")
-def server(host: Host) -> Iterator[Server]:
+def server(host: Host, shared: ExitStack) -> Server:
     """A server of these tests' own: its model files are empty, and no other test should come upon them."""
-    with running(host) as started:
-        yield started
+    return shared.enter_context(running(host))
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def test_each_node_is_found_by_search_and_put_on_the_canvas(page: Page, shoot: S
         page.evaluate("() => window.app.rootGraph.clear()")
         page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
         box = page.get_by_role("dialog").locator("input").first
-        box.wait_for(timeout=10_000)
+        box.wait_for()
         box.fill(schemas[node]["display_name"])
         page.wait_for_timeout(700)
         if node == NODES[0]:
@@ -74,7 +74,7 @@ def test_each_node_is_found_by_search_and_put_on_the_canvas(page: Page, shoot: S
 def test_a_node_is_found_by_what_one_would_call_it(page: Page) -> None:
     page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     box = page.get_by_role("dialog").locator("input").first
-    box.wait_for(timeout=10_000)
+    box.wait_for()
     for words, title in (("sdxl lite", "KOALA"), ("25 steps", "KOALA"), ("swap sdxl", "KOALA U-Net Swap")):
         box.fill(words)
         page.wait_for_timeout(700)
@@ -174,7 +174,7 @@ def test_curve_bars_and_badge_are_drawn_with_the_right_numbers(page: Page, shoot
         "up 2": {"applied": 44, "removed": 22},
     }
     if nodes_2:
-        page.get_by_text("koala-tiny base · 8M · 0.3 % of SDXL").wait_for(timeout=5000)
+        page.get_by_text("koala-tiny base · 8M · 0.3 % of SDXL").wait_for()
     else:  # drawn on the canvas
         shown = "(id) => window.app.rootGraph.getNodeById(id).badges.map((badge) => badge.text)"
         assert "koala-tiny base · 8M · 0.3 % of SDXL" in page.evaluate(shown, loader)
@@ -214,7 +214,7 @@ def test_a_cancelled_run_can_be_run_again(page: Page) -> None:
             api.addEventListener('progress', () => api.interrupt(), { once: true });
             await window.app.queuePrompt(0, 1); }"""
     )
-    page.wait_for_function("() => window.koalaDone", timeout=60_000)
+    page.wait_for_function("() => window.koalaDone")
     assert page.evaluate("() => window.koalaDone") == "execution_interrupted"
     page.evaluate(
         """() => { const latent = window.app.rootGraph.nodes.find((node) => node.type === 'EmptyLatentImage');
@@ -234,9 +234,9 @@ def test_an_error_is_read_in_the_error_panel(page: Page, shoot: Shoot) -> None:
     connect(page, loader, 0, add(page, "KoalaModelInfo"), "model")
     browser.run(page)
     assert page.evaluate("() => window.koalaDone") == "execution_error"
-    page.get_by_role("button", name="View details").click(timeout=10_000)
+    page.get_by_role("button", name="View details").click()
     message = page.get_by_text("koala-700m.fp16.safetensors is empty; expected a .safetensors file of KOALA weights")
-    message.first.wait_for(timeout=10_000)
+    message.first.wait_for()
     shoot("error")
 
 
@@ -279,7 +279,7 @@ def test_swap_from_the_nodes_menu_undo_redo(page: Page, shoot: Shoot) -> None:
     page.keyboard.press("Escape")
     click_title(page, "CheckpointLoaderSimple", button="right")
     shoot("swap-menu")
-    page.get_by_text(SWAP, exact=True).last.click(timeout=10_000)
+    page.get_by_text(SWAP, exact=True).last.click()
     page.wait_for_timeout(700)
     browser.see_all(page)
     shoot("swapped")
@@ -321,12 +321,12 @@ def test_swap_by_the_selections_toolbox(page: Page, shoot: Shoot) -> None:
     assert page.get_by_role("button", name=SWAP).count() == 0
     click_title(page, "CheckpointLoaderSimple")
     shoot("swap-toolbox")
-    page.get_by_role("button", name=SWAP).click(timeout=10_000)
+    page.get_by_role("button", name=SWAP).click()
     page.wait_for_timeout(500)
     assert one(page, "KSampler")["inputs"]["model"] == one(page, "KoalaUNetSwap")["id"]
     # a second time there is nothing left to swap, and that is said
     page.evaluate("() => window.app.extensionManager.command.execute('KOALA.SwapUNet')")
-    page.get_by_text("has KOALA U-Net Swap behind it").wait_for(timeout=5000)
+    page.get_by_text("has KOALA U-Net Swap behind it").wait_for()
     assert len([node for node in browser.nodes(page) if node["type"] == "KoalaUNetSwap"]) == 1
 
 
@@ -341,7 +341,7 @@ def test_lightnings_settings_come_with_its_file(client: Client, files: None) -> 
 def test_a_text_to_image_graph_is_inserted_and_runs(page: Page, shoot: Shoot) -> None:
     start_history(page)
     page.evaluate("() => window.app.extensionManager.command.execute('KOALA.InsertTextToImage')")
-    page.wait_for_function("() => window.app.rootGraph.nodes.length > 5", timeout=10_000)
+    page.wait_for_function("() => window.app.rootGraph.nodes.length > 5")
     page.wait_for_timeout(500)
     types = [node["type"] for node in workflow("KOALA-tiny text to image")["nodes"]]
     assert [node["type"] for node in browser.nodes(page)] == types
@@ -383,8 +383,8 @@ def test_the_help_page_of_each_node_is_shown(page: Page, shoot: Shoot) -> None:
             page.get_by_test_id("info-button").click()
         first = (ROOT / "web" / "docs" / f"{node}.md").read_text("utf-8").split("\n## ")[1].splitlines()[0]
         title = (ROOT / "web" / "docs" / f"{node}.md").read_text("utf-8").splitlines()[0].removeprefix("# ")
-        page.get_by_role("heading", name=title).last.wait_for(timeout=10_000)
-        page.get_by_role("heading", name=first).last.wait_for(timeout=10_000)
+        page.get_by_role("heading", name=title).last.wait_for()
+        page.get_by_role("heading", name=first).last.wait_for()
         assert picture_is_there(page, node), node
         if node == "KoalaSampler":
             shoot("help")
@@ -409,7 +409,7 @@ def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2
         assert korean["KoalaSampler"]["display_name"] in titles
         click_title(page, "KoalaSampler")
         page.get_by_test_id("info-button").click()
-        page.get_by_role("heading", name=korean["KoalaSampler"]["display_name"]).last.wait_for(timeout=10_000)
+        page.get_by_role("heading", name=korean["KoalaSampler"]["display_name"]).last.wait_for()
         page.wait_for_timeout(500)
         browser.screenshot(page, shots, f"korean-help-{'nodes2' if nodes_2 else 'classic'}")
         assert picture_is_there(page, "KoalaSampler")

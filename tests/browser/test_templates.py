@@ -57,12 +57,12 @@ def test_templates_are_listed_with_their_pictures(classic: Page, shots: Any) -> 
     classic.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = classic.get_by_role("dialog")
     dialog.locator("input").first.fill("KOALA")
-    dialog.get_by_text(f"Showing {len(titles)} of").wait_for(timeout=10_000)
+    dialog.get_by_text(f"Showing {len(titles)} of").wait_for()
     sizes = "(all) => Object.fromEntries(all.map((i) => [i.alt, [i.naturalWidth, i.naturalHeight]]))"
     found: dict[str, list[int]] = {}
     for title in titles:
-        dialog.get_by_text(title, exact=True).first.scroll_into_view_if_needed(timeout=10_000)
-        dialog.get_by_role("img", name=title, exact=True).wait_for(timeout=10_000)  # loaded where it can be seen only
+        dialog.get_by_text(title, exact=True).first.scroll_into_view_if_needed()
+        dialog.get_by_role("img", name=title, exact=True).wait_for()  # loaded where it can be seen only
         classic.wait_for_function("() => [...document.querySelectorAll('[role=dialog] img')].every((i) => i.complete)")
         found |= dialog.locator("img").evaluate_all(sizes)
     browser.screenshot(classic, shots, "templates")
@@ -75,9 +75,9 @@ def test_missing_files_are_named_with_folder_and_download(
 ) -> None:
     classic.evaluate("() => window.app.refreshComboInNodes()")
     browser.open_workflow(classic, workflows()[PUBLISHED])
-    classic.get_by_role("button", name="View details").click(timeout=10_000)
+    classic.get_by_role("button", name="View details").click()
     rows = classic.get_by_test_id("missing-model-importable-rows")
-    rows.wait_for(timeout=10_000)
+    rows.wait_for()
     browser.screenshot(classic, shots, "missing-models")
     lines = rows.inner_text().split("\n")
     named = {tuple(lines[at : at + 2]) for at in range(0, len(lines), 3)}
@@ -107,7 +107,7 @@ def test_the_blueprint_is_found_shows_its_widgets_and_draws(
 ) -> None:
     page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     box = page.get_by_role("dialog").locator("input").first
-    box.wait_for(timeout=10_000)
+    box.wait_for()
     box.fill(BLUEPRINT)
     page.wait_for_timeout(700)
     shoot("blueprint-search")
