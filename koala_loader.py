@@ -185,10 +185,12 @@ def _shared(
 ) -> comfy.model_patcher.ModelPatcher:
     """The patcher that was built of the same sources, where anyone still has a clone of it, or else a new one.
 
-    A file that was replaced since is another source.
+    A file that was replaced since is another source; and what was made in PyTorch's inference mode, in which nodes run,
+    is of no use to who trains outside it.
     """
     files = [source.path.stat() for source in sources if isinstance(source, Source)]
-    key = (*sources, *((file.st_ino, file.st_size, file.st_mtime_ns) for file in files))
+    stamps = ((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
+    key = (*sources, *stamps, torch.is_inference_mode_enabled())
     patcher = _pristine.get(key)
     if patcher is None:
         patcher = _pristine[key] = build()
