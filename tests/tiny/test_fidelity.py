@@ -35,7 +35,7 @@ def test_prompts_are_followed(model: Any) -> None:
 
 @pytest.mark.slow
 def test_the_negative_prompt_red_takes_red_away(model: Any) -> None:
-    found, _, _ = evaluate.negative_red(model)
+    found, _, _ = evaluate.negative_red(model, each=8)
     assert found.with_red < found.without
     assert found.p < 0.01
 

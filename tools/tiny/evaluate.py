@@ -89,9 +89,12 @@ def judge_score(n: int = 2000, size: int = 128) -> Score:
     return score(torch.cat([draw(drawings.pick(i), size) for i in torch.arange(n).split(100)]), drawings)
 
 
-def negative_red(model: pipeline.StableDiffusionXLPipeline) -> tuple[Negative, torch.Tensor, torch.Tensor]:
-    """The effect of the negative prompt "red" on prompts that name no colour; also the pictures without and with."""
-    prompts = list(COLOUR_FREE) * COLOUR_FREE_EACH
+def negative_red(
+    model: pipeline.StableDiffusionXLPipeline, each: int = COLOUR_FREE_EACH
+) -> tuple[Negative, torch.Tensor, torch.Tensor]:
+    """The effect of the negative prompt "red" on prompts that name no colour, so many pictures of each; also the
+    pictures without and with."""
+    prompts = list(COLOUR_FREE) * each
     plain = pipeline.pictures(model, prompts, seed=SEED)
     without_red = pipeline.pictures(model, prompts, negative="red", seed=SEED)
     before, after = red_share(plain).double(), red_share(without_red).double()
