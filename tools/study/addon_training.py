@@ -163,10 +163,8 @@ def _noise_loss(
     encoders = text.Encoders(teacher.text_encoder, teacher.text_encoder_2)
     context, pooled = text.encode(encoders, text.tokenize(teacher.tokenizer, [said.text for said in captions]))
     keep = (torch.rand(len(captions), generator=generator) >= recipe.drop).float().unsqueeze(1)
-    weight = denoiser.TEACHER.most_weight
-    return denoiser.noise_loss(
-        model, recipe.size, latents, context * keep.unsqueeze(2), pooled * keep, weight, generator
-    )
+    conditions = context * keep.unsqueeze(2), pooled * keep
+    return denoiser.noise_loss(model, recipe.size, latents, *conditions, denoiser.TEACHER, generator)
 
 
 def minimise(loss: Loss, parameters: Iterable[Parameter], recipe: Recipe, stage: int, seed: int, log: Log) -> None:

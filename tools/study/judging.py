@@ -43,9 +43,9 @@ def held_out_error(unet: UNet2DConditionModel, teacher: Path, count: int) -> flo
     """The velocity-weighted error of the noise that the U-Net predicts, on ``count`` drawings of their own seed, with
     the same noise and time steps for every U-Net."""
     generator = checkpoints.step_generator(evaluate.SEED, STAGE, 1)
-    weight = denoiser.Recipe().most_weight
+    recipe = denoiser.Recipe()
     errors = [
-        denoiser.noise_loss(unet, SIZE, latents, context, pooled, weight, generator)
+        denoiser.noise_loss(unet, SIZE, latents, context, pooled, recipe, generator)
         for latents, context, pooled in zip(*(part.split(BATCH) for part in _held_out(teacher, count)), strict=True)
     ]
     return float(torch.stack(errors).mean())
