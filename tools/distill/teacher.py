@@ -54,7 +54,7 @@ class Teacher:
         folder = self.table.model / "scheduler"
         if folder.is_dir():
             return DDPMScheduler.from_pretrained(folder)
-        header = read_header(self.table.model)
+        header = read_header(self.file.path)
         told = [kind for mark, kind in PREDICTION_MARKS.items() if mark in header.shapes]
         if header.metadata.get("modelspec.predict_key") == "v":
             told.append("v_prediction")

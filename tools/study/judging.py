@@ -30,7 +30,7 @@ def judge(
 ) -> dict[str, Any]:
     """tools.tiny's score at KOALA's published settings, and ``held_out``; pictures go to the PNG file. ``teacher``: the
     diffusers folder that has the VAE and the text encoders."""
-    model = pipeline.load(teacher)
+    model = _model(teacher)
     model.unet = unet
     texts, asked = evaluate.grid_prompts(prompts)
     made = pipeline.pictures(model, texts, seed=evaluate.SEED, size=SIZE)
@@ -52,8 +52,13 @@ def held_out_error(unet: UNet2DConditionModel, teacher: Path, count: int) -> flo
 
 
 @cache
+def _model(teacher: Path) -> pipeline.StableDiffusionXLPipeline:
+    return pipeline.load(teacher)
+
+
+@cache
 def _held_out(teacher: Path, count: int) -> Sample:
-    model = pipeline.load(teacher)
+    model = _model(teacher)
     generator = checkpoints.step_generator(evaluate.SEED, STAGE, 0)
     drawings = random_drawings(count, generator)
     said = [caption.text for caption in random_captions(drawings, generator)]

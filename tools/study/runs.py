@@ -119,11 +119,15 @@ def carry_out(run: Run, work: Path) -> None:
 
 def judge_references(work: Path) -> None:
     """The same judgement of the teacher itself, and of the koala-tiny that the checkout holds."""
-    shipped = reference.pipeline(SHIPPED, testhost.test_host().folder / "comfy" / "sd1_tokenizer")
-    for name, unet in {"teacher": pipeline.load(teacher_folder(work)).unet, "shipped": shipped.unet}.items():
+    tokenizer = testhost.test_host().folder / "comfy" / "sd1_tokenizer"
+    models = {
+        "teacher": lambda: pipeline.load(teacher_folder(work)),
+        "shipped": lambda: reference.pipeline(SHIPPED, tokenizer),
+    }
+    for name, load in models.items():
         path = work / "runs" / f"{name}.json"
         if not path.exists():
-            found = judge(unet, teacher_folder(work), path.with_suffix(".png"))
+            found = judge(load().unet, teacher_folder(work), path.with_suffix(".png"))
             path.write_text(json.dumps(found, indent=1))
 
 
