@@ -619,7 +619,7 @@ def test_what_is_no_teacher_is_named(place: Path, tmp_path: Path) -> None:
     assert not (place / "untaught").exists()
 
 
-@pytest.mark.parametrize("missing", ["text_encoder", "vae", "tokenizer_2", "model_index.json"])
+@pytest.mark.parametrize("missing", ["text_encoder", "vae", "tokenizer_2", "scheduler", "model_index.json"])
 def test_a_teacher_without_its_other_parts_is_named(place: Path, tmp_path: Path, missing: str) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()
