@@ -1,4 +1,4 @@
-"""One real ComfyUI server, with the packed pack in it, for every test that asks for it.
+"""The real ComfyUI, and what the tests of a folder share: each folder that needs a server has its own.
 
 Tests under unit/ ask for none, and need neither ComfyUI nor the environment's other half.
 """
@@ -11,8 +11,6 @@ from contextlib import ExitStack
 import pytest
 
 from tools import testhost
-from tools.client import Client
-from tools.server import Server, running
 
 SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""
@@ -42,21 +40,3 @@ def shared(pytestconfig: pytest.Config) -> ExitStack:
 def host() -> testhost.Host:
     """The pinned ComfyUI and its Python."""
     return testhost.test_host()
-
-
-@pytest.fixture(scope="session")
-def server(host: testhost.Host, shared: ExitStack) -> Server:
-    """The running server; put models below ``server.base / "models"``, it sees them at the next request."""
-    return shared.enter_context(running(host, arguments=["--preview-method", "latent2rgb"]))
-
-
-@pytest.fixture(scope="session")
-def client(server: Server) -> Client:
-    """A connection to the server."""
-    return Client(server.url)
-
-
-@pytest.fixture(scope="session")
-def object_info(client: Client) -> dict[str, object]:
-    """The schema of every node that the server has."""
-    return client.object_info()
