@@ -14,12 +14,21 @@ from tools import testhost
 
 SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""
+FULL_SIZE = ("host", "parity")
+"""Folders whose tests take up to 13 GB."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """A run that is told to end, by CI's time limit say, ends in order: its servers are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
     config.stash[SHARED] = ExitStack()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`dev.py test` has two processes: a folder is for one of them, and so are both folders with full-size models."""
+    for item in items:
+        folder = item.path.relative_to(config.rootpath / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group("full-size" if folder in FULL_SIZE else folder))
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,6 +16,7 @@ from tools.testhost import ROOT, say
 
 PACK = "koala_pack"
 SHIPPED = ("koala", "koala_reader", "koala_loader", "koala_saver", "transfer", "speed", "nodes")
+PROCESSES = 2  # of pytest; more would be full-size models twice at a time
 CONFIG = str(ROOT / "pyproject.toml")
 
 
@@ -36,7 +37,8 @@ def run(pytest_arguments: Sequence[str]) -> int:
             return status
     say("== pytest")
     os.chdir(ROOT)
-    return pytest.main([*pytest_arguments])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
+    return pytest.main([f"--numprocesses={PROCESSES}", "--dist=loadgroup", *pytest_arguments])
 
 
 def lint() -> int:

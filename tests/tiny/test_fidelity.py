@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tools import reference
-from tools.testhost import ROOT, test_host
+from tools import reference, testhost
+from tools.testhost import ROOT
 from tools.tiny import evaluate, pipeline
 
 ASSET = ROOT / "assets" / "koala-tiny.safetensors"
@@ -15,7 +15,7 @@ ASSET = ROOT / "assets" / "koala-tiny.safetensors"
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return reference.pipeline(ASSET, test_host().folder / "comfy" / "sd1_tokenizer")
+    return reference.pipeline(ASSET, testhost.test_host().folder / "comfy" / "sd1_tokenizer")
 
 
 def test_the_judge_itself_is_right() -> None:

@@ -66,8 +66,9 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def computer() -> dict[str, Any]:
-    """The processor's name, how many cores of it there are, and the memory in bytes."""
+    """The processor's name, how many cores of it there are, the memory in bytes, the GPU's name if there is one."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
     memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory": int(memory.split()[1]) * 1024}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory": int(memory.split()[1]) * 1024, "gpu": gpu}

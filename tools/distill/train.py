@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from koala import disk
 from koala.lineage import Lineage
+from tools import testhost
 from tools.distill import cache, features, losses, result, student
 from tools.distill.buckets import Batches
 from tools.distill.config import Config, LossTable, TrainingTable
@@ -113,6 +114,7 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
     if done.exists():
         say(f"{done} is there already; nothing to do.")
         return done
+    testhost.test_host()  # writes the result: where it is missing, better to know now than after days
     config.output.mkdir(parents=True, exist_ok=True)
     _same_run(config)
     csv = [CsvTracker(config.output / "metrics.csv")] if "csv" in config.log.to else []

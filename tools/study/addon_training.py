@@ -87,7 +87,7 @@ def new_controlnet(teacher: StableDiffusionXLPipeline, seed: int) -> ControlNetM
     trunk.load_state_dict({name: weights[name] for name in trunk.state_dict()})
     control = ControlNetModel.from_unet(trunk)
     open_hint(control)
-    return control
+    return control.to(teacher.unet.device)
 
 
 def open_hint(control: ControlNetModel) -> None:
@@ -137,7 +137,7 @@ def controlnet_loss(teacher: StableDiffusionXLPipeline, control: ControlNetModel
         ]
 
         def controlled(noisy: torch.Tensor, time: torch.Tensor, context: torch.Tensor, **further: Any) -> Any:
-            down, middle = control(noisy, time, context, hints, return_dict=False, **further)
+            down, middle = control(noisy, time, context, hints.to(noisy), return_dict=False, **further)
             return teacher.unet(
                 noisy,
                 time,
@@ -164,7 +164,8 @@ def _noise_loss(
     context, pooled = text.encode(encoders, text.tokenize(teacher.tokenizer, [said.text for said in captions]))
     keep = (torch.rand(len(captions), generator=generator) >= recipe.drop).float().unsqueeze(1)
     conditions = context * keep.unsqueeze(2), pooled * keep
-    return denoiser.noise_loss(model, recipe.size, latents, *conditions, denoiser.TEACHER, generator)
+    given = denoiser.shown(recipe.size, latents, *conditions, generator)
+    return denoiser.noise_loss(model, given.to(teacher.unet.device))
 
 
 def minimise(loss: Loss, parameters: Iterable[Parameter], recipe: Recipe, stage: int, seed: int, log: Log) -> None:

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tools.tiny import autoencoder, checkpoints, denoiser, evaluate, pipeline, sheet, text
+from tools.tiny.device import DEVICE
 from tools.tiny.pictures import draw, random_captions, random_drawings
 
 SIZE = 128  # pixels
@@ -31,7 +32,7 @@ def judge(
     """tools.tiny's score at KOALA's published settings, and ``held_out``; pictures go to the PNG file. ``teacher``: the
     diffusers folder that has the VAE and the text encoders."""
     model = _model(teacher)
-    model.unet = unet
+    model.unet = unet.to(DEVICE)
     texts, asked = evaluate.grid_prompts(prompts)
     made = pipeline.pictures(model, texts, seed=evaluate.SEED, size=SIZE)
     sheet.save(made[:SHOWN], SHOWN, pictures)
@@ -43,17 +44,16 @@ def held_out_error(unet: UNet2DConditionModel, teacher: Path, count: int) -> flo
     """The velocity-weighted error of the noise that the U-Net predicts, on ``count`` drawings of their own seed, with
     the same noise and time steps for every U-Net."""
     generator = checkpoints.step_generator(evaluate.SEED, STAGE, 1)
-    recipe = denoiser.Recipe()
-    errors = [
-        denoiser.noise_loss(unet, SIZE, latents, context, pooled, recipe, generator)
-        for latents, context, pooled in zip(*(part.split(BATCH) for part in _held_out(teacher, count)), strict=True)
-    ]
+    errors = []
+    for latents, context, pooled in zip(*(part.split(BATCH) for part in _held_out(teacher, count)), strict=True):
+        given = denoiser.shown(SIZE, latents, context, pooled, generator)
+        errors.append(denoiser.noise_loss(unet, given.to(unet.device)))
     return float(torch.stack(errors).mean())
 
 
 @cache
 def _model(teacher: Path) -> pipeline.StableDiffusionXLPipeline:
-    return pipeline.load(teacher)
+    return pipeline.load(teacher).to(DEVICE)
 
 
 @cache

@@ -34,13 +34,12 @@ PAPER = {
 """KOALA's table 3 (arXiv 2312.04005): HPSv2 of a student by where its features were taken."""
 
 
-JUDGED = {"all": "all right, %", "held_out": "held-out error"}
-"""What of a judgement is shown of each step of a curve."""
+JUDGED = {"all": ("all right, %", 1), "held_out": ("held-out error", 4)}
+"""What of a judgement is shown of each step of a curve: its title, and how many digits of it."""
 REFERENCES = {
     "teacher": "the teacher",
     "shipped": f"koala-tiny as shipped, from nothing: {RECIPE.small_steps + RECIPE.steps} steps of {RECIPE.batch}",
 }
-DIGITS = {"all": 1, "held_out": 4}
 
 
 def collect(work: Path) -> dict[str, Any]:
@@ -56,7 +55,10 @@ def collect(work: Path) -> dict[str, Any]:
 def computers(data: Mapping[str, Any]) -> str:
     """The machines of the runs and of the dry run, in words."""
     found = [run["computer"] for run in (*data["runs"].values(), data.get("dry_run", {})) if "computer" in run]
-    told = {f"{one['cpu']}, {one['cores']} cores, {one['memory'] / 1e9:.0f} GB" for one in found}
+    told = {
+        f"{one['gpu'] + ', ' if one.get('gpu') else ''}{one['cpu']}, {one['cores']} cores, {one['memory'] / 1e9:.0f} GB"
+        for one in found
+    }
     return f"Measured on: {'; '.join(sorted(told))}.\n" if told else ""
 
 
@@ -80,7 +82,7 @@ def curves(data: Mapping[str, Any]) -> str:
     """The curves' plot and table."""
     runs = group(data["runs"], group="curve")
     figure = pyplot.figure(figsize=(11, 4), layout="constrained")
-    for axes, (what, label) in zip(figure.subplots(1, 2), JUDGED.items(), strict=True):
+    for axes, (what, (label, _)) in zip(figure.subplots(1, 2), JUDGED.items(), strict=True):
         for run in runs:
             points = sorted((int(step), score[what]) for step, score in run["curve"].items())
             axes.plot(*zip(*points, strict=True), ".-", label=run["name"])
@@ -92,14 +94,14 @@ def curves(data: Mapping[str, Any]) -> str:
     pyplot.close(figure)
     steps = sorted({int(step) for run in runs for step in run["curve"]})
     lines = [f"| run | |{' | '.join(map(str, steps))} |", f"|---|---|{'---|' * len(steps)}"]
-    for what, label in JUDGED.items():
+    for what, (label, digits) in JUDGED.items():
         for run in runs:
-            found = (run["curve"][str(step)][what] for step in steps)
-            lines.append(f"| {run['name']} | {label} | {' | '.join(f'{value:.{DIGITS[what]}f}' for value in found)} |")
+            found = (f"{run['curve'][str(step)][what]:.{digits}f}" for step in steps)
+            lines.append(f"| {run['name']} | {label} | {' | '.join(found)} |")
     lines += [
-        f"| {told} | {label} |{' |' * (len(steps) - 1)} {data[name][what]:.{DIGITS[what]}f} |"
+        f"| {told} | {label} |{' |' * (len(steps) - 1)} {data[name][what]:.{digits}f} |"
         for name, told in REFERENCES.items()
-        for what, label in JUDGED.items()
+        for what, (label, digits) in JUDGED.items()
     ]
     return "\n".join(lines) + "\n\n![Both against training steps](distillation-curves.png)\n"
 
@@ -116,7 +118,7 @@ def ablation(data: Mapping[str, Any]) -> str:
     by_place = {place: group(data["runs"], group="place", place=place) for place in PLACES}
     by_place = {place: runs for place, runs in by_place.items() if runs}
     figure = pyplot.figure(figsize=(11, 4), layout="constrained")
-    for axes, (what, label) in zip(figure.subplots(1, 2), JUDGED.items(), strict=True):
+    for axes, (what, (label, _)) in zip(figure.subplots(1, 2), JUDGED.items(), strict=True):
         for at, runs in enumerate(by_place.values()):
             axes.plot([at] * len(runs), [last(run)[what] for run in runs], "o", color="#2f6f4f", alpha=0.6)
         axes.set_xticks(range(len(by_place)), by_place, rotation=20)
@@ -212,12 +214,15 @@ def pictures(work: Path) -> None:
 def family(data: Mapping[str, Any]) -> str:
     """What the small family is, and how good its teacher."""
     teacher, recipe = data["teacher"], denoiser.TEACHER
+    told = (
+        f": {recipe.small_steps} steps of {recipe.batch} pictures of {recipe.small_size} px, then {recipe.steps} of "
+        f"{recipe.size} px"
+    )
     return f"""## The small family
 
 **sdxl-tiny** has SDXL's layout (two layers a stage, transformer depths 0, 2, 10, a middle block; 24.2 M weights) at
 koala-tiny's width, with koala-tiny's autoencoder and text encoders, and was trained on the same drawings by the same
-chain: {recipe.small_steps} steps of {recipe.batch} pictures of {recipe.small_size} px, then {recipe.steps} of
-{recipe.size} px{teacher.get("history", "")}. Students have koala-tiny's layout (7.5 M weights).
+chain{teacher.get("history", told)}. Students have koala-tiny's layout (7.5 M weights).
 
 A picture counts as right when its shape, the shape's colour and the background are what the prompt says;
 {judging.PROMPTS} prompts, 25 steps, cfg 7.5, read off the pixels. The held-out error is that of the predicted noise,
@@ -320,7 +325,7 @@ two CPU cores, and worked out on paper for the real one. Written by `python3 dev
 
 - The small family draws six shapes in nine colours at {judging.SIZE} px; what wins there need not win on photographs.
 - Three seeds tell large differences from chance, not small ones: compare the spreads.
-- Nothing here has run on a GPU, and nothing with SDXL's own weights.
+- Nothing here has run with SDXL's own weights.
 """
     if missing:
         tail += f"- Not measured yet: {', '.join(missing)}.\n"

@@ -192,4 +192,5 @@ def standardise(model: AutoencoderKL, seed: int, size: int) -> AutoencoderKL:
 @torch.no_grad()
 def encode(model: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Standardised latents, float32 [n, 4, S/8, S/8], of pictures [n, 3, S, S]."""
-    return torch.cat([model.encode(part).latent_dist.mode() for part in pictures.split(16)]) * SCALING_FACTOR
+    parts = [model.encode(part.to(model.device)).latent_dist.mode().cpu() for part in pictures.split(16)]
+    return torch.cat(parts) * SCALING_FACTOR

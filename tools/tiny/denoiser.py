@@ -1,10 +1,11 @@
 """Stage 3: a U-Net of any layout at a tenth of SDXL's width, trained on ready latents and ready embeddings."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -13,9 +14,11 @@ from transformers import CLIPTokenizer
 from koala.export import unet_config
 from koala.layout import KOALA_TINY, Layout
 from tools.tiny import autoencoder, checkpoints, text
+from tools.tiny.device import DEVICE, replayed
 from tools.tiny.pictures import KOALA, Drawings, all_captions, draw, random_captions, random_drawings
 
 STAGE = 3
+SAVE_EVERY = 120  # seconds
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -24,8 +27,9 @@ class Recipe:
     """First small pictures (four times as cheap, enough to learn what words mean), then full-size ones; the size ids
     tell the net which. variants: embeddings of each caption, the first clean, the others with random words around.
     koalas: how much oftener than other shapes the one with a face is seen. mean_weight: how much more the error's mean
-    over the picture counts. At this width a norm group is one channel: each norm takes the mean away, which is the
-    picture's colour, and a deep net is slow to find a way around."""
+    over the picture counts in the first mean_steps. At this width a norm group is one channel: each norm takes the mean
+    away, which is the picture's colour, and a deep net does not find a way around by itself. looks: how often its
+    pictures are judged on the way."""
 
     small_size: int = 64
     small_steps: int = 1200
@@ -41,10 +45,21 @@ class Recipe:
     drop: float = 0.10
     most_weight: float = 15.0
     mean_weight: float = 0.0
+    mean_steps: int = 0
     ema: float = 0.999
+    looks: int = 4
 
 
-TEACHER = Recipe(small_steps=1600, steps=5000, batch=16, learning_rate=8e-4, most_weight=60.0, mean_weight=30.0)
+TEACHER = Recipe(
+    small_steps=2000,
+    steps=9000,
+    small_drawings=8000,
+    drawings=8000,
+    batch=64,
+    learning_rate=1e-3,
+    mean_weight=30.0,
+    mean_steps=5000,
+)
 """For sdxl-tiny, with three times the weights."""
 
 
@@ -118,13 +133,15 @@ def train(
     look: Callable[[UNet2DConditionModel, int], None],
     layout: Layout = KOALA_TINY,
 ) -> UNet2DConditionModel:
-    """Train, or go on from the checkpoint at `path`; returns the averaged weights, exact in fp16. `look` is called
-    every 1000 steps with the averaged net and the picture size. Without `full` all steps are on small pictures."""
+    """Train, or go on from the checkpoint at `path`; returns the averaged weights on the CPU, exact in fp16. `look` is
+    called `recipe.looks` times with the averaged net and the picture size. Without `full` all steps are on small
+    pictures."""
     torch.manual_seed(seed)
-    model, average = new_unet(layout), new_unet(layout).requires_grad_(False).eval()
+    model, average = new_unet(layout).to(DEVICE), new_unet(layout).to(DEVICE).requires_grad_(False).eval()
     average.load_state_dict(model.state_dict())
+    rate = torch.tensor(recipe.learning_rate, device=DEVICE)
     optimizer = torch.optim.AdamW(
-        model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=DEVICE.type == "cuda"
     )
     start = 0
     if path.exists():
@@ -132,37 +149,45 @@ def train(
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         start = state["step"]
     drawings = {data.size: _drawings(recipe, data.size, seed) for data in (small, full) if data}
     odds = {size: 1 + (recipe.koalas - 1) * (d.shape == KOALA).float() for size, d in drawings.items()}
     total = recipe.small_steps + recipe.steps
-    running = None
-    for step in range(start, total):
-        generator = checkpoints.step_generator(seed, STAGE, step)
-        for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 100)
-            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
-        data = full if full and step >= recipe.small_steps else small
-        chosen = torch.multinomial(odds[data.size], recipe.batch, replacement=True, generator=generator)
-        captions = random_captions(drawings[data.size].pick(chosen), generator)
-        context, pooled = _conditions(embeddings, [c.text for c in captions], recipe, generator)
-        loss = noise_loss(model, data.size, data.latents[chosen], context, pooled, recipe, generator)
+
+    def learn(given: Sequence[torch.Tensor]) -> torch.Tensor:
         optimizer.zero_grad()
+        loss = noise_loss(model, Shown(*given))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        return loss.detach()
+
+    step_on, running, saved = replayed(learn), None, time.monotonic()
+    for step in range(start, total):
+        generator = checkpoints.step_generator(seed, STAGE, step)
+        warm = min(1.0, (step + 1) / 100)
+        rate.fill_(recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / total)))
+        data = full if full and step >= recipe.small_steps else small
+        chosen = torch.multinomial(odds[data.size], recipe.batch, replacement=True, generator=generator)
+        captions = random_captions(drawings[data.size].pick(chosen), generator)
+        conditions = _conditions(embeddings, [c.text for c in captions], recipe, generator)
+        mean_weight = recipe.mean_weight if step < recipe.mean_steps else 0.0
+        loss = step_on(shown(data.size, data.latents[chosen], *conditions, generator, recipe.most_weight, mean_weight))
         decay = min(recipe.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        running = float(loss.detach()) if running is None else 0.98 * running + 0.02 * float(loss.detach())
+        running = loss if running is None else running.lerp(loss, 0.02)
         if (step + 1) % 100 == 0:
-            log(f"unet {step + 1}/{total} size={data.size} loss={running:.4f}")
-        if (step + 1) % 200 == 0 or step + 1 == total:
+            log(f"unet {step + 1}/{total} size={data.size} loss={float(running):.4f}")
+        if time.monotonic() - saved > SAVE_EVERY or step + 1 == total:
             state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoints.save({**state, "step": step + 1}, path)
-        if (step + 1) % 1000 == 0 and step + 1 < total:
+            saved = time.monotonic()
+        if (step + 1) % (total // recipe.looks) == 0 and step + 1 < total:
             look(average, data.size)
-    return average.half().float()
+    return average.cpu().half().float()
 
 
 def _conditions(
@@ -178,33 +203,53 @@ def _conditions(
     return embeddings.context[row, variant] * keep.view(n, 1, 1), embeddings.pooled[row, variant] * keep.view(n, 1)
 
 
-def noise_loss(
-    model: Callable[..., Any],
+class Shown(NamedTuple):
+    """What a step shows to a net: `noisy` and `noise` [n, 4, h, w], `time` [n], `weight` of each one's error [n],
+    `mean_weight` of the error's mean over the picture, a scalar, `context` [n, 77, 96], `pooled` [n, 64], `sizes`
+    [n, 6]."""
+
+    noisy: torch.Tensor
+    noise: torch.Tensor
+    time: torch.Tensor
+    weight: torch.Tensor
+    mean_weight: torch.Tensor
+    context: torch.Tensor
+    pooled: torch.Tensor
+    sizes: torch.Tensor
+
+    def to(self, device: torch.device) -> "Shown":
+        """The same on a device."""
+        return Shown(*(tensor.to(device) for tensor in self))
+
+
+def shown(
     size: int,
     latents: torch.Tensor,
     context: torch.Tensor,
     pooled: torch.Tensor,
-    recipe: Recipe,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """Error of the predicted noise, weighted by 1/alpha_bar (the loss of velocity prediction): colours are decided
-    where noise is strongest, and there the plain error is tiny whatever the net says. `model`: a U-Net, or what is
-    called like one; `size`: the pictures', in pixels; latents: [n, 4, size/8, size/8]; of the `recipe` only the two
-    weights of the error count."""
+    most_weight: float = Recipe.most_weight,
+    mean_weight: float = 0.0,
+) -> Shown:
+    """Noise laid over latents [n, 4, size/8, size/8] of pictures of `size` pixels. Errors are weighted by 1/alpha_bar,
+    at most `most_weight` (the loss of velocity prediction): colours are decided where noise is strongest, and there the
+    plain error is tiny whatever the net says. The error's mean over the picture counts `mean_weight` times more."""
     n = len(latents)
     signal = DDPMScheduler(**NOISE).alphas_cumprod
     noise = torch.randn(latents.shape, generator=generator)
     # One time step from each of n equal stretches: the same mean, less variance.
     time = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * len(signal)).long()
     alpha = signal[time].view(n, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    weight = (1 / signal).clamp(max=most_weight)
     sizes = torch.tensor([[size, size, 0, 0, size, size]]).float().expand(n, 6)
-    predicted = model(
-        alpha.sqrt() * latents + (1 - alpha).sqrt() * noise,
-        time,
-        context,
-        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
-    ).sample
-    weight = (1 / signal).clamp(max=recipe.most_weight)
-    error = predicted - noise
-    told = error.square().mean(dim=(1, 2, 3)) + recipe.mean_weight * error.mean(dim=(2, 3)).square().mean(dim=1)
-    return (told * (weight / weight.mean())[time]).mean()
+    weight = (weight / weight.mean())[time]
+    return Shown(noisy, noise, time, weight, torch.tensor(mean_weight), context, pooled, sizes)
+
+
+def noise_loss(model: Callable[..., Any], given: Shown) -> torch.Tensor:
+    """Weighted error of the noise that `model` (a U-Net, or what is called like one) predicts."""
+    conditions = {"text_embeds": given.pooled, "time_ids": given.sizes}
+    error = model(given.noisy, given.time, given.context, added_cond_kwargs=conditions).sample - given.noise
+    told = error.square().mean(dim=(1, 2, 3)) + given.mean_weight * error.mean(dim=(2, 3)).square().mean(dim=1)
+    return (told * given.weight).mean()

@@ -78,5 +78,5 @@ def pictures(
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
             output_type="pt",
         )
-        parts.append(made.images * 2 - 1)
+        parts.append(made.images.cpu() * 2 - 1)
     return torch.cat(parts)

@@ -173,5 +173,5 @@ def _loss(
 @torch.no_grad()
 def encode(model: Encoders, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Context [n, 77, 96] and pooled [n, 64] of tokens [n, 77]."""
-    parts = [model(part) for part in tokens.split(128)]
-    return torch.cat([c for c, _ in parts]), torch.cat([p for _, p in parts])
+    parts = [model(part.to(model.g.device)) for part in tokens.split(128)]
+    return torch.cat([c.cpu() for c, _ in parts]), torch.cat([p.cpu() for _, p in parts])
