@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack
+from typing import Any
 
+import psutil
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tools import testhost
 
@@ -19,16 +22,28 @@ FULL_SIZE = ("host", "parity")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A run that is told to end, by CI's time limit say, ends in order: its servers are stopped."""
-    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
     config.stash[SHARED] = ExitStack()
+    signal.signal(signal.SIGTERM, _end)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def _end(*_: Any) -> None:
+    """A run that is told to end, by CI's time limit say, takes its processes along, and the servers of those."""
+    for child in psutil.Process().children():
+        child.terminate()
+    pytest.exit("terminated", returncode=143)
+
+
+class ByFolder(LoadScopeScheduling):
     """`dev.py test` has two processes: a folder is for one of them, and so are both folders with full-size models."""
-    for item in items:
-        folder = item.path.relative_to(config.rootpath / "tests").parts[0]
-        item.add_marker(pytest.mark.xdist_group("full-size" if folder in FULL_SIZE else folder))
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = nodeid.split("/")[1]
+        return "full-size" if folder in FULL_SIZE else folder
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFolder:
+    """xdist's own ways of sharing tests out know of files, not of folders."""
+    return ByFolder(config, log)
 
 
 @pytest.hookimpl(trylast=True)

@@ -38,7 +38,7 @@ def run(pytest_arguments: Sequence[str]) -> int:
     say("== pytest")
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
-    return pytest.main([f"--numprocesses={PROCESSES}", "--dist=loadgroup", *pytest_arguments])
+    return pytest.main([f"--numprocesses={PROCESSES}", "--dist=loadscope", *pytest_arguments])
 
 
 def lint() -> int:
