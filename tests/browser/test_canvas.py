@@ -158,6 +158,7 @@ def test_curve_bars_and_badge_are_drawn_with_the_right_numbers(page: Page, shoot
     shoot("curve-and-bars")
     assert overlaps(page) == []
     dots = page.locator(".koala-curve circle")
+    dots.first.wait_for(state="attached")
     sigmas = [float(dots.nth(step).get_attribute("data-sigma") or "") for step in range(dots.count())]
     assert sigmas == schedule(12, "leading").sigmas.tolist()
     assert "published: 25 steps, cfg 7.5, leading" in (page.locator(".koala-curve").text_content() or "")
