@@ -14,9 +14,7 @@ Captured = tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def replayed(
-    work: Callable[[Sequence[torch.Tensor]], torch.Tensor],
-) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+def replayed(work: Work) -> Work:
     """`work` of tensors, which may lie on the CPU, done on DEVICE: on a GPU as a CUDA graph, of which there is one for
     each set of shapes. The first tensors of each are worked on once more than the others, to warm up."""
     graphs: dict[tuple[torch.Size, ...], Captured] = {}
