@@ -122,7 +122,7 @@ def run(options: argparse.Namespace, further: list[str], host: testhost.Host) ->
 
         return checks.run(further)
     if options.command in MODULES:
-        tokenizer = str(host.folder / "comfy" / "sd1_tokenizer")
+        tokenizer = str(host.tokenizer)
         own = ["--tokenizer", tokenizer] if options.command == "train-tiny" else []
         sys.argv = [options.command, *own, *further]
         runpy.run_module(MODULES[options.command], run_name="__main__", alter_sys=True)

@@ -95,12 +95,7 @@ def tiny_models() -> tuple[Any, Any, Any]:
 @cache
 def tiny_pipeline() -> Any:
     """koala-tiny in diffusers."""
-    return reference.pipeline(koala_loader.BUILT_IN, tokenizer_folder())
-
-
-def tokenizer_folder() -> Path:
-    """CLIP's own vocabulary, as ComfyUI ships it."""
-    return testhost.test_host().folder / "comfy" / "sd1_tokenizer"
+    return reference.pipeline(koala_loader.BUILT_IN, testhost.test_host().tokenizer)
 
 
 @torch.inference_mode()

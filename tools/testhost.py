@@ -98,6 +98,11 @@ class Host:
     python: Path
     borrowed: bool = False  # somebody's own installation: nothing in it may change
 
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with CLIP's own vocabulary, as transformers reads it."""
+        return self.folder / "comfy" / "sd1_tokenizer"
+
 
 def test_host() -> Host:
     """The ComfyUI that is tested most, and its environment, both built if need be. Raises Problem."""

@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the teacher and the pictures; configurations lie there, and runs write into it."""
     folder = tmp_path_factory.mktemp("distill")
-    tokenizer = testhost.test_host().folder / "comfy" / "sd1_tokenizer"
+    tokenizer = testhost.test_host().tokenizer
     shipped = reference.pipeline(SHIPPED, tokenizer)
     torch.manual_seed(0)
     unet = denoiser.new_unet(SDXL_TINY)

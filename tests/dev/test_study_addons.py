@@ -29,7 +29,7 @@ DRAWINGS = random_drawings(72, torch.Generator().manual_seed(5))
 def teacher() -> Any:
     """sdxl-tiny with a random U-Net."""
     torch.manual_seed(0)
-    made = reference.pipeline(SHIPPED, testhost.test_host().folder / "comfy" / "sd1_tokenizer")
+    made = reference.pipeline(SHIPPED, testhost.test_host().tokenizer)
     made.unet = denoiser.new_unet(SDXL_TINY)
     return made
 

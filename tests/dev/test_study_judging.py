@@ -17,7 +17,7 @@ from tools.tiny.train import SHIPPED
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped koala-tiny as a diffusers folder."""
-    made = reference.pipeline(SHIPPED, testhost.test_host().folder / "comfy" / "sd1_tokenizer")
+    made = reference.pipeline(SHIPPED, testhost.test_host().tokenizer)
     pipeline.save(made, path := tmp_path_factory.mktemp("judged") / "koala-tiny")
     return path
 

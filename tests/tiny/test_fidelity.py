@@ -15,7 +15,7 @@ ASSET = ROOT / "assets" / "koala-tiny.safetensors"
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return reference.pipeline(ASSET, testhost.test_host().folder / "comfy" / "sd1_tokenizer")
+    return reference.pipeline(ASSET, testhost.test_host().tokenizer)
 
 
 def test_the_judge_itself_is_right() -> None:

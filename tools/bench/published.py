@@ -34,7 +34,7 @@ def link(target: Path) -> Path:
         **{f"{part}/config.json": export.text_config(part, size) for part, size in sizes.items()},
         "vae/config.json": export.vae_config(parts.read_autoencoder(read_header(made.vae).shapes), 1024),
     }
-    vocabulary = testhost.test_host().folder / "comfy" / "sd1_tokenizer"
+    vocabulary = testhost.test_host().tokenizer
     words = {file.name: file.read_bytes() for file in vocabulary.iterdir()}
     contents = {name: export.as_json(config) for name, config in configs.items()}
     for part, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):

@@ -111,7 +111,7 @@ class Teacher:
     def _pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
         folder = self.table.model
         if not folder.is_dir():
-            return reference.pipeline(folder, testhost.test_host().folder / "comfy" / "sd1_tokenizer", unet)
+            return reference.pipeline(folder, testhost.test_host().tokenizer, unet)
         absent = [part for part in BESIDE if not (folder / part).is_dir()]
         half = any((folder / "text_encoder").glob("*.fp16.safetensors"))
         try:

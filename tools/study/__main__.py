@@ -2,7 +2,8 @@
 
 Usage: python3 dev.py distill-study [--work DIR] [--jobs 2] [--only GROUP ...]
 
-Several hours on two CPU cores, of which the teacher takes one. Stopped at any time, it goes on with the same command.
+Several hours on two CPU cores, without the teacher, which is for a GPU. Stopped at any time, it goes on with the same
+command.
 """
 
 import argparse

@@ -119,10 +119,9 @@ def carry_out(run: Run, work: Path) -> None:
 
 def judge_references(work: Path) -> None:
     """The same judgement of the teacher itself, and of the koala-tiny that the checkout holds."""
-    tokenizer = testhost.test_host().folder / "comfy" / "sd1_tokenizer"
     models = {
         "teacher": lambda: pipeline.load(teacher_folder(work)),
-        "shipped": lambda: reference.pipeline(SHIPPED, tokenizer),
+        "shipped": lambda: reference.pipeline(SHIPPED, testhost.test_host().tokenizer),
     }
     for name, load in models.items():
         path = work / "runs" / f"{name}.json"
@@ -142,8 +141,8 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
     dataset.write(work / f"drawings-{SIZE}", SIZE, PICTURES)
     (work / "runs").mkdir(parents=True, exist_ok=True)
     if not teacher_folder(work).exists():
-        tokenizer = testhost.test_host().folder / "comfy" / "sd1_tokenizer"
-        print("sdxl-tiny: an hour or more", flush=True)
+        tokenizer = testhost.test_host().tokenizer
+        print("sdxl-tiny: minutes on a GPU, most of a day on two cores", flush=True)
         command = ["tools.tiny.train", "--teacher", "--tokenizer", str(tokenizer), "--work", str(work / "teacher")]
         _process(command, work / "runs" / "teacher.log", threads=jobs)
     judge_references(work)
