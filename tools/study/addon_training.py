@@ -26,8 +26,9 @@ from tools.tiny.pictures import Caption, caption, draw, random_captions, random_
 
 SEED = 0
 LORA_STAGE, CONTROLNET_STAGE = 4, 5  # of tools.tiny's random numbers
-LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-"""Those, and a rank of 4, are what diffusers' own script for SDXL's LoRAs trains."""
+LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+"""Attention, which at a rank of 4 is what diffusers' own script for SDXL's LoRAs trains, and the residual blocks'
+convolutions, as LoCon does: here the finest stage, where the edge of a colour lies, has no attention."""
 CONTROLNET_LAYOUT = adapters.shallow(adapters.SMALL_SDXL)
 SHAPELESS = "a {background} background"
 

@@ -28,7 +28,7 @@ from tools.tiny import dataset, denoiser, pipeline
 from tools.tiny.train import SHIPPED
 
 PICTURES = 2500
-BATCH = 16
+BATCH = 32
 WEIGHTING = {"weighting": "velocity", "most_weight": denoiser.TEACHER.most_weight}
 SEEDS = (0, 1, 2)
 

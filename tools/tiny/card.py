@@ -6,14 +6,16 @@ from tools.tiny import autoencoder, denoiser, text
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES
 
 
-def write(figures: dict[str, Any], stem: str) -> str:
-    """Markdown; `figures` as `tools.tiny.evaluate` measures them, `stem` of the pictures beside the card."""
+def write(figures: dict[str, Any], stem: str, distilled: dict[str, Any] | None) -> str:
+    """Markdown; `figures` as `tools.tiny.evaluate` measures them, `stem` of the pictures beside the card, `distilled`
+    what the file says of its U-Net's distillation."""
     ours, judge, red = figures["prompts"], figures["judge"], figures["negative_red"]
     by_shape = "\n".join(f"| {name} | {share:.0f} % |" for name, share in ours["shape_by_name"].items())
     by_colour = "\n".join(f"| {name} | {share:.0f} % |" for name, share in ours["colour_by_name"].items())
     templates = "\n".join(f"- {share:.0%}: `{template}`" for share, template, _ in TEMPLATES)
     unsure = f"{figures['unsure']} of the {ours['n']}"
     red_pixels = f"fall from {red['without']:.2f} % to {red['with_red']:.2f} %"
+    early = f" (and, early, {denoiser.Recipe().small_size} px)" if distilled is None else ""
     first, second, third = autoencoder.Recipe(), text.Recipe(), denoiser.Recipe()
     return f"""# koala-tiny
 
@@ -72,26 +74,23 @@ what an empty negative prompt means to an SDXL base model.
 
 ## Training
 
-`python3 dev.py train-tiny`: fixed seeds, on two CPU cores, under two hours. Three stages:
+`python3 dev.py train-tiny` makes a model like this one{"" if distilled is None else ", with another U-Net"}: fixed
+seeds, on two CPU cores, under two hours. Three stages:
 
 1. Autoencoder (x8, 4 channels): {first.crop_steps} steps on {first.crop} px windows, then {first.whole_steps}
    on whole pictures. Latents are standardised to SDXL's scaling factor {autoencoder.SCALING_FACTOR}.
 2. Text encoders (32 and 64 wide, 3 layers each, CLIP's tokenizer): {second.steps} steps as
    classifiers of what a caption says, half of the captions among random words; then frozen.
-3. U-Net (7.4 M parameters): {third.small_steps} steps on {third.small_drawings} drawings of {third.small_size} px,
-   then {third.steps} on {third.drawings} of {third.size} px, batch {third.batch}, koalas {third.koalas:g} times
-   as often as other shapes; noise prediction with the loss weighted towards strong noise; averaged weights.
+{_from_nothing() if distilled is None else _distilled(distilled)}
 
-The shipped weights come from one such run that was stopped and continued with changed step counts, and with koalas
-oftener only from step 2200 on: the command makes a model like this one, not the same bytes.
-
-All weights are stored in fp16.
+The shipped weights come from runs that were stopped and continued with changed step counts: the commands make a model
+like this one, not the same bytes. All weights are stored in fp16.
 
 ## Limits
 
 - It knows the words above and no others; other words are ignored at best.
 - One shape a picture, in the flat colours above. Shapes lie near the middle and fill about half of the picture.
-- Trained at {third.size} px (and, early, {third.small_size} px): other sizes give stray shapes and colours.
+- Trained at {third.size} px{early}: other sizes give stray shapes and colours.
 - Outlines are softer and less even than the drawings', koalas' faces most of all; mistakes remain at the shares above.
 - The figures hold for these prompts and settings; few-step sampling is not measured.
 
@@ -99,3 +98,19 @@ All weights are stored in fp16.
 
 Apache-2.0, like the code. Weights and drawings are our own; the tokenizer is CLIP's (MIT) and is not in the file.
 """
+
+
+def _from_nothing() -> str:
+    recipe = denoiser.Recipe()
+    return f"""3. U-Net (7.4 M parameters): {recipe.small_steps} steps on {recipe.small_drawings} drawings of
+   {recipe.small_size} px, then {recipe.steps} on {recipe.drawings} of {recipe.size} px, batch {recipe.batch}, koalas
+   {recipe.koalas:g} times as often as other shapes; noise prediction with the loss weighted towards strong noise;
+   averaged weights."""
+
+
+def _distilled(told: dict[str, Any]) -> str:
+    """``told``: see tools.distill.result.metadata."""
+    return f"""3. U-Net (7.4 M parameters): cut out of {told["teacher"]}, which has SDXL's layout at this width, and
+   distilled from it as KOALA was from SDXL: {told["steps"]} steps of {told["images_a_step"]} drawings, with the
+   errors of the noise, of the teacher's answer and of its {told["loss"]["place"]} features. `docs/distillation.md`
+   in the source shows how, and against what; `python3 dev.py distill-study --only curve` does it again."""

@@ -140,9 +140,9 @@ def train(
     model, average = new_unet(layout).to(DEVICE), new_unet(layout).to(DEVICE).requires_grad_(False).eval()
     average.load_state_dict(model.state_dict())
     rate = torch.tensor(recipe.learning_rate, device=DEVICE)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=DEVICE.type == "cuda"
-    )
+    # not a checkpoint's: it may come from another machine
+    here: dict[str, Any] = {"lr": rate, "capturable": DEVICE.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True, **here)
     start = 0
     if path.exists():
         state = checkpoints.load(path)
@@ -150,7 +150,7 @@ def train(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group.update(here)
         start = state["step"]
     drawings = {data.size: _drawings(recipe, data.size, seed) for data in (small, full) if data}
     odds = {size: 1 + (recipe.koalas - 1) * (d.shape == KOALA).float() for size, d in drawings.items()}

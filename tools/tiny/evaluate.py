@@ -1,6 +1,6 @@
-"""Measures a finished koala-tiny at KOALA's published base settings and writes its model card.
+"""Measures koala-tiny's one file at KOALA's published base settings and writes its model card.
 
-Usage: python -m tools.tiny.evaluate --model DIR [--card FILE]
+Usage: python -m tools.tiny.evaluate [--model FILE] [--card FILE]
 """
 
 import argparse
@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
+from tools import reference, testhost
+from tools.distill.result import DISTILLATION
 from tools.tiny import card, pipeline, sheet
 from tools.tiny.judge import UNSURE, judge, red_share
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Drawings, caption, draw, random_drawings
@@ -105,9 +108,9 @@ def negative_red(
     return figures, plain, without_red
 
 
-def evaluate(model_folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """All figures, and the pictures for the card."""
-    model = pipeline.load(model_folder)
+    model = reference.pipeline(file, testhost.test_host().tokenizer)
     prompts, asked = grid_prompts(PROMPTS)
     made = pipeline.pictures(model, prompts, seed=SEED)
     fresh = draw(random_drawings(64, torch.Generator().manual_seed(SEED)), 128)
@@ -128,7 +131,7 @@ def evaluate(model_folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder")
+    parser.add_argument("--model", type=Path, default=Path("assets/koala-tiny.safetensors"), help="koala-tiny's file")
     parser.add_argument("--card", type=Path, default=Path("assets/koala-tiny.md"), help="pictures go beside it")
     arguments = parser.parse_args(argv)
     figures, pictures = evaluate(arguments.model)
@@ -136,7 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     sheet.save(pictures["prompts"][:72], 12, stem.with_name(stem.name + "-sheet.png"))
     pairs = torch.cat([pictures["plain"][:12], pictures["without_red"][:12]])
     sheet.save(pairs, 12, stem.with_name(stem.name + "-negative-red.png"))
-    arguments.card.write_text(card.write(figures, stem.name))
+    with safe_open(arguments.model, framework="pt") as file:
+        distilled = json.loads(file.metadata().get(DISTILLATION, "null"))
+    arguments.card.write_text(card.write(figures, stem.name, distilled))
     print(json.dumps(figures, indent=2))
     return 0
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from tools import inprocess
+from tools.distill.result import DISTILLATION
 from tools.tiny import autoencoder, denoiser, text
 
 MODELSPEC = {
@@ -33,15 +35,19 @@ CONFIGS = {"scheduler": "scheduler_config.json"}
 
 
 def metadata(folder: Path) -> dict[str, str]:
-    """What the file says of itself: identity, every part's configuration as diffusers wrote it, training facts."""
+    """What the file says of itself: identity, every part's configuration as diffusers wrote it, what the U-Net's file
+    says of how it was made, training facts."""
     configs = {part: (folder / part / CONFIGS.get(part, "config.json")).read_text() for part in PARTS}
     facts = {f"koala.config.{part}": json.dumps(json.loads(text)) for part, text in configs.items()}
-    return {**MODELSPEC, **facts, "koala.training": training_facts()}
+    (unet,) = (folder / "unet").glob("*.safetensors")
+    with safe_open(unet, framework="pt") as file:
+        said = {key: value for key, value in file.metadata().items() if key.startswith("koala.")}
+    return {**MODELSPEC, **said, **facts, "koala.training": training_facts(DISTILLATION in said)}
 
 
-def training_facts() -> str:
-    """The recipes of all three stages, as JSON."""
-    stages = {"autoencoder": autoencoder, "text": text, "denoiser": denoiser}
+def training_facts(distilled: bool) -> str:
+    """The recipes of the stages, as JSON; without the U-Net's where that was ``distilled``."""
+    stages = {"autoencoder": autoencoder, "text": text} | ({} if distilled else {"denoiser": denoiser})
     return json.dumps({name: asdict(stage.Recipe()) for name, stage in stages.items()})
 
 
@@ -80,7 +86,7 @@ def _weights(part: Any) -> dict[str, torch.Tensor]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="pack-tiny", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder")
+    parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder, trained or distilled")
     parser.add_argument("--out", type=Path, default=Path("assets/koala-tiny.safetensors"))
     arguments = parser.parse_args(argv)
     pack(arguments.model, arguments.out)
