@@ -36,7 +36,7 @@ from tools.distill.config import Config
 from tools.distill.teacher import open_teacher
 from tools.problem import Problem
 from tools.testhost import ROOT
-from tools.tiny import dataset, denoiser, pipeline, text
+from tools.tiny import dataset, denoiser, pack, pipeline, text
 from tools.tiny.train import SDXL_TINY, SHIPPED
 
 State = dict[str, torch.Tensor]
@@ -276,6 +276,13 @@ def test_both_say_what_they_are_made_of(place: Path, whole: Path) -> None:
             "images_a_step": 4,
             "loss": config.read(place / "whole.toml").loss.model_dump(mode="json"),
         }
+
+
+def test_the_built_in_models_file_would_say_it_too(whole: Path) -> None:
+    said = pack.metadata(whole / "result" / "whole")
+    assert json.loads(said[result.DISTILLATION])["steps"] == STEPS
+    assert said["modelspec.title"] == "koala-tiny"
+    assert json.loads(said["koala.training"]).keys() == {"autoencoder", "text"}  # no recipe of a U-Net
 
 
 def test_a_finished_run_is_left_as_it_is(place: Path, whole: Path) -> None:

@@ -243,7 +243,9 @@ def against_nothing(data: Mapping[str, Any]) -> str:
     return f"""## Distilled against trained from nothing
 
 *distilled*: cut out of the teacher, all three errors. *from nothing*: random weights, no teacher. *cut, task only*: the
-distilled one's start, no teacher. After so many steps:
+distilled one's start, no teacher. The teacher's own training is not counted. *from nothing* has the same pictures and
+steps as the others, not the small pictures that koala-tiny's own training begins with; what
+that came to is told as *koala-tiny as shipped*. After so many steps:
 
 {curves(data)}
 ![The same twelve prompts: the teacher, and each run's last pictures](distillation-pictures.png)
