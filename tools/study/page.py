@@ -93,7 +93,7 @@ def curves(data: Mapping[str, Any]) -> str:
     figure.savefig(DOCS / "distillation-curves.png", dpi=100)
     pyplot.close(figure)
     steps = sorted({int(step) for run in runs for step in run["curve"]})
-    lines = [f"| run | |{' | '.join(map(str, steps))} |", f"|---|---|{'---|' * len(steps)}"]
+    lines = [f"| run | | {' | '.join(map(str, steps))} |", f"|---|---|{'---|' * len(steps)}"]
     for what, (label, digits) in JUDGED.items():
         for run in runs:
             found = (f"{run['curve'][str(step)][what]:.{digits}f}" for step in steps)
@@ -242,15 +242,15 @@ def against_nothing(data: Mapping[str, Any]) -> str:
     """The curves, with the pictures at their ends."""
     return f"""## Distilled against trained from nothing
 
-*distilled*: cut out of the teacher, all three errors. *from nothing*: random weights, no teacher. *cut, task only*: the
-distilled one's start, no teacher. The teacher's own training is not counted. *from nothing* has the same pictures and
-steps as the others, not the small pictures that koala-tiny's own training begins with; what
-that came to is told as *koala-tiny as shipped*. After so many steps:
+*distilled*: cut out of the teacher, all three errors, self-attention features as KOALA's. *distilled, residual*: those
+of residual blocks. *from nothing*: random weights, no teacher; the same pictures and steps, not the small pictures that
+koala-tiny's own training begins with; what that came to is told as *koala-tiny as shipped*. The teacher's own training
+is not counted. After so many steps:
 
 {curves(data)}
 ![The same twelve prompts: the teacher, and each run's last pictures](distillation-pictures.png)
 
-*From above: the teacher, distilled, from nothing, cut and task only.*
+*From above: the teacher, {"; ".join(run.name for run in study.CURVES)}.*
 """
 
 

@@ -50,8 +50,8 @@ class Run:
 
 CURVES = (
     Run("distilled", "curve", 2000, 400),
+    Run("distilled, residual", "curve", 2000, 400, place="residual"),
     Run("from nothing", "curve", 2000, 400, start="random", place="none", output=0.0),
-    Run("cut, task only", "curve", 2000, 400, place="none", output=0.0),
 )
 ABLATION = tuple(
     Run(f"{place}, seed {seed}", "place", 200, 200, seed, place=place) for place in PLACES for seed in SEEDS
