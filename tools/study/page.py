@@ -156,7 +156,14 @@ def ablation(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-LORA_COLUMNS = {"dipped": "dipped", "colour": "colour", "background": "background", "shape": "shape", "all": "all four"}
+LORA_COLUMNS = {
+    "dipped": "dipped",
+    "cyan": "turquoise below",
+    "colour": "colour",
+    "background": "background",
+    "shape": "shape",
+    "all": "all four",
+}
 CONTROL_COLUMNS = {
     "overlap": "overlap",
     "followed": "outline followed",
@@ -171,7 +178,8 @@ def addons(data: Mapping[str, Any]) -> str:
     found = data["addons"]
     return "\n".join(
         (
-            "A LoRA that dips every shape into turquoise, trained on the teacher. Shares of pictures in %:",
+            "A LoRA that dips every shape into turquoise up to the picture's middle, trained on the teacher. Shares of "
+            "pictures in %, and the mean share of turquoise in what of a shape lies below the middle:",
             "",
             *_rows(found["lora"], LORA_COLUMNS),
             "",
