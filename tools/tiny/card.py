@@ -15,8 +15,8 @@ def write(figures: dict[str, Any], stem: str, distilled: dict[str, Any] | None) 
     templates = "\n".join(f"- {share:.0%}: `{template}`" for share, template, _ in TEMPLATES)
     unsure = f"{figures['unsure']} of the {ours['n']}"
     red_pixels = f"fall from {red['without']:.2f} % to {red['with_red']:.2f} %"
-    early = f" (and, early, {denoiser.Recipe().small_size} px)" if distilled is None else ""
     first, second, third = autoencoder.Recipe(), text.Recipe(), denoiser.Recipe()
+    early = f" (and, early, {third.small_size} px)" if distilled is None else ""
     return f"""# koala-tiny
 
 A text-to-image model of 28 MB that draws a coloured shape on a coloured background. It has KOALA-700M's layout exactly
@@ -81,7 +81,7 @@ seeds, on two CPU cores, under two hours. Three stages:
    on whole pictures. Latents are standardised to SDXL's scaling factor {autoencoder.SCALING_FACTOR}.
 2. Text encoders (32 and 64 wide, 3 layers each, CLIP's tokenizer): {second.steps} steps as
    classifiers of what a caption says, half of the captions among random words; then frozen.
-{_from_nothing() if distilled is None else _distilled(distilled)}
+{_from_nothing(third) if distilled is None else _distilled(distilled)}
 
 The shipped weights come from runs that were stopped and continued with changed step counts: the commands make a model
 like this one, not the same bytes. All weights are stored in fp16.
@@ -100,12 +100,11 @@ Apache-2.0, like the code. Weights and drawings are our own; the tokenizer is CL
 """
 
 
-def _from_nothing() -> str:
-    recipe = denoiser.Recipe()
+def _from_nothing(recipe: denoiser.Recipe) -> str:
     return f"""3. U-Net (7.4 M parameters): {recipe.small_steps} steps on {recipe.small_drawings} drawings of
    {recipe.small_size} px, then {recipe.steps} on {recipe.drawings} of {recipe.size} px, batch {recipe.batch}, koalas
    {recipe.koalas:g} times as often as other shapes; noise prediction with the loss weighted towards strong noise;
-   averaged weights."""
+   averaged weights. In the shipped ones' run koalas came oftener only from step 2200 on."""
 
 
 def _distilled(told: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from koala.checkpoint import read_header
 from tools import reference, testhost
 from tools.distill.result import DISTILLATION
 from tools.tiny import card, pipeline, sheet
@@ -139,8 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     sheet.save(pictures["prompts"][:72], 12, stem.with_name(stem.name + "-sheet.png"))
     pairs = torch.cat([pictures["plain"][:12], pictures["without_red"][:12]])
     sheet.save(pairs, 12, stem.with_name(stem.name + "-negative-red.png"))
-    with safe_open(arguments.model, framework="pt") as file:
-        distilled = json.loads(file.metadata().get(DISTILLATION, "null"))
+    distilled = json.loads(read_header(arguments.model).metadata.get(DISTILLATION, "null"))
     arguments.card.write_text(card.write(figures, stem.name, distilled))
     print(json.dumps(figures, indent=2))
     return 0

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from koala.checkpoint import read_header
 from tools import inprocess
 from tools.distill.result import DISTILLATION
 from tools.tiny import autoencoder, denoiser, text
@@ -40,8 +40,7 @@ def metadata(folder: Path) -> dict[str, str]:
     configs = {part: (folder / part / CONFIGS.get(part, "config.json")).read_text() for part in PARTS}
     facts = {f"koala.config.{part}": json.dumps(json.loads(text)) for part, text in configs.items()}
     (unet,) = (folder / "unet").glob("*.safetensors")
-    with safe_open(unet, framework="pt") as file:
-        said = {key: value for key, value in file.metadata().items() if key.startswith("koala.")}
+    said = {key: value for key, value in read_header(unet).metadata.items() if key.startswith("koala.")}
     return {**MODELSPEC, **said, **facts, "koala.training": training_facts(DISTILLATION in said)}
 
 
