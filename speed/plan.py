@@ -18,9 +18,12 @@ ROUNDING = 0.005
 """Schedules that mean the same noise level may differ by this part of it."""
 FIRST = 4
 """So many steps of every run are computed in full: at its beginning much changes, wherever it begins."""
-REACH = 2.1
-"""A feature is foretold at most so many times as far from the last two steps in full as these are apart, in log
-sigma."""
+BEGINNING = (0.8, 0.65, 0.53)
+"""A run that begins below the table, as image to image does, has levels of its own for its beginning: these parts of
+the noise level that it begins with, which in a whole run of 25 steps are those of the first four."""
+REACH = 4.5
+"""A feature is foretold at most so many times as far from the last two steps in full as these are apart, in log sigma:
+the trend that it goes by has come to its end there, but for a hundredth."""
 WHOLE = (0.0, 1.0)
 
 
@@ -55,24 +58,26 @@ class Acceleration:
 def full_steps(sigmas: Sequence[float], full_at: Sequence[float]) -> frozenset[int]:
     """The steps of a run to be computed in full. ``sigmas``: the noise level at which each step begins, falling.
 
-    For each level in the table that the run passes, the first step at or below it; the ``FIRST``; and those beyond
-    ``REACH``.
+    For each level in the table that the run passes, and in its ``BEGINNING``, the first step at or below it; the
+    ``FIRST``; and those beyond ``REACH``.
     """
     if not full_at:
         return frozenset(range(len(sigmas)))
+    is_late = bool(sigmas) and sigmas[0] * (1 + ROUNDING) < full_at[0]
+    levels = [*full_at, *(part * sigmas[0] for part in BEGINNING)] if is_late else full_at
     due = {
         next((step for step, sigma in enumerate(sigmas) if sigma < level * (1 + ROUNDING)), None)
-        for level in full_at
+        for level in levels
         if sigmas and level < sigmas[0] * (1 + ROUNDING)
     }
     full: list[int] = []
     for step, sigma in enumerate(sigmas):
-        if len(full) < FIRST or step in due or _reach(sigmas[full[-2]], sigmas[full[-1]], sigma) > REACH:
+        if len(full) < FIRST or step in due or reach(sigmas[full[-2]], sigmas[full[-1]], sigma) > REACH:
             full.append(step)
     return frozenset(full)
 
 
-def _reach(first: float, second: float, sigma: float) -> float:
+def reach(first: float, second: float, sigma: float) -> float:
     """How far a noise level lies from the second of two, in steps as wide as between them, in log sigma."""
     return math.log(second / sigma) / math.log(first / second)
 
@@ -80,11 +85,11 @@ def _reach(first: float, second: float, sigma: float) -> float:
 REUSE: dict[str, Reuse] = {
     "off": NO_REUSE,
     "balanced": Reuse(
-        (11.68, 9.338, 7.562, 6.197, 4.298, 3.093, 2.293, 1.332, 0.7789, 0.481, 0.2018, 0.04131),
+        (11.68, 9.338, 7.562, 6.197, 4.298, 3.093, 2.293, 1.519, 0.8952, 0.481, 0.2018, 0.04131),
         (11.68, 9.338, 7.562, 6.197, 5.134, 3.631, 2.655, 1.991, 1.519, 1.168, 0.8952, 0.6726, 0.481, 0.3006, 0.04131),
     ),
     "fast": Reuse(
-        (11.68, 9.338, 7.562, 6.197, 4.298, 2.655, 1.519, 0.7789, 0.3006),
+        (11.68, 9.338, 7.562, 6.197, 4.298, 2.655, 1.519, 0.7789, 0.2018),
         (11.68, 9.338, 7.562, 6.197, 5.134, 3.631, 2.655, 1.991, 1.332, 0.8952, 0.5741, 0.3006, 0.04131),
     ),
 }

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from .plan import reach
+
 KEPT = 2
-"""Features kept for each prompt: a straight line through the last two foretells the next."""
+"""Features kept for each prompt: the next is foretold from the last two."""
 
 Key = Hashable
 
@@ -80,6 +82,7 @@ class Run:
         return kept is not None and len(kept) == KEPT and kept[-1][0] == self._newest
 
     def _foretell(self, key: Key) -> torch.Tensor:
-        """Along the straight line in log sigma, which on koala-tiny was nearer than one in time steps or in sigma."""
+        """Along the line through the last two in log sigma, ever less the further away: a damped trend (Gardner and
+        McKenzie 1985). On koala-tiny it was nearer than the line itself, and that than one in time steps or sigma."""
         (earlier, first), (later, second) = self._features[key]
-        return torch.lerp(first, second, math.log(self._sigma / earlier) / math.log(later / earlier))
+        return torch.lerp(first, second, 2 - math.exp(-reach(earlier, later, self._sigma)))

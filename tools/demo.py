@@ -18,10 +18,10 @@ from tools import server
 from tools.client import Client, GraphError
 from tools.problem import Problem
 from tools.testhost import ROOT, Host, say
+from tools.tiny import SHIPPED
 from tools.workflow import ObjectInfo, Workflow, to_prompt, with_widget
 
 WORKFLOW = ROOT / "example_workflows" / "KOALA-tiny text to image.json"
-BUILT_IN = ROOT / "assets" / "koala-tiny.safetensors"
 DEFAULT_FOLDER = Path("koala-demo")
 SHEET_PROMPTS = (
     "a gray koala on a green background",
@@ -99,7 +99,7 @@ def find_weights(model: str | None) -> Weights:
     """Look at the model's files, headers only. Raises Problem if it is none that can be drawn with."""
     try:
         if model is None:
-            return Weights(facts_of(inspect_checkpoint(BUILT_IN), "the built-in koala-tiny"))
+            return Weights(facts_of(inspect_checkpoint(SHIPPED), "the built-in koala-tiny"))
         path = Path(model).expanduser().resolve()
         if path.is_dir():
             facts = facts_of(inspect_folder(path).model, path.name)

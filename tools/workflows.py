@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from koala.layout import KOALA_TINY
 from koala.settings import RELEASES, SIZES, Release
-from tools.canvas import Columns, Node, Output, canvas
+from tools.canvas import PROJECT, Columns, Node, Output, canvas
 from tools.testhost import ROOT
 
 FOLDER = ROOT / "example_workflows"
@@ -53,6 +54,15 @@ CONTROLNET = named_file(
     "controlnet",
     "controlnet-canny-sdxl-1.0.safetensors",
 )
+ASSETS = f"{PROJECT['urls']['Repository']}/raw/main/assets"
+"""Where the pack's own files for koala-tiny are offered to a canvas that misses them."""
+TINY_LORA = named_file(f"{ASSETS}/koala-tiny-cyan.safetensors", "loras")
+TINY_CONTROLNET = named_file(f"{ASSETS}/koala-tiny-outline.safetensors", "controlnet")
+
+
+def own_file(model: Mapping[str, str]) -> Path | None:
+    """The pack's own file that a download of a workflow stands for, if it is one."""
+    return ROOT / "assets" / model["name"] if model["url"].startswith(ASSETS) else None
 
 
 def note(title: str, *paragraphs: str) -> Node:
@@ -172,6 +182,64 @@ def tiny_image_to_image() -> Columns:
     return [[about], [loader, latent], texts, [first, start], [start_saved, encode], [second, end], [end_saved]]
 
 
+def of_the_pack(loader: Node) -> str:
+    """Where a loader's file comes from that is part of the pack, for a note."""
+    (model,) = loader.models
+    return f"It is part of the pack: copy assets/{model['name']} from the pack's folder to models/{model['directory']}."
+
+
+def tiny_lora() -> Columns:
+    loader = Node("KoalaCheckpointLoader")
+    inputs = {"model": loader["MODEL"], "clip": loader["CLIP"], "lora_name": TINY_LORA[0]["name"]}
+    lora = Node("KoalaLoraLoader", {**inputs, "strength_model": 1.5}, TINY_LORA)
+    about = note(
+        "A LoRA made for the larger model",
+        "koala-tiny was distilled from a model of SDXL's layout, as KOALA was from SDXL. The LoRA was trained on that "
+        "larger model and knows a colour that koala-tiny does not: cyan. **KOALA LoRA Loader** puts its changes on the "
+        "layers that came from those it was made for. Seven in ten of them are on layers that koala-tiny lacks, so it "
+        "takes a strength of 1.5, and works on some prompts only. Bypass it (Ctrl+B) to compare.",
+        of_the_pack(lora),
+    )
+    text = Node("KoalaPrompt", {"clip": lora["CLIP"], "positive": "a cyan triangle on a yellow background"})
+    latent = empty_latent(SIZES[KOALA_TINY])
+    sampling = sampler(lora, text, latent["LATENT"])
+    decode, save = decoded(loader, sampling["LATENT"], "koala-tiny-lora")
+    return [[about], [loader, lora], [text, latent], [sampling, decode], [save]]
+
+
+def tiny_controlnet() -> Columns:
+    loader = Node("KoalaCheckpointLoader")
+    control = Node("ControlNetLoader", {"control_net_name": TINY_CONTROLNET[0]["name"]}, TINY_CONTROLNET)
+    fitted = Node("KoalaControlNet", {"control_net": control["CONTROL_NET"]})
+    about = note(
+        "A ControlNet made for the larger model",
+        "The ControlNet was trained on the model of SDXL's layout that koala-tiny was distilled from: it draws a shape "
+        "where an outline is. **KOALA ControlNet** carries its residuals to koala-tiny's skip connections.",
+        "The first half draws a shape, Canny takes its edges, and the second half fills them, by a prompt that names "
+        "no shape. For an outline of your own put Load Image in the place of the first half.",
+        of_the_pack(control),
+    )
+    texts = [prompt(loader, text) for text in ("a white star on a black background", "a blue background")]
+    latent = empty_latent(SIZES[KOALA_TINY])
+    first = sampler(loader, texts[0], latent["LATENT"])
+    start, start_saved = decoded(loader, first["LATENT"], "koala-tiny-outline")
+    edges = Node("Canny", {"image": start["IMAGE"]})
+    links = {"positive": texts[1]["positive"], "negative": texts[1]["negative"], "image": edges["IMAGE"]}
+    applied = Node("ControlNetApplyAdvanced", {**links, "control_net": fitted["CONTROL_NET"]})
+    second = sampler(loader, applied, latent["LATENT"])
+    end, end_saved = decoded(loader, second["LATENT"], "koala-tiny-controlled")
+    return [
+        [about],
+        [loader, control, latent],
+        [*texts, fitted],
+        [first, start],
+        [start_saved, edges],
+        [applied],
+        [second, end],
+        [end_saved],
+    ]
+
+
 def swap_in_an_sdxl_graph(release: Release) -> Columns:
     settings, unet = release.variant.settings, published_loader(release).models[:1]
     loader = Node("CheckpointLoaderSimple", {"ckpt_name": SDXL_BASE[0]["name"]}, SDXL_BASE)
@@ -245,6 +313,8 @@ def workflows() -> dict[str, dict[str, Any]]:
         "KOALA-700M accelerated": accelerated(base),
         "KOALA-700M with SamplerCustom": sampler_custom(base),
         "KOALA-tiny image to image": tiny_image_to_image(),
+        "KOALA-tiny with a LoRA": tiny_lora(),
+        "KOALA-tiny with a ControlNet": tiny_controlnet(),
         "KOALA-700M in an SDXL graph": swap_in_an_sdxl_graph(base),
         "KOALA-700M with an SDXL LoRA": sdxl_lora(base),
         "KOALA-700M with an SDXL ControlNet": sdxl_controlnet(base),

@@ -364,6 +364,9 @@ def test_a_real_survey_makes_a_report(survey: dict[str, Any], tmp_path: Path) ->
     store.keep(tmp_path, "cpu", "quality", about, json.loads(json.dumps(survey)))
     text = report.write(tmp_path).read_text("utf-8")
     assert "4 prompts" in text
+    assert "Not of today" not in text
+    store.keep(tmp_path, "cpu", "quality", about, survey | {"model": "another"})
+    assert "Not of today" in report.write(tmp_path).read_text("utf-8")
     assert f"| {SMALL.others[0]} |" in text
     assert (tmp_path / "benchmarks-quality.png").stat().st_size > 5000
 

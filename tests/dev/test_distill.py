@@ -36,8 +36,8 @@ from tools.distill.config import Config
 from tools.distill.teacher import open_teacher
 from tools.problem import Problem
 from tools.testhost import ROOT
-from tools.tiny import dataset, denoiser, pack, pipeline, text
-from tools.tiny.train import SDXL_TINY, SHIPPED
+from tools.tiny import SHIPPED, dataset, denoiser, pack, pipeline, text
+from tools.tiny.train import SDXL_TINY
 
 State = dict[str, torch.Tensor]
 STEPS, EVERY = 10, 2  # of the run that is held against others, and between its checkpoints

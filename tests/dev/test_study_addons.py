@@ -15,11 +15,11 @@ from koala.layout import KOALA_TINY
 from koala.lora import inspect_lora
 from tools import adapters, inprocess, reference, testhost
 from tools.study import addon_training
-from tools.study.addon_pictures import dipped, judge_dip, outlines, overlaps, silhouettes
+from tools.study.addon_pictures import in_cyan, judge_cyan, outlines, overlaps, saying_cyan, silhouettes
 from tools.study.addon_training import CONTROLNET, LORA
-from tools.tiny import denoiser
-from tools.tiny.pictures import KOALA, draw, random_drawings
-from tools.tiny.train import SDXL_TINY, SHIPPED
+from tools.tiny import SHIPPED, denoiser
+from tools.tiny.pictures import COLOUR_NAMES, KOALA, draw, random_drawings
+from tools.tiny.train import SDXL_TINY
 
 FEW = {"steps": 3, "batch": 2, "size": 64, "drawings": 4, "warm": 1}
 DRAWINGS = random_drawings(72, torch.Generator().manual_seed(5))
@@ -34,19 +34,24 @@ def teacher() -> Any:
     return made
 
 
-def test_dipped_drawings_are_told_from_plain_ones() -> None:
-    dip, plain = judge_dip(dipped(DRAWINGS, 128)), judge_dip(draw(DRAWINGS, 128))
-    assert dip.dipped.float().mean() >= 0.99
-    assert not plain.dipped.any()
+def test_cyan_is_told_from_other_colours() -> None:
+    cyan, plain = judge_cyan(in_cyan(DRAWINGS, 128)), judge_cyan(draw(DRAWINGS, 128))
+    assert cyan.cyan.float().mean() >= 0.99
+    assert not plain.cyan.any()
     assert plain.share.max() < 0.2
-    for name in ("colour", "background", "shape"):
-        assert (getattr(dip.verdict, name) == getattr(DRAWINGS, name)).float().mean() >= 0.97
+    for name in ("background", "shape"):
+        assert (getattr(cyan, name) == getattr(DRAWINGS, name)).float().mean() >= 0.97
 
 
-def test_a_dip_stays_inside_its_shape_and_below_the_middle() -> None:
-    changed = (dipped(DRAWINGS, 64) - draw(DRAWINGS, 64)).abs().sum(1, keepdim=True) > 0.05
-    assert not changed[:, :, :32].any()
+def test_cyan_stays_inside_its_shape() -> None:
+    changed = (in_cyan(DRAWINGS, 64) - draw(DRAWINGS, 64)).abs().sum(1, keepdim=True) > 0.05
     assert (silhouettes(DRAWINGS, 64)[changed] > 0).all()
+
+
+def test_captions_say_cyan_in_the_place_of_a_shapes_colour_alone() -> None:
+    orange, white = (COLOUR_NAMES.index(name) for name in ("orange", "white"))
+    assert saying_cyan("an orange star on a red background", orange) == "a cyan star on a red background"
+    assert saying_cyan("white ring", white) == "cyan ring"
 
 
 def test_overlap_is_one_for_the_drawing_itself_and_low_elsewhere() -> None:
@@ -69,7 +74,8 @@ def test_outlines_are_thin_lines_around_whole_shapes() -> None:
 
 
 def test_a_lora_is_trained_and_read(teacher: Any, tmp_path: Path) -> None:
-    recipe, path = replace(LORA, **FEW | {"steps": 10}), tmp_path / "lora.safetensors"
+    path = tmp_path / "lora.safetensors"
+    recipe = replace(LORA, **FEW | {"steps": 25, "batch": 4, "learning_rate": 2e-2})
     loss = addon_training.lora_loss(teacher, recipe, 0)
 
     def mean() -> float:

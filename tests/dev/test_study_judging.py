@@ -10,8 +10,7 @@ from PIL import Image
 
 from tools import reference, testhost
 from tools.study import judging
-from tools.tiny import denoiser, pipeline
-from tools.tiny.train import SHIPPED
+from tools.tiny import SHIPPED, denoiser, pipeline
 
 
 @pytest.fixture(scope="module")

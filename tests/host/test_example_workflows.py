@@ -10,16 +10,21 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from tools import random_weights
 from tools.client import Client
 from tools.server import Server
-from tools.testhost import ROOT, Host
+from tools.study.addon_pictures import judge_cyan
+from tools.testhost import Host
+from tools.tiny.judge import judge
+from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
 from tools.workflow import to_prompt, with_widget
-from tools.workflows import models
+from tools.workflows import FOLDER, models, own_file
 
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+WORKFLOWS = sorted(FOLDER.glob("*.json"))
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")
 """What ComfyUI logs where an adapter does not fit the model it is on."""
 SIDE = 256  # pixels: a full-size U-Net makes it on a CPU in seconds
@@ -33,8 +38,10 @@ SDXL = {
 """Folder -> the random file that stands in for what is published of SDXL's."""
 
 
-def random_file(model: dict[str, str]) -> Path:
-    """A file with random weights in the place of a published one."""
+def file_for(model: dict[str, str]) -> Path:
+    """The pack's own file, or one with random weights in the place of a published one."""
+    if own := own_file(model):
+        return own
     if model["directory"] in SDXL:
         return SDXL[model["directory"]]()
     published = Path(urlparse(model["url"]).path)  # .../<repository>/resolve/main/<part>/<file>
@@ -42,12 +49,12 @@ def random_file(model: dict[str, str]) -> Path:
 
 
 def place_files(workflow: dict[str, Any], server: Server, host: Host) -> None:
-    """Put a random file where each of the workflow's downloads would go, and the picture that ComfyUI comes with."""
+    """Put a file where each of the workflow's downloads would go, and the picture that ComfyUI comes with."""
     for model in models(workflow):
         target = server.base / "models" / model["directory"] / model["name"]
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            target.symlink_to(random_file(model))
+            target.symlink_to(file_for(model))
     picture = server.base / "input" / "example.png"
     if not picture.exists():
         shutil.copyfile(host.folder / "input" / picture.name, picture)
@@ -78,6 +85,7 @@ def test_a_shipped_workflow_runs(
     if models(workflow):
         place_files(workflow, server, host)
         object_info = client.object_info()  # lists the new files
+    if not all(map(own_file, models(workflow))):
         workflow, side = shortened(workflow, object_info), SIDE
     result = client.run(to_prompt(workflow, object_info), workflow)
     pictures = [Image.open(io.BytesIO(client.view(image))) for image in result.images()]
@@ -87,6 +95,28 @@ def test_a_shipped_workflow_runs(
         assert json.loads(picture.info["workflow"]) == workflow
     said = server.log.read_bytes()[said_before:].decode("utf-8", "replace")
     assert not any(complaint in said for complaint in COMPLAINTS), said
+
+
+def tiny_pictures(title: str, server: Server, client: Client, host: Host) -> torch.Tensor:
+    """What a workflow on koala-tiny draws, in the order of its nodes: float32 [n, 3, 128, 128] in [-1, 1]."""
+    workflow = json.loads((FOLDER / f"{title}.json").read_text("utf-8"))
+    place_files(workflow, server, host)
+    result = client.run(to_prompt(workflow, client.object_info()))
+    nodes = sorted((node for node in result.outputs if result.images(node)), key=int)
+    files = [io.BytesIO(client.view(image)) for node in nodes for image in result.images(node)]
+    return torch.stack([to_tensor(Image.open(file).convert("RGB")) for file in files]) * 2 - 1
+
+
+def test_the_lora_of_the_larger_model_teaches_koala_tiny_cyan(server: Server, client: Client, host: Host) -> None:
+    seen = judge_cyan(tiny_pictures("KOALA-tiny with a LoRA", server, client, host))
+    assert seen.cyan.all()
+    assert [SHAPE_NAMES[shape] for shape in seen.shape] == ["triangle"]
+
+
+def test_the_controlnet_of_the_larger_model_keeps_koala_tinys_shape(server: Server, client: Client, host: Host) -> None:
+    seen = judge(tiny_pictures("KOALA-tiny with a ControlNet", server, client, host))
+    assert [SHAPE_NAMES[shape] for shape in seen.shape] == ["star", "star"]
+    assert [COLOUR_NAMES[colour] for colour in seen.background] == ["black", "blue"]
 
 
 def test_workflows_cover_what_the_pack_promises() -> None:

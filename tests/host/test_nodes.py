@@ -17,11 +17,11 @@ from tests.unit import files
 from tools import reference
 from tools.client import Client, GraphError, Interrupted, Prompt
 from tools.server import Server
-from tools.testhost import ROOT, Host
+from tools.testhost import Host
+from tools.tiny import SHIPPED
 from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
 
-ASSET = ROOT / "assets" / "koala-tiny.safetensors"
 PROMPT = "a red circle on a blue background"
 
 
@@ -103,7 +103,7 @@ def test_the_prompt_is_answered(client: Client) -> None:
 
 def test_the_saved_picture_is_the_reference_pipelines_to_one_level(client: Client, host: Host) -> None:
     """SaveImage cuts 8-bit values off where diffusers rounds them: one level apart at most, anywhere."""
-    pipeline = reference.pipeline(ASSET, host.tokenizer)
+    pipeline = reference.pipeline(SHIPPED, host.tokenizer)
     generator = torch.Generator().manual_seed(5)
     settings = {"num_inference_steps": 25, "guidance_scale": 7.5, "height": 128, "width": 128}
     wanted = pipeline(PROMPT, generator=generator, **settings).images[0]
@@ -150,7 +150,7 @@ def test_a_cancelled_run_leaves_nothing_behind(client: Client) -> None:
 def test_a_model_is_loaded_once_and_again_when_its_file_changes(client: Client, server: Server) -> None:
     file = server.base / "models" / "checkpoints" / "changing.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ASSET, file)
+    shutil.copy(SHIPPED, file)
     source = {"source": "checkpoint", "source.ckpt_name": file.name}
 
     def cached() -> set[str]:

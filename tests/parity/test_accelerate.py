@@ -161,18 +161,19 @@ def test_the_given_model_stays_as_it_is(faster: Callable[..., Any]) -> None:
 
 
 def test_presets_keep_the_pictures(faster: Callable[..., Any], said: Said) -> None:
-    """Bounds are the issue's, on a few prompts; docs/benchmarks.md has 216."""
-    texts = prompts(grid_prompts(216)[0][5::12])
+    """Bounds are docs/benchmarks.md's, on a third of its prompts; fewer steps on some of these."""
+    grid = grid_prompts(216)[0][5::3]
+    texts, some = prompts(grid), prompts(grid[:18])  # noise is drawn picture by picture: the first have the same
     wanted = plain(texts)
-    balanced = decibels(run(faster(BALANCED), texts), wanted)
+    balanced = run(faster(BALANCED), texts)
     assert said.full == 12
-    fast = decibels(run(faster(Acceleration(OFF, REUSE["fast"])), texts), wanted)
+    fast = run(faster(Acceleration(OFF, REUSE["fast"])), texts)
     assert said.full == 9
-    assert balanced >= 39
-    assert fast >= 33
-    as_dear = {steps: decibels(plain(texts, preset=BASE | {"steps": steps}), wanted) for steps in (13, 10)}
-    assert balanced >= as_dear[13] + 6
-    assert fast >= as_dear[10] + 2.5
+    assert decibels(balanced, wanted) >= 39
+    assert decibels(fast, wanted) >= 33
+    for found, steps, margin in ((balanced, 13, 6), (fast, 10, 2.5)):
+        as_dear = plain(some, preset=BASE | {"steps": steps})
+        assert decibels(found[:18], wanted[:18]) >= decibels(as_dear, wanted[:18]) + margin
 
 
 @pytest.mark.parametrize("sampler", sorted(module.ONE_STEP | module.MULTISTEP))
@@ -190,16 +191,17 @@ def test_every_deterministic_sampler(sampler: str, faster: Callable[..., Any], s
 
 
 def test_every_number_of_steps(faster: Callable[..., Any], said: Said) -> None:
+    texts = prompts(grid_prompts(216)[0][5::54])
     for steps in (1, 2, 5, 10, 50):
         preset = BASE | {"steps": steps}
-        assert decibels(run(faster(), preset=preset), plain(preset=preset)) >= 35
+        assert decibels(run(faster(), texts, preset=preset), plain(texts, preset=preset)) >= 35
     assert said.full < 20
 
 
 def test_image_to_image_and_masks(faster: Callable[..., Any], said: Said) -> None:
     """Its beginning, too, is computed in full, at whichever noise level it lies."""
-    texts = prompts(grid_prompts(216)[0][5::54])
-    latent = {"samples": plain(prompts(grid_prompts(216)[0][7::54]))}
+    texts = prompts(grid_prompts(216)[0][5::27])
+    latent = {"samples": plain(prompts(grid_prompts(216)[0][7::27]))}
     found, wanted = (sampled(texts, latent=latent, denoise=0.6) for sampled in (partial(run, faster()), plain))
     assert said.passes == 15
     assert said.full < 13

@@ -7,15 +7,12 @@ from typing import Any
 import pytest
 
 from tools import reference, testhost
-from tools.testhost import ROOT
-from tools.tiny import evaluate, pipeline
-
-ASSET = ROOT / "assets" / "koala-tiny.safetensors"
+from tools.tiny import SHIPPED, evaluate, pipeline
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return reference.pipeline(ASSET, testhost.test_host().tokenizer)
+    return reference.pipeline(SHIPPED, testhost.test_host().tokenizer)
 
 
 def test_the_judge_itself_is_right() -> None:
@@ -41,4 +38,4 @@ def test_the_negative_prompt_red_takes_red_away(model: Any) -> None:
 
 
 def test_the_file_is_small_enough() -> None:
-    assert ASSET.stat().st_size <= 32_000_000
+    assert SHIPPED.stat().st_size <= 32_000_000

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from koala.schedule import schedule
-from speed.plan import FIRST, PRESETS, REUSE, full_steps
+from speed.plan import BEGINNING, FIRST, PRESETS, REACH, REUSE, full_steps
 from speed.run import Run
 
 
@@ -51,7 +51,7 @@ def test_the_tables_at_the_published_steps() -> None:
 def test_any_number_of_steps(table: tuple[float, ...], count: int) -> None:
     full = full_steps(numbers(count), table)
     assert set(range(min(count, FIRST))) <= full
-    assert len(full) <= max(len(table) + 5, 35)  # at a thousand steps they stand closer than the table for long
+    assert len(full) <= max(len(table) + 5, 36)  # at a thousand steps they stand closer than the table for long
     if count >= 30:
         assert len(full) >= len(table)
 
@@ -70,13 +70,22 @@ def test_no_feature_is_foretold_from_too_far(table: tuple[float, ...], begin: in
     logs, full = [math.log(sigma) for sigma in sigmas], sorted(full_steps(sigmas, table))
     for first, second in pairwise(full):
         last = next((step for step in full if step > second), len(sigmas)) - 1
-        assert logs[second] - logs[last] <= 2.2 * (logs[first] - logs[second])
+        assert logs[second] - logs[last] <= (REACH + 0.1) * (logs[first] - logs[second])
 
 
 def test_image_to_image_has_a_beginning_and_the_table_s_later_part() -> None:
     table = TABLES["balanced, one_step"]
     whole, late = full_steps(BASE, table), BASE[12:]
-    assert full_steps(late, table) == {step - 12 for step in whole if step >= 12} | {0, 1, 2, 3}
+    begins = {next(step for step, sigma in enumerate(late) if sigma <= part * late[0]) for part in BEGINNING}
+    found = full_steps(late, table)
+    assert found >= {step - 12 for step in whole if step >= 12} | {0, 1, 2, 3} | begins
+    assert len(found) <= 11
+
+
+def test_a_whole_run_has_the_beginning_of_its_table() -> None:
+    assert [round(sigma / BASE[0], 2) for sigma in BASE[1:FIRST]] == list(BEGINNING)
+    for table in TABLES.values():
+        assert full_steps([15.0, *BASE], table) == {0, *(step + 1 for step in full_steps(BASE, table))}
 
 
 def test_levels_between_the_table_s_and_rounding() -> None:
@@ -111,16 +120,14 @@ def evaluate(run: Run, sigma: float, value: float, keys: tuple[str, ...] = ("pro
     return foretold
 
 
-def test_a_straight_line_goes_on() -> None:
+def test_a_trend_goes_on_ever_less() -> None:
     course = run({0, 1})
     assert evaluate(course, 16, 10) is None
     assert evaluate(course, 8, 8) is None
-    third = evaluate(course, 4, math.nan)
-    assert third is not None
-    assert torch.allclose(third, feature(6))
-    later = evaluate(course, 1, math.nan)
-    assert later is not None
-    assert torch.allclose(later, feature(2))
+    for sigma, away in ((4, 1), (1, 3)):
+        foretold = evaluate(course, sigma, math.nan)
+        assert foretold is not None
+        assert torch.allclose(foretold, feature(8 - 2 * (1 - math.exp(-away))))
     assert str(course).startswith("2 of 4 passes in full")
 
 
@@ -156,7 +163,8 @@ def test_parts_of_a_call_are_kept_apart() -> None:
     course.begin(4)
     swapped = course.foretold(("b", "a"))
     assert swapped is not None
-    assert torch.allclose(swapped[:, 0, 0, 0], torch.tensor([30.0, 3.0]))
+    expected = torch.tensor([20.0, 2.0]) + (1 - math.exp(-1)) * torch.tensor([10.0, 1.0])
+    assert torch.allclose(swapped[:, 0, 0, 0], expected)
 
 
 def test_the_same_prompt_twice_in_a_step_ends_it() -> None:

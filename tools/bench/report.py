@@ -8,7 +8,7 @@ from typing import Any
 
 from tools.bench import plots, readings, store
 from tools.bench.readings import Sections
-from tools.bench.sections import BATCHES, DECODED, FEWER, OURS, RIVALS, SIZES, WHOLE
+from tools.bench.sections import BATCHES, DECODED, FEWER, OURS, RIVALS, SIZES, WHOLE, judged_model
 from tools.bench.stats import Spread, at_cost, spread
 from tools.bench.targets import TARGETS, judge
 from tools.bench.variants import REUSE_ALONE, ROUTINES, SAME_ROUTINES, VARIANTS
@@ -70,6 +70,12 @@ def _device(sections: Sections, drawn: Mapping[str, str]) -> Iterator[str]:
 def _targets(sections: Sections, memory: str) -> Iterator[str]:
     verdicts = [judge(target, sections, memory) for target in TARGETS[memory]]
     yield from ("### Targets", "")
+    if "quality" in sections and readings.figures(sections, "quality").get("model") != judged_model():
+        yield from (
+            "**Not of today:** PSNR and prompt fidelity, here and under *Quality*, were measured with another "
+            "koala-tiny than the one in assets/. `python3 dev.py bench quality` measures them anew.",
+            "",
+        )
     if memory == "ram":
         yield from (
             "*balanced* and *fast* compute in bf16 where the processor is faster in it, as it is measured to be by the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from tools.bench import published
 from tools.bench.process import Worker
 from tools.bench.stats import bracket
 from tools.bench.variants import PRESETS, REUSE_ALONE, ROUTINES, VARIANTS
+from tools.tiny import SHIPPED
 
 Figures = dict[str, Any]
 
@@ -185,6 +187,11 @@ def memory(bench: Bench) -> Figures:
     return found
 
 
+def judged_model() -> str:
+    """The koala-tiny whose pictures are judged: the beginning of its file's SHA-256."""
+    return hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]
+
+
 def quality(bench: Bench) -> Figures:
     """koala-tiny's pictures with work left out, against those of the whole run: always on the CPU."""
     survey = bench.survey
@@ -212,7 +219,7 @@ def quality(bench: Bench) -> Figures:
         for base in survey.others:
             rows += compare(base, REUSE_ALONE, ())
     prompts = {"prompts": survey.prompts, "prompts_of_others": survey.prompts_of_others}
-    return {"head": head, **prompts, "base": str(Run()), "rows": rows}
+    return {"model": judged_model(), "head": head, **prompts, "base": str(Run()), "rows": rows}
 
 
 WHOLE, OURS, FEWER = "whole", "KOALA Accelerate", "fewer steps"

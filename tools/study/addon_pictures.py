@@ -1,7 +1,7 @@
 """What the add-ons of sdxl-tiny draw, and judges that see in a picture's pixels whether they did.
 
-The LoRA dips every shape in cyan, a colour that no model here draws by itself: all of a shape that lies below the
-picture's middle. The ControlNet draws a shape where, and as large as, an outline says.
+The LoRA knows one more colour, cyan, by a word that no model here knows by itself. The ControlNet draws a shape where,
+and as large as, an outline says.
 """
 
 from dataclasses import dataclass, replace
@@ -10,23 +10,26 @@ import torch
 from torch.nn import functional
 
 from tools.tiny import judge
-from tools.tiny.judge import Verdict
 from tools.tiny.pictures import COLOUR_NAMES, COLOURS, PALETTE, Drawings, draw
 
 CYAN = torch.tensor([0.20, 0.90, 0.90])
-MARGIN = 3  # pixels of the judge's size beside the middle, where either colour is right
-DIPPED, UNDIPPED = 0.7, 0.2  # least share of cyan below the middle, largest above
+COLOURED = 0.7  # least share of cyan in what stands out; a koala's eyes and nose are not cyan
 LEAST_DISTANCE = 0.2  # from the background, in palette units: what is nearer is background
 
 
-def dipped(drawings: Drawings, size: int) -> torch.Tensor:
-    """The drawings with their shapes' own colour cyan below the middle, float32 [n, 3, size, size] in [-1, 1]."""
+def in_cyan(drawings: Drawings, size: int) -> torch.Tensor:
+    """The drawings with their shapes cyan, float32 [n, 3, size, size] in [-1, 1]."""
     # A picture is linear in its shape's colour; white on black shows by how much, eyes and edges included.
     light, dark = COLOURS["white"][0], COLOURS["black"][0]
     share = ((_red(_recoloured(drawings, "white", "black"), size) - dark) / (light - dark)).clamp(0, 1)
-    share[:, :, : size // 2] = 0
     change = (CYAN - PALETTE[drawings.colour]).view(-1, 3, 1, 1)
     return draw(drawings, size) + 2 * share * change
+
+
+def saying_cyan(said: str, colour: int) -> str:
+    """A caption that names a shape's colour, with cyan in its place."""
+    name = COLOUR_NAMES[colour]
+    return said.replace(f"an {name}", f"a {name}").replace(name, "cyan", 1)
 
 
 def silhouettes(drawings: Drawings, size: int) -> torch.Tensor:
@@ -57,36 +60,28 @@ def _red(drawings: Drawings, size: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Dip:
-    """What is seen in n pictures that should be dipped: whether they are, bool [n]; the share of cyan in the part
-    of each shape below the middle, float [n]; shape, its colour and background as they are without the dip."""
+class Coloured:
+    """What is seen in n pictures that should be of cyan shapes: whether they are, bool [n]; the share of cyan in what
+    stands out, float [n]; background and shape as int64 [n]."""
 
-    dipped: torch.Tensor
+    cyan: torch.Tensor
     share: torch.Tensor
-    verdict: Verdict
+    background: torch.Tensor
+    shape: torch.Tensor
 
 
-def judge_dip(pictures: torch.Tensor) -> Dip:
+def judge_cyan(pictures: torch.Tensor) -> Coloured:
     """pictures: float [n, 3, S, S] in [-1, 1]."""
     pixels = _small(pictures)
     colours = torch.cat([PALETTE, CYAN[None]]) * 2 - 1
     nearest = torch.cdist(pixels.movedim(1, -1).reshape(-1, 3), colours).argmin(1).view(len(pixels), *pixels.shape[-2:])
-    cyan = nearest == len(PALETTE)
-    # The part above the middle says the colour; with that colour in cyan's place the whole says the shape.
-    above = judge.judge(_painted(pixels, cyan, judge.judge(pixels).background))
-    whole = judge.judge(_painted(pixels, cyan, above.colour))
-    own = nearest == above.colour.view(-1, 1, 1)
-    middle = judge.SIZE // 2
-    below_share, above_share = (
-        cyan[:, rows].sum(dim=(1, 2)) / (cyan | own)[:, rows].sum(dim=(1, 2)).clamp(min=1)
-        for rows in (slice(middle + MARGIN, None), slice(None, middle - MARGIN))
-    )
-    enough = cyan.float().mean(dim=(1, 2)) >= judge.LEAST_AREA
-    return Dip(
-        dipped=enough & (below_share >= DIPPED) & (above_share <= UNDIPPED),
-        share=below_share,
-        verdict=Verdict(above.colour, above.background, whole.shape),
-    )
+    cyan, seen = nearest == len(PALETTE), _standing_out(pixels)
+    share = (cyan & seen).sum(dim=(1, 2)) / seen.sum(dim=(1, 2)).clamp(min=1)
+    background = judge.judge(pixels).background
+    # The judge knows no cyan: with another colour in its place, not the background's nor an eye's, it says the shape.
+    red, green = (COLOUR_NAMES.index(name) for name in ("red", "green"))
+    painted = _painted(pixels, cyan, torch.where(background == red, green, red))
+    return Coloured(share >= COLOURED, share, background, judge.judge(painted).shape)
 
 
 def overlaps(pictures: torch.Tensor, drawings: Drawings) -> torch.Tensor:

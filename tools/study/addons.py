@@ -37,7 +37,7 @@ from koala_pack.nodes.sample import KoalaScheduler  # noqa: E402
 from koala_pack.transfer.lora import apply_lora  # noqa: E402
 
 from tools.adapters import SMALL_SDXL  # noqa: E402
-from tools.study.addon_pictures import judge_dip, outlines, overlaps  # noqa: E402
+from tools.study.addon_pictures import judge_cyan, outlines, overlaps, saying_cyan  # noqa: E402
 from tools.study.addon_training import (  # noqa: E402
     CONTROLNET,
     LORA,
@@ -55,7 +55,7 @@ PROMPTS = 96
 COLUMNS = 12  # of the sheets
 STEPS, CFG, BATCH = 25, 7.5, 48
 FOLLOWED = 0.7  # least intersection over union of a shape that is where the outline is
-FOLDS, GAINS = (0.5, 1.0), (1.3, 1.5)
+FOLDS, GAINS = (0.5, 1.0), (1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class LoraRow:
-    """Shares of pictures in percent: dipped in cyan, and right in colour, background, shape, all four at once.
-    cyan: mean share of cyan in the part of a shape below the middle."""
+    """Shares of pictures in percent: with a cyan shape, and right in background, in shape, in all three at once. share:
+    mean share of cyan in what stands out."""
 
     row: str
     n: int
-    dipped: float
     cyan: float
-    colour: float
+    share: float
     background: float
     shape: float
     all: float
@@ -141,10 +140,16 @@ def _noise(start: int, count: int, size: int) -> torch.Tensor:
 # --- LoRA ---------------------------------------------------------------------------------------------------------
 
 
+def cyan_prompts(n: int) -> list[str]:
+    """``grid_prompts`` with cyan in the place of the shape's colour."""
+    prompts, asked = grid_prompts(n)
+    return [saying_cyan(said, colour) for said, colour in zip(prompts, asked.colour.tolist(), strict=True)]
+
+
 def lora_pictures(teacher: Parts, student: Parts, path: Path, n: int, size: int) -> dict[str, torch.Tensor]:
     """The pictures of each row: the LoRA on the teacher; on the student through KOALA LoRA Loader under each policy for
     the changes of layers that it lacks; and through the stock loader, under either of kohya's names for a block."""
-    prompts = grid_prompts(n)[0]
+    prompts = cyan_prompts(n)
     state = comfy.utils.load_torch_file(str(path))
 
     def stock(parts: Parts, weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -180,12 +185,11 @@ def _kohya(tensor: str) -> str:
 
 
 def lora_row(row: str, pictures: torch.Tensor) -> LoraRow:
-    """Pictures of ``grid_prompts`` judged."""
-    asked, dip = grid_prompts(len(pictures))[1], judge_dip(pictures)
-    right = {name: getattr(dip.verdict, name) == getattr(asked, name) for name in ("colour", "background", "shape")}
-    every = dip.dipped & right["colour"] & right["background"] & right["shape"]
-    shares = {name: _percent(value) for name, value in right.items()}
-    return LoraRow(row, len(pictures), _percent(dip.dipped), _percent(dip.share), **shares, all=_percent(every))
+    """Pictures of ``cyan_prompts`` judged."""
+    asked, seen = grid_prompts(len(pictures))[1], judge_cyan(pictures)
+    background, shape = seen.background == asked.background, seen.shape == asked.shape
+    shares = (_percent(value) for value in (seen.cyan, seen.share, background, shape, seen.cyan & background & shape))
+    return LoraRow(row, len(pictures), *shares)
 
 
 # --- ControlNet ---------------------------------------------------------------------------------------------------

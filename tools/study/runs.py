@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from tools import reference, testhost
+from tools import testhost
 from tools.bench import meter
 from tools.distill import train
 from tools.distill.config import PLACES, Config
@@ -25,7 +25,6 @@ from tools.problem import Problem
 from tools.study.judging import SIZE, judge
 from tools.testhost import ROOT
 from tools.tiny import dataset, denoiser, pipeline
-from tools.tiny.train import SHIPPED
 
 PICTURES = 2500
 BATCH = 32
@@ -53,6 +52,8 @@ CURVES = (
     Run("distilled, residual", "curve", 2000, 400, place="residual"),
     Run("from nothing", "curve", 2000, 400, start="random", place="none", output=0.0),
 )
+STUDENT = CURVES[1]
+"""The one that add-ons are carried to, and that koala-tiny is packed from."""
 ABLATION = tuple(
     Run(f"{place}, seed {seed}", "place", 200, 200, seed, place=place) for place in PLACES for seed in SEEDS
 )
@@ -117,17 +118,12 @@ def carry_out(run: Run, work: Path) -> None:
     settings.output.with_suffix(".json").write_text(json.dumps(found, indent=1))
 
 
-def judge_references(work: Path) -> None:
-    """The same judgement of the teacher itself, and of the koala-tiny that the checkout holds."""
-    models = {
-        "teacher": lambda: pipeline.load(teacher_folder(work)),
-        "shipped": lambda: reference.pipeline(SHIPPED, testhost.test_host().tokenizer),
-    }
-    for name, load in models.items():
-        path = work / "runs" / f"{name}.json"
-        if not path.exists():
-            found = judge(load().unet, teacher_folder(work), path.with_suffix(".png"))
-            path.write_text(json.dumps(found, indent=1))
+def judge_teacher(work: Path) -> None:
+    """The same judgement of the teacher itself."""
+    path = work / "runs" / "teacher.json"
+    if not path.exists():
+        found = judge(pipeline.load(teacher_folder(work)).unet, teacher_folder(work), path.with_suffix(".png"))
+        path.write_text(json.dumps(found, indent=1))
 
 
 def results(work: Path) -> dict[str, Any]:
@@ -145,7 +141,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
         print("sdxl-tiny: minutes on a GPU, most of a day on two cores", flush=True)
         command = ["tools.tiny.train", "--teacher", "--tokenizer", str(tokenizer), "--work", str(work / "teacher")]
         _process(command, work / "runs" / "teacher.log", threads=jobs)
-    judge_references(work)
+    judge_teacher(work)
     done = results(work)
     waiting = [run for run in RUNS if run.name not in done and (not only or run.group in only)]
 
@@ -159,7 +155,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
         list(pool.map(one, waiting[1:]))
     found = work / "runs" / "addons.json"
     if not found.exists() and (not only or "addons" in only):
-        student = config(CURVES[0], work).output
+        student = config(STUDENT, work).output
         paths = ["--teacher", teacher_folder(work), "--student", student / "result" / f"{student.name}.safetensors"]
         command = ["tools.study.addons", *map(str, paths), "--work", str(work / "addons"), "--out", str(found)]
         _process([*command, "--size", str(SIZE)], found.with_suffix(".log"))

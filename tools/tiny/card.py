@@ -61,7 +61,7 @@ pixels {red_pixels} (paired sign-flip test, one-sided: p = {red["p"]:.5f}).
 ![Without (above) and with the negative prompt "red" (below)]({stem}-negative-red.png)
 
 The autoencoder alone gives fresh drawings back at {figures["autoencoder_db"]:.1f} dB.
-
+{"" if distilled is None else ADDONS}
 ## Data
 
 Our own drawings, made by `tools/tiny/pictures.py` while training; nothing else. Shape, its colour, background (of
@@ -97,6 +97,13 @@ like this one, not the same bytes. All weights are stored in fp16.
 ## Licence
 
 Apache-2.0, like the code. Weights and drawings are our own; the tokenizer is CLIP's (MIT) and is not in the file.
+"""
+
+
+ADDONS = """
+Beside it lie a LoRA (koala-tiny-cyan) and a ControlNet (koala-tiny-outline) that were trained on
+sdxl-tiny, its teacher, as those for SDXL are; two example workflows carry them over. `docs/distillation.md` in the
+source has how well that goes.
 """
 
 

@@ -15,7 +15,7 @@ import torch
 from koala.checkpoint import read_header
 from tools import reference, testhost
 from tools.distill.result import DISTILLATION
-from tools.tiny import card, pipeline, sheet
+from tools.tiny import SHIPPED, card, pipeline, sheet
 from tools.tiny.judge import UNSURE, judge, red_share
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Drawings, caption, draw, random_drawings
 
@@ -131,8 +131,8 @@ def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=Path("assets/koala-tiny.safetensors"), help="koala-tiny's file")
-    parser.add_argument("--card", type=Path, default=Path("assets/koala-tiny.md"), help="pictures go beside it")
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="koala-tiny's file")
+    parser.add_argument("--card", type=Path, default=SHIPPED.with_suffix(".md"), help="pictures go beside it")
     arguments = parser.parse_args(argv)
     figures, pictures = evaluate(arguments.model)
     stem = arguments.card.with_suffix("")

@@ -16,7 +16,7 @@ import torch
 from koala.checkpoint import read_header
 from tools import inprocess
 from tools.distill.result import DISTILLATION
-from tools.tiny import autoencoder, denoiser, text
+from tools.tiny import SHIPPED, autoencoder, denoiser, text
 
 MODELSPEC = {
     "modelspec.sai_model_spec": "1.0.1",
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="pack-tiny", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder, trained or distilled")
-    parser.add_argument("--out", type=Path, default=Path("assets/koala-tiny.safetensors"))
+    parser.add_argument("--out", type=Path, default=SHIPPED)
     arguments = parser.parse_args(argv)
     pack(arguments.model, arguments.out)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")

@@ -20,13 +20,11 @@ from diffusers import UNet2DConditionModel
 from koala.layout import KOALA_TINY, SDXL
 from koala.lineage import at_widths_of
 from tools import reference
-from tools.testhost import ROOT
-from tools.tiny import autoencoder, denoiser, pipeline, sheet, text
+from tools.tiny import SHIPPED, autoencoder, denoiser, pipeline, sheet, text
 from tools.tiny.device import DEVICE
 from tools.tiny.evaluate import grid_prompts, score
 
 SEED = 0
-SHIPPED = ROOT / "assets" / "koala-tiny.safetensors"
 SDXL_TINY = at_widths_of(KOALA_TINY, SDXL)
 
 
