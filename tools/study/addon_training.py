@@ -1,7 +1,6 @@
 """A LoRA and a ControlNet for sdxl-tiny, trained and saved as those for SDXL are.
 
-At 128 px, or at 64 for a teacher and a student that draw well at that size. (The shipped koala-tiny does not: in its
-last two thousand steps at 128 it forgot the shapes of small pictures.)
+At 128 px, or at 64 for a teacher and a student that draw well at that size.
 """
 
 import math
