@@ -24,7 +24,7 @@ from tools.client import Client
 from tools.server import Server, running
 from tools.testhost import say
 from tools.workflow import ObjectInfo, Workflow, to_prompt, with_widget
-from tools.workflows import FOLDER, models, own_file
+from tools.workflows import FOLDER, link_own_files, models
 
 SIDE = 512  # pixels
 QUALITY = 88
@@ -53,24 +53,15 @@ def drawn(client: Client, info: ObjectInfo, workflow: Workflow) -> list[Image.Im
     return [Image.open(io.BytesIO(client.view(image))) for node in nodes for image in result.images(node)]
 
 
-def place(server: Server, workflow: Workflow) -> bool:
-    """Put the workflow's files where the server looks for them; returns whether all of them are the pack's own, so that
-    it can be run. Empty files stand in for others, so that the canvas finds none missing."""
-    own = True
+def graph(chromium: Browser, server: Server, workflow: Workflow) -> Image.Image:
+    """The workflow's graph in Nodes 2.0, without its note and what stands around it.
+
+    Empty files stand in for its models, so that the canvas finds none missing.
+    """
     for model in models(workflow):
         path = server.base / "models" / model["directory"] / model["name"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = own_file(model)
-        if file is None:
-            path.touch()
-            own = False
-        elif not path.exists():
-            path.symlink_to(file)
-    return own
-
-
-def graph(chromium: Browser, server: Server, workflow: Workflow) -> Image.Image:
-    """The workflow's graph in Nodes 2.0, without its note and what stands around it."""
+        path.touch()
     with browser.canvas(chromium, server.url, nodes_2=True) as page:
         browser.open_workflow(page, workflow)
         page.evaluate(GRAPH_ONLY)
@@ -98,8 +89,8 @@ def thumbnails(server: Server, chromium: Browser, files: Sequence[Path]) -> dict
     made = {}
     for file in files:
         workflow = json.loads(file.read_text("utf-8"))
-        runs = place(server, workflow)
-        pictures = drawn(client, info, workflow) if runs else [graph(chromium, server, workflow)]
+        link_own_files(workflow, server.base / "models")
+        pictures = [graph(chromium, server, workflow)] if models(workflow) else drawn(client, info, workflow)
         made[file.with_suffix(".jpg")] = square(pictures)
     return made
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from koala.layout import KOALA_TINY
 from koala.settings import RELEASES, SIZES, Release
-from tools.canvas import PROJECT, Columns, Node, Output, canvas
+from tools.canvas import Columns, Node, Output, canvas
 from tools.testhost import ROOT
 
 FOLDER = ROOT / "example_workflows"
@@ -54,15 +54,10 @@ CONTROLNET = named_file(
     "controlnet",
     "controlnet-canny-sdxl-1.0.safetensors",
 )
-ASSETS = f"{PROJECT['urls']['Repository']}/raw/main/assets"
-"""Where the pack's own files for koala-tiny are offered to a canvas that misses them."""
-TINY_LORA = named_file(f"{ASSETS}/koala-tiny-cyan.safetensors", "loras")
-TINY_CONTROLNET = named_file(f"{ASSETS}/koala-tiny-outline.safetensors", "controlnet")
-
-
-def own_file(model: Mapping[str, str]) -> Path | None:
-    """The pack's own file that a download of a workflow stands for, if it is one."""
-    return ROOT / "assets" / model["name"] if model["url"].startswith(ASSETS) else None
+TINY_LORA, TINY_CONTROLNET = "koala-tiny-cyan.safetensors", "koala-tiny-outline.safetensors"
+OWN_FILES = {TINY_LORA: "loras", TINY_CONTROLNET: "controlnet"}
+"""The pack's own files in assets/, and the folder below models/ to which a user copies each. A note says so; as a
+download they cannot be offered, for the canvas asks few hosts for files."""
 
 
 def note(title: str, *paragraphs: str) -> Node:
@@ -182,23 +177,22 @@ def tiny_image_to_image() -> Columns:
     return [[about], [loader, latent], texts, [first, start], [start_saved, encode], [second, end], [end_saved]]
 
 
-def of_the_pack(loader: Node) -> str:
-    """Where a loader's file comes from that is part of the pack, for a note."""
-    (model,) = loader.models
-    return f"It is part of the pack: copy assets/{model['name']} from the pack's folder to models/{model['directory']}."
+def of_the_pack(file: str) -> str:
+    """Where a file comes from that is part of the pack, for a note."""
+    return f"{file} is part of the pack: copy it from the pack's folder assets to models/{OWN_FILES[file]}."
 
 
 def tiny_lora() -> Columns:
     loader = Node("KoalaCheckpointLoader")
-    inputs = {"model": loader["MODEL"], "clip": loader["CLIP"], "lora_name": TINY_LORA[0]["name"]}
-    lora = Node("KoalaLoraLoader", {**inputs, "strength_model": 1.5}, TINY_LORA)
+    inputs = {"model": loader["MODEL"], "clip": loader["CLIP"], "lora_name": TINY_LORA}
+    lora = Node("KoalaLoraLoader", {**inputs, "strength_model": 1.5})
     about = note(
         "A LoRA made for the larger model",
         "koala-tiny was distilled from a model of SDXL's layout, as KOALA was from SDXL. The LoRA was trained on that "
         "larger model and knows a colour that koala-tiny does not: cyan. **KOALA LoRA Loader** puts its changes on the "
         "layers that came from those it was made for. Seven in ten of them are on layers that koala-tiny lacks, so it "
         "takes a strength of 1.5, and works on some prompts only. Bypass it (Ctrl+B) to compare.",
-        of_the_pack(lora),
+        of_the_pack(TINY_LORA),
     )
     text = Node("KoalaPrompt", {"clip": lora["CLIP"], "positive": "a cyan triangle on a yellow background"})
     latent = empty_latent(SIZES[KOALA_TINY])
@@ -209,7 +203,7 @@ def tiny_lora() -> Columns:
 
 def tiny_controlnet() -> Columns:
     loader = Node("KoalaCheckpointLoader")
-    control = Node("ControlNetLoader", {"control_net_name": TINY_CONTROLNET[0]["name"]}, TINY_CONTROLNET)
+    control = Node("ControlNetLoader", {"control_net_name": TINY_CONTROLNET})
     fitted = Node("KoalaControlNet", {"control_net": control["CONTROL_NET"]})
     about = note(
         "A ControlNet made for the larger model",
@@ -217,7 +211,7 @@ def tiny_controlnet() -> Columns:
         "where an outline is. **KOALA ControlNet** carries its residuals to koala-tiny's skip connections.",
         "The first half draws a shape, Canny takes its edges, and the second half fills them, by a prompt that names "
         "no shape. For an outline of your own put Load Image in the place of the first half.",
-        of_the_pack(control),
+        of_the_pack(TINY_CONTROLNET),
     )
     texts = [prompt(loader, text) for text in ("a white star on a black background", "a blue background")]
     latent = empty_latent(SIZES[KOALA_TINY])
@@ -325,6 +319,21 @@ def workflows() -> dict[str, dict[str, Any]]:
 def models(workflow: Mapping[str, Any]) -> list[dict[str, str]]:
     """The downloads that a workflow offers: each file's name, address, and folder below models/."""
     return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+
+
+def own_files(workflow: Mapping[str, Any]) -> list[str]:
+    """Which of ``OWN_FILES`` a workflow's widgets name."""
+    values = (value for node in workflow["nodes"] for value in node["widgets_values"])
+    return [value for value in values if isinstance(value, str) and value in OWN_FILES]
+
+
+def link_own_files(workflow: Mapping[str, Any], folder: Path) -> None:
+    """Put links to the pack's own files that a workflow names into a models folder."""
+    for name in own_files(workflow):
+        link = folder / OWN_FILES[name] / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(ROOT / "assets" / name)
 
 
 def as_text(workflow: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from tools.testhost import Host
 from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
 from tools.workflow import to_prompt, with_widget
-from tools.workflows import FOLDER, models, own_file
+from tools.workflows import FOLDER, link_own_files, models, own_files
 
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")
@@ -38,10 +38,8 @@ SDXL = {
 """Folder -> the random file that stands in for what is published of SDXL's."""
 
 
-def file_for(model: dict[str, str]) -> Path:
-    """The pack's own file, or one with random weights in the place of a published one."""
-    if own := own_file(model):
-        return own
+def random_file(model: dict[str, str]) -> Path:
+    """A file with random weights in the place of a published one."""
     if model["directory"] in SDXL:
         return SDXL[model["directory"]]()
     published = Path(urlparse(model["url"]).path)  # .../<repository>/resolve/main/<part>/<file>
@@ -49,12 +47,14 @@ def file_for(model: dict[str, str]) -> Path:
 
 
 def place_files(workflow: dict[str, Any], server: Server, host: Host) -> None:
-    """Put a file where each of the workflow's downloads would go, and the picture that ComfyUI comes with."""
+    """Put a file where each of the workflow's would go, random in a download's place, and the picture that ComfyUI
+    comes with."""
+    link_own_files(workflow, server.base / "models")
     for model in models(workflow):
         target = server.base / "models" / model["directory"] / model["name"]
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            target.symlink_to(file_for(model))
+            target.symlink_to(random_file(model))
     picture = server.base / "input" / "example.png"
     if not picture.exists():
         shutil.copyfile(host.folder / "input" / picture.name, picture)
@@ -82,10 +82,10 @@ def test_a_shipped_workflow_runs(
     workflow = json.loads(path.read_text("utf-8"))
     side = 128
     said_before = len(server.log.read_bytes())
-    if models(workflow):
+    if models(workflow) or own_files(workflow):
         place_files(workflow, server, host)
         object_info = client.object_info()  # lists the new files
-    if not all(map(own_file, models(workflow))):
+    if models(workflow):
         workflow, side = shortened(workflow, object_info), SIDE
     result = client.run(to_prompt(workflow, object_info), workflow)
     pictures = [Image.open(io.BytesIO(client.view(image))) for image in result.images()]

@@ -14,7 +14,7 @@ from koala.settings import RELEASES, identify
 from tools import blueprints
 from tools.canvas import SCHEMAS, Node
 from tools.testhost import ROOT
-from tools.workflows import FOLDER, as_text, own_file, workflows
+from tools.workflows import FOLDER, OWN_FILES, as_text, own_files, workflows
 
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
 README = (ROOT / "README.md").read_text("utf-8")
@@ -75,20 +75,24 @@ def test_nodes_name_the_pack_that_brings_them(workflow: dict[str, Any]) -> None:
 
 def test_downloads_are_what_the_widgets_ask_for(workflow: dict[str, Any]) -> None:
     """The host matches by name, exactly; it offers only these suffixes, from addresses such as this."""
-    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
     for node in workflow["nodes"]:
         models = node["properties"].get("models", [])
         files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
+        files = [file for file in files if file not in OWN_FILES]
         assert [model["name"] for model in models] == files
         for model in models:
-            assert model["directory"] in MODEL_FOLDERS
-            if own := own_file(model):  # nothing to offer: the note says where it lies
-                assert own.is_file()
-                assert f"assets/{own.name}" in "".join(note["widgets_values"][0] for note in notes)
-                continue
             owner, repository, path = model["url"].removeprefix("https://huggingface.co/").split("/", 2)
             assert owner != "etri-vilab" or repository in {release.name for release in RELEASES}
             assert path.startswith("resolve/main/")
+            assert model["directory"] in MODEL_FOLDERS
+
+
+def test_notes_and_readme_say_where_the_packs_own_files_lie(workflow: dict[str, Any]) -> None:
+    notes = "".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    for file in own_files(workflow):
+        assert (ROOT / "assets" / file).is_file()
+        assert f"{file} is part of the pack" in notes
+        assert f"| {file} | models/{OWN_FILES[file]} |" in README
 
 
 def test_the_names_of_u_nets_tell_their_variant() -> None:
@@ -101,8 +105,6 @@ def test_readme_lists_every_workflow_and_every_file(workflow: dict[str, Any]) ->
     assert all(f"| {title} |" in README for title in FILES)
     for model in (model for node in workflow["nodes"] for model in node["properties"].get("models", [])):
         assert f"| {model['name']} |" in README
-        if own_file(model):
-            continue
         part = model["url"].split("/resolve/main/")[1]
         assert part in README
         if part.startswith("unet/"):
