@@ -61,14 +61,14 @@ def full_steps(sigmas: Sequence[float], full_at: Sequence[float]) -> frozenset[i
     For each level in the table that the run passes, and in its ``BEGINNING``, the first step at or below it; the
     ``FIRST``; and those beyond ``REACH``.
     """
-    if not full_at:
+    if not full_at or not sigmas:
         return frozenset(range(len(sigmas)))
-    is_late = bool(sigmas) and sigmas[0] * (1 + ROUNDING) < full_at[0]
-    levels = [*full_at, *(part * sigmas[0] for part in BEGINNING)] if is_late else full_at
+    start = sigmas[0] * (1 + ROUNDING)
+    levels = [*full_at, *(part * sigmas[0] for part in BEGINNING)] if start < full_at[0] else full_at
     due = {
         next((step for step, sigma in enumerate(sigmas) if sigma < level * (1 + ROUNDING)), None)
         for level in levels
-        if sigmas and level < sigmas[0] * (1 + ROUNDING)
+        if level < start
     }
     full: list[int] = []
     for step, sigma in enumerate(sigmas):

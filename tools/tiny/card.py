@@ -111,7 +111,7 @@ def _from_nothing(recipe: denoiser.Recipe) -> str:
     return f"""3. U-Net (7.4 M parameters): {recipe.small_steps} steps on {recipe.small_drawings} drawings of
    {recipe.small_size} px, then {recipe.steps} on {recipe.drawings} of {recipe.size} px, batch {recipe.batch}, koalas
    {recipe.koalas:g} times as often as other shapes; noise prediction with the loss weighted towards strong noise;
-   averaged weights. In the shipped ones' run koalas came oftener only from step 2200 on."""
+   averaged weights."""
 
 
 def _distilled(told: dict[str, Any]) -> str:
