@@ -29,6 +29,7 @@ from tools.problem import Problem
 from tools.server import running
 from tools.testhost import RELEASES, ROOT, say
 from tools.workflow import ObjectInfo, Workflow, to_prompt
+from tools.workflows import link_own_files
 
 Gate = Callable[[Path], list[str]]
 REGISTRY_RULES = "S102,S307,E702"  # exec, eval, and two statements on a line: what the registry will refuse
@@ -193,15 +194,17 @@ def flagged(folder: Path) -> list[str]:
 
 
 def workflows(folder: Path) -> list[str]:
-    """`comfy-lint` on the API form of every example workflow, against the schemas of a bare server with the pack."""
+    """`comfy-lint` on the API form of every example workflow, against the schemas of a bare server with the pack.
+
+    The pack's own files lie where a workflow's note has its user copy them to.
+    """
     host = testhost.test_host()
+    paths = sorted((folder / "example_workflows").glob("*.json"))
     with running(host, arguments=["--input-directory", str(host.folder / "input")]) as server:
+        for path in paths:
+            link_own_files(json.loads(path.read_text("utf-8")), server.base / "models")
         info = Client(server.url).object_info()
-    return [
-        complaint
-        for path in sorted((folder / "example_workflows").glob("*.json"))
-        for complaint in workflow_faults(path, info)
-    ]
+    return [complaint for path in paths for complaint in workflow_faults(path, info)]
 
 
 def workflow_faults(path: Path, info: ObjectInfo) -> list[str]:
