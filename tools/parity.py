@@ -95,7 +95,7 @@ def tiny_models() -> tuple[Any, Any, Any]:
 @cache
 def tiny_pipeline() -> Any:
     """koala-tiny in diffusers."""
-    return reference.pipeline(koala_loader.BUILT_IN, testhost.test_host().tokenizer)
+    return reference.pipeline(koala_loader.BUILT_IN)
 
 
 @torch.inference_mode()

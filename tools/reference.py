@@ -16,23 +16,21 @@ from koala import keys, parts
 from koala.checkpoint import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from koala.export import unet_config
 from koala.settings import SCHEDULER_CONFIG
+from tools import testhost
+from tools.tiny import text
 
 
-def pipeline(checkpoint: Path, tokenizer: Path, network: Any = None) -> Any:
+def pipeline(checkpoint: Path, network: Any = None) -> Any:
     """diffusers' ``StableDiffusionXLPipeline`` with a single-file checkpoint's weights, fp32 on the CPU.
 
-    ``tokenizer`` is a folder with CLIP's own vocabulary (ComfyUI has one in comfy/sd1_tokenizer). With a ``network``,
-    that is the U-Net, and the file's own is not read.
+    CLIP's vocabulary is the test host's. With a ``network``, that is the U-Net, and the file's own is not read.
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from transformers import CLIPTokenizer
 
     with safe_open(checkpoint, framework="pt") as file:
         wanted = (name for name in file.keys() if network is None or not name.startswith(UNET_PREFIX))  # noqa: SIM118
         state = {name: file.get_tensor(name).float() for name in wanted}
-    first, second = (
-        CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77, **pad) for pad in ({}, {"pad_token": "!"})
-    )
+    first, second = text.tokenizers(testhost.test_host().tokenizer)
     made = StableDiffusionXLPipeline(
         vae=_vae(_under(state, VAE_PREFIX)),
         text_encoder=_clip_l(_under(state, f"{CLIP_PREFIXES[0]}transformer.")),

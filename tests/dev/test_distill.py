@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the teacher and the pictures; configurations lie there, and runs write into it."""
     folder = tmp_path_factory.mktemp("distill")
     tokenizer = testhost.test_host().tokenizer
-    shipped = reference.pipeline(SHIPPED, tokenizer)
+    shipped = reference.pipeline(SHIPPED)
     torch.manual_seed(0)
     unet = denoiser.new_unet(SDXL_TINY)
     encoders = text.Encoders(shipped.text_encoder, shipped.text_encoder_2)

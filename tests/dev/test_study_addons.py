@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from koala.layout import KOALA_TINY
 from koala.lora import inspect_lora
-from tools import adapters, inprocess, reference, testhost
+from tools import adapters, inprocess, reference
 from tools.study import addon_training
 from tools.study.addon_pictures import in_cyan, judge_cyan, outlines, overlaps, saying_cyan, silhouettes
 from tools.study.addon_training import CONTROLNET, LORA
@@ -29,7 +29,7 @@ DRAWINGS = random_drawings(72, torch.Generator().manual_seed(5))
 def teacher() -> Any:
     """sdxl-tiny with a random U-Net."""
     torch.manual_seed(0)
-    made = reference.pipeline(SHIPPED, testhost.test_host().tokenizer)
+    made = reference.pipeline(SHIPPED)
     made.unet = denoiser.new_unet(SDXL_TINY)
     return made
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import reference, testhost
+from tools import reference
 from tools.study import judging
 from tools.tiny import SHIPPED, denoiser, pipeline
 
@@ -16,7 +16,7 @@ from tools.tiny import SHIPPED, denoiser, pipeline
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped koala-tiny as a diffusers folder."""
-    made = reference.pipeline(SHIPPED, testhost.test_host().tokenizer)
+    made = reference.pipeline(SHIPPED)
     pipeline.save(made, path := tmp_path_factory.mktemp("judged") / "koala-tiny")
     return path
 

@@ -27,7 +27,7 @@ from tools.workflows import FOLDER, link_own_files, models, own_files
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")
 """What ComfyUI logs where an adapter does not fit the model it is on."""
-SIDE = 256  # pixels: a full-size U-Net makes it on a CPU in seconds
+SIDE = 128  # pixels: a full-size U-Net makes it on a CPU in seconds
 
 
 SDXL = {

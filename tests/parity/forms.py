@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from koala.checkpoint import CLIP_PREFIXES, UNET_PREFIX
 from koala.keys import Numbering, renaming
 from koala.layout import KOALA_TINY
-from tools import parity, testhost
+from tools import parity
 
 State = dict[str, torch.Tensor]
 
@@ -37,7 +37,7 @@ def write(root: Path) -> Forms:
         root / "bare_comfy.safetensors",
         root / "script.safetensors",
     )
-    pipeline = parity.reference.pipeline(parity.koala_loader.BUILT_IN, testhost.test_host().tokenizer)
+    pipeline = parity.reference.pipeline(parity.koala_loader.BUILT_IN)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         model.half()
     pipeline.save_pretrained(forms.folder, variant="fp16")

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tools import reference, testhost
+from tools import reference
 from tools.tiny import SHIPPED, evaluate, pipeline
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return reference.pipeline(SHIPPED, testhost.test_host().tokenizer)
+    return reference.pipeline(SHIPPED)
 
 
 def test_the_judge_itself_is_right() -> None:

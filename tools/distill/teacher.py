@@ -15,7 +15,7 @@ from koala.checkpoint import read_header
 from koala.export import unet_config
 from koala.layout import Layout, name
 from koala.lineage import is_teacher
-from tools import lineage, reference, testhost
+from tools import lineage, reference
 from tools.distill.config import TeacherTable
 from tools.problem import Problem
 
@@ -111,7 +111,7 @@ class Teacher:
     def _pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
         folder = self.table.model
         if not folder.is_dir():
-            return reference.pipeline(folder, testhost.test_host().tokenizer, unet)
+            return reference.pipeline(folder, unet)
         absent = [part for part in BESIDE if not (folder / part).is_dir()]
         half = any((folder / "text_encoder").glob("*.fp16.safetensors"))
         try:

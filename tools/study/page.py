@@ -37,9 +37,13 @@ PAPER = {
 JUDGED = {"all": ("all right, %", 1), "held_out": ("held-out error", 4)}
 """What of a judgement is shown of each step of a curve: its title, and how many digits of it."""
 REFERENCES = {
-    "teacher": "the teacher",
-    "before": f"koala-tiny as it was, from nothing: {RECIPE.small_steps + RECIPE.steps} steps of {RECIPE.batch}",
+    "teacher": ("the teacher", ":"),
+    "before": (
+        f"koala-tiny as it was, from nothing: {RECIPE.small_steps + RECIPE.steps} steps of {RECIPE.batch}",
+        "--",
+    ),
 }
+"""What the curves are held against: its name in words, and the style of its line."""
 
 
 def collect(work: Path) -> dict[str, Any]:
@@ -82,13 +86,13 @@ def group(runs: Mapping[str, Any], **wanted: object) -> list[Mapping[str, Any]]:
 def curves(data: Mapping[str, Any]) -> str:
     """The curves' plot and table."""
     runs = group(data["runs"], group="curve")
-    known = {name: told for name, told in REFERENCES.items() if name in data}
+    known = {name: shown for name, shown in REFERENCES.items() if name in data}
     figure = pyplot.figure(figsize=(11, 4), layout="constrained")
     for axes, (what, (label, _)) in zip(figure.subplots(1, 2), JUDGED.items(), strict=True):
         for run in runs:
             points = sorted((int(step), score[what]) for step, score in run["curve"].items())
             axes.plot(*zip(*points, strict=True), ".-", label=run["name"])
-        for (name, told), style in zip(known.items(), (":", "--"), strict=False):
+        for name, (told, style) in known.items():
             axes.axhline(data[name][what], color="#777777", linestyle=style, label=told)
         axes.set(xlabel="training steps", ylabel=label)
         axes.legend()
@@ -102,7 +106,7 @@ def curves(data: Mapping[str, Any]) -> str:
             lines.append(f"| {run['name']} | {label} | {' | '.join(found)} |")
     lines += [
         f"| {told} | {label} |{' |' * (len(steps) - 1)} {data[name][what]:.{digits}f} |"
-        for name, told in known.items()
+        for name, (told, _) in known.items()
         for what, (label, digits) in JUDGED.items()
     ]
     return "\n".join(lines) + "\n\n![Both against training steps](distillation-curves.png)\n"

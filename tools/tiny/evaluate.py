@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from koala.checkpoint import read_header
-from tools import reference, testhost
+from tools import reference
 from tools.distill.result import DISTILLATION
 from tools.tiny import SHIPPED, card, pipeline, sheet
 from tools.tiny.judge import UNSURE, judge, red_share
@@ -110,7 +110,7 @@ def negative_red(
 
 def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """All figures, and the pictures for the card."""
-    model = reference.pipeline(file, testhost.test_host().tokenizer)
+    model = reference.pipeline(file)
     prompts, asked = grid_prompts(PROMPTS)
     made = pipeline.pictures(model, prompts, seed=SEED)
     fresh = draw(random_drawings(64, torch.Generator().manual_seed(SEED)), 128)
