@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
+
+import torch
 
 from tools import testhost
 
@@ -27,3 +30,9 @@ def activate() -> None:
     pack = types.ModuleType(PACK)
     pack.__path__ = [str(testhost.ROOT)]
     sys.modules[PACK] = pack
+
+
+def as_nodes_run() -> Iterator[None]:
+    """A fixture's body: what ComfyUI runs nodes within. With gradients every picture keeps each layer's output."""
+    with torch.inference_mode():
+        yield

@@ -88,10 +88,10 @@ def test_another_type_of_weights_is_another_model(file: Path) -> None:
 
 
 def test_weights_of_inference_mode_are_not_shared_outside_it(file: Path) -> None:
-    with torch.inference_mode():
-        kept = koala_loader.load_checkpoint(file)
-        again = koala_loader.load_checkpoint(file)
-    outside = koala_loader.load_checkpoint(file)
+    kept = koala_loader.load_checkpoint(file)
+    again = koala_loader.load_checkpoint(file)
+    with torch.inference_mode(False):
+        outside = koala_loader.load_checkpoint(file)
     for inside, other, own in zip(networks(kept), networks(again), networks(outside), strict=True):
         assert inside is other
         assert not any(weight.is_inference() for weight in own.parameters())

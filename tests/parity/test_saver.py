@@ -171,7 +171,6 @@ def test_patches_of_another_clone_are_not_saved(tmp_path: Path) -> None:
     _same(koala_loader.load_checkpoint(tmp_path / "a.safetensors"), parity.tiny_models())
 
 
-@torch.inference_mode()
 def test_diffusers_draws_the_same_picture_from_the_folder(baked: State, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
