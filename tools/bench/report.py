@@ -279,7 +279,8 @@ def _quality(sections: Sections, memory: str) -> Iterator[str]:
         f"koala-tiny, {found['prompts']} prompts, {found['base']}: PSNR of the decoded pictures to those of the whole "
         "run, mean over the pictures; prompts drawn right, in percent. The cost counts U-Net multiplications, a "
         f"step on a foretold feature with KOALA-700M's {_percent(found['head'])}; that those in bf16 may be cheaper "
-        "it does not count. *Fewer steps* in the last column: PSNR of fewer steps at the same cost, between "
+        "it does not count; *balanced* and *fast* are judged in bf16 on every processor. *Fewer steps* in the last "
+        "column: PSNR of fewer steps at the same cost, between "
         "whole numbers of steps on a straight line. EasyCache and LazyCache judge all prompts as one batch.",
         "",
     )
