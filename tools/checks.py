@@ -38,7 +38,7 @@ def run(pytest_arguments: Sequence[str]) -> int:
     say("== pytest")
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
-    # tests/conftest.py shares folders out; by their names they fill two processes evenly, by their numbers of tests not
+    # tests/conftest.py shares folders out; in the order of their names both processes end at about the same time
     sharing = [f"--numprocesses={PROCESSES}", "--dist=loadscope", "--no-loadscope-reorder"]
     return pytest.main([*sharing, *pytest_arguments])
 

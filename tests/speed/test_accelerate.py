@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 
 import nodes as core
 from tools import adapters, parity, transfer
+from tools.bench.gallery import psnr
 from tools.tiny.evaluate import grid_prompts
 
 HEAD = 0.036  # of a pass, what a step on a foretold feature computes, at KOALA-700M's size
@@ -110,12 +111,6 @@ def pictures(latents: torch.Tensor) -> torch.Tensor:
 def decibels(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Mean PSNR of latents, once decoded."""
     return psnr(pictures(found), pictures(wanted))
-
-
-def psnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Mean PSNR of pictures."""
-    error = (found - wanted).square().flatten(1).mean(1)
-    return float((-10 * error.clamp(min=1e-10).log10()).mean())
 
 
 def some_latent(seed: int = 3) -> dict[str, Any]:

@@ -118,16 +118,16 @@ def judged(patch: str, value: Any, run: dict[str, Any], reference: dict[str, Any
     whole, made = gallery.whole[key], gallery.make(model, **run)
     return {
         "cost": made.passes / whole.passes,
-        "psnr": psnr(made, whole),
+        "psnr": psnr(made.pictures, whole.pictures),
         "fidelity": evaluate.score(made.pictures.permute(0, 3, 1, 2) * 2 - 1, gallery.asked).all,
         "trunk": made.trunk,
         "head": made.head,
     }
 
 
-def psnr(made: Made, whole: Made) -> float:
-    """Mean over the pictures of each one's PSNR to the other's, in dB; 100 for the same picture."""
-    error = (made.pictures - whole.pictures).square().flatten(1).mean(1).clamp(min=1e-10)
+def psnr(made: torch.Tensor, whole: torch.Tensor) -> float:
+    """Mean over pictures in 0..1 of each one's PSNR to the other's, in dB; 100 for the same picture."""
+    error = (made - whole).square().flatten(1).mean(1).clamp(min=1e-10)
     return float((-10 * error.log10()).mean())
 
 

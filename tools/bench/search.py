@@ -96,6 +96,7 @@ def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:
         levels = tuple(sigmas[step] for step in table)
         with torch.inference_mode():
             settings = Acceleration(OFF, Reuse(levels, levels))
-            return psnr(gallery.make(accelerate(gallery.model, settings, lambda _: None).model, **run), whole)
+            made = gallery.make(accelerate(gallery.model, settings, lambda _: None).model, **run)
+            return psnr(made.pictures, whole.pictures)
 
     return score

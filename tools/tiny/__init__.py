@@ -4,3 +4,6 @@ from tools.testhost import ROOT
 
 SHIPPED = ROOT / "assets" / "koala-tiny.safetensors"
 """The built-in model's file in this checkout."""
+LORA = SHIPPED.with_name("koala-tiny-cyan.safetensors")
+CONTROLNET = SHIPPED.with_name("koala-tiny-outline.safetensors")
+"""What was trained on its teacher, sdxl-tiny, for it to carry."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tools.tiny import autoencoder, denoiser, text
+from tools.tiny import CONTROLNET, LORA, autoencoder, denoiser, text
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES
 
 
@@ -100,8 +100,8 @@ Apache-2.0, like the code. Weights and drawings are our own; the tokenizer is CL
 """
 
 
-ADDONS = """
-Beside it lie a LoRA (koala-tiny-cyan) and a ControlNet (koala-tiny-outline) that were trained on
+ADDONS = f"""
+Beside it lie a LoRA ({LORA.stem}) and a ControlNet ({CONTROLNET.stem}) that were trained on
 sdxl-tiny, its teacher, as those for SDXL are; two example workflows carry them over. `docs/distillation.md` in the
 source has how well that goes.
 """
