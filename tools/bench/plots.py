@@ -62,7 +62,8 @@ def _quality(figure: Any, sections: Sections) -> None:
         [1 / row["cost"] for row in ours], [row["psnr"] for row in ours], "*", color=COLOURS[OURS], ms=14, label=OURS
     )
     for row in ours:
-        axes.annotate(row["value"], (1 / row["cost"], row["psnr"]), xytext=(8, 4), textcoords="offset points")
+        at = (1 / row["cost"], row["psnr"])
+        axes.annotate(row["value"], at, xytext=(10, 0), textcoords="offset points", va="center")
     axes.set(xlabel="times fewer U-Net multiplications", ylabel="PSNR to the whole run, dB")
     _finish(axes)
 
