@@ -1,6 +1,6 @@
 """A browser for all of these tests, and the canvas in either renderer, on a server that has files to choose from.
 
-Screenshots go to the folder that KOALA_SCREENSHOTS names, else to a temporary one that pytest keeps.
+Screenshots go to the folder that KOALA_SCREENSHOTS names, else to a temporary one that is kept where a test failed.
 """
 
 from __future__ import annotations
