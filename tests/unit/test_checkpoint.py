@@ -22,6 +22,7 @@ from koala.keys import NUMBERINGS, Numbering, parameters
 from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_NAMES, KOALA_TINY, Layout, compact, name
 from koala.settings import BASE, LIGHTNING
 from tests.unit import files, gallery, others, reference
+from tools.tiny import SHIPPED
 
 DTYPES = [("F32", "fp32", 4), ("F16", "fp16", 2), ("BF16", "bf16", 2), ("F8_E4M3", "fp8_e4m3fn", 1)]
 
@@ -66,10 +67,9 @@ def test_a_checkpoint_in_one_file(tmp_path: Path, numbering: Numbering) -> None:
 
 
 def test_the_built_in_model() -> None:
-    path = Path(__file__).parents[2] / "assets" / "koala-tiny.safetensors"
-    model = inspect_checkpoint(path)
+    model = inspect_checkpoint(SHIPPED)
     assert (model.unet.layout, model.identity.variant, model.identity.certain) == (KOALA_TINY, BASE, True)
-    assert path.stat().st_size <= 32e6
+    assert SHIPPED.stat().st_size <= 32e6
 
 
 def test_parts_may_come_from_any_sdxl_checkpoint(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from koala.facts import ModelFacts, assumed_facts, facts_of
 from koala.keys import tensors
 from koala.parts import read_autoencoder
 from tests.unit import files
-from tools.testhost import ROOT
+from tools.tiny import SHIPPED as TINY
 
-TINY = ROOT / "assets" / "koala-tiny.safetensors"
 OWN_SCHEDULER = {**settings.SCHEDULER_CONFIG, "beta_end": 0.013}
 
 

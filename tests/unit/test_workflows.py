@@ -14,6 +14,7 @@ from koala.settings import RELEASES, identify
 from tools import blueprints
 from tools.canvas import SCHEMAS, Node
 from tools.testhost import ROOT
+from tools.tiny import SHIPPED
 from tools.workflows import FOLDER, OWN_FILES, as_text, own_files, workflows
 
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
@@ -90,7 +91,7 @@ def test_downloads_are_what_the_widgets_ask_for(workflow: dict[str, Any]) -> Non
 def test_notes_and_readme_say_where_the_packs_own_files_lie(workflow: dict[str, Any]) -> None:
     notes = "".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     for file in own_files(workflow):
-        assert (ROOT / "assets" / file).is_file()
+        assert SHIPPED.with_name(file).is_file()
         assert f"{file} is part of the pack" in notes
         assert f"| {file} | models/{OWN_FILES[file]} |" in README
 

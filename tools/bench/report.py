@@ -280,8 +280,8 @@ def _quality(sections: Sections, memory: str) -> Iterator[str]:
         "run, mean over the pictures; prompts drawn right, in percent. The cost counts U-Net multiplications, a "
         f"step on a foretold feature with KOALA-700M's {_percent(found['head'])}; that those in bf16 may be cheaper "
         "it does not count; *balanced* and *fast* are judged in bf16 on every processor. *Fewer steps* in the last "
-        "column: PSNR of fewer steps at the same cost, between "
-        "whole numbers of steps on a straight line. EasyCache and LazyCache judge all prompts as one batch.",
+        "column: PSNR of fewer steps at the same cost, between whole numbers of steps on a straight line. EasyCache "
+        "and LazyCache judge all prompts as one batch.",
         "",
     )
     curve = [(row["cost"], row["psnr"]) for family in (FEWER, WHOLE) for row in readings.rows(sections, family)]

@@ -5,7 +5,6 @@ Usage: python -m tools.tiny.evaluate [--model FILE] [--card FILE]
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from koala.checkpoint import read_header
 from tools import reference
 from tools.distill.result import DISTILLATION
-from tools.tiny import SHIPPED, card, pipeline, sheet
+from tools.tiny import SHIPPED, autoencoder, card, pipeline, sheet
 from tools.tiny.judge import UNSURE, judge, red_share
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Drawings, caption, draw, random_drawings
 
@@ -122,7 +121,7 @@ def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         "judge": asdict(judge_score()),
         "prompts": asdict(score(made, asked)),
         "negative_red": asdict(red),
-        "autoencoder_db": 10 * math.log10(4 / error),
+        "autoencoder_db": autoencoder.decibels(error),
         "unsure": int((judge(made).shape == UNSURE).sum()),
     }
     return figures, {"prompts": made, "plain": plain, "without_red": without_red, "fresh": fresh, "rebuilt": rebuilt}
