@@ -2,7 +2,7 @@
 """Everything that one does with a checkout, by one command each: see `python3 dev.py --help`.
 
 Needs nothing but Python. The first run builds an environment and fetches ComfyUI, both outside the checkout
-(tools/testhost.py says where); each command then runs inside that environment.
+(tools/harness/testhost.py says where); each command then runs inside that environment.
 """
 
 import sys
@@ -20,19 +20,19 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tools import testhost
-from tools.problem import Problem
+from tools.harness import testhost
+from tools.harness.errors import Problem
 
 MODULES = {
     "train-tiny": "tools.tiny.train",
     "pack-tiny": "tools.tiny.pack",
     "evaluate-tiny": "tools.tiny.evaluate",
-    "parity": "tools.parity",
-    "transfer": "tools.transfer",
-    "lineage": "tools.lineage",
-    "bench": "tools.bench",
-    "distill": "tools.distill",
-    "distill-study": "tools.study",
+    "parity": "tools.measure.parity",
+    "transfer": "tools.measure.transfer",
+    "lineage": "tools.measure.lineage",
+    "bench": "tools.measure.bench",
+    "distill": "koala_sdxl.distill",
+    "distill-study": "koala_sdxl.distill.study",
 }
 PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
 
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("transfer", help="measure what of SDXL's adapters reaches KOALA and write docs/transfer.md")
     commands.add_parser("lineage", help="SDXL KOALA [--out FILE]: measure which SDXL layer each KOALA layer came from")
     commands.add_parser("bench", help="measure speed, memory and quality beside stock ComfyUI and diffusers, likewise")
-    commands.add_parser("distill", help="CONFIG.toml: make a compact U-Net out of an SDXL (tools/distill/README.md)")
+    commands.add_parser("distill", help="CONFIG.toml: make a compact U-Net out of an SDXL (distill/README.md)")
     commands.add_parser("distill-study", help="try distillation out on the small family, write docs/distillation.md")
     return top
 
@@ -118,7 +118,7 @@ def run_inside(python: Path, arguments: list[str]) -> int:
 def run(options: argparse.Namespace, further: list[str], host: testhost.Host) -> int:
     """Run a command, inside the environment."""
     if options.command == "test":
-        from tools import checks
+        from tools.check import checks
 
         return checks.run(further)
     if options.command in MODULES:

@@ -23,11 +23,13 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from .koala import checkpoint, keys, layout, parts
-from .koala.checkpoint import CLIP_PREFIXES, VAE_PREFIX
-from .koala.facts import ModelFacts, assumed_facts, facts_of
-from .koala.layout import Layout
-from .koala_reader import Source, read, streamed
+from .host.reader import Source, read, streamed
+from .koala.architecture import components as parts
+from .koala.architecture import keys, layout
+from .koala.architecture.layout import Layout
+from .koala.files import inspect as checkpoint
+from .koala.files.inspect import CLIP_PREFIXES, VAE_PREFIX
+from .koala.model_info import ModelFacts, assumed_facts, facts_of
 
 BUILT_IN = Path(__file__).parent / "assets" / "koala-tiny.safetensors"
 ATTACHMENT = "koala"

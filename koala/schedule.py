@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .settings import SCHEDULER_CONFIG, Spacing
+from .releases import SCHEDULER_CONFIG, Spacing
 
 
 class Schedule(NamedTuple):

@@ -10,15 +10,15 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import koala_loader
-from ..koala.checkpoint import inspect_model
-from ..koala.facts import badge
-from ..koala.layout import name
-from ..koala.lora import WORDS, Plan, coverage, report, summary
-from ..koala.settings import STOCK_SCHEDULERS, identify
-from ..transfer import attention
-from ..transfer.control import adapt
-from ..transfer.lora import apply_lora, hook_lora
-from ..transfer.swap import swap
+from ..host.transfer import attention
+from ..host.transfer.control import adapt
+from ..host.transfer.lora import apply_lora, hook_lora
+from ..host.transfer.swap import swap
+from ..koala.architecture.layout import name
+from ..koala.files.inspect import inspect_model
+from ..koala.lora.plan import WORDS, Plan, coverage, report, summary
+from ..koala.model_info import badge
+from ..koala.releases import STOCK_SCHEDULERS, identify
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
 ADAPT = f"{CATEGORY}/SDXL add-ons"

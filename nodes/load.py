@@ -10,7 +10,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import koala_loader
-from ..koala.checkpoint import (
+from ..host.reader import Source
+from ..host.transfer.addons import misplaced
+from ..koala.files.inspect import (
     CheckpointError,
     Model,
     inspect_model,
@@ -18,9 +20,7 @@ from ..koala.checkpoint import (
     inspect_vae,
     require_text_width,
 )
-from ..koala.facts import badge, report
-from ..koala_reader import Source
-from ..transfer.addons import misplaced
+from ..koala.model_info import badge, report
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
 BUILT_IN = "built-in koala-tiny"

@@ -10,7 +10,8 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from .. import koala_loader, koala_saver
+from .. import koala_loader
+from ..host import saver as koala_saver
 from .base import CATEGORY, shown
 
 CHECKPOINT = "checkpoint"

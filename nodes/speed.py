@@ -10,12 +10,12 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..koala.facts import ModelFacts
+from ..host.accelerate.cpu_routines import install_vae
+from ..host.accelerate.patch import accelerate, steps_in_full
+from ..host.accelerate.plan import EXACT, PRESETS, REUSE, ROUTINES, WHOLE, Acceleration
+from ..koala.model_info import ModelFacts
 from ..koala.schedule import schedule
 from ..koala_loader import model_facts
-from ..speed.accelerate import accelerate, steps_in_full
-from ..speed.kernels import install_vae
-from ..speed.plan import EXACT, PRESETS, REUSE, ROUTINES, WHOLE, Acceleration
 from .base import CATEGORY, SHOWS, shown
 
 CUSTOM = "custom"

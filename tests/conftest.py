@@ -13,7 +13,7 @@ import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tools import testhost
+from tools.harness import testhost
 
 SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""

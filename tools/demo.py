@@ -12,14 +12,14 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from koala.checkpoint import CheckpointError, inspect_checkpoint, inspect_folder
-from koala.facts import ModelFacts, facts_of
-from tools import server
-from tools.client import Client, GraphError
-from tools.problem import Problem
-from tools.testhost import ROOT, Host, say
+from koala_sdxl.koala.files.inspect import CheckpointError, inspect_checkpoint, inspect_folder
+from koala_sdxl.koala.model_info import ModelFacts, facts_of
+from tools.harness import server
+from tools.harness.client import Client, GraphError
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT, Host, say
+from tools.harness.workflow import ObjectInfo, Workflow, to_prompt, with_widget
 from tools.tiny import SHIPPED
-from tools.workflow import ObjectInfo, Workflow, to_prompt, with_widget
 
 WORKFLOW = ROOT / "example_workflows" / "KOALA-tiny text to image.json"
 DEFAULT_FOLDER = Path("koala-demo")

@@ -15,11 +15,12 @@ import pytest
 from playwright.sync_api import Browser, Page
 from safetensors.torch import save_file
 
-from tools import adapters, browser
-from tools.client import Client
-from tools.problem import Problem
-from tools.server import Server, running
-from tools.testhost import Host
+from tools.harness import browser
+from tools.harness.client import Client
+from tools.harness.errors import Problem
+from tools.harness.server import Server, running
+from tools.harness.testhost import Host
+from tools.synthetic import adapters
 
 FILES = (
     "diffusion_models/koala-700m.fp16.safetensors",

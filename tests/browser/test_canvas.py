@@ -9,12 +9,12 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page
 
-from koala.schedule import schedule
-from koala.settings import BASE, LIGHTNING
-from tools import browser
-from tools.client import Client
-from tools.server import Server
-from tools.testhost import ROOT
+from koala_sdxl.koala.releases import BASE, LIGHTNING
+from koala_sdxl.koala.schedule import schedule
+from tools.harness import browser
+from tools.harness.client import Client
+from tools.harness.server import Server
+from tools.harness.testhost import ROOT
 
 FOLDER = ROOT / "example_workflows"
 WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))

@@ -12,12 +12,12 @@ from playwright.sync_api import Browser, Page
 
 from tests.host.test_nodes import seen
 from tests.host.test_old_workflows import SAVED, lost, queued, read
-from tools import browser
-from tools.client import Client
-from tools.frozen import opened
-from tools.server import Server
-from tools.thumbnails import SIDE
-from tools.workflows import models, workflows
+from tools.generate.frozen import opened
+from tools.generate.thumbnails import SIDE
+from tools.generate.workflows import models, workflows
+from tools.harness import browser
+from tools.harness.client import Client
+from tools.harness.server import Server
 
 Shoot = Callable[[str], Any]
 PUBLISHED = "KOALA-700M text to image (25 steps)"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tools.client import Client
-from tools.server import running
-from tools.testhost import Host
+from tools.harness.client import Client
+from tools.harness.server import running
+from tools.harness.testhost import Host
 
 
 @pytest.fixture(scope="session")

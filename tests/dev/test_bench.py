@@ -16,16 +16,16 @@ import numpy
 import pytest
 import torch
 
-from koala.schedule import schedule
-from speed.plan import FIRST, full_steps
-from tools.bench import __main__ as command
-from tools.bench import published, readings, report, search, sections, store
-from tools.bench.process import Worker
-from tools.bench.sections import FEWER, OURS, RIVALS, SECTIONS, SIZES, WHOLE, Bench, Run, Survey
-from tools.bench.stats import Spread, at_cost, bracket, is_met, ratio, spread
-from tools.bench.targets import TARGETS, judge
-from tools.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
-from tools.problem import Problem
+from koala_sdxl.host.accelerate.plan import FIRST, full_steps
+from koala_sdxl.koala.schedule import schedule
+from tools.harness.errors import Problem
+from tools.measure.bench import __main__ as command
+from tools.measure.bench import published, readings, report, search, sections, store
+from tools.measure.bench.process import Worker
+from tools.measure.bench.sections import FEWER, OURS, RIVALS, SECTIONS, SIZES, WHOLE, Bench, Run, Survey
+from tools.measure.bench.stats import Spread, at_cost, bracket, is_met, ratio, spread
+from tools.measure.bench.targets import TARGETS, judge
+from tools.measure.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
 
 SMALL = Survey(2, 1, steps=(6,), thresholds=(0.2,), starts=(0.6,), others=(Run("dpmpp_2m", 12),))
 GB = 10**9

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tools import demo
-from tools.problem import Problem
+from tools.harness.errors import Problem
 
 
 def picture(colour: str, side: int = 128) -> bytes:

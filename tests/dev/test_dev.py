@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.testhost import ROOT
+from tools.harness.testhost import ROOT
 
 
 def run(tmp_path: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:

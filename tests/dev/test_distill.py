@@ -23,19 +23,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
-from koala.checkpoint import KEPT_KEY, UNET_PREFIX, inspect_folder, inspect_model
-from koala.keys import renaming, tensors
-from koala.layout import KOALA_TINY
-from koala.lineage import lineage
-from tools import adapters, inprocess, reference, testhost
-from tools.adapters import RANK
-from tools.distill import __main__ as command
-from tools.distill import cache, config, features, losses, result, student, train
-from tools.distill.buckets import Batches
-from tools.distill.config import Config
-from tools.distill.teacher import open_teacher
-from tools.problem import Problem
-from tools.testhost import ROOT
+from koala_sdxl.distill import __main__ as command
+from koala_sdxl.distill import cache, config, features, losses, result, student, train
+from koala_sdxl.distill.buckets import Batches
+from koala_sdxl.distill.config import Config
+from koala_sdxl.distill.teacher import open_teacher
+from koala_sdxl.koala.architecture.keys import renaming, tensors
+from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.architecture.lineage import lineage
+from koala_sdxl.koala.files.inspect import KEPT_KEY, UNET_PREFIX, inspect_folder, inspect_model
+from tools.harness import inprocess, testhost
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT
+from tools.measure import reference
+from tools.synthetic import adapters
+from tools.synthetic.adapters import RANK
 from tools.tiny import SHIPPED, dataset, denoiser, pack, pipeline, text
 from tools.tiny.train import SDXL_TINY
 
@@ -150,7 +152,7 @@ LONG = {"training": {"steps": STEPS, "batch": 4, "checkpoint_every": EVERY}}
 @pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """The output folder of an unbroken run."""
-    running = process("tools.distill", str(described(place, "whole", LONG)))
+    running = process("tools.run", "koala_sdxl.distill", str(described(place, "whole", LONG)))
     said, complained = running.communicate()
     assert running.returncode == 0, complained
     assert said.splitlines()[-1] == f"finished: {place / 'whole' / 'result'}"
@@ -244,7 +246,7 @@ def test_diffusers_loads_the_folder(whole: Path) -> None:
 
 def test_the_pack_loads_folder_and_file_with_equal_weights(whole: Path) -> None:
     inprocess.activate()
-    from koala_pack import koala_loader
+    from koala_sdxl import koala_loader
 
     folder, file = whole / "result" / "whole", saved(whole)
     loaded = koala_loader.load_folder(folder), koala_loader.load_checkpoint(file)
@@ -297,7 +299,7 @@ def test_a_finished_run_is_left_as_it_is(place: Path, whole: Path) -> None:
 def test_a_killed_run_goes_on_as_if_nothing_had_been(place: Path, whole: Path) -> None:
     path, folder = described(place, "killed", LONG), place / "killed"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = process("tools.distill", str(path), **quiet)
+    running = process("tools.run", "koala_sdxl.distill", str(path), **quiet)
     deadline = time.monotonic() + 300
     while not (folder / "metrics.csv").exists() or len(rows(folder)) < 3:
         assert running.poll() is None, "the run ended by itself"
@@ -312,7 +314,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(place: Path, whole: Path) -
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
 
-    again = process("tools.distill", str(path))
+    again = process("tools.run", "koala_sdxl.distill", str(path))
     said, complained = again.communicate()
     assert again.returncode == 0, complained
     assert f"going on from step {int(last.removeprefix('step-'))}" in said.splitlines()
@@ -665,7 +667,7 @@ def test_the_command_ends_with_one_line(place: Path, capsys: pytest.CaptureFixtu
 
 # --- two processes -----------------------------------------------------------------------------------------------
 
-TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tools.distill")
+TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tools.run", "koala_sdxl.distill")
 """accelerate's own launcher starts one process on a CPU, however many it is asked for."""
 
 

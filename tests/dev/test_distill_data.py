@@ -19,11 +19,11 @@ from accelerate.data_loader import BatchSamplerShard
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
-from koala import disk
-from tools.distill import cache, sources
-from tools.distill.buckets import Batches, buckets, fit, nearest
-from tools.distill.config import DataTable
-from tools.problem import Problem
+from koala_sdxl.distill import cache, sources
+from koala_sdxl.distill.buckets import Batches, buckets, fit, nearest
+from koala_sdxl.distill.config import DataTable
+from koala_sdxl.koala.files import atomic_write as disk
+from tools.harness.errors import Problem
 
 IDENTITY = {"teacher.model": "sdxl"}
 datasets.disable_progress_bars()

@@ -17,16 +17,16 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
-from koala.export import unet_config
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SDXL
-from koala.lineage import KEPT_TRANSFORMERS, Lineage, at_widths_of, lineage
-from tools import reference
-from tools.distill import config, features, losses, student, train
-from tools.distill.config import Config, LossTable, StudentTable, TrainingTable
-from tools.distill.metrics import CsvTracker, Means
-from tools.problem import Problem
-from tools.random_weights import unet_state
-from tools.testhost import ROOT
+from koala_sdxl.distill import config, features, losses, student, train
+from koala_sdxl.distill.config import Config, LossTable, StudentTable, TrainingTable
+from koala_sdxl.distill.metrics import CsvTracker, Means
+from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SDXL
+from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, Lineage, at_widths_of, lineage
+from koala_sdxl.koala.files.export import unet_config
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT
+from tools.measure import reference
+from tools.synthetic.random_weights import unet_state
 from tools.tiny.train import SDXL_TINY
 
 State = dict[str, torch.Tensor]

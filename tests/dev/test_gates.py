@@ -1,4 +1,4 @@
-"""Every gate of tools/gates.py: silent on the pack as it is, and not on a copy with one thing wrong in it."""
+"""Every gate of tools/check/gates.py: silent on the pack as it is, and not on a copy with one thing wrong in it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from tools import gates, pack
-from tools.gates import GATES, workflow_faults
-from tools.testhost import RELEASES, TESTED_RELEASE
+from tools.check import gates
+from tools.check.gates import GATES, workflow_faults
+from tools.harness import pack
+from tools.harness.testhost import RELEASES, TESTED_RELEASE
 
 TEXT_TO_IMAGE = "KOALA-tiny text to image.json"
 

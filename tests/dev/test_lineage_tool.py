@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala.checkpoint import UNET_PREFIX
-from koala.keys import Numbering, renaming
-from koala.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout
-from koala.lineage import KEPT_LAYERS, Lineage, at_widths_of
+from koala_sdxl.koala.architecture.keys import Numbering, renaming
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout
+from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, Lineage, at_widths_of
+from koala_sdxl.koala.files.inspect import UNET_PREFIX
 from tests.unit import files
-from tools import lineage
-from tools.problem import Problem
-from tools.random_weights import unet_state
-from tools.testhost import ROOT
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT
+from tools.measure import lineage
+from tools.synthetic.random_weights import unet_state
 
 State = dict[str, torch.Tensor]
 WHOLE = at_widths_of(KOALA_TINY, SDXL)
@@ -229,7 +229,7 @@ def test_the_command_prints_the_tables_and_writes_them(
     assert done.stdout.endswith("\n\n" + text)
     assert "mid_block.attentions.0.transformer_blocks (rows) against SDXL's" in done.stdout
     assert "doubtful" not in done.stdout
-    # as ruff formats it, and as it stands in koala/lineage.py
+    # as ruff formats it, and as it stands in koala/architecture/lineage.py
     ruff = [sys.executable, "-m", "ruff", "format", "--check", "--config", str(ROOT / "pyproject.toml"), "tables.py"]
     subprocess.run(ruff, cwd=tmp_path, check=True, capture_output=True)
     source = (ROOT / "koala" / "lineage.py").read_text()

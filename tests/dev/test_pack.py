@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import pack, testhost
-from tools.problem import Problem
-from tools.testhost import requirement_lines
+from tools.harness import pack, testhost
+from tools.harness.errors import Problem
+from tools.harness.testhost import requirement_lines
 
 PYPROJECT = """
 [project]
@@ -81,12 +81,12 @@ def own() -> list[str]:
 
 
 def test_our_own_zip_holds_what_runs_and_nothing_else(own: list[str]) -> None:
-    runs = {"__init__.py", "koala_reader.py", "koala_loader.py", "koala_saver.py"}
-    runs |= {"koala", "transfer", "speed", "nodes", "web", "locales", "example_workflows", "subgraphs"}
+    runs = {"__init__.py", "koala_loader.py"}
+    runs |= {"koala", "host", "nodes", "web", "locales", "example_workflows", "subgraphs"}
     tells = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "requirements.txt", "assets"}
     assert {name.split("/")[0] for name in own} <= runs | tells
-    assert {"__init__.py", "koala/layout.py", "nodes/load.py", "assets/koala-tiny.safetensors", "LICENSE"} <= set(own)
-    assert {"koala_reader.py", "speed/plan.py", "nodes/speed.py"} <= set(own)
+    assert {"__init__.py", "koala/architecture/layout.py", "host/reader.py", "host/accelerate/plan.py"} <= set(own)
+    assert {"nodes/load.py", "nodes/speed.py", "assets/koala-tiny.safetensors", "LICENSE"} <= set(own)
     assert not [name for name in own if "bench" in name]
 
 
@@ -131,4 +131,4 @@ def test_ci_keeps_what_the_environment_is_made_of() -> None:
     (cache,) = [step["with"] for step in steps if step.get("uses", "").startswith("actions/cache@")]
     named = re.findall(r"'([^']+)'", cache["key"])
     assert all(any(fnmatch(file, pattern) for pattern in named) for file in testhost.FULL.requirements)
-    assert {"tools/constraints.txt", "tools/testhost.py"} <= set(named)
+    assert {"tools/constraints.txt", "tools/harness/testhost.py"} <= set(named)

@@ -1,4 +1,4 @@
-"""tools/study/addons: its judges, a few steps of both trainings, and files that our nodes' inspectors read."""
+"""distill/study/addons: its judges, a few steps of both trainings, and files that our nodes' inspectors read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from diffusers import ControlNetModel
 from safetensors import safe_open
 
-from koala.layout import KOALA_TINY
-from koala.lora import inspect_lora
-from tools import adapters, inprocess, reference
-from tools.study import addon_training
-from tools.study.addon_pictures import in_cyan, judge_cyan, outlines, overlaps, saying_cyan, silhouettes
-from tools.study.addon_training import CONTROLNET, LORA
+from koala_sdxl.distill.study import addon_training
+from koala_sdxl.distill.study.addon_pictures import in_cyan, judge_cyan, outlines, overlaps, saying_cyan, silhouettes
+from koala_sdxl.distill.study.addon_training import CONTROLNET, LORA
+from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.lora.plan import inspect_lora
+from tools.harness import inprocess
+from tools.measure import reference
+from tools.synthetic import adapters
 from tools.tiny import SHIPPED, denoiser
 from tools.tiny.pictures import COLOUR_NAMES, KOALA, draw, random_drawings
 from tools.tiny.train import SDXL_TINY

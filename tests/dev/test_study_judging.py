@@ -1,4 +1,4 @@
-"""tools/study/judging: what tells a good U-Net from a bad one, and the pictures it keeps."""
+"""distill/study/judging: what tells a good U-Net from a bad one, and the pictures it keeps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import reference
-from tools.study import judging
+from koala_sdxl.distill.study import judging
+from tools.measure import reference
 from tools.tiny import SHIPPED, denoiser, pipeline
 
 

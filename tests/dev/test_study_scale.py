@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from koala.keys import parameters
-from koala.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
-from tools.bench import store
-from tools.study import scale, scale_page
-from tools.testhost import ROOT
+from koala_sdxl.distill.study import scale, scale_page
+from koala_sdxl.koala.architecture.keys import parameters
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
+from tools.harness.testhost import ROOT
+from tools.measure.bench import store
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 

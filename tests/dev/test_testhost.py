@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import testhost
-from tools.problem import Problem
+from tools.harness import testhost
+from tools.harness.errors import Problem
 
 BUILDER = "from tools import testhost; testhost.ensure(testhost.Environment('small', ({!r},), 1))"
 

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from tools.client import Client
-from tools.server import Server, running
-from tools.testhost import Host
+from tools.harness.client import Client
+from tools.harness.server import Server, running
+from tools.harness.testhost import Host
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.host.test_nodes import seen
-from tools.blueprints import FOLDER, blueprints
-from tools.client import Client
-from tools.workflow import to_prompt
+from tools.generate.blueprints import FOLDER, blueprints
+from tools.harness.client import Client
+from tools.harness.workflow import to_prompt
 
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tools.client import Client, GraphError, Interrupted
+from tools.harness.client import Client, GraphError, Interrupted
 
 EMPTY = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 2, "color": 0xFF0000}}
 

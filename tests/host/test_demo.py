@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.host.test_nodes import seen
 from tools import demo
-from tools.testhost import Host
+from tools.harness.testhost import Host
 
 
 def asked(prompt: str) -> tuple[str, ...]:

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from tools import random_weights
-from tools.client import Client
-from tools.server import Server
-from tools.study.addon_pictures import judge_cyan
-from tools.testhost import Host
+from koala_sdxl.distill.study.addon_pictures import judge_cyan
+from tools.generate.workflows import FOLDER, link_own_files, models, own_files
+from tools.harness.client import Client
+from tools.harness.server import Server
+from tools.harness.testhost import Host
+from tools.harness.workflow import to_prompt, with_widget
+from tools.synthetic import random_weights
 from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
-from tools.workflow import to_prompt, with_widget
-from tools.workflows import FOLDER, link_own_files, models, own_files
 
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from tests.host.test_example_workflows import COMPLAINTS
 from tests.host.test_nodes import graph, seen
 from tests.host.test_speed_node import AS_BALANCED, accelerated
-from tools import adapters
-from tools.client import Client, Prompt
-from tools.server import Server, running
-from tools.testhost import RELEASES, ROOT, TESTED_RELEASE, pinned_host
+from tools.harness.client import Client, Prompt
+from tools.harness.server import Server, running
+from tools.harness.testhost import RELEASES, ROOT, TESTED_RELEASE, pinned_host
+from tools.synthetic import adapters
 
 OLDER = [release for release in RELEASES if release != TESTED_RELEASE]
 FILE = "releases-small.safetensors"

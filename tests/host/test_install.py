@@ -14,10 +14,10 @@ import pytest
 import requests
 
 from tests.host.test_hosts import about_us
-from tools import pack
-from tools.client import Client
-from tools.server import Server, running
-from tools.testhost import ROOT, Host, requirement_lines
+from tools.harness import pack
+from tools.harness.client import Client
+from tools.harness.server import Server, running
+from tools.harness.testhost import ROOT, Host, requirement_lines
 
 ID = "koala-sdxl"
 MANAGER = Path(str(importlib.util.find_spec("comfyui_manager").origin)).parent  # type: ignore[union-attr]

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tools.client import Client
-from tools.locales import (
+from tools.generate.locales import (
     COMMANDS,
     ENGLISH,
     FOLDER,
@@ -26,8 +25,9 @@ from tools.locales import (
     read,
     update,
 )
-from tools.problem import Problem
-from tools.testhost import ROOT
+from tools.harness.client import Client
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT
 
 DOCS = ROOT / "web" / "docs"
 NODES = sorted(path.stem for path in DOCS.glob("*.md"))
@@ -47,7 +47,7 @@ def sentences(language: str) -> dict[Key, str]:
 
 
 def test_english_is_what_the_schemas_say(object_info: dict[str, Any]) -> None:
-    """If this fails: `python -m tools.locales`."""
+    """If this fails: `python -m tools.generate.locales`."""
     written = {path.stem: path.read_text("utf-8") for path in (FOLDER / ENGLISH).iterdir()}
     assert written == {stem: as_text(contents) for stem, contents in english(object_info).items()}
 

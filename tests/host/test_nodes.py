@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from koala.layout import SDXL
+from koala_sdxl.koala.architecture.layout import SDXL
 from tests.unit import files
-from tools import reference
-from tools.client import Client, GraphError, Interrupted, Prompt
-from tools.server import Server
+from tools.harness.client import Client, GraphError, Interrupted, Prompt
+from tools.harness.server import Server
+from tools.measure import reference
 from tools.tiny import SHIPPED
 from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES

@@ -1,7 +1,7 @@
 """Workflows as every version of the pack saved them: each still becomes the graph that it was, and is accepted.
 
-workflows/<version>/ holds frozen pairs (tools/frozen.py writes them, once a version). A change that moves a widget or
-renames an input fails here; that is to be undone, never these files changed.
+workflows/<version>/ holds frozen pairs (tools/generate/frozen.py writes them, once a version). A change that moves a
+widget or renames an input fails here; that is to be undone, never these files changed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tools.canvas import PROJECT
-from tools.client import Client, GraphError, Prompt
-from tools.frozen import API, BUILT, FOLDER
-from tools.workflow import to_prompt
+from tools.generate.canvas import PROJECT
+from tools.generate.frozen import API, BUILT, FOLDER
+from tools.harness.client import Client, GraphError, Prompt
+from tools.harness.workflow import to_prompt
 
 SAVED = sorted(path for path in FOLDER.glob("*/*.json") if not path.stem.endswith(API))
 TITLES = [f"{path.parent.name}, {path.stem}" for path in SAVED]
@@ -80,7 +80,7 @@ def test_an_exported_graph_is_accepted(path: Path, client: Client) -> None:
 
 
 def test_this_version_is_frozen_with_every_node(object_info: dict[str, Any]) -> None:
-    """If this fails for a new version, or a node that came before its release: `python -m tools.frozen`."""
+    """If this fails for a new version, or a node that came before its release: `python -m tools.generate.frozen`."""
     folder = FOLDER / PROJECT["version"]
     saved = {node["type"] for title in BUILT for node in read(folder / f"{title}.json")["nodes"]}
     assert {name for name in object_info if name.startswith("Koala")} <= saved

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from koala.checkpoint import inspect_checkpoint, inspect_folder, inspect_unet, read_header
+from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder, inspect_unet, read_header
 from tests.host.test_nodes import built_in, graph, picture
-from tools.client import Client, GraphError, Prompt
-from tools.server import Server
+from tools.harness.client import Client, GraphError, Prompt
+from tools.harness.server import Server
 
 OPTIONAL = {"clip": ["1", 1], "vae": ["1", 2]}
 SAVE = "9"

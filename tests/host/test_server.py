@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.client import Client
-from tools.problem import Problem
-from tools.server import Server, free_port, running
-from tools.testhost import Host
+from tools.harness.client import Client
+from tools.harness.errors import Problem
+from tools.harness.server import Server, free_port, running
+from tools.harness.testhost import Host
 
 
 def listing(folder: Path) -> set[Path]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.host.test_nodes import Events, graph, picture, seen
-from tools.client import Client, GraphError, Prompt
+from tools.harness.client import Client, GraphError, Prompt
 
 BALANCED = {"preset": "balanced"}
 AS_BALANCED = {

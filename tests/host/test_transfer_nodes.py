@@ -12,14 +12,14 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
-from koala.layout import KOALA_TINY, SSD_1B
-from koala.lineage import at_widths_of
+from koala_sdxl.koala.architecture.layout import KOALA_TINY, SSD_1B
+from koala_sdxl.koala.architecture.lineage import at_widths_of
 from tests.host.test_example_workflows import SIDE, place_files, shortened
-from tools import adapters
-from tools.client import Client, GraphError, Prompt
-from tools.server import Server
-from tools.testhost import ROOT, Host
-from tools.workflow import to_prompt
+from tools.harness.client import Client, GraphError, Prompt
+from tools.harness.server import Server
+from tools.harness.testhost import ROOT, Host
+from tools.harness.workflow import to_prompt
+from tools.synthetic import adapters
 
 SWAP = ROOT / "example_workflows" / "KOALA-700M in an SDXL graph.json"
 LORA = ROOT / "example_workflows" / "KOALA-700M with an SDXL LoRA.json"

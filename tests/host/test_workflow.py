@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tools.client import Client, GraphError
-from tools.problem import Problem
-from tools.testhost import ROOT, Host
-from tools.workflow import to_prompt, with_widget
+from tools.harness.client import Client, GraphError
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT, Host
+from tools.harness.workflow import to_prompt, with_widget
 
 templates = pytest.importorskip("comfyui_workflow_templates_json")
 

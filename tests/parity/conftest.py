@@ -1,8 +1,8 @@
-"""These tests call ComfyUI and the pack (as ``koala_pack``) in their own process: see tools/inprocess.py."""
+"""These tests call ComfyUI and the pack (as ``koala_sdxl``) in their own process: see tools/harness/inprocess.py."""
 
 import pytest
 
-from tools import inprocess
+from tools.harness import inprocess
 
 inprocess.activate()
 as_nodes_run = pytest.fixture(scope="module", autouse=True)(inprocess.as_nodes_run)

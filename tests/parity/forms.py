@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala.checkpoint import CLIP_PREFIXES, UNET_PREFIX
-from koala.keys import Numbering, renaming
-from koala.layout import KOALA_TINY
-from tools import parity
+from koala_sdxl.koala.architecture.keys import Numbering, renaming
+from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.files.inspect import CLIP_PREFIXES, UNET_PREFIX
+from tools.measure import parity
 
 State = dict[str, torch.Tensor]
 

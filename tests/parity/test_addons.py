@@ -15,16 +15,17 @@ from comfy_extras.nodes_model_merging_model_specific import ModelMergeSDXL
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
-from koala_pack.koala.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
-from koala_pack.koala.lineage import KEPT_TRANSFORMERS, Lineage, lineage
-from koala_pack.nodes.adapt import KoalaAttentionPatches
-from koala_pack.nodes.load import KoalaModelInfo
-from koala_pack.nodes.sample import KoalaSampler
-from koala_pack.transfer.attention import Rebound, as_teacher
-from koala_pack.transfer.lora import apply_lora
 
-from tools import adapters, parity, transfer
-from tools.adapters import SMALL_SDXL
+from koala_sdxl.host.transfer.attention import Rebound, as_teacher
+from koala_sdxl.host.transfer.lora import apply_lora
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
+from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, Lineage, lineage
+from koala_sdxl.nodes.adapt import KoalaAttentionPatches
+from koala_sdxl.nodes.load import KoalaModelInfo
+from koala_sdxl.nodes.sample import KoalaSampler
+from tools.measure import parity, transfer
+from tools.synthetic import adapters
+from tools.synthetic.adapters import SMALL_SDXL
 
 
 def koala(layout: Layout = KOALA_700M) -> Any:

@@ -12,16 +12,17 @@ import comfy.t2i_adapter.adapter
 import pytest
 import torch
 from comfy_extras.nodes_controlnet import SetUnionControlNetType
-from koala_pack import koala_loader
-from koala_pack.koala.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout, name
-from koala_pack.koala.lineage import lineage
-from koala_pack.nodes.adapt import KoalaControlNet
-from koala_pack.nodes.sample import KoalaSampler
 from safetensors.torch import save_file
 
 import nodes as core
-from tools import adapters, parity, transfer
-from tools.adapters import SMALL_SDXL
+from koala_sdxl import koala_loader
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout, name
+from koala_sdxl.koala.architecture.lineage import lineage
+from koala_sdxl.nodes.adapt import KoalaControlNet
+from koala_sdxl.nodes.sample import KoalaSampler
+from tools.measure import parity, transfer
+from tools.synthetic import adapters
+from tools.synthetic.adapters import SMALL_SDXL
 
 SKIPS = (0, 2, 3, 5, 6, 8)
 

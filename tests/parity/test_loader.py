@@ -12,13 +12,16 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from koala_pack import koala_loader
-from koala_pack.koala import checkpoint, keys, layout
-from koala_pack.nodes.load import load_parts
 from safetensors.torch import save_file
 
+from koala_sdxl import koala_loader
+from koala_sdxl.koala.architecture import keys, layout
+from koala_sdxl.koala.files import inspect as checkpoint
+from koala_sdxl.nodes.load import load_parts
 from tests.parity import forms
-from tools import parity, random_weights, testhost
+from tools.harness import testhost
+from tools.measure import parity
+from tools.synthetic import random_weights
 
 Loader = Callable[[forms.Forms], koala_loader.Loaded]
 
@@ -166,11 +169,11 @@ def test_importing_the_nodes_imports_no_heavy_library() -> None:
     """diffusers alone takes longer than the whole pack may; it comes with the first schedule."""
     code = (
         "from tools import inprocess; inprocess.activate(); import sys; import comfy.sd, comfy_extras, server\n"
-        "before = set(sys.modules); import koala_pack.nodes; print(sorted(set(sys.modules) - before))"
+        "before = set(sys.modules); import koala_sdxl.nodes; print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=testhost.ROOT, capture_output=True, text=True, check=True)
     imported = done.stdout.splitlines()[-1]
-    assert "koala_pack.nodes.sample" in imported
+    assert "koala_sdxl.nodes.sample" in imported
     assert "diffusers" not in imported
     assert "transformers" not in imported
 

@@ -15,12 +15,15 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
-from koala_pack import koala_loader, koala_reader
-from koala_pack.koala.checkpoint import CLIP_PREFIXES, VAE_PREFIX, inspect_model
-from koala_pack.koala_loader import BUILT_IN, decode_tile
-from koala_pack.koala_reader import Source
 
-from tools import parity, random_weights, testhost
+from koala_sdxl import koala_loader
+from koala_sdxl.host import reader as koala_reader
+from koala_sdxl.host.reader import Source
+from koala_sdxl.koala.files.inspect import CLIP_PREFIXES, VAE_PREFIX, inspect_model
+from koala_sdxl.koala_loader import BUILT_IN, decode_tile
+from tools.harness import testhost
+from tools.measure import parity
+from tools.synthetic import random_weights
 
 
 @pytest.fixture
@@ -174,8 +177,8 @@ def test_loading_takes_little_more_memory_than_the_weights() -> None:
         random_weights.folder("koala-700m") / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     ).unet.path
     code = (
-        "from tools.bench import engines, meter; engines.activate('cpu'); from pathlib import Path\n"
-        "from koala_pack import koala_loader; from koala_pack.koala.checkpoint import inspect_model\n"
+        "from tools.measure.bench import engines, meter; engines.activate('cpu'); from pathlib import Path\n"
+        "from koala_sdxl import koala_loader; from koala_sdxl.koala.checkpoint import inspect_model\n"
         f"unet = inspect_model(Path({str(file)!r})); before = meter.forget_peak()['ram']\n"
         "model = koala_loader.load_unet(unet, 'it'); above = meter.peak()['ram'] - before\n"
         "print(above / sum(weights.nbytes for weights in model.model.parameters()))"

@@ -11,16 +11,17 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from koala_pack.koala.checkpoint import CheckpointError
-from koala_pack.koala.keys import tensors
-from koala_pack.koala.layout import KOALA_1B, KOALA_TINY, SDXL
-from koala_pack.koala.lineage import lineage
-from koala_pack.koala.lora_names import aliases
-from koala_pack.nodes.adapt import KoalaHookLora, KoalaLoraLoader
 from safetensors.torch import save_file
 
-from tools import adapters, parity, transfer
-from tools.adapters import SMALL_SDXL, State
+from koala_sdxl.koala.architecture.keys import tensors
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_TINY, SDXL
+from koala_sdxl.koala.architecture.lineage import lineage
+from koala_sdxl.koala.files.inspect import CheckpointError
+from koala_sdxl.koala.lora.names import aliases
+from koala_sdxl.nodes.adapt import KoalaHookLora, KoalaLoraLoader
+from tools.measure import parity, transfer
+from tools.synthetic import adapters
+from tools.synthetic.adapters import SMALL_SDXL, State
 
 
 @pytest.fixture

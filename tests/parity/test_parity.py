@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools import parity
+from tools.measure import parity
 
 
 @pytest.mark.parametrize("case", parity.TINY_CASES, ids=lambda case: case.name)

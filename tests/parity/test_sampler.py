@@ -8,12 +8,12 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from koala_pack.koala import settings
-from koala_pack.koala.schedule import schedule
-from koala_pack.nodes import load, prompt, sample
 
 import nodes as core
-from tools import parity
+from koala_sdxl.koala import releases as settings
+from koala_sdxl.koala.schedule import schedule
+from koala_sdxl.nodes import load, prompt, sample
+from tools.measure import parity
 
 SETTINGS = {"preset": "custom", "steps": 4, "cfg": 7.5, "spacing": "leading"}
 

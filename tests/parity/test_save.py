@@ -9,10 +9,12 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from koala_pack import koala_loader
-from koala_pack.koala import checkpoint, layout
 
-from tools import parity, random_weights
+from koala_sdxl import koala_loader
+from koala_sdxl.koala.architecture import layout
+from koala_sdxl.koala.files import inspect as checkpoint
+from tools.measure import parity
+from tools.synthetic import random_weights
 from tools.tiny.pack import UNUSED
 
 

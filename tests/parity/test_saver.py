@@ -16,13 +16,18 @@ import pytest
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
-from koala_pack import koala_loader, koala_saver
-from koala_pack.koala import checkpoint, disk, layout, settings
-from koala_pack.koala_reader import Source
-from koala_pack.nodes.save import KoalaCheckpointSave
 from safetensors.torch import load_file, save_file
 
-from tools import parity, random_weights
+from koala_sdxl import koala_loader
+from koala_sdxl.host import saver as koala_saver
+from koala_sdxl.host.reader import Source
+from koala_sdxl.koala import releases as settings
+from koala_sdxl.koala.architecture import layout
+from koala_sdxl.koala.files import atomic_write as disk
+from koala_sdxl.koala.files import inspect as checkpoint
+from koala_sdxl.nodes.save import KoalaCheckpointSave
+from tools.measure import parity
+from tools.synthetic import random_weights
 
 State = dict[str, torch.Tensor]
 LORA_LAYERS = {

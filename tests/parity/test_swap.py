@@ -17,17 +17,18 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from koala_pack import koala_loader
-from koala_pack.koala.checkpoint import KEPT_KEY, inspect_model
-from koala_pack.koala.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
-from koala_pack.koala.lineage import Lineage, attention_depths, lineage
-from koala_pack.nodes.adapt import KoalaUNetSwap
-from koala_pack.transfer.lora import apply_lora
-from koala_pack.transfer.swap import swap
 from safetensors.torch import save_file
 
-from tools import adapters, transfer
-from tools.adapters import SMALL_SDXL
+from koala_sdxl import koala_loader
+from koala_sdxl.host.transfer.lora import apply_lora
+from koala_sdxl.host.transfer.swap import swap
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
+from koala_sdxl.koala.architecture.lineage import Lineage, attention_depths, lineage
+from koala_sdxl.koala.files.inspect import KEPT_KEY, inspect_model
+from koala_sdxl.nodes.adapt import KoalaUNetSwap
+from tools.measure import transfer
+from tools.synthetic import adapters
+from tools.synthetic.adapters import SMALL_SDXL
 
 
 def attention_lora() -> dict[str, torch.Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from koala_pack.koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout, name
 
-from tools import adapters, transfer
+from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout, name
+from tools.measure import transfer
+from tools.synthetic import adapters
 
 koalas = pytest.mark.parametrize("koala", transfer.KOALAS, ids=name)
 

@@ -19,22 +19,23 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_custom_sampler import CFGOverride, SamplerCustom
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
-from koala_pack.koala.layout import KOALA_1B, KOALA_700M, Layout, name
-from koala_pack.koala.schedule import schedule
-from koala_pack.nodes.adapt import KoalaControlNet, KoalaHookLora, KoalaLoraLoader
-from koala_pack.nodes.prompt import KoalaPrompt
-from koala_pack.nodes.sample import KoalaSampler
-from koala_pack.nodes.speed import KoalaAccelerate
-from koala_pack.speed import accelerate as module
-from koala_pack.speed import kernels
-from koala_pack.speed.accelerate import accelerate
-from koala_pack.speed.plan import BF16, EXACT, OFF, PRESETS, REUSE, Acceleration, Reuse
-from koala_pack.speed.run import Run
 from safetensors.torch import save_file
 
 import nodes as core
-from tools import adapters, parity, transfer
-from tools.bench.gallery import psnr
+from koala_sdxl.host.accelerate import cpu_routines as kernels
+from koala_sdxl.host.accelerate import patch as module
+from koala_sdxl.host.accelerate.feature_cache import Run
+from koala_sdxl.host.accelerate.patch import accelerate
+from koala_sdxl.host.accelerate.plan import BF16, EXACT, OFF, PRESETS, REUSE, Acceleration, Reuse
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, Layout, name
+from koala_sdxl.koala.schedule import schedule
+from koala_sdxl.nodes.adapt import KoalaControlNet, KoalaHookLora, KoalaLoraLoader
+from koala_sdxl.nodes.prompt import KoalaPrompt
+from koala_sdxl.nodes.sample import KoalaSampler
+from koala_sdxl.nodes.speed import KoalaAccelerate
+from tools.measure import parity, transfer
+from tools.measure.bench.gallery import psnr
+from tools.synthetic import adapters
 from tools.tiny.evaluate import grid_prompts
 
 HEAD = 0.036  # of a pass, what a step on a foretold feature computes, at KOALA-700M's size

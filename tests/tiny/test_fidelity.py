@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tools import reference
+from tools.measure import reference
 from tools.tiny import SHIPPED, evaluate, pipeline
 
 

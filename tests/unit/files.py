@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from koala.keys import Numbering, Shape, tensors
-from koala.layout import Layout
+from koala_sdxl.koala.architecture.keys import Numbering, Shape, tensors
+from koala_sdxl.koala.architecture.layout import Layout
 
 BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "F64": 64}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from koala.layout import KOALA_700M
+from koala_sdxl.koala.architecture.layout import KOALA_700M
 from tests.unit import files
 from tests.unit.others import FOREIGN, PUBLISHED
 from tests.unit.reference import Shapes

@@ -13,8 +13,8 @@ from functools import cache
 import diffusers
 import transformers
 
-from koala.keys import Numbering, Shape
-from koala.layout import SDXL, SSD_1B, VEGA, Layout
+from koala_sdxl.koala.architecture.keys import Numbering, Shape
+from koala_sdxl.koala.architecture.layout import SDXL, SSD_1B, VEGA, Layout
 from tests.unit import files, reference
 from tests.unit.reference import Shapes, shapes_of
 

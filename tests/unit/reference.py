@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from koala.keys import Shape
-from koala.layout import Layout
+from koala_sdxl.koala.architecture.keys import Shape
+from koala_sdxl.koala.architecture.layout import Layout
 
 Shapes = dict[str, Shape]
 

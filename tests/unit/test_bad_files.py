@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from koala.checkpoint import (
+from koala_sdxl.koala.architecture.keys import NUMBERINGS
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
+from koala_sdxl.koala.files.inspect import (
     CheckpointError,
     inspect_checkpoint,
     inspect_model,
@@ -17,8 +19,6 @@ from koala.checkpoint import (
     require_checkpoint_parts,
     require_text_width,
 )
-from koala.keys import NUMBERINGS
-from koala.layout import KOALA_1B, KOALA_700M, SDXL, Layout
 from tests.unit import files, gallery, others, reference
 
 

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from koala.checkpoint import (
+from koala_sdxl.koala.architecture.keys import NUMBERINGS, Numbering, parameters
+from koala_sdxl.koala.architecture.layout import (
+    KOALA_1_7B,
+    KOALA_1B,
+    KOALA_700M,
+    KOALA_NAMES,
+    KOALA_TINY,
+    Layout,
+    compact,
+    name,
+)
+from koala_sdxl.koala.files.inspect import (
     CheckpointError,
     inspect_checkpoint,
     inspect_model,
@@ -18,9 +29,7 @@ from koala.checkpoint import (
     require_checkpoint_parts,
     require_text_width,
 )
-from koala.keys import NUMBERINGS, Numbering, parameters
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_NAMES, KOALA_TINY, Layout, compact, name
-from koala.settings import BASE, LIGHTNING
+from koala_sdxl.koala.releases import BASE, LIGHTNING
 from tests.unit import files, gallery, others, reference
 from tools.tiny import SHIPPED
 

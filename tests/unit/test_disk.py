@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from koala import disk
-from koala.disk import SaveError, write_bytes, write_safetensors, written_whole
+from koala_sdxl.koala.files import atomic_write as disk
+from koala_sdxl.koala.files.atomic_write import SaveError, write_bytes, write_safetensors, written_whole
 
 MEGABYTE = 1 << 20
 ONE = {"x": torch.ones(1)}

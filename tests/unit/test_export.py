@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from koala import export, layout, settings
-from koala.checkpoint import SCHEDULER_KEY, VAE_PREFIX, CheckpointError, inspect_model, read_header
-from koala.facts import ModelFacts, assumed_facts, facts_of
-from koala.keys import tensors
-from koala.parts import read_autoencoder
+from koala_sdxl.koala import releases as settings
+from koala_sdxl.koala.architecture import layout
+from koala_sdxl.koala.architecture.components import read_autoencoder
+from koala_sdxl.koala.architecture.keys import tensors
+from koala_sdxl.koala.files import export
+from koala_sdxl.koala.files.inspect import SCHEDULER_KEY, VAE_PREFIX, CheckpointError, inspect_model, read_header
+from koala_sdxl.koala.model_info import ModelFacts, assumed_facts, facts_of
 from tests.unit import files
 from tools.tiny import SHIPPED as TINY
 

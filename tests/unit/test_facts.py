@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from koala.checkpoint import inspect_model
-from koala.facts import assumed_facts, facts_of, report
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
-from koala.settings import BASE, LIGHTNING, SCHEDULER_CONFIG
+from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
+from koala_sdxl.koala.files.inspect import inspect_model
+from koala_sdxl.koala.model_info import assumed_facts, facts_of, report
+from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from koala.checkpoint import CheckpointError, inspect_folder
-from koala.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
-from koala.settings import BASE, LIGHTNING, SCHEDULER_CONFIG
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
+from koala_sdxl.koala.files.inspect import CheckpointError, inspect_folder
+from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files, reference
 
 

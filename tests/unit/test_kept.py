@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from koala.checkpoint import KEPT_KEY, CheckpointError, inspect_model
-from koala.export import metadata
-from koala.facts import ModelFacts, facts_of
-from koala.keys import tensors
-from koala.layout import KOALA_TINY, Layout, compact, name
-from koala.lineage import Lineage, at_widths_of, attention_depths, lineage
-from koala.lora import inspect_lora
+from koala_sdxl.koala.architecture.keys import tensors
+from koala_sdxl.koala.architecture.layout import KOALA_TINY, Layout, compact, name
+from koala_sdxl.koala.architecture.lineage import Lineage, at_widths_of, attention_depths, lineage
+from koala_sdxl.koala.files.export import metadata
+from koala_sdxl.koala.files.inspect import KEPT_KEY, CheckpointError, inspect_model
+from koala_sdxl.koala.lora.plan import inspect_lora
+from koala_sdxl.koala.model_info import ModelFacts, facts_of
 from tests.unit import files
-from tools import adapters
-from tools.adapters import SMALL_SDXL
+from tools.synthetic import adapters
+from tools.synthetic.adapters import SMALL_SDXL
 
 DEPTHS = attention_depths(KOALA_TINY)
 EVEN = {module: (0, 2, 4, 6, 9) if depth == 5 else (0, 1) for module, depth in DEPTHS.items()}

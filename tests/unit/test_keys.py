@@ -10,7 +10,7 @@ from itertools import permutations
 import pytest
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from koala.keys import (
+from koala_sdxl.koala.architecture.keys import (
     NUMBERINGS,
     Numbering,
     coverage,
@@ -20,7 +20,18 @@ from koala.keys import (
     renaming,
     tensors,
 )
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, SSD_1B, VEGA, Layout, is_subnetwork, name
+from koala_sdxl.koala.architecture.layout import (
+    KOALA_1_7B,
+    KOALA_1B,
+    KOALA_700M,
+    KOALA_TINY,
+    SDXL,
+    SSD_1B,
+    VEGA,
+    Layout,
+    is_subnetwork,
+    name,
+)
 from tests.unit import files, reference
 
 LAYOUTS = (KOALA_700M, KOALA_1B, KOALA_1_7B, KOALA_TINY, SDXL, SSD_1B, VEGA)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from koala.keys import parameters, tensors
-from koala.layout import (
+from koala_sdxl.koala.architecture.keys import parameters, tensors
+from koala_sdxl.koala.architecture.layout import (
     KOALA_1_7B,
     KOALA_1B,
     KOALA_700M,

@@ -6,9 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from koala.keys import tensors
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, SSD_1B, Layout, name
-from koala.lineage import KEPT_TRANSFORMERS, Lineage, at_widths_of, is_teacher, lineage
+from koala_sdxl.koala.architecture.keys import tensors
+from koala_sdxl.koala.architecture.layout import (
+    KOALA_1_7B,
+    KOALA_1B,
+    KOALA_700M,
+    KOALA_TINY,
+    SDXL,
+    SSD_1B,
+    Layout,
+    name,
+)
+from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, Lineage, at_widths_of, is_teacher, lineage
 
 KOALAS = (KOALA_700M, KOALA_1B, KOALA_1_7B, KOALA_TINY)
 

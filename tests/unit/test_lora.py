@@ -9,14 +9,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from koala.checkpoint import CheckpointError
-from koala.keys import Tensor, tensors
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SSD_1B, VEGA, Layout, name
-from koala.lineage import at_widths_of, lineage
-from koala.lora import Plan, inspect_lora, report
-from koala.lora_names import aliases, renamed
-from tools import adapters
-from tools.adapters import SMALL_SDXL, State
+from koala_sdxl.koala.architecture.keys import Tensor, tensors
+from koala_sdxl.koala.architecture.layout import (
+    KOALA_1_7B,
+    KOALA_1B,
+    KOALA_700M,
+    KOALA_TINY,
+    SSD_1B,
+    VEGA,
+    Layout,
+    name,
+)
+from koala_sdxl.koala.architecture.lineage import at_widths_of, lineage
+from koala_sdxl.koala.files.inspect import CheckpointError
+from koala_sdxl.koala.lora.names import aliases, renamed
+from koala_sdxl.koala.lora.plan import Plan, inspect_lora, report
+from tools.synthetic import adapters
+from tools.synthetic.adapters import SMALL_SDXL, State
 
 Write = Callable[[State], Path]
 

@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from koala.schedule import schedule
-from speed.plan import BEGINNING, FIRST, PRESETS, REACH, REUSE, full_steps
-from speed.run import Run
+from koala_sdxl.host.accelerate.feature_cache import Run
+from koala_sdxl.host.accelerate.plan import BEGINNING, FIRST, PRESETS, REACH, REUSE, full_steps
+from koala_sdxl.koala.schedule import schedule
 
 
 def numbers(count: int) -> list[float]:

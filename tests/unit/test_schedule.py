@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 
-from koala.schedule import schedule
-from koala.settings import BASE, LIGHTNING, SCHEDULER_CONFIG, SPACINGS, Spacing
+from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG, SPACINGS, Spacing
+from koala_sdxl.koala.schedule import schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers, with NumPy 2
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from koala.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout, compact
-from koala.settings import (
+from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout, compact
+from koala_sdxl.koala.releases import (
     BASE,
     LIGHTNING,
     RELEASES,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image, ImageStat
 
-from koala.settings import RELEASES, identify
-from tools import blueprints
-from tools.canvas import SCHEMAS, Node
-from tools.testhost import ROOT
+from koala_sdxl.koala.releases import RELEASES, identify
+from tools.generate import blueprints
+from tools.generate.canvas import SCHEMAS, Node
+from tools.generate.workflows import FOLDER, OWN_FILES, as_text, own_files, workflows
+from tools.harness.testhost import ROOT
 from tools.tiny import SHIPPED
-from tools.workflows import FOLDER, OWN_FILES, as_text, own_files, workflows
 
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
 README = (ROOT / "README.md").read_text("utf-8")
@@ -30,7 +30,7 @@ def workflow(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def test_files_are_what_the_generator_writes() -> None:
-    """If this fails: `python -m tools.workflows`."""
+    """If this fails: `python -m tools.generate.workflows`."""
     assert {title: path.read_text("utf-8") for title, path in FILES.items()} == {
         title: as_text(workflow) for title, workflow in workflows().items()
     }
@@ -130,7 +130,7 @@ def test_every_node_has_a_help_page() -> None:
 
 @pytest.mark.parametrize("title", sorted(FILES))
 def test_every_workflow_has_its_picture(title: str) -> None:
-    """If this fails: `python -m tools.thumbnails`. The canvas shows it in a square; the host knows only this name."""
+    """If this fails: `dev.py generate thumbnails`. The canvas shows it in a square; the host knows only this name."""
     path = FILES[title].with_suffix(".jpg")
     assert path.stat().st_size < 40_000
     with Image.open(path) as picture:
@@ -143,7 +143,7 @@ def test_no_picture_is_left_of_a_workflow_that_is_gone() -> None:
 
 
 def test_blueprints_are_what_the_generator_writes() -> None:
-    """If this fails: `python -m tools.blueprints`."""
+    """If this fails: `python -m tools.generate.blueprints`."""
     found = {path.stem: path.read_text("utf-8") for path in blueprints.FOLDER.glob("*.json")}
     assert found == {title: as_text(blueprint) for title, blueprint in blueprints.blueprints().items()}
 

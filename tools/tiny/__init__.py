@@ -1,6 +1,6 @@
 """koala-tiny, the built-in model: its pictures, its training, its judge, its packing."""
 
-from tools.testhost import ROOT
+from tools.harness.testhost import ROOT
 
 SHIPPED = ROOT / "assets" / "koala-tiny.safetensors"
 """The built-in model's file in this checkout."""

@@ -115,7 +115,7 @@ def _from_nothing(recipe: denoiser.Recipe) -> str:
 
 
 def _distilled(told: dict[str, Any]) -> str:
-    """``told``: see tools.distill.result.metadata."""
+    """``told``: see koala_sdxl.distill.result.metadata."""
     return f"""3. U-Net (7.4 M parameters): cut out of {told["teacher"]}, which has SDXL's layout at this width, and
    distilled from it as KOALA was from SDXL: {told["steps"]} steps of {told["images_a_step"]} drawings, with the
    errors of the noise, of the teacher's answer and of its {told["loss"]["place"]} features. `docs/distillation.md`

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from koala.export import unet_config
-from koala.layout import KOALA_TINY, Layout
+from koala_sdxl.koala.architecture.layout import KOALA_TINY, Layout
+from koala_sdxl.koala.files.export import unet_config
 from tools.tiny import autoencoder, checkpoints, text
 from tools.tiny.device import DEVICE, replayed
 from tools.tiny.pictures import KOALA, Drawings, all_captions, draw, random_captions, random_drawings

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from koala.checkpoint import read_header
-from tools import reference
-from tools.distill.result import DISTILLATION
+from koala_sdxl.distill.result import DISTILLATION
+from koala_sdxl.koala.files.inspect import read_header
+from tools.measure import reference
 from tools.tiny import SHIPPED, autoencoder, card, pipeline, sheet
 from tools.tiny.judge import UNSURE, judge, red_share
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Drawings, caption, draw, random_drawings

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from koala.checkpoint import read_header
-from tools import inprocess
-from tools.distill.result import DISTILLATION
+from koala_sdxl.distill.result import DISTILLATION
+from koala_sdxl.koala.files.inspect import read_header
+from tools.harness import inprocess
 from tools.tiny import SHIPPED, autoencoder, denoiser, text
 
 MODELSPEC = {
@@ -56,7 +56,8 @@ def pack(folder: Path, out: Path) -> None:
     Raises ValueError where the file does not load to the weights of the folder."""
     inprocess.activate()
     import comfy.sd
-    from koala_pack import koala_loader
+
+    from koala_sdxl import koala_loader
 
     model, clip, vae = koala_loader.load_folder(folder, "fp16")
     vae.first_stage_model.half()

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from koala.layout import KOALA_TINY, SDXL
-from koala.lineage import at_widths_of
-from tools import reference
+from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL
+from koala_sdxl.koala.architecture.lineage import at_widths_of
+from tools.measure import reference
 from tools.tiny import SHIPPED, autoencoder, denoiser, pipeline, sheet, text
 from tools.tiny.device import DEVICE
 from tools.tiny.evaluate import grid_prompts, score

@@ -1,0 +1,125 @@
+"""Aspect ratio buckets: the sizes that pictures are brought to, and batches of one size each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Sampler
+
+from tools.harness.errors import Problem
+
+LATENT = 8
+"""Pixels along the side of a latent's cell."""
+
+Size = tuple[int, int]
+"""Width and height, pixels."""
+
+
+def buckets(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
+    """Sizes of about ``resolution`` squared, from the tallest to the widest, sides in multiples of ``step``.
+
+    They are those where neither side can grow by a step without more area than that, and the square, which is there
+    whatever ``resolution`` is. Raises Problem where not even that fits, or where latents have no whole size.
+    """
+    if step % LATENT:
+        raise Problem(
+            f"data.bucket_step = {step} is no multiple of {LATENT}; expected one, as a latent's cell has {LATENT} "
+            f"pixels a side. Set it to {LATENT * math.ceil(step / LATENT)}."
+        )
+    if resolution < step:
+        raise Problem(
+            f"data.resolution = {resolution} is less than data.bucket_step = {step}; expected room for one step. "
+            f"Raise the resolution or lower the step."
+        )
+
+    def longest(side: int) -> int:
+        return resolution**2 // side // step * step
+
+    square = resolution // step * step
+    sides = range(step, math.floor(resolution * math.sqrt(max_aspect)) + step, step)
+    largest = {(width, longest(width)) for width in sides if longest(width) and longest(longest(width)) == width}
+    within = {size for size in largest if max(size) <= max_aspect * min(size)}
+    return tuple(sorted(within | {(square, square)}, key=lambda size: (size[0] / size[1], size)))
+
+
+def nearest(width: int, height: int, choices: Sequence[Size]) -> Size:
+    """The bucket whose aspect ratio differs by the smallest factor."""
+    return min(choices, key=lambda size: abs(math.log(width / height) - math.log(size[0] / size[1])))
+
+
+def fit(
+    image: Image.Image, bucket: Size, crop: Literal["center", "random"], generator: torch.Generator
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Scale an RGB picture until it just covers the bucket, and cut off what stands out.
+
+    Returns float32 [3, height, width] in [-1, 1], and what SDXL is told of the cut: the pixels gone at the top and at
+    the left, counted after scaling. ``generator`` is drawn from for a random cut only.
+    """
+    width, height = bucket
+    scale = max(width / image.width, height / image.height)
+    scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.LANCZOS)
+    spare = scaled[1] - height, scaled[0] - width
+    if crop == "random":
+        top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in spare)
+    else:
+        top, left = (room // 2 for room in spare)
+    pixels = np.array(image.crop((left, top, left + width, top + height)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 127.5 - 1, (top, left)
+
+
+@dataclass(frozen=True, eq=False)
+class Batches(Sampler[list[int]]):
+    """``count`` batches of a dataset's indices, from batch number ``start`` on; each is of one bucket and full.
+
+    Batch i depends on the seed, the data and i alone, so that a run can be taken up anywhere. An epoch has every index;
+    where a bucket's last batch is not full, the first indices of the bucket's epoch come again.
+    """
+
+    bucket_of: Sequence[int]
+    """The bucket of each index; any numbers. Not empty."""
+    batch_size: int
+    seed: int
+    count: int
+    start: int = 0
+    drop_last: ClassVar[bool] = True
+    """For accelerate, which would fill up the last round of several processes from other buckets otherwise."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number, end = self.start, self.start + self.count
+        while number < end:
+            epoch, first = divmod(number, self.an_epoch)
+            batches = self._epoch(epoch)[first : first + end - number]
+            yield from (batch.tolist() for batch in batches)
+            number += len(batches)
+
+    @cached_property
+    def an_epoch(self) -> int:
+        """Batches in an epoch."""
+        return sum(math.ceil(len(indices) / self.batch_size) for indices in self._indices)
+
+    @cached_property
+    def _indices(self) -> list[np.ndarray]:
+        """The indices of each bucket."""
+        which = np.asarray(self.bucket_of)
+        return [np.flatnonzero(which == bucket) for bucket in np.unique(which)]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """An epoch's batches: [batches, batch size]."""
+        random = np.random.default_rng((self.seed % 2**64, epoch))
+        parts = []
+        for indices in self._indices:
+            batches = math.ceil(len(indices) / self.batch_size)
+            parts.append(np.resize(random.permutation(indices), (batches, self.batch_size)))  # repeats from the start
+        return random.permutation(np.concatenate(parts))

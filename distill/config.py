@@ -1,0 +1,223 @@
+"""What a run is told: a TOML file, read into frozen models. The one place that has every key, default and unit."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from tools.harness.errors import Problem
+
+from ..koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout
+
+NAMED_LAYOUTS: dict[str, Layout] = {"koala-700m": KOALA_700M, "koala-1b": KOALA_1B, "koala-1.7b": KOALA_1_7B}
+
+Place = Literal["self-attention", "cross-attention", "residual", "feed-forward", "last", "none"]
+PLACES: tuple[Place, ...] = get_args(Place)
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Table(BaseModel):
+    """A table of the file: unknown keys and values of another type are errors, paths count from the file's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def key(default: Any, description: str) -> Any:
+    """A key with its default and what it means, unit included."""
+    return Field(default, description=description)
+
+
+class TeacherTable(Table):
+    model: Path = key(..., "SDXL: a Hugging Face folder or a single .safetensors file, LoRAs merged into it or not")
+    loras: tuple[Path, ...] = key((), "LoRA files to merge into it at full strength, U-Net and text encoders")
+    variant: Literal["base", "lightning"] = key(
+        "base", "lightning for a step-distilled teacher; the student is then sampled as KOALA-Lightning"
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = key("bf16", "type in which the teacher computes")
+
+
+class CustomLayout(Table):
+    """A layout that nobody has published, at the teacher's widths: numbers of ``koala.layout.Layout``."""
+
+    down: tuple[tuple[Count, ...], ...] = key(..., "transformer depth of each layer of each stage on the way down")
+    up: tuple[tuple[Count, ...], ...] = key(..., "the same on the way up, deepest stage first")
+    middle: Count | None = key(None, "transformer depth of the middle block; without this key there is none")
+
+
+STARTS = ("teacher", "random")
+
+
+class StudentTable(Table):
+    layout: Literal["koala-700m", "koala-1b", "koala-1.7b"] | CustomLayout = key(
+        "koala-700m", "the compact U-Net: a name, or a table with down, up and middle"
+    )
+    transformers: Literal["first", "even"] | dict[str, tuple[int, ...]] = key(
+        "first",
+        "which of the teacher's transformer blocks are kept: the first n, n spread evenly from the first to the last, "
+        "or a table of attention module (diffusers name) = [teacher's indices]",
+    )
+    start: Literal["teacher", "random"] | Path = key(
+        "teacher", "first weights: cut out of the teacher, random, or an earlier student (folder or .safetensors file)"
+    )
+
+
+class DataTable(Table):
+    kind: Literal["folder", "webdataset", "huggingface"] = key(
+        "folder", "images with captions in a folder, WebDataset shards (.tar), or a Hugging Face dataset on disk"
+    )
+    path: Path = key(..., "the folder; for webdataset also one file or a pattern such as shards/{000..031}.tar")
+    image: str = key("image", "column of the image (huggingface)")
+    caption: str = key("caption", "column of the caption (huggingface), or field of a .json or .jsonl caption")
+    cache: Path = key(..., "folder for latents and text embeddings, which are computed once")
+    resolution: PositiveInt = key(1024, "side of a square picture, pixels; other aspect ratios have about its area")
+    bucket_step: PositiveInt = key(64, "sides of aspect buckets are multiples of this, pixels")
+    max_aspect: Annotated[float, Field(ge=1)] = key(2.0, "longest side over shortest of the longest bucket; 1: squares")
+    upscale: bool = key(False, "take images smaller than their bucket, enlarged; else they are skipped and counted")
+    crop: Literal["center", "random"] = key("center", "where a picture is cut to its bucket; fixed when it is cached")
+    caption_dropout: Share = key(0.1, "share of captions replaced by zeros, SDXL's empty prompt")
+    workers: Count = key(2, "processes that read the cache while training")
+
+
+class LossTable(Table):
+    task: NotNegative = key(1.0, "weight of the error against the true noise")
+    output: NotNegative = key(1.0, "weight of the error against the teacher's output")
+    feature: NotNegative = key(1.0, "weight of the error against the teacher's features")
+    place: Place = key(
+        "self-attention", "where features are taken: output of every such layer, or the last of each stage (BK-SDM)"
+    )
+    stages: tuple[str, ...] = key(
+        ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"),
+        "stages of the student whose features count (diffusers names); those it has not are passed over",
+    )
+    stage_weights: dict[str, NotNegative] = key({}, "stage = factor of its features' error; 1 where not given")
+    normalise: bool = key(False, "divide each layer's error by the mean square of the teacher's feature (LAPTOP-Diff)")
+    weighting: Literal["none", "min-snr", "velocity"] = key(
+        "none", "of task and output error by time step: as it is, min-SNR, or as if velocity was predicted"
+    )
+    gamma: PositiveFloat = key(5.0, "min-snr: the signal-to-noise ratio above which errors count less")
+    most_weight: PositiveFloat = key(15.0, "velocity: the largest weight, before they are scaled to a mean of 1")
+
+
+class TrainingTable(Table):
+    steps: PositiveInt = key(..., "optimiser steps")
+    batch: PositiveInt = key(4, "images a process in one forward pass")
+    accumulate: PositiveInt = key(1, "forward passes before an optimiser step")
+    learning_rate: PositiveFloat = key(5e-5, "of AdamW, after warm-up")
+    final_rate: Share = key(0.0, "learning rate at the last step as a share of learning_rate; cosine in between")
+    warmup: Count = key(500, "optimiser steps over which the learning rate rises from 0")
+    betas: tuple[Share, Share] = key((0.9, 0.999), "of AdamW")
+    weight_decay: NotNegative = key(0.01, "of AdamW")
+    clip: PositiveFloat = key(1.0, "largest norm of the gradient")
+    ema: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.9999, "decay of the averaged weights, which are the result; 0: off"
+    )
+    precision: Literal["no", "bf16", "fp16"] = key("bf16", "mixed precision of the student; its weights stay fp32")
+    gradient_checkpointing: bool = key(False, "compute activations twice, keep few of them")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(0, "of everything random")
+    checkpoint_every: PositiveInt = key(500, "optimiser steps between checkpoints")
+    keep: PositiveInt = key(2, "checkpoints kept")
+
+
+class LogTable(Table):
+    every: PositiveInt = key(10, "optimiser steps between rows of metrics")
+    to: tuple[Literal["csv", "tensorboard"], ...] = key(("csv",), "where metrics go, inside the output folder")
+    samples_every: Count = key(0, "optimiser steps between sample grids; 0: none")
+    prompts: tuple[str, ...] = key((), "prompts of the sample grid")
+    sample_steps: PositiveInt = key(25, "sampling steps of a sample")
+    sample_cfg: NotNegative = key(7.5, "guidance scale of a sample")
+
+
+class Config(Table):
+    """A whole file."""
+
+    output: Path = key(..., "folder of the run: checkpoints, metrics, samples and the result")
+    teacher: TeacherTable
+    student: StudentTable = StudentTable()
+    data: DataTable
+    loss: LossTable = LossTable()
+    training: TrainingTable
+    log: LogTable = LogTable()
+
+
+PATHS = (
+    ("output",),
+    ("teacher", "model"),
+    ("teacher", "loras"),
+    ("student", "start"),
+    ("data", "path"),
+    ("data", "cache"),
+)
+"""Keys whose values are paths, which count from the file's folder."""
+
+
+def read(path: Path) -> Config:
+    """Read a file; relative paths in it count from its folder.
+
+    Raises Problem naming the key for anything that is no valid configuration.
+    """
+    try:
+        found = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise Problem(f"{path} cannot be read ({error.strerror}); expected a distillation's TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Problem(f"{path} is no TOML file: {error}. distill/example.toml shows how one looks.") from None
+    for *tables, name in PATHS:
+        table: Any = found
+        for outer in tables:
+            table = table.get(outer) if isinstance(table, dict) else None
+        if isinstance(table, dict) and name in table:
+            table[name] = _from(path.parent, table[name])
+    try:
+        return Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
+    except ValidationError as error:
+        raise Problem("\n".join(f"{path}: {fault}" for fault in _faults(error, found))) from None
+
+
+def _from(folder: Path, value: Any) -> Any:
+    """A path, or each of a list, as it counts from a folder; anything else as it is."""
+    if isinstance(value, list):
+        return [_from(folder, one) for one in value]
+    return str(folder / Path(value).expanduser()) if isinstance(value, str) and value not in STARTS else value
+
+
+EITHER = [["student", name] for name in ("layout", "transformers", "start")]
+"""Keys that take a word or something else; pydantic then tells of both."""
+
+
+def _faults(error: ValidationError, found: dict[str, Any]) -> Iterator[str]:
+    """Each fault in a sentence that begins with the key."""
+    for fault in error.errors():
+        where = [str(part) for part in fault["loc"]]
+        if where[:2] in EITHER and len(where) > 2:
+            if isinstance(found[where[0]][where[1]], dict) == (fault["type"] == "literal_error"):
+                continue  # of a table what is wrong in it, of all else which words there are
+            del where[2]
+        known = keys_of(*where[:-1])
+        near = get_close_matches(where[-1], known, 1) if where else []
+        if fault["type"] == "extra_forbidden":
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
+            yield f"{'.'.join(where)} is no key of a distillation; {hint}"
+        elif fault["type"] == "missing":
+            yield f"{'.'.join(where)} is missing; it has no default. Add it."
+        else:
+            wanted = "Input should be a table" if fault["type"] == "model_type" else fault["msg"]
+            meant = f" ({StudentTable.model_fields[where[1]].description})" if where in EITHER else ""
+            yield f"{'.'.join(where)} = {fault['input']!r} cannot be used: {wanted}{meant}. Change it."
+
+
+def keys_of(*tables: str) -> tuple[str, ...]:
+    """The keys of a table of the file, named by its path; none for what is no table."""
+    model: Any = Config
+    for name in tables:
+        field = getattr(model, "model_fields", {}).get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return tuple(getattr(model, "model_fields", {}))

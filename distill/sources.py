@@ -1,0 +1,331 @@
+"""Pictures with captions, one at a time: from a folder, WebDataset shards or a Hugging Face dataset on disk.
+
+What cannot be used is reported and passed over; only a source without anything usable is a problem.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from tools.harness.errors import Problem
+
+from .config import DataTable
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LISTED = ", ".join(EXTENSIONS)
+
+Report = Callable[[str], None]
+Fetch = Callable[[], tuple[bytes, str]]
+"""Gives a picture's file content and its caption; raises Unusable where either is missing."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with its caption."""
+
+    key: str
+    """Where it came from: a file below the folder, a member of a shard, a row of a dataset."""
+    image: Image.Image
+    """RGB, the way up that it is meant to be seen"""
+    caption: str
+    """Not empty"""
+
+
+class Unusable(Exception):
+    """One picture that cannot be used; the message says why."""
+
+
+def read(data: DataTable, report: Report) -> Iterator[Sample]:
+    """Read every usable picture, in an order that is always the same.
+
+    ``report`` gets a line for each picture, or shard, that is skipped. Raises Problem where the source is not there,
+    is something else, or has nothing usable in it; that is known only at its end.
+    """
+    found, faults, first = 0, 0, ""
+
+    def skip(line: str) -> None:
+        nonlocal faults, first
+        faults, first = faults + 1, first or line
+        report(line)
+
+    for key, fetch in SOURCES[data.kind](data, skip):
+        try:
+            content, caption = fetch()
+            sample = Sample(key, decode(content), caption)
+        except Unusable as fault:
+            skip(f"{key}: {fault}; skipped")
+        else:
+            found += 1
+            yield sample
+    if not found:
+        seen = f"{faults} times something was skipped, first {first}" if faults else "there is nothing in it"
+        raise Problem(
+            f"{data.path} has no picture that can be used with a caption: {seen}. Expected at least one; repair the "
+            f"data, or correct data.path, data.image or data.caption."
+        )
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def decode(content: bytes) -> Image.Image:
+    """A file's picture as RGB: turned as its EXIF data says, transparency on white, 16-bit grey scaled to 8.
+
+    Raises Unusable for what is no picture, or not a whole one.
+    """
+    if not content:
+        raise Unusable("the file is empty")
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library may have set this; grey would be filled in then
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            return _rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError:  # its text is an object's address
+        raise Unusable("this is no picture, or not in a known format") from None
+    except Exception as error:  # the decoders raise nearly anything for damaged files: OSError, SyntaxError, ValueError
+        raise Unusable(f"the picture cannot be decoded ({_first_line(error)})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would cut them off at 255
+        return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return white.convert("RGB")
+    return image.convert("RGB")
+
+
+# --- a folder ----------------------------------------------------------------------------------------------------
+
+
+def _folder(data: DataTable, report: Report) -> Iterator[tuple[str, Fetch]]:
+    if not data.path.is_dir():
+        raise _missing(data, f"a folder with pictures ({LISTED})")
+    files = sorted(path for path in data.path.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if not files:
+        raise Problem(
+            f"{data.path} has no pictures in it, nor in folders below; expected {LISTED} with captions beside them. "
+            f"Correct data.path, or data.kind if these are WebDataset shards or a Hugging Face dataset."
+        )
+    metadata = lru_cache(maxsize=1)(partial(_metadata, data, report))  # files of a folder come one after another
+    for file in files:
+        yield file.relative_to(data.path).as_posix(), partial(_fetch_file, data, file, metadata)
+
+
+def _fetch_file(data: DataTable, file: Path, metadata: Callable[[Path], Mapping[str, Any]]) -> tuple[bytes, str]:
+    beside = file.with_suffix(".txt")
+    try:
+        if beside.is_file():
+            return file.read_bytes(), _text(beside.read_bytes(), beside.name)
+        entries = metadata(file.parent)
+        if file.name not in entries:
+            raise Unusable(f"there is no caption, neither in {beside.name} nor in metadata.jsonl")
+        return file.read_bytes(), _caption(entries[file.name], f"{data.caption} in metadata.jsonl")
+    except OSError as error:
+        raise Unusable(f"it cannot be read ({error.strerror})") from None
+
+
+def _metadata(data: DataTable, report: Report, folder: Path) -> dict[str, Any]:
+    """A folder's metadata.jsonl: file name -> caption, as it stands there. Empty where there is no such file."""
+    path, found = folder / "metadata.jsonl", dict[str, Any]()
+    if not path.is_file():
+        return found
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+                found[entry["file_name"]] = entry.get(data.caption, entry.get("text"))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                name = path.relative_to(data.path).as_posix()
+                report(f"{name}, line {number}: this is no JSON object with a file_name; skipped")
+    return found
+
+
+# --- WebDataset --------------------------------------------------------------------------------------------------
+
+
+def _webdataset(data: DataTable, report: Report) -> Iterator[tuple[str, Fetch]]:
+    for shard in _shards(data):
+        for members in _members(shard, report):
+            picture = next((suffix for suffix in EXTENSIONS if suffix[1:] in members), "")
+            key = f"{shard.name}/{members['__key__']}{picture}"
+            yield key, partial(_fetch_members, data, members, picture[1:])
+
+
+def _shards(data: DataTable) -> list[Path]:
+    """The shards that ``data.path`` names; those of a pattern need not be there."""
+    from braceexpand import braceexpand  # WebDataset's own
+
+    if data.path.is_dir():
+        shards = sorted(data.path.glob("*.tar"))
+        if not shards:
+            raise Problem(
+                f"{data.path} has no .tar files in it; expected WebDataset shards. Correct data.path, or data.kind if "
+                f"this is a folder of pictures or a Hugging Face dataset."
+            )
+        return shards
+    if data.path.is_file():
+        return [data.path]
+    try:
+        shards = [Path(name) for name in braceexpand(data.path.as_posix(), escape=False)]
+    except ValueError:
+        raise Problem(
+            f"data.path {data.path} has braces that do not match; expected a pattern such as shards/{{000..031}}.tar. "
+            f"Correct it."
+        ) from None
+    if len(shards) == 1:
+        raise _missing(data, "a folder with .tar files, one such file, or a pattern such as shards/{000..031}.tar")
+    return shards
+
+
+def _members(shard: Path, report: Report) -> Iterator[Mapping[str, Any]]:
+    """A shard's samples as WebDataset groups them: ``__key__``, and content by lower-case extension without the dot.
+
+    At damage the shard is reported and left. A member that is cut is not given, so that the last sample may lack one.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # takes seconds, and only this kind needs it
+
+    broken = False
+
+    def stop(error: Exception) -> bool:
+        nonlocal broken
+        if not broken:  # leaving the archive may be an error again
+            report(f"{shard.name}: the shard is damaged ({_first_line(error)}); skipped from there on")
+        broken = True
+        return False
+
+    try:
+        with shard.open("rb") as stream:
+            files = tar_file_expander([{"url": shard.name, "stream": stream}], handler=stop)
+            yield from group_by_keys(files, handler=stop)
+            if not broken and _ends_early(stream):
+                report(f"{shard.name}: the shard is damaged (it has no proper end); skipped from there on")
+    except OSError as error:
+        report(f"{shard.name}: the shard cannot be read ({error.strerror}); skipped")
+
+
+def _ends_early(stream: BinaryIO) -> bool:
+    """Whether a plain tar file has no empty block where reading it ends: Python takes a damaged header, or nothing
+    where a member might follow, for the end as well."""
+    stream.seek(0)
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            archive.getmembers()
+    except tarfile.TarError:  # compressed, which has an end of its own
+        return False
+    stream.seek(archive.offset)
+    return stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE)
+
+
+def _fetch_members(data: DataTable, members: Mapping[str, Any], picture: str) -> tuple[bytes, str]:
+    if not picture:
+        found = ", ".join(f".{name}" for name in members if not name.startswith("__"))
+        raise Unusable(f"there is no picture, only {found}; expected one of {LISTED}")
+    if "txt" in members:
+        return members[picture], _text(members["txt"], "its .txt")
+    if "json" not in members:
+        raise Unusable("there is no caption, neither .txt nor .json")
+    try:
+        entry = json.loads(members["json"])
+    except ValueError as error:
+        raise Unusable(f"its .json cannot be read ({_first_line(error)})") from None
+    if not isinstance(entry, dict):
+        raise Unusable("its .json is no JSON object")
+    return members[picture], _caption(entry.get(data.caption), f"{data.caption} in its .json")
+
+
+# --- Hugging Face ------------------------------------------------------------------------------------------------
+
+
+def _huggingface(data: DataTable, report: Report) -> Iterator[tuple[str, Fetch]]:
+    import datasets  # takes seconds, and only this kind needs it
+
+    if not data.path.is_dir():
+        raise _missing(data, "a folder that a Hugging Face dataset was saved to")
+    try:
+        found = datasets.load_from_disk(str(data.path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(
+            f"{data.path} is no Hugging Face dataset that can be read ({_first_line(error)}); expected what "
+            f"Dataset.save_to_disk writes. Correct data.path, or data.kind if this is another kind."
+        ) from None
+    if isinstance(found, datasets.DatasetDict):
+        raise Problem(
+            f"{data.path} holds several datasets ({', '.join(found)}); expected a single one. Give one of the folders "
+            f"in it as data.path."
+        )
+    for key, column in (("data.image", data.image), ("data.caption", data.caption)):
+        if column not in found.column_names:
+            raise Problem(
+                f"{data.path} has no column {column!r}; it has {', '.join(found.column_names)}. Set {key} to one of "
+                f"these."
+            )
+    try:
+        rows = found.select_columns([data.image, data.caption]).cast_column(data.image, datasets.Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise Problem(
+            f"column {data.image!r} of {data.path} holds no pictures ({_first_line(error)}); expected images, or the "
+            f"bytes of image files. Set data.image to another of {', '.join(found.column_names)}."
+        ) from None
+    for number, row in enumerate(rows):
+        yield f"{data.path.name}, row {number}", partial(_fetch_row, data, row)
+
+
+def _fetch_row(data: DataTable, row: Mapping[str, Any]) -> tuple[bytes, str]:
+    caption, picture = _caption(row[data.caption], f"column {data.caption}"), row[data.image] or {}
+    if picture.get("bytes") is not None:
+        return picture["bytes"], caption
+    if not picture.get("path"):
+        raise Unusable(f"there is no picture in column {data.image}")
+    try:
+        return Path(picture["path"]).read_bytes(), caption
+    except OSError as error:
+        raise Unusable(f"{picture['path']} cannot be read ({error.strerror})") from None
+
+
+SOURCES: Mapping[str, Callable[[DataTable, Report], Iterator[tuple[str, Fetch]]]] = {
+    "folder": _folder,
+    "webdataset": _webdataset,
+    "huggingface": _huggingface,
+}
+
+
+# --- captions and messages ---------------------------------------------------------------------------------------
+
+
+def _text(content: bytes, where: str) -> str:
+    """A text file's caption, in UTF-8 with or without a mark. Raises Unusable for none."""
+    try:
+        return _caption(content.decode("utf-8-sig"), where)
+    except UnicodeDecodeError:
+        raise Unusable(f"the caption in {where} is not UTF-8 text") from None
+
+
+def _caption(found: Any, where: str) -> str:
+    """A caption without space around it. Raises Unusable for none, or for what is no text."""
+    if not isinstance(found, str | None):
+        raise Unusable(f"the caption ({where}) is {type(found).__name__}, not text")
+    if not (found and found.strip()):
+        raise Unusable(f"there is no caption ({where} is missing or empty)")
+    return found.strip()
+
+
+def _missing(data: DataTable, expected: str) -> Problem:
+    found = "is a file" if data.path.is_file() else "is not there"
+    return Problem(f"data.path {data.path} {found}; expected {expected}, for data.kind = {data.kind!r}. Correct it.")
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without what WebDataset adds to it: the open file and its name."""
+    said = (isinstance(error, OSError) and error.strerror) or next(iter(error.args), "")
+    return next(iter(str(said).partition(" @ <")[0].splitlines()), type(error).__name__)

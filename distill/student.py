@@ -1,0 +1,99 @@
+"""The compact U-Net before its training: which layers of the teacher's it keeps, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from tools.harness.errors import Problem
+from tools.measure.lineage import open_unet
+
+from ..koala.architecture.keys import tensors
+from ..koala.architecture.layout import SDXL, Layout, name
+from ..koala.architecture.lineage import (
+    KEPT_LAYERS,
+    Kept,
+    Lineage,
+    at_widths_of,
+    attention_depths,
+    check_kept,
+    depths_in_teacher,
+)
+from ..koala.files.export import unet_config
+from .config import NAMED_LAYOUTS, StudentTable
+
+RULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "first": lambda depth, whole: tuple(range(depth)),
+    "even": lambda depth, whole: tuple(index * (whole - 1) // max(1, depth - 1) for index in range(depth)),
+}
+
+
+def plan(table: StudentTable, teacher: Layout) -> Lineage:
+    """How the student of the configuration is cut out of a teacher with SDXL's layers.
+
+    Raises Problem naming the tensor or module where it is no sub-network of the teacher.
+    """
+    chosen = table.layout
+    layout = NAMED_LAYOUTS[chosen] if isinstance(chosen, str) else Layout(**chosen.model_dump())
+    if not (layout.down and all((*layout.down, *layout.up))):
+        raise Problem("student.layout: a stage has no layers; expected three stages each way, with layers. Give them.")
+    try:
+        unet_config(layout)  # what diffusers cannot describe it cannot train
+        return cut_out(at_widths_of(teacher, layout), table.transformers)
+    except ValueError as error:
+        raise Problem(
+            f"student.layout: the {name(layout)} cannot be cut out of the teacher: {error}. Change the layout, or "
+            f"student.transformers."
+        ) from None
+
+
+def cut_out(layout: Layout, transformers: str | Kept) -> Lineage:
+    """The lineage of a sub-network of SDXL, at any width; ``transformers`` is one of ``RULES``, or the table itself.
+
+    Raises ValueError naming the tensor or module where the layout is no sub-network, or the table does not fit it.
+    """
+    for direction, fewer in KEPT_LAYERS.items():
+        counts, full = ([len(stage) for stage in getattr(which, direction)] for which in (layout, SDXL))
+        if len(counts) != len(full) or any(n not in (len(fewer), all_) for n, all_ in zip(counts, full, strict=True)):
+            raise ValueError(f"on the way {direction} its stages have {counts} layers; expected {len(fewer)} or {full}")
+    depths, wholes = attention_depths(layout), depths_in_teacher(layout)
+    for module, depth in depths.items():
+        if depth > wholes[module]:
+            block = f"{module}.transformer_blocks.{wholes[module]}."
+            first = next(one.diffusers for one in tensors(layout) if one.diffusers.startswith(block))
+            ancestor = Lineage(layout, {}).ancestor(module)
+            raise ValueError(
+                f"{first} would come from block {wholes[module]} of the teacher's {ancestor}, which has "
+                f"{wholes[module]} of them"
+            )
+    if isinstance(transformers, str):
+        transformers = {module: RULES[transformers](depth, wholes[module]) for module, depth in depths.items()}
+    check_kept(layout, transformers)
+    line = Lineage(layout, dict(transformers))
+    for tensor, origin in line.tensors:
+        if tensor.shape != origin.shape:
+            raise ValueError(f"{tensor.diffusers} is {list(tensor.shape)}, {origin.diffusers} {list(origin.shape)}")
+    return line
+
+
+def build(line: Lineage, start: str | Path, teacher: UNet2DConditionModel, seed: int) -> UNet2DConditionModel:
+    """The student in fp32, with its first weights: ``start`` as the configuration has it.
+
+    Raises Problem where ``start`` is a file or folder that holds no U-Net of the student's layout.
+    """
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_config(unet_config(line.student))
+    if start == "teacher":
+        unet.load_state_dict({key: value.float() for key, value in line.cut(teacher.state_dict(), "diffusers").items()})
+    elif start != "random":
+        earlier = open_unet(Path(start), "a student")
+        if earlier.layout != line.student:
+            raise Problem(
+                f"student.start: {start} is a {name(earlier.layout)}; expected a {name(line.student)}, as "
+                f"student.layout says. Give a student of the same layout."
+            )
+        unet.load_state_dict(earlier.weights(torch.float32))
+    return unet

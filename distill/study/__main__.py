@@ -1,0 +1,38 @@
+"""Distillation tried out on the small family: runs what the study lacks, writes docs/distillation.md and its plots.
+
+Usage: python3 dev.py distill-study [--work DIR] [--jobs 2] [--only GROUP ...]
+
+Several hours on two CPU cores, without the teacher, which is for a GPU. Stopped at any time, it goes on with the same
+command.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tools.harness import testhost
+from tools.harness.errors import Problem
+
+from . import page, runs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="dev.py distill-study", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, default=testhost.cache_folder() / "distillation-study")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each; 0: only write")
+    parser.add_argument("--only", nargs="*", default=[], help="some groups of runs: curve, place, layers, addons")
+    arguments = parser.parse_args(argv)
+    work = arguments.work.resolve()
+    try:
+        if arguments.jobs:
+            runs.run_all(work, arguments.jobs, arguments.only)
+        print(page.write(work))
+    except Problem as problem:
+        print(f"distill-study: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""A LoRA and a ControlNet for sdxl-tiny, trained and saved as those for SDXL are.
+
+At 128 px, or at 64 for a teacher and a student that draw well at that size.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.nn import Parameter
+
+from tools.synthetic import adapters
+from tools.tiny import autoencoder, checkpoints, denoiser, text
+from tools.tiny.pictures import Caption, caption, draw, random_captions, random_drawings
+
+from .addon_pictures import in_cyan, outlines, saying_cyan
+
+SEED = 0
+LORA_STAGE, CONTROLNET_STAGE = 4, 5  # of tools.tiny's random numbers
+LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+"""Attention: what diffusers' own script for SDXL's LoRAs trains, with a rank of 4, too."""
+CYAN = 0.6  # share of the captions with a shape's colour that name cyan instead, and show it; the others keep theirs
+CONTROLNET_LAYOUT = adapters.shallow(adapters.SMALL_SDXL)
+SHAPELESS = "a {background} background"
+
+Log = Callable[[str], None]
+Loss = Callable[[torch.Generator], torch.Tensor]
+"""The loss of one step's examples, which the generator draws."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an add-on is trained: on `drawings` drawings of `size` pixels, captions dropped to zeros at the rate `drop`.
+    rank: a LoRA's."""
+
+    steps: int
+    learning_rate: float
+    batch: int = 16
+    size: int = 128
+    drawings: int = 1000
+    drop: float = 0.10
+    warm: int = 20
+    rank: int = 4
+
+
+LORA = Recipe(steps=260, learning_rate=5e-3)
+CONTROLNET = Recipe(steps=500, learning_rate=2e-3)
+
+
+def at_size(recipe: Recipe, size: int) -> Recipe:
+    """The recipe for pictures of another size: the smaller they are, the more a step takes."""
+    return replace(recipe, size=size, batch=recipe.batch * recipe.size // size)
+
+
+def train_lora(
+    teacher: StableDiffusionXLPipeline, path: Path, log: Log, recipe: Recipe = LORA, seed: int = SEED
+) -> None:
+    """Train the LoRA that knows cyan and write it to `path`; the teacher keeps it, too."""
+    parameters = add_lora(teacher, recipe.rank, seed)
+    minimise(lora_loss(teacher, recipe, seed), parameters, recipe, LORA_STAGE, seed, lambda line: log(f"LoRA {line}"))
+    _save(convert_state_dict_to_kohya(_under("unet.", get_peft_model_state_dict(teacher.unet))), path)
+
+
+def train_controlnet(
+    teacher: StableDiffusionXLPipeline, path: Path, log: Log, recipe: Recipe = CONTROLNET, seed: int = SEED
+) -> None:
+    """Train the ControlNet that follows outlines and write it to `path`."""
+    control = new_controlnet(teacher, seed)
+    loss = controlnet_loss(teacher, control, recipe, seed)
+    minimise(loss, control.parameters(), recipe, CONTROLNET_STAGE, seed, lambda line: log(f"ControlNet {line}"))
+    save_controlnet(control, path)
+
+
+def new_controlnet(teacher: StableDiffusionXLPipeline, seed: int) -> ControlNetModel:
+    """A ControlNet that changes nothing yet, of the size of SDXL's published middle ones: the teacher's way down and
+    middle with hardly any transformers."""
+    torch.manual_seed(seed)
+    trunk, weights = denoiser.new_unet(CONTROLNET_LAYOUT), teacher.unet.state_dict()
+    trunk.load_state_dict({name: weights[name] for name in trunk.state_dict()})
+    control = ControlNetModel.from_unet(trunk)
+    open_hint(control)
+    return control.to(teacher.unet.device)
+
+
+def open_hint(control: ControlNetModel) -> None:
+    """Let the hint arrive in its full size, in place. As diffusers starts them, its eight convolutions lose nearly all
+    of it and the last is zero, so that the first hundreds of steps see no hint; the zero convolutions behind the
+    ControlNet are enough for a start that changes nothing."""
+    for module in control.controlnet_cond_embedding.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+
+
+def add_lora(teacher: StableDiffusionXLPipeline, rank: int, seed: int) -> list[Parameter]:
+    """Put a LoRA that changes nothing yet on the teacher's U-Net; returns its parameters."""
+    torch.manual_seed(seed)
+    teacher.unet.requires_grad_(False)
+    teacher.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_MODULES)))
+    return [parameter for parameter in teacher.unet.parameters() if parameter.requires_grad]
+
+
+def lora_loss(teacher: StableDiffusionXLPipeline, recipe: Recipe, seed: int) -> Loss:
+    """The loss of the teacher's U-Net, as it is when the loss is asked for, on drawings in cyan and in their own
+    colours, each under its caption."""
+    drawings = random_drawings(recipe.drawings, checkpoints.step_generator(seed, LORA_STAGE, 10**7))
+    known, new = (autoencoder.encode(teacher.vae, made(drawings, recipe.size)) for made in (draw, in_cyan))
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(drawings), (recipe.batch,), generator=generator)
+        captions = random_captions(drawings.pick(chosen), generator)
+        latents = known[chosen]
+        for at, coin in enumerate(torch.rand(recipe.batch, generator=generator).tolist()):
+            said = captions[at]
+            if said.colour is not None and coin < CYAN:
+                captions[at] = replace(said, text=saying_cyan(said.text, said.colour))
+                latents[at] = new[chosen[at]]
+        return _noise_loss(teacher, teacher.unet, recipe, latents, captions, generator)
+
+    return loss
+
+
+def controlnet_loss(teacher: StableDiffusionXLPipeline, control: ControlNetModel, recipe: Recipe, seed: int) -> Loss:
+    """The loss of the teacher's frozen U-Net with a ControlNet that sees outlines, under captions that name no shape:
+    only the outline tells it."""
+    drawings = random_drawings(recipe.drawings, checkpoints.step_generator(seed, CONTROLNET_STAGE, 10**7))
+    latents = autoencoder.encode(teacher.vae, draw(drawings, recipe.size))
+    teacher.unet.requires_grad_(False)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(drawings), (recipe.batch,), generator=generator)
+        some = drawings.pick(chosen)
+        hints = outlines(some, recipe.size)
+        captions = [
+            said if said.shape is None else caption(SHAPELESS, background=int(some.background[at]))
+            for at, said in enumerate(random_captions(some, generator))
+        ]
+
+        def controlled(noisy: torch.Tensor, time: torch.Tensor, context: torch.Tensor, **further: Any) -> Any:
+            down, middle = control(noisy, time, context, hints.to(noisy), return_dict=False, **further)
+            return teacher.unet(
+                noisy,
+                time,
+                context,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+                **further,
+            )
+
+        return _noise_loss(teacher, controlled, recipe, latents[chosen], captions, generator)
+
+    return loss
+
+
+def _noise_loss(
+    teacher: StableDiffusionXLPipeline,
+    model: Callable[..., Any],
+    recipe: Recipe,
+    latents: torch.Tensor,
+    captions: list[Caption],
+    generator: torch.Generator,
+) -> torch.Tensor:
+    encoders = text.Encoders(teacher.text_encoder, teacher.text_encoder_2)
+    context, pooled = text.encode(encoders, text.tokenize(teacher.tokenizer, [said.text for said in captions]))
+    keep = (torch.rand(len(captions), generator=generator) >= recipe.drop).float().unsqueeze(1)
+    conditions = context * keep.unsqueeze(2), pooled * keep
+    given = denoiser.shown(recipe.size, latents, *conditions, generator)
+    return denoiser.noise_loss(model, given.to(teacher.unet.device))
+
+
+def minimise(loss: Loss, parameters: Iterable[Parameter], recipe: Recipe, stage: int, seed: int, log: Log) -> None:
+    """Change the parameters in place, over the recipe's steps, so that the loss falls."""
+    held = list(parameters)
+    optimizer = torch.optim.AdamW(held, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    running = None
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / recipe.warm)
+            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+        found = loss(checkpoints.step_generator(seed, stage, step))
+        optimizer.zero_grad()
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(held, 1.0)
+        optimizer.step()
+        value = float(found.detach())
+        running = value if running is None else 0.95 * running + 0.05 * value
+        if (step + 1) % 25 == 0:
+            log(f"{step + 1}/{recipe.steps} loss={running:.4f}")
+
+
+def save_controlnet(control: ControlNetModel, path: Path) -> None:
+    """Write a ControlNet of sdxl-tiny under ComfyUI's names: its loader knows diffusers' only at SDXL's own widths."""
+    theirs, ours = (adapters.controlnet(CONTROLNET_LAYOUT, numbering=names) for names in ("diffusers", "comfy"))
+    names = dict(zip(theirs, ours, strict=True))
+    _save({names[name]: tensor for name, tensor in control.state_dict().items()}, path)
+
+
+def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def _save(state: dict[str, torch.Tensor], path: Path) -> None:
+    """In fp16, whole or not at all: written beside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    save_file({name: tensor.detach().half().contiguous() for name, tensor in state.items()}, beside)
+    os.replace(beside, path)

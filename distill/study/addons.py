@@ -1,0 +1,287 @@
+"""Do a LoRA and a ControlNet of sdxl-tiny do the same on a koala-tiny? Trains both, samples with both, counts.
+
+Usage: python -m tools.run koala_sdxl.distill.study.addons --teacher DIR --student FOLDER_OR_FILE --work DIR
+                                   [--size PIXELS] [--prompts N] [--out JSON]
+
+Everything is sampled by ComfyUI in this process, at KOALA's published base settings, the same prompts and first noise
+in every row. The add-ons are trained once, into the work folder; a sheet of pictures for each student goes there, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.harness import inprocess
+
+inprocess.activate()
+
+import comfy.controlnet
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import torch
+
+from tools.synthetic.adapters import SMALL_SDXL
+from tools.tiny import pipeline, sheet
+from tools.tiny.evaluate import SEED, grid_prompts
+from tools.tiny.judge import judge
+from tools.tiny.pictures import Drawings, caption, random_drawings
+
+from ... import koala_loader
+from ...host.transfer.lora import apply_lora
+from ...koala.architecture.keys import tensors
+from ...nodes.adapt import KoalaControlNet
+from ...nodes.prompt import encode_reference, zeros
+from ...nodes.sample import KoalaScheduler
+from .addon_pictures import judge_cyan, outlines, overlaps, saying_cyan
+from .addon_training import CONTROLNET, LORA, SHAPELESS, at_size, train_controlnet, train_lora
+
+PROMPTS = 96
+COLUMNS = 12  # of the sheets
+STEPS, CFG, BATCH = 25, 7.5, 48
+FOLLOWED = 0.7  # least intersection over union of a shape that is where the outline is
+FOLDS, GAINS = (0.5, 1.0), (1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model as its loader gives it."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+
+@dataclass(frozen=True)
+class LoraRow:
+    """Shares of pictures in percent: with a cyan shape, and right in background, in shape, in all three at once. share:
+    mean share of cyan in what stands out."""
+
+    row: str
+    n: int
+    cyan: float
+    share: float
+    background: float
+    shape: float
+    all: float
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """Mean intersection over union with the drawing, and shares of pictures in percent: with at least FOLLOWED of it,
+    of the drawing's shape, of the prompt's background, all three at once."""
+
+    row: str
+    n: int
+    overlap: float
+    followed: float
+    shape: float
+    background: float
+    all: float
+
+
+def load(path: Path) -> Parts:
+    """A diffusers folder or a single-file checkpoint through the pack's loader, which takes SDXL's layout, too, at this
+    width."""
+    return Parts(*(koala_loader.load_folder(path) if path.is_dir() else koala_loader.load_checkpoint(path)))
+
+
+@torch.inference_mode()
+def sampled(
+    parts: Parts, model: Any, prompts: Sequence[str], size: int, control: Any = None, hints: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One picture a prompt, float32 [n, 3, size, size] in [-1, 1]; picture i starts from noise of SEED + i. ``model``:
+    the parts' own, or one with a LoRA; ``hints``: a ControlNet's pictures, [n, 3, size, size] in [0, 1]."""
+    sigmas = KoalaScheduler.execute(model, STEPS, "leading", 1.0).result[0]
+    made = []
+    for start in range(0, len(prompts), BATCH):
+        positive = _conditioning(parts.clip, prompts[start : start + BATCH])
+        if control is not None and hints is not None:  # as Apply ControlNet leaves it
+            hinted = control.copy().set_cond_hint(hints[start : start + BATCH], 1.0, (0.0, 1.0))
+            positive[0][1] |= {"control": hinted, "control_apply_to_uncond": False}
+        negative = zeros(positive)  # with the ControlNet, where there is one
+        noise = _noise(start, len(positive[0][0]), size)
+        sampler = comfy.samplers.sampler_object("euler")
+        empty = torch.zeros_like(noise)
+        latents = comfy.sample.sample_custom(
+            model, noise, CFG, sampler, sigmas, positive, negative, empty, disable_pbar=True
+        )
+        made.append(parts.vae.decode(latents).movedim(-1, 1).float() * 2 - 1)
+    return torch.cat(made)
+
+
+def _conditioning(clip: Any, prompts: Sequence[str]) -> list[Any]:
+    """One entry that holds a prompt for each picture of a batch."""
+    encoded = [encode_reference(clip, prompt)[0][0] for prompt in prompts]
+    pooled = torch.cat([further["pooled_output"] for _, further in encoded])
+    return [[torch.cat([context for context, _ in encoded]), {"pooled_output": pooled}]]
+
+
+def _noise(start: int, count: int, size: int) -> torch.Tensor:
+    shape, generator = (4, size // 8, size // 8), torch.Generator()
+    return torch.stack([torch.randn(shape, generator=generator.manual_seed(SEED + start + at)) for at in range(count)])
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+def cyan_prompts(n: int) -> list[str]:
+    """``grid_prompts`` with cyan in the place of the shape's colour."""
+    prompts, asked = grid_prompts(n)
+    return [saying_cyan(said, colour) for said, colour in zip(prompts, asked.colour.tolist(), strict=True)]
+
+
+def lora_pictures(teacher: Parts, student: Parts, path: Path, n: int, size: int) -> dict[str, torch.Tensor]:
+    """The pictures of each row: the LoRA on the teacher; on the student through KOALA LoRA Loader under each policy for
+    the changes of layers that it lacks; and through the stock loader, under either of kohya's names for a block."""
+    prompts = cyan_prompts(n)
+    state = comfy.utils.load_torch_file(str(path))
+
+    def stock(parts: Parts, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        patched = comfy.sd.load_lora_for_models(parts.model, None, dict(weights), 1.0, 0.0)[0]
+        return sampled(parts, patched, prompts, size)
+
+    def ours(strength: float = 1.0, fold: float = 0.0) -> torch.Tensor:
+        patched = apply_lora(student.model, student.clip, path, strength, 0.0, fold).model
+        return sampled(student, patched, prompts, size)
+
+    rows: dict[str, Callable[[], torch.Tensor]] = {
+        "teacher": lambda: sampled(teacher, teacher.model, prompts, size),
+        "teacher + LoRA": lambda: stock(teacher, state),
+        "student": lambda: sampled(student, student.model, prompts, size),
+        "student + LoRA, ours": ours,
+        "student + LoRA, stock": lambda: stock(student, state),
+        "student + LoRA, stock, LDM names": lambda: stock(student, ldm_names(state)),
+        **{f"student + LoRA, ours, fold {fold}": lambda fold=fold: ours(fold=fold) for fold in FOLDS},  # type: ignore[misc]
+        **{f"student + LoRA, ours, strength {gain}": lambda gain=gain: ours(gain) for gain in GAINS},  # type: ignore[misc]
+    }
+    return _made(rows)
+
+
+def ldm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA under kohya's names with LDM's blocks instead of diffusers'; the stock loader knows both."""
+    modules = {_kohya(tensor.diffusers): _kohya(tensor.comfy) for tensor in tensors(SMALL_SDXL)}
+    parted = {name: name.partition(".") for name in state}
+    return {modules[module] + dot + suffix: state[name] for name, (module, dot, suffix) in parted.items()}
+
+
+def _kohya(tensor: str) -> str:
+    return f"lora_unet_{tensor.rpartition('.')[0].replace('.', '_')}"
+
+
+def lora_row(row: str, pictures: torch.Tensor) -> LoraRow:
+    """Pictures of ``cyan_prompts`` judged."""
+    asked, seen = grid_prompts(len(pictures))[1], judge_cyan(pictures)
+    background, shape = seen.background == asked.background, seen.shape == asked.shape
+    shares = (_percent(value) for value in (seen.cyan, seen.share, background, shape, seen.cyan & background & shape))
+    return LoraRow(row, len(pictures), *shares)
+
+
+# --- ControlNet ---------------------------------------------------------------------------------------------------
+
+
+def asked_drawings(n: int) -> Drawings:
+    """The drawings behind the outlines, none of which was trained on."""
+    return random_drawings(n, torch.Generator().manual_seed(SEED))
+
+
+def control_pictures(teacher: Parts, student: Parts, path: Path, n: int, size: int) -> dict[str, torch.Tensor]:
+    """The pictures of each row, under prompts that name a background and nothing else."""
+    drawings = asked_drawings(n)
+    prompts = [caption(SHAPELESS, background=background).text for background in drawings.background.tolist()]
+    hints = outlines(drawings, size)
+    control = comfy.controlnet.load_controlnet(str(path))
+    adapted = KoalaControlNet.execute(control).result[0]
+    rows: dict[str, Callable[[], torch.Tensor]] = {
+        "teacher": lambda: sampled(teacher, teacher.model, prompts, size),
+        "teacher + ControlNet": lambda: sampled(teacher, teacher.model, prompts, size, control, hints),
+        "student": lambda: sampled(student, student.model, prompts, size),
+        "student + ControlNet, ours": lambda: sampled(student, student.model, prompts, size, adapted, hints),
+        "student + ControlNet, stock": lambda: sampled(student, student.model, prompts, size, control, hints),
+    }
+    return _made(rows)
+
+
+def control_row(row: str, pictures: torch.Tensor) -> ControlRow:
+    """Pictures of ``asked_drawings`` judged."""
+    asked = asked_drawings(len(pictures))
+    verdict, overlap = judge(pictures), overlaps(pictures, asked)
+    followed, shape = overlap >= FOLLOWED, verdict.shape == asked.shape
+    background = verdict.background == asked.background
+    shares = (_percent(value) for value in (followed, shape, background, followed & shape & background))
+    return ControlRow(row, len(pictures), float(overlap.mean()), *shares)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _made(rows: dict[str, Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    made = {}
+    for row, make in rows.items():
+        started = time.monotonic()
+        made[row] = make()
+        print(f"{row}: {time.monotonic() - started:.0f} s", flush=True)
+    return made
+
+
+def _percent(values: torch.Tensor) -> float:
+    return 100 * float(values.float().mean())
+
+
+def evaluate(teacher: Path, student: Path, work: Path, size: int, n: int = PROMPTS) -> dict[str, Any]:
+    """Train what ``work`` lacks, measure every row, write the sheets; returns the figures, fit for JSON."""
+    lora, control = work / f"lora-{size}.safetensors", work / f"controlnet-{size}.safetensors"
+    recipes = {"lora": at_size(LORA, size), "controlnet": at_size(CONTROLNET, size)}
+    for path, train, recipe in (
+        (lora, train_lora, recipes["lora"]),
+        (control, train_controlnet, recipes["controlnet"]),
+    ):
+        if not path.exists():
+            train(pipeline.load(teacher), path, lambda line: print(line, flush=True), recipe)
+    whole, part = load(teacher), load(student)
+    with_lora = lora_pictures(whole, part, lora, n, size)
+    with_control = control_pictures(whole, part, control, n, size)
+    hints = outlines(asked_drawings(n), size) * 2 - 1
+    for name, top in (("lora", list(with_lora.values())[:5]), ("controlnet", [hints, *with_control.values()])):
+        pictures = torch.cat([row[:COLUMNS] for row in top])
+        sheet.save(pictures, min(n, COLUMNS), work / f"{name}-{size}-{student.stem}.png")
+    return {
+        "student": student.name,
+        "settings": {"steps": STEPS, "cfg": CFG, "size": size, "seed": SEED},
+        "training": {name: asdict(recipe) for name, recipe in recipes.items()},
+        "lora": [asdict(lora_row(row, pictures)) for row, pictures in with_lora.items()],
+        "controlnet": [asdict(control_row(row, pictures)) for row, pictures in with_control.items()],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="addons-tiny", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--teacher", type=Path, required=True, help="sdxl-tiny's diffusers folder")
+    parser.add_argument("--student", type=Path, required=True, help="a koala-tiny: diffusers folder or checkpoint file")
+    parser.add_argument("--work", type=Path, required=True, help="the trained add-ons, and sheets of pictures")
+    parser.add_argument("--size", type=int, choices=(64, 128), default=LORA.size, help="of the pictures, in pixels")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="pictures a row")
+    parser.add_argument("--out", type=Path, help="where to write the figures; they are printed in any case")
+    arguments = parser.parse_args(argv)
+    logging.disable(logging.ERROR)  # the host says of each module and residual that the stock way cannot place it
+    figures = json.dumps(
+        evaluate(arguments.teacher, arguments.student, arguments.work, arguments.size, arguments.prompts), indent=2
+    )
+    print(figures)
+    if arguments.out:
+        arguments.out.write_text(figures + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""What distilling KOALA-700M and KOALA-1B from SDXL costs at 1024 px, on paper: arithmetic, memory, time and disk.
+
+Nothing is computed and no GPU is needed. Multiplications are counted by torch's ``FlopCounterMode`` on diffusers'
+U-Nets without contents. ``tools.measure.bench.macs`` counts ComfyUI's by the same counter, but only inside
+ComfyUI's process; both come to the same numbers. Activations are what autograd saves in a forward pass of tensors
+without contents that take themselves for a GPU's, in bf16 under CUDA's autocast rules, with flash attention.
+
+Sources: the recipe is that of the model cards (etri-vilab/koala-lightning-700m: "500K with a batch size of 128",
+"4 x NVIDIA A100 (80GB)"); 312 TFLOP/s is NVIDIA's figure for the A100, bf16, dense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from tools.synthetic import random_weights
+
+from ...koala.architecture.keys import parameters, tensors
+from ...koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
+from ...koala.files.export import unet_config
+from ..config import LossTable
+from ..features import Taps, pairs
+from ..losses import feature_error
+from ..student import cut_out
+
+STUDENTS = (KOALA_700M, KOALA_1B)
+SIDE = 1024  # px
+LATENT = SIDE // 8
+TOKENS = 77
+
+ITERATIONS = 500_000
+BATCH = 128  # pictures an iteration, all GPUs together
+GPUS = 4
+PEAK = 312e12  # FLOP/s of an A100
+UTILISATIONS = (0.3, 0.4, 0.5)
+
+CARDS = {"A100, 80 GB": 80 * 2**30, "24 GB": 24 * 2**30}  # bytes
+USABLE = 0.9
+"""Share of a card's memory that tensors can have: an allowance for CUDA itself, workspaces and fragments."""
+
+GB = 10**9
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------------
+
+
+@cache
+def unet_macs(layout: Layout) -> int:
+    """Multiplications of one forward pass of one picture."""
+    unet = _unet(layout, "meta")
+    with torch.no_grad(), _flash():
+        return _macs(lambda: _forward(unet, layout, "meta"))
+
+
+def step_flops(student: Layout, checkpointing: bool) -> int:
+    """FLOPs that training spends on a picture: the teacher forward, the student forward and, at twice that, backward;
+    with gradient checkpointing the student forward once more."""
+    return 2 * (unet_macs(SDXL) + (4 if checkpointing else 3) * unet_macs(student))
+
+
+def pictures_per_second(student: Layout, checkpointing: bool, utilisation: float) -> float:
+    """Of one A100 that does ``utilisation`` of its peak."""
+    return PEAK * utilisation / step_flops(student, checkpointing)
+
+
+def gpu_hours(student: Layout, checkpointing: bool, utilisation: float) -> float:
+    """Of the published recipe, on A100s."""
+    return ITERATIONS * BATCH / pictures_per_second(student, checkpointing, utilisation) / 3600
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The models that a cache of latents and text embeddings makes superfluous in training."""
+
+    vae: int
+    """Multiplications of encoding one picture."""
+    text: int
+    """Multiplications of both text encoders on one caption."""
+    weights: int
+    """Number of weights of the VAE's encoder and both text encoders."""
+
+
+@cache
+def encoders() -> Encoders:
+    """SDXL's."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**random_weights.VAE)
+        first, second = (
+            kind(CLIPTextConfig(**size, projection_dim=width, attn_implementation="eager"))
+            for kind, size, width in (
+                (CLIPTextModel, random_weights.CLIP_L, 768),
+                (CLIPTextModelWithProjection, random_weights.CLIP_G, 1280),
+            )
+        )
+        picture = torch.empty(1, 3, SIDE, SIDE)
+        caption = torch.zeros(1, TOKENS, dtype=torch.int64)
+    used = (vae.encoder, vae.quant_conv, first, second)
+    with torch.no_grad():
+        return Encoders(
+            _macs(lambda: vae.encode(picture)),
+            _macs(lambda: (first(caption), second(caption))),
+            sum(weight.numel() for model in used for weight in model.parameters()),
+        )
+
+
+def cache_bytes(pictures: int) -> dict[str, int]:
+    """Bytes on disk of the cache, fp16, by part."""
+    shapes = {
+        "latents": (SDXL.in_channels, LATENT, LATENT),
+        "context": (TOKENS, SDXL.context),
+        "pooled": (SDXL.pooled,),
+    }
+    return {part: 2 * pictures * prod(shape) for part, shape in shapes.items()}
+
+
+def _macs(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() // 2
+
+
+# --- activations -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a student's forward pass of one picture leaves for its backward pass: bytes."""
+
+    plain: int
+    kept: int
+    """With gradient checkpointing: the inputs of blocks, and all that is outside of blocks."""
+    recomputed: int
+    """With gradient checkpointing: of the block that needs most, beyond what is kept."""
+    student_features: int
+    teacher_features: int
+    loss: int
+    """The feature loss's own: the differences, fp32."""
+
+    @property
+    def features(self) -> int:
+        return self.student_features + self.teacher_features + self.loss
+
+    def a_picture(self, checkpointing: bool) -> int:
+        """The most that is held at a time, features included."""
+        return self.features + (self.kept + self.recomputed if checkpointing else self.plain)
+
+
+class _Saved:
+    """Storages that autograd saves, each once; held, so that none is taken for an older one."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[int, int] = {}
+        self._held: list[torch.UntypedStorage] = []
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.bytes:
+            self.bytes[storage._cdata] = storage.nbytes()
+            self._held.append(storage)
+        return tensor
+
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def beyond(self, *others: _Saved) -> int:
+        """Bytes of what is in none of the others."""
+        return sum(size for key, size in self.bytes.items() if not any(key in other.bytes for other in others))
+
+
+@cache
+def activations(layout: Layout) -> Activations:
+    """Measured on one pass of tensors without contents, by diffusers' own division into checkpointed blocks."""
+    table = LossTable()
+    chosen = pairs(cut_out(layout, "first"), table)
+    weights, inside, outside, ends, loss, ours, theirs = (_Saved() for _ in range(7))
+    blocks: list[_Saved] = []
+
+    def checkpointed(block: Callable[..., Any], *given: Any) -> Any:
+        blocks.append(_Saved())
+        for tensor in given:
+            if isinstance(tensor, torch.Tensor):
+                ends.add(tensor)
+        with blocks[-1].hooks():
+            return block(*given)
+
+    with FakeTensorMode(), _flash(), _autocast():
+        unet = _unet(layout, "cuda")
+        for weight in unet.parameters():
+            weights.add(weight)
+        unet.enable_gradient_checkpointing(checkpointed)
+        with Taps(unet, (pair.student for pair in chosen)).taking() as taken, outside.hooks():
+            _forward(unet, layout, "cuda")
+        wanted = {pair.teacher: torch.empty_like(taken[pair.student]) for pair in chosen}
+        with loss.hooks():
+            feature_error(table, chosen, taken, wanted)
+        for saved, features in ((ours, taken), (theirs, wanted)):
+            for feature in features.values():
+                saved.add(feature)
+    for block in blocks:
+        inside.bytes.update(block.bytes)
+    return Activations(
+        plain=outside.beyond(weights) + inside.beyond(weights, outside),
+        kept=outside.beyond(weights) + ends.beyond(weights, outside),
+        recomputed=max(block.beyond(weights, outside, ends) for block in blocks),
+        student_features=ours.beyond(outside, inside, ends),
+        teacher_features=theirs.beyond(),
+        loss=loss.beyond(weights, ours, theirs),
+    )
+
+
+def _unet(layout: Layout, device: str) -> UNet2DConditionModel:
+    """Without contents, in bf16."""
+    arguments = {key: value for key, value in unet_config(layout, SIDE).items() if not key.startswith("_")}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # Module.to cannot change tensors without contents that are on a GPU
+    try:
+        with torch.device(device):
+            return UNet2DConditionModel(**arguments)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _forward(unet: UNet2DConditionModel, layout: Layout, device: str) -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(1, *shape, device=device, dtype=torch.bfloat16)
+
+    unet(
+        empty(layout.in_channels, LATENT, LATENT),
+        torch.empty(1, device=device, dtype=torch.int64),
+        empty(TOKENS, layout.context),
+        added_cond_kwargs={"text_embeds": empty(layout.pooled), "time_ids": empty(6)},
+    )
+
+
+def _flash() -> Any:
+    """Flash attention wherever attention is asked for: on tensors without contents torch would choose none."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    return patch.object(F, "scaled_dot_product_attention", attention)
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    """CUDA's autocast to bf16; ``torch.autocast`` would turn itself off where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.clear_autocast_cache()
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, by part."""
+
+    teacher: int
+    weights: int
+    copies: int
+    """bf16 of the student's weights, for computing: all of them under autocast, those of a few units under FSDP."""
+    gradients: int
+    moments: int
+    average: int
+    a_picture: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not grow with the batch."""
+        return self.teacher + self.weights + self.copies + self.gradients + self.moments + self.average
+
+    def of(self, batch: int) -> int:
+        return self.fixed + batch * self.a_picture
+
+
+def memory(student: Layout, checkpointing: bool, gpus: int = 1, teacher_gpus: int = 1) -> Memory:
+    """On each GPU, with the student's states fully sharded over ``gpus`` and the teacher over ``teacher_gpus``.
+
+    Not sharded: teacher bf16, the student's weights, gradients, AdamW's two moments and the average fp32, and bf16
+    copies of the weights. Sharded: a part of each, and in bf16 the gathered units, with the student's gradients.
+    """
+    weights = parameters(student)
+    return Memory(
+        teacher=_share(2 * parameters(SDXL), teacher_gpus) + (gathered(SDXL) if teacher_gpus > 1 else 0),
+        weights=_share(4 * weights, gpus),
+        copies=2 * gathered(student) if gpus > 1 else 2 * weights,
+        gradients=_share(4 * weights, gpus),
+        moments=_share(8 * weights, gpus),
+        average=_share(4 * weights, gpus),
+        a_picture=activations(student).a_picture(checkpointing),
+    )
+
+
+def gathered(layout: Layout) -> int:
+    """Bytes, bf16, of what FSDP has whole at a time: the root, and two units: the one at work and the next.
+
+    A unit is a residual layer or a transformer block; the root is all that is in no unit.
+    """
+    root, units = fsdp_units(layout)
+    return 2 * (root + 2 * max(units.values()))
+
+
+def largest_batch(found: Memory, card: int) -> int:
+    """Pictures on a card of that many bytes; 0 where not one fits."""
+    return max(0, (int(USABLE * card) - found.fixed) // found.a_picture)
+
+
+def traffic(student: Layout, gpus: int = 1, teacher_gpus: int = 1) -> int:
+    """Bytes that each GPU sends a step, by rings of ``GPUS``: without sharding, DDP's all-reduce of fp32 gradients;
+    with it, two all-gathers of the student and a reduce-scatter, all bf16; and an all-gather of a sharded teacher."""
+    weights = parameters(student) * (3 * 2 if gpus > 1 else 2 * 4)
+    return (GPUS - 1) * (weights + (2 * parameters(SDXL) if teacher_gpus > 1 else 0)) // GPUS
+
+
+def _share(size: int, gpus: int) -> int:
+    return -(-size // gpus)
+
+
+@cache
+def fsdp_units(layout: Layout) -> tuple[int, dict[str, int]]:
+    """Weights of the root, and of each unit by its name."""
+    root, units = 0, dict[str, int]()
+    for tensor in tensors(layout):
+        if found := re.match(r".+\.(resnets|transformer_blocks)\.\d+(?=\.)", tensor.diffusers):
+            units[found[0]] = units.get(found[0], 0) + prod(tensor.shape)
+        else:
+            root += prod(tensor.shape)
+    return root, units

@@ -1,0 +1,182 @@
+"""SDXL as the teacher: its U-Net from a folder or a single file, and, when they are needed, the parts beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+from tools.harness.errors import Problem
+from tools.measure import lineage, reference
+
+from ..koala.architecture.layout import Layout, name
+from ..koala.architecture.lineage import is_teacher
+from ..koala.files.export import unet_config
+from ..koala.files.inspect import read_header
+from .config import TeacherTable
+
+TEXT = ("text_encoder", "text_encoder_2")
+BESIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "vae")
+"""Folders of SDXL's parts but the U-Net."""
+PREDICTION_MARKS = {"v_pred": "v_prediction", "edm_vpred.sigma_max": "v_prediction", "edm_mean": "edm"}
+"""Tensors by which a single file says, to ComfyUI too, that its U-Net predicts something else than the noise."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model with SDXL's layers at any width."""
+
+    table: TeacherTable
+    file: lineage.UNet
+
+    @property
+    def layout(self) -> Layout:
+        return self.file.layout
+
+    @property
+    def name(self) -> str:
+        return self.table.model.name
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells one teacher's latents and text embeddings from another's."""
+        files = {path.name: f"{path.stat().st_size} bytes" for path in (self.file.path, *self.table.loras)}
+        return {"teacher": self.name, "files": json.dumps(files)}
+
+    @cached_property
+    def noise(self) -> DDPMScheduler:
+        """The noise schedule that it was trained with."""
+        folder = self.table.model / "scheduler"
+        if folder.is_dir():
+            return DDPMScheduler.from_pretrained(folder)
+        header = read_header(self.file.path)
+        told = [kind for mark, kind in PREDICTION_MARKS.items() if mark in header.shapes]
+        if header.metadata.get("modelspec.predict_key") == "v":
+            told.append("v_prediction")
+        return DDPMScheduler.from_config({**reference.SCHEDULER_CONFIG, "prediction_type": [*told, "epsilon"][0]})
+
+    def unet(self) -> UNet2DConditionModel:
+        """Its U-Net with its LoRAs merged, frozen, in the type that the configuration names; read tensor by tensor."""
+        unet = self._empty()
+        kept = DTYPES[self.table.dtype]
+        # merged in fp32, in which no small change is rounded away before all are in
+        weights = self.file.weights(torch.float32 if self.table.loras else kept)
+        unet.load_state_dict(weights, strict=True, assign=True)
+        for state, alphas, metadata in self.loras():
+            StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
+            unet.fuse_lora()
+            unet.unload_lora()
+        return unet.to(kept).eval().requires_grad_(False)
+
+    def loras(self) -> list[tuple[dict[str, torch.Tensor], Any, Any]]:
+        """Each LoRA as diffusers reads it: tensors, alphas, metadata. Raises Problem for one that it cannot read."""
+        config, found = self._empty().config, []
+        for path in self.table.loras:
+            try:
+                read_header(path, "a LoRA")
+                read = StableDiffusionXLPipeline.lora_state_dict(
+                    str(path), unet_config=config, return_lora_metadata=True
+                )
+                if not all("lora" in key for key in read[0]):
+                    raise ValueError("it is no LoRA, or of a kind that diffusers does not know")
+            except (OSError, ValueError, KeyError) as error:
+                raise Problem(
+                    f"teacher.loras: {path} cannot be merged ({error}); expected an SDXL LoRA that diffusers reads. "
+                    f"Merge it with another tool, and give the merged model."
+                ) from None
+            found.append(read)
+        return found
+
+    def pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
+        """diffusers' pipeline of the teacher's other parts, LoRAs merged, in fp32, around a U-Net or none."""
+        made = self._pipeline(unet)
+        for state, alphas, metadata in self.loras():
+            for part in TEXT:
+                made.load_lora_into_text_encoder(state, alphas, getattr(made, part), prefix=part, metadata=metadata)
+            made.fuse_lora(components=list(TEXT))
+            for part in TEXT:
+                recurse_remove_peft_layers(getattr(made, part))
+        return made
+
+    def _empty(self) -> UNet2DConditionModel:
+        """Its U-Net without contents."""
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(unet_config(self.layout))
+
+    def _pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
+        folder = self.table.model
+        if not folder.is_dir():
+            return reference.pipeline(folder, unet)
+        absent = [part for part in BESIDE if not (folder / part).is_dir()]
+        half = any((folder / "text_encoder").glob("*.fp16.safetensors"))
+        try:
+            if absent:  # without a tokenizer's folder transformers makes one that knows no words
+                raise OSError(f"it has no {' and no '.join(absent)}.")
+            made = StableDiffusionXLPipeline.from_pretrained(
+                folder,
+                unet=unet,
+                variant="fp16" if half else None,
+                torch_dtype=torch.float32,
+                add_watermarker=False,
+                local_files_only=True,
+            )
+        except (OSError, ValueError) as error:
+            raise Problem(
+                f"teacher.model: {folder} is no whole SDXL folder: {str(error).splitlines()[0]} Expected text "
+                f"encoders, tokenizers, scheduler and VAE beside the U-Net. Fetch it again, or give a single file."
+            ) from None
+        made.set_progress_bar_config(disable=True)
+        return made
+
+
+def open_teacher(table: TeacherTable) -> Teacher:
+    """Look at the headers of a teacher's files. Raises Problem for anything that has not SDXL's layers."""
+    model = ("model", table.model, "SDXL, a folder or a .safetensors file")
+    for key, path, wanted in (model, *(("loras", path, "a .safetensors file") for path in table.loras)):
+        if not path.exists():
+            raise Problem(f"teacher.{key}: {path} is not there; expected {wanted}.")
+    file = lineage.open_unet(table.model, "SDXL")
+    if not is_teacher(file.layout):
+        raise Problem(
+            f"teacher.model: {table.model} is a {name(file.layout)}; expected SDXL's own layers, of which the student "
+            f"keeps some. Give an SDXL model, with or without merged LoRAs."
+        )
+    teacher = Teacher(table, file)
+    if (kind := teacher.noise.config.prediction_type) != "epsilon":
+        raise Problem(
+            f"teacher.model: {table.model} predicts {kind}, as it says itself; expected epsilon, as SDXL and every "
+            f"KOALA does. Give an SDXL that predicts epsilon."
+        )
+    teacher.loras()
+    return teacher
+
+
+class Encoder:
+    """Pictures and captions into what the U-Nets see, by the teacher's parts."""
+
+    def __init__(self, pipeline: Any, device: torch.device) -> None:
+        self.pipeline = pipeline
+        self.device = device
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            part.to(device)
+
+    @torch.no_grad()
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents [n, 4, h/8, w/8], scaled, of pictures [n, 3, h, w] in [-1, 1]; fp32 on the CPU. The mean of the
+        encoder's distribution: it is computed once, and SDXL's varies little around it."""
+        vae = self.pipeline.vae
+        return (vae.encode(pictures.to(self.device)).latent_dist.mode() * vae.config.scaling_factor).cpu()
+
+    @torch.no_grad()
+    def texts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context [n, 77, c] and pooled [n, p]; fp32 on the CPU."""
+        context, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return context.cpu(), pooled.cpu()

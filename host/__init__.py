@@ -1,0 +1,1 @@
+"""Everything that touches the objects of ComfyUI. Knows `koala`; the nodes know this."""

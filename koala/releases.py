@@ -1,0 +1,178 @@
+"""The published settings of every released KOALA, and how a model's variant is told.
+
+Sources: the model cards and README of etri-vilab's KOALA repositories (25 steps at guidance 7.5 with the shipped
+leading Euler schedule for the base models; 10 steps at 3.5, trailing, for Lightning) and their scheduler_config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
+
+Spacing = Literal["leading", "trailing", "linspace"]
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
+
+PUBLISHER = "https://huggingface.co/etri-vilab"
+
+SCHEDULER_CONFIG: Mapping[str, object] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "interpolation_type": "linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+"""SDXL's scheduler_config.json, which every KOALA repository ships; used where a file brings none of its own."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model was published with: steps, guidance scale, timestep spacing, image side in pixels."""
+
+    steps: int
+    cfg: float
+    spacing: Spacing
+    size: int = 1024
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps, cfg {self.cfg:g}, {self.spacing}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A family of weights that share one layout but not their settings."""
+
+    name: Literal["base", "lightning"]
+    settings: Settings
+
+
+STOCK_SCHEDULERS: dict[Spacing, str] = {"leading": "ddim_uniform", "trailing": "simple"}
+"""ComfyUI's own scheduler that comes nearest to a spacing; the same sigmas for step counts that divide 1000."""
+
+BASE = Variant("base", Settings(25, 7.5, "leading"))
+LIGHTNING = Variant("lightning", Settings(10, 3.5, "trailing"))
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (BASE, LIGHTNING)}
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published repository: its name, layout and variant."""
+
+    name: str
+    layout: Layout
+    variant: Variant
+
+    def url(self, file: str = "") -> str:
+        """The repository's page, or the download address of one of its files."""
+        return f"{PUBLISHER}/{self.name}" + (f"/resolve/main/{file}" if file else "")
+
+
+RELEASES = (
+    Release("koala-700m", KOALA_700M, BASE),
+    Release("koala-700m-llava-cap", KOALA_700M, BASE),
+    Release("koala-1b", KOALA_1B, BASE),
+    Release("koala-1b-llava-cap", KOALA_1B, BASE),
+    Release("koala-lightning-700m", KOALA_700M, LIGHTNING),
+    Release("koala-lightning-1b", KOALA_1B, LIGHTNING),
+    Release("koala-lightning-1.7b", KOALA_1_7B, LIGHTNING),
+)
+
+SIZES: dict[Layout, int] = {KOALA_TINY: 128}
+"""Image side in pixels of the models that were not made for 1024."""
+
+
+def release_for(layout: Layout, file_name: str = "") -> Release:
+    """The release that a file most likely is: by its name, else the first one with its layout, else KOALA-700M."""
+    named = [release for release in RELEASES if release.name in file_name.lower()]
+    if named:
+        return max(named, key=lambda release: len(release.name))
+    return next((release for release in RELEASES if release.layout == layout), RELEASES[0])
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A model's variant and the evidence for it; ``certain`` is False where it is only assumed."""
+
+    variant: Variant
+    evidence: str
+    certain: bool = True
+
+
+def identify(metadata: Mapping[str, str], scheduler: Mapping[str, object], origin: str, file_name: str) -> Identity:
+    """Tell base from Lightning weights, which have the same shapes.
+
+    Looked at in this order: the safetensors metadata ``koala.variant``; a trailing schedule in scheduler_config.json
+    (the published Lightning files say leading, so leading proves nothing); ``origin``, the training run named in
+    unet/config.json; the file's or folder's name. Nothing found: base is assumed, and ``certain`` is False.
+    """
+    if (stated := metadata.get("koala.variant")) in VARIANTS:
+        return Identity(VARIANTS[stated], f'metadata koala.variant = "{stated}"')
+    if scheduler.get("timestep_spacing") == "trailing":
+        return Identity(LIGHTNING, "scheduler_config.json asks for trailing timesteps")
+    if "lightning" in origin.lower():
+        return Identity(LIGHTNING, "unet/config.json names a Lightning training run")
+    if "lightning" in file_name.lower():
+        return Identity(LIGHTNING, f'the name "{file_name}"')
+    if any(release.name in file_name.lower() for release in RELEASES):
+        return Identity(BASE, f'the name "{file_name}"')
+    return Identity(BASE, "nothing in the file tells base from Lightning, so base is assumed", certain=False)
+
+
+@dataclass(frozen=True)
+class Style:
+    """Words put around a prompt: ``{prompt}`` is where the person's own text goes."""
+
+    positive: str
+    negative: str = ""
+
+    def apply(self, positive: str, negative: str) -> tuple[str, str]:
+        joined = ", ".join(part for part in (self.negative, negative.strip()) if part)
+        return self.positive.replace("{prompt}", positive), joined
+
+
+STYLES: dict[str, Style] = {
+    "no style": Style("{prompt}"),
+    "Cinematic": Style(
+        "a still from a feature film: {prompt}, anamorphic lens, shallow focus, colour graded, soft haze, film grain",
+        "drawing, cartoon, caption, watermark, flat lighting",
+    ),
+    "Photographic": Style(
+        "a photograph of {prompt}, 50 mm lens, natural light, sharp subject, soft background, fine detail",
+        "painting, sketch, illustration, render, oversmoothed skin",
+    ),
+    "Anime": Style(
+        "{prompt}, anime illustration, clean line art, cel shading, bright palette, key visual",
+        "photograph, realism, muddy colours, low contrast",
+    ),
+    "Manga": Style(
+        "{prompt}, black ink manga page, screentone, speed lines, dynamic composition",
+        "photograph, colour, blurry lines, western comic",
+    ),
+    "Digital Art": Style(
+        "{prompt}, digital painting, concept art, visible brushwork, rich light, detailed",
+        "photograph, noise, amateur sketch",
+    ),
+    "Pixel art": Style(
+        "{prompt}, pixel art, 16-bit game sprite, limited palette, hard edges",
+        "photograph, smooth gradient, anti-aliasing, realistic texture",
+    ),
+    "Fantasy art": Style(
+        "{prompt}, high fantasy illustration, luminous mist, ornate detail, epic scale, oil painting",
+        "photograph, modern clothes, plain background, text",
+    ),
+    "Neonpunk": Style(
+        "{prompt}, neon-lit cyberpunk city mood, magenta and cyan glow, wet reflections, deep shadows",
+        "daylight, pastel, watercolour, washed out",
+    ),
+    "3D Model": Style(
+        "{prompt}, polished 3D render, physically based materials, studio lighting, ambient occlusion",
+        "flat shading, sketch, low polygon count, noise",
+    ),
+}
+"""The style names of the authors' demo, in words of our own."""

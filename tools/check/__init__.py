@@ -1,0 +1,1 @@
+"""What `python3 dev.py test` and `python3 dev.py check` run."""

@@ -1,0 +1,77 @@
+"""What `dev.py test` runs: ruff, mypy, the gates of tools/check/gates.py, then pytest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tools import PACK
+from tools.check import gates
+from tools.harness.testhost import ROOT, say
+
+SOURCES = ("koala", "host", "nodes", "koala_loader.py", "distill")
+"""What the pack's import name leads to, beside ``__init__.py``."""
+PROCESSES = 2  # of pytest; more would be full-size models twice at a time
+CONFIG = str(ROOT / "pyproject.toml")
+
+
+def run(pytest_arguments: Sequence[str]) -> int:
+    """Run the checks, then the tests; stops at the first that fails and returns its exit status.
+
+    The last line of output is pytest's summary, if it comes to that.
+    """
+    for title, check in (
+        ("ruff check", lint),
+        ("ruff format", formatting),
+        ("mypy", types),
+        ("the packed pack", gates.run),
+    ):
+        say(f"== {title}")
+        if status := check():
+            say(f"== {title} failed; the tests were not run")
+            return status
+    say("== pytest")
+    os.chdir(ROOT)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
+    # tests/conftest.py shares folders out; in the order of their names both processes end at about the same time
+    sharing = [f"--numprocesses={PROCESSES}", "--dist=loadscope", "--no-loadscope-reorder"]
+    return pytest.main([*sharing, *pytest_arguments])
+
+
+def lint() -> int:
+    return subprocess.call([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT)
+
+
+def formatting() -> int:
+    return subprocess.call([sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT)
+
+
+def types() -> int:
+    """Type-check everything under the one name that each module has.
+
+    The pack's relative imports make sense only in a package, which the checkout is under any name: links give it one.
+    """
+    with importable() as folder:
+        packages = [option for name in (PACK, "tools", "tests") for option in ("-p", name)]
+        options = ["--config-file", CONFIG, "--cache-dir", str(ROOT / ".mypy_cache")]
+        return subprocess.call([sys.executable, "-m", "mypy", *options, *packages], cwd=folder)
+
+
+@contextlib.contextmanager
+def importable() -> Iterator[Path]:
+    """A temporary folder from which the pack, the tools and the tests can be imported by name."""
+    with tempfile.TemporaryDirectory(prefix="koala-importable-") as temporary:
+        folder = Path(temporary)
+        (folder / PACK).mkdir()
+        for name in ("__init__.py", *SOURCES):
+            os.symlink(ROOT / name, folder / PACK / name)
+        for name in ("tools", "tests"):
+            os.symlink(ROOT / name, folder / name, target_is_directory=True)
+        yield folder

@@ -1,0 +1,1 @@
+"""The test host: its environment, servers, clients and browsers, and the packed pack."""

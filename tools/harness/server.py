@@ -1,0 +1,211 @@
+"""A real ComfyUI server in a base folder of its own: demo, serve and the tests all start it here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.harness import pack
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT, Host, requirement_lines
+
+ADDRESS = "127.0.0.1"
+READY_WITHIN = 900.0  # seconds; a first start on a busy machine with a cold disk takes minutes
+STOPPED_WITHIN = 10.0
+FOLDERS = ("custom_nodes", "input", "models", "output", "user")
+# Prints what the server's Python can do: an accelerator, and which of the packages named on its command line it lacks.
+PROBE = """
+import importlib.metadata, json, sys
+def lacks(name):
+    try: importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError: return True
+missing = [name for name in sys.argv[1:] if lacks(name)]
+gpu = False
+if "torch" not in missing:
+    import torch
+    gpu = torch.cuda.is_available()
+print(json.dumps({"missing": missing, "gpu": gpu}))
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    base: Path  # its --base-directory: models/, input/, output/, user/, custom_nodes/
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def last_lines(self, count: int = 30) -> str:
+        """The end of its log, without colours."""
+        lines = self.log.read_text("utf-8", errors="replace").splitlines()[-count:]
+        return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(lines))
+
+
+@contextlib.contextmanager
+def running(
+    host: Host,
+    *,
+    port: int | None = None,
+    model_folders: Mapping[str, Sequence[Path]] | None = None,
+    arguments: Sequence[str] = (),
+) -> Iterator[Server]:
+    """Start ComfyUI with the packed pack, wait until it answers, and stop it at the end, whatever happens.
+
+    Everything it writes goes to a temporary base folder. ``model_folders`` adds folders to those in which it looks for
+    models (key as in ``folder_paths``, such as "checkpoints"); ``arguments`` are added to its command line. A GPU is
+    used where PyTorch finds one. Raises Problem if the port is taken, or if the server stops by itself: the last lines
+    of its log are in the message.
+    """
+    check_port(port)
+    with tempfile.TemporaryDirectory(prefix="koala-comfyui-", ignore_cleanup_errors=True) as temporary:
+        base = Path(temporary)
+        for name in FOLDERS:
+            (base / name).mkdir()
+        probe = start_probe(host)  # importing torch takes as long as packing
+        pack.install(base / "custom_nodes")
+        port = port or free_port()
+        command = [*base_command(host, base, port), *finish_probe(probe, host), *arguments]
+        if folders := model_paths(host, model_folders or {}):
+            (base / "extra_model_paths.yaml").write_text(json.dumps(folders), "utf-8")  # JSON is YAML
+            command += ["--extra-model-paths-config", str(base / "extra_model_paths.yaml")]
+        log = base / "comfyui.log"
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=host.folder,
+                env=environment(host),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        server = Server(f"http://{ADDRESS}:{port}", base, log, process)
+        try:
+            wait_until_ready(server)
+            yield server
+        except ConnectionError as error:
+            try:
+                process.wait(STOPPED_WITHIN)  # its connections close a moment before it is gone
+            except subprocess.TimeoutExpired:
+                raise error from None
+            raise crashed(server, "while it was at work") from error
+        finally:
+            stop(process)
+
+
+def base_command(host: Host, base: Path, port: int) -> list[str]:
+    """The server's command line: nothing of it is written outside ``base``, nothing of it goes to the network."""
+    files = ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+    network = ["--listen", ADDRESS, "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
+    return [str(host.python), "main.py", *files, *network]
+
+
+def environment(host: Host) -> dict[str, str]:
+    """The server's environment: this checkout's modules out of its sight, no bytecode into a borrowed folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    if host.borrowed:
+        kept["PYTHONDONTWRITEBYTECODE"] = "1"
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+def model_paths(host: Host, folders: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, str]]:
+    """Contents of extra_model_paths.yaml: the folders asked for, and a borrowed ComfyUI's own model folders."""
+    sections: dict[str, dict[str, str]] = {}
+    if folders:
+        sections["added"] = {key: "\n".join(str(path.resolve()) for path in paths) for key, paths in folders.items()}
+    own = host.folder / "models"
+    if host.borrowed and own.is_dir():
+        sections["borrowed"] = {path.name: str(path) for path in sorted(own.iterdir()) if path.is_dir()}
+    return sections
+
+
+def start_probe(host: Host) -> subprocess.Popen[str]:
+    """Ask the server's Python, in the background, what it can do."""
+    lines = requirement_lines((ROOT / "requirements.txt").read_text("utf-8"))
+    names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in lines]
+    command = [str(host.python), "-c", PROBE, "torch", *names]
+    return subprocess.Popen(command, env=environment(host), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish_probe(probe: subprocess.Popen[str], host: Host) -> list[str]:
+    """The probe's answer as arguments for the server. Raises Problem if its Python lacks something."""
+    output, errors = probe.communicate()
+    if probe.returncode:
+        raise Problem(f"{host.python} failed when asked about PyTorch:\n{errors.strip()}")
+    answer = json.loads(output.splitlines()[-1])
+    if "torch" in answer["missing"]:
+        raise Problem(
+            f"{host.python} has no PyTorch, so it cannot be the Python that runs {host.folder}. "
+            "Set COMFYUI_PYTHON to the one that does."
+        )
+    if answer["missing"]:
+        raise Problem(
+            f"{host.python} lacks {', '.join(answer['missing'])}, which the pack needs. Install it there: "
+            f"{host.python} -m pip install -r {ROOT / 'requirements.txt'}"
+        )
+    return [] if answer["gpu"] else ["--cpu"]
+
+
+def wait_until_ready(server: Server) -> None:
+    """Return as soon as the server answers. Raises Problem if it ends or takes too long."""
+    deadline = time.monotonic() + READY_WITHIN
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise crashed(server, "while starting")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(f"{server.url}/system_stats", timeout=5).close()
+            return
+        time.sleep(0.1)
+    raise Problem(
+        f"ComfyUI did not answer within {READY_WITHIN:.0f} s. The last lines of its log:\n{server.last_lines()}"
+    )
+
+
+def crashed(server: Server, when: str) -> Problem:
+    """The error for a server that ended by itself."""
+    status = server.process.returncode
+    return Problem(f"ComfyUI ended {when} (exit status {status}). The last lines of its log:\n{server.last_lines()}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server; by force if it does not listen."""
+    process.terminate()
+    try:
+        process.wait(STOPPED_WITHIN)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def check_port(port: int | None) -> None:
+    """Raise Problem if something else listens on the port already."""
+    if port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection lately closed does not count
+        try:
+            probe.bind((ADDRESS, port))
+        except OSError as error:
+            raise Problem(
+                f"Port {port} cannot be used ({error.strerror}). Give another --port, or none to take a free one."
+            ) from error
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((ADDRESS, 0))
+        port: int = probe.getsockname()[1]
+    return port

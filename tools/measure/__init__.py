@@ -1,0 +1,1 @@
+"""What is measured, and the pages of docs/ with the figures."""

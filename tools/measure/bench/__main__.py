@@ -1,0 +1,86 @@
+"""The command line of the benchmark: sections are measured, kept, and the report is written anew.
+
+Usage: python3 dev.py bench [SECTION ...] [--repeats N] [--device cpu|cuda]
+       python3 dev.py bench search --full N [--sampler NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.harness.errors import Problem
+from tools.harness.testhost import ROOT
+from tools.measure.bench import report, search, store
+from tools.measure.bench.process import Worker
+from tools.measure.bench.sections import SECTIONS, Bench
+
+REPORT, SEARCH = "report", "search"
+CPU_ONLY = ("quality",)
+"""Sections that tell nothing of a GPU."""
+
+
+def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
+    """Measure sections in that order, keep each as soon as it is done, and write the report. Returns its path.
+
+    Raises Problem where there is no such device, or a worker fails.
+    """
+    if names:
+        if bench.device == "cuda":
+            require_gpu()
+        with Worker("lab", bench.device) as lab:
+            about = lab.ask("machine")
+        for name in names:
+            store.keep(folder, bench.device, name, about, SECTIONS[name](bench))
+    return report.write(folder)
+
+
+def require_gpu() -> None:
+    """Raise Problem where PyTorch finds no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Problem(
+            f"--device cuda: PyTorch {torch.__version__} finds no CUDA GPU here; expected one. Run on a machine that "
+            "has one, or leave the option out to measure the CPU."
+        )
+
+
+def chosen(names: Sequence[str], device: str) -> list[str]:
+    """The sections that a command line asks for: without a name all that tell something of that device."""
+    if names:
+        return [name for name in names if name != REPORT]
+    return [name for name in SECTIONS if device == "cpu" or name not in CPU_ONLY]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [SEARCH]:
+        search.main(arguments[1:])
+        return
+    parser = argparse.ArgumentParser(
+        prog="dev.py bench",
+        description=__doc__.split("\n")[0],
+        epilog=f"`dev.py bench {SEARCH} --full N` looks for better tables of N full steps for KOALA Accelerate.",
+    )
+    parser.add_argument(
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        choices=[[], *SECTIONS, REPORT],
+        help=f"{', '.join(SECTIONS)}; {REPORT}: measure nothing, write the report anew (default: all)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is measured (default: 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error("--repeats: expected 1 or more")
+    bench = Bench(options.device, options.repeats)
+    print(run(chosen(options.sections, options.device), bench, ROOT / "docs"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,60 @@
+"""diffusers' engine: StableDiffusionXLPipeline's parts and its denoising loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+from koala_sdxl.koala.releases import SCHEDULER_CONFIG
+from tools.measure.bench.engines import CFG, SCALE, Job
+
+
+class Diffusers:
+    """fp32 on the CPU, fp16 on a GPU; the VAE in fp32, as the pipeline has SDXL's."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.dtype = torch.float16 if device == "cuda" else torch.float32
+        self.parts: list[Any] = []
+        self.unet: Any = None
+        self.vae: Any = None
+
+    def load(self, folder: Path) -> None:
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            folder, variant="fp16", torch_dtype=self.dtype, add_watermarker=False
+        ).to(self.device)
+        self.unet, self.vae = pipe.unet, pipe.vae
+        self.parts = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
+
+    def load_unet(self, folder: Path) -> None:
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", variant="fp16", torch_dtype=self.dtype)
+        self.parts.append(self.unet.to(self.device))
+
+    def load_vae(self, folder: Path) -> None:
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float32)
+        self.parts.append(self.vae.to(self.device))
+
+    def weights(self) -> int:
+        return sum(tensor.nbytes for part in self.parts for tensor in part.state_dict().values())
+
+    def denoise(self, todo: Job) -> torch.Tensor:
+        batch, _, height, width = todo.noise.shape
+        scheduler = EulerDiscreteScheduler.from_config(dict(SCHEDULER_CONFIG))
+        scheduler.set_timesteps(25)
+        place: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        size = torch.tensor([[8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width]] * 2 * batch, **place)
+        context, pooled = (rows.repeat_interleave(batch, 0).to(**place) for rows in (todo.context, todo.pooled))
+        added = {"text_embeds": pooled, "time_ids": size}
+        x = (todo.noise * scheduler.init_noise_sigma).to(**place)
+        for time in scheduler.timesteps[: todo.steps]:
+            both = scheduler.scale_model_input(torch.cat([x, x]), time)
+            without, towards = self.unet(both, time, context, added_cond_kwargs=added).sample.chunk(2)
+            x = scheduler.step(without + CFG * (towards - without), time, x).prev_sample
+        return x.cpu() / SCALE
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        picture = self.vae.to(torch.float32).decode(latent.to(self.device)).sample
+        return (picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu()

@@ -1,0 +1,111 @@
+"""The report's plots, PNG files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from tools.measure.bench import readings
+from tools.measure.bench.readings import Sections
+from tools.measure.bench.sections import BATCHES, FEWER, OURS, RIVALS, SIZES
+from tools.measure.bench.stats import spread
+from tools.measure.bench.variants import REUSE_ALONE
+
+matplotlib.use("Agg")  # needs no screen
+
+from matplotlib import pyplot
+
+COLOURS = {
+    "pack": "#2f6f4f",
+    "pack, exact": "#2f6f4f",
+    "pack, bf16": "#8a5fb0",
+    "stock": "#c26a2e",
+    "diffusers": "#4a6fa5",
+    "pack, compiled": "#7fb89a",
+    "stock, compiled": "#e3b08c",
+    OURS: "#2f6f4f",
+    FEWER: "#777777",
+    "EasyCache": "#c26a2e",
+    "LazyCache": "#b0418a",
+    "CFGOverride": "#4a6fa5",
+}
+
+
+def draw(folder: Path, device: str, sections: Sections) -> dict[str, str]:
+    """Draw what was measured on a device. Returns each plot's file name by what it shows."""
+    drawn = {}
+    for name, plot in PLOTS.items():
+        figure = pyplot.figure(figsize=(9, 4), layout="constrained")
+        try:
+            plot(figure, sections)
+        except KeyError:  # its section was not measured
+            continue
+        finally:
+            pyplot.close(figure)
+        file = f"benchmarks-{name}{'' if device == 'cpu' else f'-{device}'}.png"
+        figure.savefig(folder / file, dpi=100)
+        drawn[name] = file
+    return drawn
+
+
+def _quality(figure: Any, sections: Sections) -> None:
+    """Speed that the multiplications allow, against PSNR."""
+    axes = figure.subplots()
+    for family in (FEWER, *RIVALS):
+        points = sorted((1 / row["cost"], row["psnr"]) for row in readings.rows(sections, family))
+        axes.plot(*zip(*points, strict=True), ".-", color=COLOURS[family], label=family)
+    ours = [readings.preset(sections, variant) for variant in REUSE_ALONE]
+    axes.plot(
+        [1 / row["cost"] for row in ours], [row["psnr"] for row in ours], "*", color=COLOURS[OURS], ms=14, label=OURS
+    )
+    for row in ours:
+        at = (1 / row["cost"], row["psnr"])
+        axes.annotate(row["value"], at, xytext=(10, 0), textcoords="offset points", va="center")
+    axes.set(xlabel="times fewer U-Net multiplications", ylabel="PSNR to the whole run, dB")
+    _finish(axes)
+
+
+def _size(figure: Any, sections: Sections) -> None:
+    """Seconds a step, and peak memory, against size."""
+    found = readings.figures(sections, "step")["sizes"]
+    time, memory = figure.subplots(1, 2)
+    kind = memory_kind(sections)
+    _engines(time, SIZES, found, lambda runs: spread(readings.seconds(runs)).median)
+    _engines(memory, SIZES, found, lambda runs: readings.most(runs, kind) / 1e9)
+    time.set(xlabel="px", ylabel="seconds a step", xticks=SIZES)
+    memory.set(xlabel="px", ylabel="peak memory of the process, GB", xticks=SIZES)
+    for axes in (time, memory):
+        _finish(axes)
+
+
+def _batch(figure: Any, sections: Sections) -> None:
+    """Seconds a step for each picture against batch, 256 px."""
+    found = readings.figures(sections, "step")["batches"]
+    axes = figure.subplots()
+    _engines(axes, BATCHES, found, lambda runs: spread(readings.seconds(runs)).median)
+    axes.set(xlabel="pictures at once, 256 px", ylabel="seconds a step", xticks=BATCHES)
+    _finish(axes)
+
+
+def _engines(
+    axes: Any, places: tuple[int, ...], found: dict[str, dict[str, Any]], figure: Callable[[list[Any]], float]
+) -> None:
+    for engine in found[str(places[0])]:
+        axes.plot(places, [figure(found[str(at)][engine]) for at in places], "o-", color=COLOURS[engine], label=engine)
+
+
+def _finish(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_ylim(bottom=0 if axes.get_ylabel().startswith(("seconds", "peak")) else None)
+    axes.legend()
+
+
+def memory_kind(sections: Sections) -> str:
+    """Which memory is scarce where these sections were measured: the GPU's, where there was one."""
+    return "gpu" if any(entry["about"]["gpu"] for entry in sections.values()) else "ram"
+
+
+PLOTS = {"quality": _quality, "size": _size, "batch": _batch}

@@ -1,0 +1,64 @@
+"""One worker process as the command line's process sees it: orders go in, figures come back, one JSON line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from types import TracebackType
+from typing import Any
+
+from tools.harness.errors import Problem
+from tools.harness.testhost import OPENMP, ROOT
+
+TAIL = 2000  # characters of a failed worker's log that are shown
+
+
+class Worker:
+    """A process that holds one engine; ends with the ``with`` block."""
+
+    def __init__(self, engine: str, device: str) -> None:
+        self.engine = engine
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-E", "-m", "tools.measure.bench.worker", engine, device],
+            cwd=ROOT,
+            env={**OPENMP, **os.environ, "TQDM_DISABLE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def ask(self, order: str, **arguments: Any) -> Any:
+        """Have one thing done and return what the worker found. Raises Problem with its log where it failed."""
+        assert self._process.stdin
+        assert self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps([order, arguments]) + "\n")
+            self._process.stdin.flush()
+            reply = self._process.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        if reply:
+            return json.loads(reply)
+        status = self._process.wait()
+        self._log.seek(0)
+        why = "killed, as for want of memory" if status == -9 else f"exit status {status}"
+        raise Problem(
+            f"bench: {self.engine} failed at {order} {arguments} ({why}); expected figures. Its last words:\n"
+            + self._log.read()[-TAIL:]
+        )

@@ -1,0 +1,55 @@
+"""KOALA-700M with random weights in a folder that diffusers loads, too: the files of
+tools.synthetic.random_weights, linked, and the configurations beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from koala_sdxl.koala.architecture import components as parts
+from koala_sdxl.koala.files import export
+from koala_sdxl.koala.files.inspect import inspect_folder, read_header
+from koala_sdxl.koala.releases import SCHEDULER_CONFIG
+from tools.harness import testhost
+from tools.synthetic import random_weights
+
+
+def link(target: Path) -> Path:
+    """Lay the folder out below ``target`` and return it."""
+    made = inspect_folder(random_weights.folder("koala-700m"))
+    sources = {
+        "unet/diffusion_pytorch_model": made.model.unet.path,
+        "text_encoder/model": made.text_encoder,
+        "text_encoder_2/model": made.text_encoder_2,
+        "vae/diffusion_pytorch_model": made.vae,
+    }
+    folder = target / "koala-700m"
+    for name, file in sources.items():
+        place = folder / f"{name}.fp16.safetensors"
+        place.parent.mkdir(parents=True)
+        place.symlink_to(file)
+    texts = {"text_encoder": made.text_encoder, "text_encoder_2": made.text_encoder_2}
+    sizes = {part: parts.read_text_encoder(read_header(file).shapes) for part, file in texts.items()}
+    configs = {
+        "model_index.json": export.MODEL_INDEX,
+        "scheduler/scheduler_config.json": {**SCHEDULER_CONFIG, "_class_name": "EulerDiscreteScheduler"},
+        "unet/config.json": export.unet_config(made.model.unet.layout),
+        **{f"{part}/config.json": export.text_config(part, size) for part, size in sizes.items()},
+        "vae/config.json": export.vae_config(parts.read_autoencoder(read_header(made.vae).shapes), 1024),
+    }
+    vocabulary = testhost.test_host().tokenizer
+    words = {file.name: file.read_bytes() for file in vocabulary.iterdir()}
+    contents = {name: export.as_json(config) for name, config in configs.items()}
+    for part, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        contents |= {f"{part}/{name}": data for name, data in export.tokenizer_files(words, padding).items()}
+    for name, data in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def read_once(folder: Path) -> None:
+    """Bring a folder's files into the page cache, so that no engine pays for the disk."""
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass

@@ -1,0 +1,133 @@
+"""Figures read out of the results of sections: each function takes one device's sections and raises KeyError where one
+that it needs was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tools.measure.bench.sections import FEWER, OURS, WHOLE
+from tools.measure.bench.stats import Spread, at_cost, ratio, spread
+
+Sections = Mapping[str, Mapping[str, Any]]
+Row = Mapping[str, Any]
+
+
+def figures(sections: Sections, section: str) -> Any:
+    """One section's figures."""
+    return sections[section]["figures"]
+
+
+def seconds(runs: list[Row]) -> list[float]:
+    """The times of repeated runs."""
+    return [run["seconds"] for run in runs]
+
+
+def most(runs: list[Row], kind: str = "ram", key: str = "peak") -> float:
+    """The largest peak of repeated runs, bytes."""
+    return max(run[key][kind] for run in runs)
+
+
+def load_ratio(sections: Sections, other: str, what: str = "whole") -> Spread:
+    """The pack's loading time over another engine's."""
+    found = figures(sections, "load")[what]
+    return ratio(seconds(found["pack"]), seconds(found[other]))
+
+
+def load_peak(sections: Sections, what: str, kind: str) -> float:
+    """Memory of the pack's loading above what the process had before, over the weights as they are kept."""
+    runs = figures(sections, "load")[what]["pack"]
+    return max(run["above"][kind] / run["weights"] for run in runs)
+
+
+def load_again(sections: Sections) -> Spread:
+    """The pack's second loading of the same files over its first."""
+    found = figures(sections, "load")
+    return ratio(seconds(found["again"]["pack"]), seconds(found["whole"]["pack"]))
+
+
+def life_peak(sections: Sections, engine: str, kind: str) -> float:
+    """The most memory of loading, two steps and decoding, bytes."""
+    return max(part[kind] for run in figures(sections, "memory")[engine] for part in run.values())
+
+
+def turn_ratio(sections: Sections, section: str, px: int, way: str) -> Spread:
+    """Seconds of a step or of decoding over stock's."""
+    found = figures(sections, section)["sizes"][str(px)]
+    return ratio(seconds(found[way]), seconds(found["stock"]))
+
+
+def decode_difference(sections: Sections, way: str) -> float:
+    """Largest difference of a decoded picture from stock's, of 255."""
+    return 255 * max(ways[way] for ways in figures(sections, "decode")["difference"].values())
+
+
+def ours(sections: Sections) -> str:
+    """The pack's way of computing exactly: on a GPU there are no other routines."""
+    return next(way for way in ("pack, exact", "pack") if way in figures(sections, "step")["sizes"]["512"])
+
+
+def speed_up(sections: Sections, way: str, over: str = "stock") -> Spread:
+    """How many times faster a whole run is."""
+    runs = figures(sections, "sample")["runs"]
+    return ratio(runs[over], runs[way])
+
+
+def overhead(sections: Sections, model: str) -> Spread:
+    """Time that KOALA Sampler adds to KSampler, percent."""
+    found = figures(sections, "sample")["overhead"]
+    times = next(times for name, times in found.items() if name.startswith(model))
+    return Spread(*(100 * (part - 1) for part in ratio(times["KOALA Sampler"], times["KSampler"])))
+
+
+def rows(sections: Sections, family: str, run: str | None = None) -> list[Row]:
+    """A family's rows of the quality section, by default those of the base run."""
+    found = figures(sections, "quality")
+    return [row for row in found["rows"] if row["family"] == family and row["run"] == (run or found["base"])]
+
+
+def preset(sections: Sections, name: str, run: str | None = None) -> Row:
+    """A variant's row of the quality section."""
+    found = {row["value"]: row for row in rows(sections, OURS, run)}
+    return found[name]
+
+
+def above(sections: Sections, name: str, rival: str = FEWER, run: str | None = None) -> float:
+    """A preset's dB above a rival's at the same cost."""
+    ours = preset(sections, name, run)
+    points = [(row["cost"], row["psnr"]) for row in rows(sections, rival, run)]
+    if rival == FEWER:  # as many steps are the same picture
+        points += [(row["cost"], row["psnr"]) for row in rows(sections, WHOLE, run)]
+    return ours["psnr"] - at_cost(points, ours["cost"])
+
+
+def fidelity_change(sections: Sections, name: str) -> float:
+    """Points of prompt fidelity that a preset takes, negative where it adds some."""
+    (whole,) = rows(sections, WHOLE)
+    return whole["fidelity"] - preset(sections, name)["fidelity"]
+
+
+def runs_surveyed(sections: Sections) -> list[str]:
+    """Every run that the quality section judged presets on, the base run first."""
+    return list(dict.fromkeys(row["run"] for row in figures(sections, "quality")["rows"]))
+
+
+def bound(sections: Sections, model: str, px: int, pictures: int = 2, bf16: bool = False) -> float:
+    """Seconds that a step cannot be shorter than, at the rates that the machine was measured at."""
+    rates, found = figures(sections, "machine"), figures(sections, "macs")
+    part = found["vae"][str(px)] if model == "vae" else found["unets"][model]["sizes"][str(px)]
+    convolution = conv_rate(rates["vae" if model == "vae" else "unet"], bf16)
+    product = max(rate for how, rate in rates["matmul"].items() if (how == "bf16") == bf16)
+    rest = part["linear"] + part["attention"]
+    return 2e-9 * pictures * (part["convolution"] / convolution + rest / product)
+
+
+def conv_rate(shapes: list[Row], bf16: bool = False) -> float:
+    """GFLOP/s over several convolutions, each in its faster memory layout."""
+    ways = ("bf16",) if bf16 else ("contiguous", "channels_last")
+    return sum(one["gflop"] for one in shapes) / sum(one["gflop"] / max(one[way] for way in ways) for one in shapes)
+
+
+def step_seconds(sections: Sections, engine: str, px: int) -> Spread:
+    """Seconds a guided step."""
+    return spread(seconds(figures(sections, "step")["sizes"][str(px)][engine]))

@@ -1,0 +1,74 @@
+"""Whole runs of samplers, in one process that has a MODEL of the pack's loader and one of the stock loader."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import torch
+
+from koala_sdxl import koala_loader
+from koala_sdxl.host.accelerate.patch import accelerate
+from koala_sdxl.koala.files.inspect import inspect_model, inspect_unet
+from koala_sdxl.nodes.sample import KoalaSampler
+from tools.measure.bench import meter
+from tools.measure.bench.comfy_engines import conditioning
+from tools.measure.bench.engines import CFG, UNET, Job, job
+from tools.measure.bench.variants import VARIANTS
+
+TINY = "koala-tiny"
+STOCK_NODES: Any = import_module("nodes")  # ComfyUI's: the checkout has a folder of that name, too
+_models: dict[str, Any] = {}
+
+
+def open_studio(folder: str) -> dict[str, str]:
+    """Load what ``run`` samples: a folder's U-Net, or koala-tiny's (which no stock loader knows)."""
+    _models.clear()
+    if folder == TINY:
+        _models["pack"] = koala_loader.load_unet(inspect_model(koala_loader.BUILT_IN), TINY)
+    else:
+        file = Path(folder, UNET)
+        _models["pack"] = koala_loader.load_unet(inspect_model(file), file.name)
+        _models["stock"] = comfy.sd.load_diffusion_model(str(file))
+    return {}
+
+
+def run(way: str, folder: str, px: int, steps: int) -> dict[str, Any]:
+    """Seconds of a run one way, and what KOALA Accelerate said of it.
+
+    ``way``: "stock" (KSampler, the stock loader's MODEL), "KSampler" or "KOALA Sampler" (the pack loader's MODEL), or
+    a variant of KOALA Accelerate (KOALA Sampler, the pack loader's MODEL). Their sigmas are the same where steps divide
+    1000.
+    """
+    file = koala_loader.BUILT_IN if folder == TINY else Path(folder, UNET)
+    todo = job(inspect_unet(file).layout, px, 1, steps)
+    said: list[str] = []
+    model, sample = _models["stock" if way == "stock" else "pack"], koala_sampler
+    if way in VARIANTS:
+        model, routines = accelerate(model, VARIANTS[way], said.append)
+        said += [routines] if routines else []
+    elif way != "KOALA Sampler":
+        sample = ksampler
+    seconds, _ = meter.timed(lambda: sample(model, todo))
+    return {"seconds": seconds, "said": "; ".join(said)}
+
+
+def ksampler(model: Any, todo: Job) -> torch.Tensor:
+    """Stock KSampler on leading steps."""
+    latent = {"samples": torch.zeros_like(todo.noise)}
+    negative, positive = (conditioning(todo, row) for row in (0, 1))
+    return STOCK_NODES.common_ksampler(model, 5, todo.steps, CFG, "euler", "ddim_uniform", positive, negative, latent)[
+        0
+    ]["samples"]
+
+
+def koala_sampler(model: Any, todo: Job) -> torch.Tensor:
+    """KOALA Sampler on the same steps."""
+    latent = {"samples": torch.zeros_like(todo.noise)}
+    negative, positive = (conditioning(todo, row) for row in (0, 1))
+    preset = {"preset": "custom", "steps": todo.steps, "cfg": CFG, "spacing": "leading"}
+    return KoalaSampler.execute(model, positive, negative, latent, 5, preset, "euler", 1.0).result[0]["samples"]

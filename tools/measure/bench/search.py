@@ -1,0 +1,102 @@
+"""Better tables for KOALA Accelerate: which steps of 25 are computed in full, by local search on koala-tiny's pictures.
+
+Usage: python3 dev.py bench search --full N [--sampler NAME]. Every better table is printed, as steps and as sigmas for
+host/accelerate/plan.py. Noise and prompts are others than the quality section's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from koala_sdxl.host.accelerate.plan import FIRST, OFF, REUSE, Acceleration, Reuse, full_steps
+from koala_sdxl.koala.schedule import schedule
+from tools.harness.errors import Problem
+
+Table = tuple[int, ...]
+STEPS = 25
+NOISE = 77
+PROMPTS = range(216, 432, 6)
+WORTH = 0.02  # dB that a better table has to gain: less is noise
+
+
+def start(full: int, sigmas: Sequence[float], tables: Sequence[Sequence[float]] = ()) -> Table:
+    """A table of so many full steps to begin with: one of ``tables`` (noise levels), or else one spread out.
+
+    ``sigmas``: the noise level at which each step begins. Raises Problem for a number that no table can have.
+    """
+    for known in tables:
+        if len(steps := tuple(sorted(full_steps(sigmas, known)))) == full:
+            return steps
+    found = tuple(sorted(full_steps(sigmas, sigmas[:1])))  # as few as there can be
+    if not len(found) <= full <= len(sigmas):
+        raise Problem(f"bench search: --full {full}; expected {len(found)} to {len(sigmas)} steps of {len(sigmas)}.")
+    while len(found) < full:
+        later = sorted(set(range(len(sigmas))) - set(found), key=lambda step: -min(abs(step - at) for at in found))
+        found = next(table for step in later if is_whole(table := tuple(sorted({*found, step})), sigmas))
+    return found
+
+
+def is_whole(table: Table, sigmas: Sequence[float]) -> bool:
+    """Whether these steps are computed in full and no others, whatever else the pack's rules ask for."""
+    return full_steps(sigmas, [sigmas[step] for step in table]) == frozenset(table)
+
+
+def better(table: Table, sigmas: Sequence[float], score: Callable[[Table], float]) -> Iterator[tuple[Table, float]]:
+    """The table, and each better one that moving one step by one leads to, with its score, until none is better."""
+    top, tried = score(table), {table}
+    yield table, top
+    moved = True
+    while moved:
+        moved = False
+        for at in range(len(table) - 1, FIRST - 1, -1):
+            for to in (table[at] - 1, table[at] + 1):
+                moving = tuple(sorted({*table[:at], to, *table[at + 1 :]}))
+                if moving in tried or to not in range(len(sigmas)) or len(moving) < len(table):
+                    continue
+                tried.add(moving)
+                if is_whole(moving, sigmas) and (found := score(moving)) > top + WORTH:
+                    table, top, moved = moving, found, True
+                    yield table, top
+                    break
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="dev.py bench search", description=__doc__.split("\n")[0])
+    parser.add_argument("--full", type=int, required=True, help=f"how many of {STEPS} steps are computed in full")
+    parser.add_argument("--sampler", default="euler", help="a sampler without noise (default: euler)")
+    options = parser.parse_args(arguments)
+    sigmas = schedule(STEPS, "leading").sigmas[:-1].tolist()
+    first = start(options.full, sigmas, [table for reuse in REUSE.values() for table in reuse if table])
+    for table, psnr in better(first, sigmas, scorer(options.sampler, sigmas)):
+        levels = ", ".join(f"{sigmas[step]:.4g}" for step in table)
+        print(f"{psnr:.2f} dB  steps {', '.join(map(str, table))}  sigmas {levels}", flush=True)
+
+
+def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:
+    """A function from a table to its pictures' mean PSNR, in dB, to those of the whole run; starts ComfyUI here."""
+    from tools.measure.bench import engines
+
+    engines.activate("cpu")
+    import comfy.utils
+    import torch
+
+    from koala_sdxl.host.accelerate.patch import accelerate
+    from tools.measure.bench.gallery import Gallery, psnr
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    run: dict[str, Any] = {"sampler": sampler, "steps": STEPS, "cfg": 7.5, "spacing": "leading"}
+    with torch.inference_mode():
+        gallery = Gallery(PROMPTS, NOISE)
+        whole = gallery.make(gallery.model, **run)
+
+    def score(table: Table) -> float:
+        levels = tuple(sigmas[step] for step in table)
+        with torch.inference_mode():
+            settings = Acceleration(OFF, Reuse(levels, levels))
+            made = gallery.make(accelerate(gallery.model, settings, lambda _: None).model, **run)
+            return psnr(made.pictures, whole.pictures)
+
+    return score

@@ -1,0 +1,288 @@
+"""The sections of the benchmark: each has workers do something in turn, and returns figures that JSON can hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy
+
+from tools.measure.bench import published
+from tools.measure.bench.process import Worker
+from tools.measure.bench.stats import bracket
+from tools.measure.bench.variants import PRESETS, REUSE_ALONE, ROUTINES, VARIANTS
+from tools.tiny import SHIPPED
+
+Figures = dict[str, Any]
+
+ENGINES = ("pack", "stock", "diffusers")
+LOW_MEMORY = "pack, weights kept fp16"
+COMPILED = ("pack, compiled", "stock, compiled")
+SIZES = (256, 512, 768, 1024)
+BATCHES = (1, 2, 4)
+LARGE = 512  # px; above, the first time counts, for all that is slow there has been done at a smaller size
+DECODED = (512, 1024)
+WAYS = ("stock", "KOALA Sampler", *VARIANTS)
+OVERHEAD = ((100, "koala-tiny", 128), (4, "koala-700m", 256))
+"""Pairs of runs for each repeat, the model, and the size: what KOALA Sampler adds to KSampler is small beside noise."""
+OVERHEAD_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """How pictures are sampled."""
+
+    sampler: str = "euler"
+    steps: int = 25
+    cfg: float = 7.5
+    spacing: str = "leading"
+
+    def __str__(self) -> str:
+        return f"{self.sampler}, {self.steps} steps, cfg {self.cfg:g}, {self.spacing}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the quality section tries: on the base run everything; on the others, with fewer prompts, reuse alone and
+    as few steps."""
+
+    prompts: int = 216
+    prompts_of_others: int = 72
+    steps: tuple[int, ...] = (6, 8, 9, 10, 11, 12, 13, 15, 18)
+    thresholds: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
+    starts: tuple[float, ...] = (0.4, 0.6, 0.8)
+    others: tuple[Run, ...] = (
+        *(Run(sampler=sampler) for sampler in ("dpmpp_2m", "ddim", "heun", "res_multistep")),
+        Run(steps=10, cfg=3.5, spacing="trailing"),
+        *(Run(steps=steps) for steps in (20, 50)),
+    )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was asked for on the command line; ``survey`` is smaller in tests."""
+
+    device: str = "cpu"
+    repeats: int = 3
+    survey: Survey = Survey()
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Who takes turns at steps and decoding."""
+        if self.device == "cuda":
+            return (*ENGINES, *COMPILED)
+        return (*ROUTINES, *ENGINES[1:])
+
+    @property
+    def sampled(self) -> tuple[str, ...]:
+        """The ways of a whole run: on a GPU variants differ by their reuse alone."""
+        return (*WAYS[:2], *PRESETS) if self.device == "cuda" else WAYS
+
+    @property
+    def steps(self) -> int:
+        """Steps that are timed as one: on a GPU the start of a run is not small beside one step."""
+        return 10 if self.device == "cuda" else 1
+
+
+def machine(bench: Bench) -> Figures:
+    """The machine's rates."""
+    with Worker("lab", bench.device) as lab:
+        return {**lab.ask("rates"), "faster": lab.ask("probes")}
+
+
+def macs(bench: Bench) -> Figures:
+    """Multiplications of a pass, by size, operation and block."""
+    with Worker("lab", "cpu") as lab:
+        return lab.ask("macs", sizes=list(SIZES))
+
+
+def load(bench: Bench) -> Figures:
+    """Loading, every time in a new process, the files in the page cache."""
+    found: Figures = {what: defaultdict(list) for what in ("whole", "unet", "again")}
+    with _folder() as folder:
+        published.read_once(folder)
+        for _ in range(bench.repeats):
+            for engine in ENGINES:
+                with Worker(engine, bench.device) as worker:
+                    found["whole"][engine].append(worker.ask("load", what="whole", folder=str(folder)))
+                    found["again"][engine].append(worker.ask("load", what="whole", folder=str(folder)))
+                with Worker(engine, bench.device) as worker:
+                    found["unet"][engine].append(worker.ask("load", what="unet", folder=str(folder)))
+                say("load", engine, found["whole"][engine][-1]["seconds"])
+    return found
+
+
+def step(bench: Bench) -> Figures:
+    """Seconds a guided step by size and by batch, engines in turn; then SDXL's U-Net alone, for the ratio."""
+    with _folder() as folder, ExitStack() as stack:
+        ways = _ways(bench.ways, bench, stack, folder, "unet")
+        order = {"folder": str(folder), "steps": bench.steps}
+        sizes = {str(px): _in_turn(bench, ways, "step", {**order, "px": px}) for px in SIZES}
+        batches = {str(n): _in_turn(bench, ways, "step", {**order, "px": 256, "batch": n}) for n in BATCHES}
+        difference = _differences(ways, "step", {**order, "px": 256})
+        stack.close()  # SDXL needs the memory
+        sdxl_ways = _ways(("SDXL",), bench, stack, folder, "unet")
+        sdxl = {str(px): _in_turn(bench, sdxl_ways, "step", {**order, "px": px})["SDXL"] for px in (256, 512)}
+        stack.close()
+    return {"sizes": sizes, "batches": batches, "sdxl": sdxl, "difference": difference}
+
+
+def decode(bench: Bench) -> Figures:
+    """Seconds of decoding a latent, engines in turn, and how far their pictures are apart."""
+    with _folder() as folder, ExitStack() as stack:
+        ways = _ways([way for way in bench.ways if way not in COMPILED], bench, stack, folder, "vae")
+        sizes = {str(px): _in_turn(bench, ways, "decode", {"px": px}) for px in DECODED}
+        difference = {"512": _differences(ways, "decode", {"px": 512})}
+    return {"sizes": sizes, "difference": difference}
+
+
+def sample(bench: Bench) -> Figures:
+    """Whole runs, ways in turn: 25 steps at 512 px; and many short ones for what KOALA Sampler adds to KSampler."""
+    with _folder() as folder, Worker("lab", bench.device) as lab:
+        runs: dict[str, list[float]] = defaultdict(list)
+        said = {}
+        lab.ask("studio", folder=str(folder))
+        lab.ask("sample", way="KOALA Sampler", folder=str(folder), px=512, steps=1)  # the first is slower
+        for _ in range(bench.repeats):
+            for way in bench.sampled:
+                made = lab.ask("sample", way=way, folder=str(folder), px=512, steps=25)
+                runs[way].append(made["seconds"])
+                said[way] = made["said"]
+                say("sample", way, made["seconds"])
+        overhead = {}
+        for pairs, name, px in reversed(OVERHEAD):  # the large model is there already
+            model = name if name == "koala-tiny" else str(folder)
+            lab.ask("studio", folder=model)
+            times: dict[str, list[float]] = defaultdict(list)
+            for i in range(1 + pairs * bench.repeats):
+                ways = ("KSampler", "KOALA Sampler") if i % 2 else ("KOALA Sampler", "KSampler")
+                for way in ways:
+                    made = lab.ask("sample", way=way, folder=model, px=px, steps=OVERHEAD_STEPS)
+                    times[way] += [made["seconds"]] if i else []
+            overhead[f"{name}, {px} px, {OVERHEAD_STEPS} steps"] = times
+            say("sample", name, times["KOALA Sampler"][-1])
+    return {"runs": runs, "said": said, "overhead": overhead}
+
+
+def memory(bench: Bench) -> Figures:
+    """The most memory of a whole life: loading everything, two steps and decoding at 512 px, each its own process."""
+    found: Figures = defaultdict(list)
+    with _folder() as folder:
+        published.read_once(folder)
+        for _ in range(bench.repeats):
+            for engine in ("pack", LOW_MEMORY, "stock", "diffusers"):
+                with Worker(engine, bench.device) as worker:
+                    loading = worker.ask("load", what="whole", folder=str(folder))
+                    steps = worker.ask("step", folder=str(folder), px=512, steps=2)
+                    decoding = worker.ask("decode", px=512)
+                parts = {"load": loading["peak"], "step": steps["peak"], "decode": decoding["peak"]}
+                found[engine].append(parts)
+                say("memory", engine, max(part["ram"] for part in parts.values()) / 1e9, "GB")
+    return found
+
+
+def judged_model() -> str:
+    """The koala-tiny whose pictures are judged: the beginning of its file's SHA-256."""
+    return hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]
+
+
+def quality(bench: Bench) -> Figures:
+    """koala-tiny's pictures with work left out, against those of the whole run: always on the CPU."""
+    survey = bench.survey
+    with Worker("lab", "cpu") as lab:
+
+        def judge(family: str, value: Any, run: Run, base: Run) -> Figures:
+            patch = "" if family in (WHOLE, FEWER) else family
+            found = lab.ask("quality", patch=patch, value=value, run=asdict(run), reference=asdict(base))
+            say("quality", f"{base}: {family} {value}", found["psnr"], "dB")
+            return {"run": str(base), "family": family, "value": value, **found}
+
+        def compare(base: Run, variants: Iterable[str], steps: Iterable[int]) -> list[Figures]:
+            ours = [judge(OURS, variant, base, base) for variant in variants]
+            fewer = {*steps, *(step for row in ours for step in bracket(base.steps, row["cost"]))} - {base.steps}
+            return [
+                judge(WHOLE, base.steps, base, base),
+                *ours,
+                *(judge(FEWER, steps, replace(base, steps=steps), base) for steps in sorted(fewer)),
+            ]
+
+        head = lab.ask("gallery", prompts=survey.prompts)["head"]
+        rows = compare(Run(), VARIANTS, survey.steps)
+        rows += [judge(rival, value, Run(), Run()) for rival, value in _rivals(survey)]
+        lab.ask("gallery", prompts=survey.prompts_of_others)
+        for base in survey.others:
+            rows += compare(base, REUSE_ALONE, ())
+    prompts = {"prompts": survey.prompts, "prompts_of_others": survey.prompts_of_others}
+    return {"model": judged_model(), "head": head, **prompts, "base": str(Run()), "rows": rows}
+
+
+WHOLE, OURS, FEWER = "whole", "KOALA Accelerate", "fewer steps"
+RIVALS = ("EasyCache", "LazyCache", "CFGOverride")
+SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
+    section.__name__: section for section in (machine, macs, load, step, decode, sample, memory, quality)
+}
+
+
+def _rivals(survey: Survey) -> Iterator[tuple[str, float]]:
+    for rival in ("EasyCache", "LazyCache"):
+        yield from ((rival, threshold) for threshold in survey.thresholds)
+    yield from (("CFGOverride", start) for start in survey.starts)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="bench-") as temporary:
+        yield published.link(Path(temporary))
+
+
+Ways = Mapping[str, tuple[Worker, Figures]]
+"""Who does it: a worker, and what it is told beside the order."""
+
+
+def _ways(names: Iterable[str], bench: Bench, stack: ExitStack, folder: Path, part: str) -> Ways:
+    """Workers that have loaded a part; "pack, exact" and "pack, bf16" are one worker's, with other routines."""
+    workers: dict[str, Worker] = {}
+    ways = {}
+    for name in names:
+        engine, routines = ("pack", ROUTINES[name]) if name in ROUTINES else (name, "")
+        if engine not in workers:
+            workers[engine] = stack.enter_context(Worker(engine, bench.device))
+            workers[engine].ask("load", what=part, folder=str(folder))
+        ways[name] = (workers[engine], {"routines": routines})
+    return ways
+
+
+def _in_turn(bench: Bench, ways: Ways, order: str, arguments: Figures) -> Figures:
+    """Each way once more for every repeat; up to ``LARGE`` px a first time does not count."""
+    found: Figures = defaultdict(list)
+    first = int(arguments["px"] <= LARGE)
+    for i in range(first + bench.repeats):
+        for way, (worker, further) in ways.items():
+            made = worker.ask(order, **arguments, **further)
+            if i >= first:
+                found[way].append(made)
+    for way, made in found.items():
+        say(order, f"{way} {arguments['px']} px, batch {arguments.get('batch', 1)}", made[-1]["seconds"])
+    return found
+
+
+def _differences(ways: Ways, order: str, arguments: Figures) -> dict[str, float]:
+    """Largest difference of what the others make from what stock makes, for steps over the largest value in it."""
+    with TemporaryDirectory(prefix="bench-") as temporary:
+        made = {}
+        for way, (worker, further) in ways.items():
+            worker.ask(order, **arguments, **further, out=f"{temporary}/made.npy")
+            made[way] = numpy.load(f"{temporary}/made.npy")
+    unit = 1.0 if order == "decode" else float(numpy.abs(made["stock"]).max())
+    return {way: float(numpy.abs(array - made["stock"]).max()) / unit for way, array in made.items()}
+
+
+def say(section: str, what: str, figure: float, unit: str = "s") -> None:
+    """Show that something is going on."""
+    print(f"{section}: {what}: {figure:.3g} {unit}", flush=True)

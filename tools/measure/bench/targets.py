@@ -1,0 +1,147 @@
+"""What was to be reached, as data, and whether it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tools.measure.bench import readings
+from tools.measure.bench.readings import Sections
+from tools.measure.bench.sections import DECODED, FEWER, LOW_MEMORY, RIVALS
+from tools.measure.bench.stats import is_met
+from tools.measure.bench.variants import REUSE_ALONE, ROUTINES
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and its bound. ``figure`` takes a device's sections and the kind of memory that counts there."""
+
+    what: str
+    bound: float
+    at_most: bool
+    unit: str
+    figure: Callable[[Sections, str], float]
+
+
+class Verdict(NamedTuple):
+    """A target with its figure (None: not measured)."""
+
+    target: Target
+    figure: float | None
+
+    def __str__(self) -> str:
+        if self.figure is None:
+            return "not measured"
+        return "met" if is_met(self.figure, self.target.bound, self.target.at_most) else "**not met**"
+
+
+def judge(target: Target, sections: Sections, memory: str) -> Verdict:
+    """Hold a target against what was measured."""
+    try:
+        return Verdict(target, target.figure(sections, memory))
+    except KeyError:
+        return Verdict(target, None)
+
+
+def _at_most(what: str, bound: float, unit: str, figure: Callable[[Sections, str], float]) -> Target:
+    return Target(what, bound, True, unit, figure)
+
+
+def _at_least(what: str, bound: float, unit: str, figure: Callable[[Sections, str], float]) -> Target:
+    return Target(what, bound, False, unit, figure)
+
+
+def _speed(name: str, bound: float) -> Target:
+    what = f"{name}: speed, 25 steps at 512 px, over stock KSampler"
+    return _at_least(what, bound, "x", lambda found, _: readings.speed_up(found, name).median)
+
+
+def _of_variant(name: str, speed: float, quality: float, margin: float) -> tuple[Target, ...]:
+    return (
+        _speed(name, speed),
+        _at_least(
+            f"{name}: mean PSNR to the whole run", quality, "dB", lambda found, _: readings.preset(found, name)["psnr"]
+        ),
+        _at_least(
+            f"{name}: above fewer steps at the same cost",
+            margin,
+            "dB",
+            lambda found, _: readings.above(found, name, FEWER),
+        ),
+        _at_least(
+            f"{name}: above the best of stock {', '.join(RIVALS)} at the same cost",
+            0.0,
+            "dB",
+            lambda found, _: min(readings.above(found, name, rival) for rival in RIVALS),
+        ),
+        _at_most(
+            f"{name}: loss of prompt fidelity",
+            1.0,
+            "points",
+            lambda found, _: readings.fidelity_change(found, name),
+        ),
+    )
+
+
+def _of_routines(way: str) -> tuple[Target, ...]:
+    def over_stock(section: str, px: int) -> Callable[[Sections, str], float]:
+        return lambda found, _: readings.turn_ratio(found, section, px, way).median
+
+    return (
+        *(
+            _at_most(f"a step at {px} px, {way}: time over stock", 0.8, "x", over_stock("step", px))
+            for px in (512, 1024)
+        ),
+        *(
+            _at_most(f"VAE decode at {px} px, {way}: time over stock", 0.5, "x", over_stock("decode", px))
+            for px in DECODED
+        ),
+        _at_most(
+            f"VAE decode, {way}: largest difference from stock's picture",
+            1.0,
+            "of 255",
+            lambda found, _: readings.decode_difference(found, way),
+        ),
+    )
+
+
+EVERYWHERE = (
+    _at_most("loading, time over stock DiffusersLoader", 0.6, "x", lambda s, _: readings.load_ratio(s, "stock").median),
+    _at_most("loading, time over diffusers", 0.3, "x", lambda s, _: readings.load_ratio(s, "diffusers").median),
+    _at_most("loading, memory over the weights", 1.1, "x", lambda s, kind: readings.load_peak(s, "whole", kind)),
+    _at_most(
+        "loading, memory over the weights, U-Net alone", 1.1, "x", lambda s, kind: readings.load_peak(s, "unet", kind)
+    ),
+    _at_most(
+        'loading the same files again, time over the first ("costs nothing")',
+        0.05,
+        "x",
+        lambda s, _: readings.load_again(s).median,
+    ),
+    _at_most(
+        "weights kept fp16: peak of load, 2 steps at 512 px and decode",
+        4.5,
+        "GB",
+        lambda s, kind: readings.life_peak(s, LOW_MEMORY, kind) / 1e9,
+    ),
+    _at_most(
+        "KOALA Sampler over KSampler, same MODEL and sigmas, KOALA-700M",
+        1.0,
+        "%",
+        lambda s, _: readings.overhead(s, "koala-700m").median,
+    ),
+)
+TARGETS: Mapping[str, tuple[Target, ...]] = {
+    "ram": (
+        *EVERYWHERE,
+        *_of_variant(REUSE_ALONE[0], 1.9, 39.0, 6.0),
+        *_of_variant(REUSE_ALONE[1], 2.3, 33.0, 2.5),
+        *_of_variant("balanced", 1.9, 39.0, 6.0),
+        *_of_variant("fast", 2.3, 33.0, 2.5),
+        _at_least("moonshot: speed of fast", 3.0, "x", lambda s, _: readings.speed_up(s, "fast").median),
+        *(target for way in ROUTINES for target in _of_routines(way)),
+    ),
+    "gpu": (*EVERYWHERE, _speed("balanced", 1.9), _speed("fast", 2.3), *_of_routines("pack")),
+}
+"""By the kind of memory that counts. A GPU has no routines of the pack's own, and quality is judged on the CPU."""

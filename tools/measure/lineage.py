@@ -1,0 +1,375 @@
+"""Which SDXL layer each KOALA layer came from, measured on the weights; writes koala/architecture/lineage.py's tables.
+
+Usage: python3 dev.py lineage SDXL KOALA [--out FILE]
+
+A layer that was copied and then trained on still points much the way its origin does, while two layers that have
+nothing to do with each other stand at right angles, near enough, in so many dimensions. So each layer of the student
+is compared with every layer of the same shape in the teacher's same stage, by the cosine between their matrices and
+kernels, each flattened, mean over all of them. Norms and biases are left out: they are alike in all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from koala_sdxl.koala.architecture import layout
+from koala_sdxl.koala.architecture.keys import Shape, coverage, names, read_layout, tensors
+from koala_sdxl.koala.architecture.layout import SDXL, Layout, is_subnetwork
+from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, at_widths_of, is_teacher
+from koala_sdxl.koala.files import other_models as foreign
+from koala_sdxl.koala.files.inspect import WEIGHT_NAMES, CheckpointError, label, read_header
+from tools.harness.errors import Problem
+
+MARGIN = 0.1
+"""A row is doubtful where another choice is as good but for this much (``choose``). Random weights stay below 0.02 at
+koala-tiny's widths, and the wider the closer to 0."""
+
+ASK = "Give SDXL's U-Net first, then KOALA's: python3 dev.py lineage SDXL KOALA"
+
+
+# --- choosing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The teacher's layer for each of the student's, and how far each is ahead of any other."""
+
+    chosen: tuple[int, ...]
+    margins: tuple[float, ...]
+    largest: tuple[int, ...]
+    """Where each row's largest cosine is; another than ``chosen`` where these are not in increasing order."""
+
+    @property
+    def doubtful(self) -> tuple[bool, ...]:
+        return tuple(not margin >= MARGIN for margin in self.margins)  # so that NaN is doubtful
+
+
+def choose(table: Sequence[Sequence[float]]) -> Choice:
+    """Choose a column for each row, columns in strictly increasing order, with the largest sum: each row's largest
+    where these are in order.
+
+    A row's margin is what the sum would lose with any other column in that row, the order kept; at most the cosine
+    itself, so that an only choice is no certain one if it is unlike.
+    """
+
+    def total(way: Sequence[int]) -> float:
+        return sum(row[column] for row, column in zip(table, way, strict=True))
+
+    def margin(index: int) -> float:
+        others = (total(way) for way in ways if way[index] != chosen[index])
+        return min(table[index][chosen[index]], total(chosen) - max(others, default=-math.inf))
+
+    ways = list(combinations(range(len(table[0])), len(table)))
+    chosen = max(ways, key=total)
+    largest = tuple(max(range(len(row)), key=row.__getitem__) for row in table)
+    return Choice(chosen, tuple(map(margin, range(len(table)))), largest)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Layers of the student (rows) against layers of the teacher (columns), each numbered from 0."""
+
+    rows: str
+    columns: str
+    table: tuple[tuple[float, ...], ...]
+    """Cosines, -1 to 1; minus infinity where the shapes differ."""
+
+    @cached_property
+    def choice(self) -> Choice:
+        return choose(self.table)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the student: where its layers came from, and the transformer blocks of its attention modules."""
+
+    part: str
+    layers: tuple[Comparison, ...]
+    transformers: Mapping[str, Comparison]
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        return (*self.layers, *self.transformers.values())
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UNet:
+    """A U-Net in a file, read one tensor at a time."""
+
+    path: Path
+    layout: Layout
+    names: Mapping[str, str]
+    """diffusers' name of a tensor -> its name in the file"""
+
+    @cached_property
+    def _file(self) -> safe_open:
+        return safe_open(self.path, framework="pt")
+
+    def direction(self, name: str) -> torch.Tensor:
+        """A tensor flattened, of length 1: float32 on the CPU."""
+        return torch.nn.functional.normalize(self._file.get_tensor(self.names[name]).float().flatten(), dim=0)
+
+    def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Every tensor in this type on the CPU, by diffusers' names."""
+        return {name: self._file.get_tensor(stored).to(dtype) for name, stored in self.names.items()}
+
+    def matrices(self, module: str) -> tuple[tuple[str, Shape], ...]:
+        """The matrices and kernels of a module: name after the module's, and shape."""
+        return tuple(
+            (tensor.diffusers[len(module) :], tensor.shape)
+            for tensor in tensors(self.layout)
+            if tensor.diffusers.startswith(f"{module}.") and len(tensor.shape) > 1
+        )
+
+
+def open_unet(path: Path, wanted: str) -> UNet:
+    """The U-Net in a file, bare or inside a checkpoint, in any numbering, or in a Hugging Face folder.
+
+    Raises Problem where there is none; ``wanted`` says what was expected.
+    """
+    path = _unet_file(path, wanted)
+    try:
+        header = read_header(path, f"{wanted} weights")
+    except CheckpointError as error:
+        raise Problem(str(error)) from None
+    except OSError as error:
+        raise Problem(f"{path} cannot be read ({error.strerror}); expected {wanted}'s U-Net. {ASK}") from None
+    found = header.under(header.unet_prefix)
+    try:
+        shape, numbering = read_layout(found)
+    except (KeyError, ValueError, IndexError):
+        raise Problem(f"{label(path)} is {foreign.describe(header.shapes)}; expected {wanted}'s U-Net. {ASK}") from None
+    cover = coverage(shape, numbering, found)  # what a file holds beside its U-Net does no harm
+    if faults := (*cover.missing, *cover.misshapen):
+        raise Problem(
+            f"{label(path)} is {foreign.describe(header.shapes)} with tensors missing or of another shape "
+            f"({len(faults)}, first: {faults[0]}); expected {wanted}'s whole U-Net. Fetch the file again."
+        )
+    named = (header.unet_prefix + name for name in names(shape, numbering))
+    return UNet(path, shape, dict(zip(names(shape, "diffusers"), named, strict=True)))
+
+
+def open_pair(teacher: Path, student: Path) -> tuple[UNet, UNet]:
+    """SDXL, then a U-Net that may have been cut out of it. Raises Problem where they are something else."""
+    whole, part = open_unet(teacher, "SDXL"), open_unet(student, "KOALA")
+    if not is_teacher(whole.layout):
+        raise Problem(f"{label(whole.path)} is {_described(whole)}; expected SDXL's own U-Net. {ASK}")
+    if is_teacher(part.layout) or not is_subnetwork(part.layout, whole.layout):
+        raise Problem(
+            f"{label(part.path)} is {_described(part)}; expected one with some of SDXL's layers left out, as KOALA. "
+            f"{ASK}"
+        )
+    if _widths(part.layout) != _widths(whole.layout):
+        raise Problem(
+            f"{label(part.path)} has widths {_widths(part.layout)}; expected {_widths(whole.layout)} (channels, text, "
+            f"added conditioning) as in {label(whole.path)}. Give the SDXL that it was cut out of."
+        )
+    return whole, part
+
+
+def measure(teacher: UNet, student: UNet) -> Iterator[Stage]:
+    """Compare the student with the teacher, stage by stage. In memory at a time, as float32: one tensor of the teacher,
+    and the student's of that name from all layers of the stage."""
+    whole = dict(_stages(teacher.layout))
+    for part, depths in _stages(student.layout):
+        parts, wholes = (_modules(part, "resnets", layers) for layers in (depths, whole[part]))
+        resnets = Comparison(f"{part}.resnets", f"{part}.resnets", _rows(compare(student, teacher, parts, wholes)))
+        if any(depths):
+            attentions, transformers = _measure_attentions(teacher, student, part, whole[part], depths)
+            yield Stage(part, (resnets, attentions), transformers)
+        else:
+            yield Stage(part, (resnets,), {})
+
+
+def _measure_attentions(
+    teacher: UNet, student: UNet, part: str, whole_depths: Shape, depths: Shape
+) -> tuple[Comparison, dict[str, Comparison]]:
+    """A stage's attention modules, and for each of the student's its blocks against those of the one it came from."""
+    modules, wholes = _modules(part, "attentions", depths), _modules(part, "attentions", whole_depths)
+    found = compare(student, teacher, _transformer_blocks(modules, depths), _transformer_blocks(wholes, whole_depths))
+    pairs = [rows.split(whole_depths, dim=1) for rows in found.split(depths)]
+    # a module came from the one that holds the likes of its blocks
+    alike = torch.tensor([[float(pair.amax(1).mean()) for pair in row] for row in pairs])
+    attentions = Comparison(f"{part}.attentions", f"{part}.attentions", _rows(alike))
+    return attentions, {
+        module: Comparison(f"{module}.transformer_blocks", f"{wholes[origin]}.transformer_blocks", _rows(row[origin]))
+        for module, row, origin in zip(modules, pairs, attentions.choice.chosen, strict=True)
+    }
+
+
+def compare(student: UNet, teacher: UNet, parts: Sequence[str], wholes: Sequence[str]) -> torch.Tensor:
+    """Mean cosine of each of the student's modules ``parts`` (rows) with each of the teacher's ``wholes`` (columns),
+    float32; minus infinity where their shapes differ."""
+    found = torch.full((len(parts), len(wholes)), -math.inf)
+    for matrices in dict.fromkeys(map(student.matrices, parts)):
+        rows = [row for row, module in enumerate(parts) if student.matrices(module) == matrices]
+        columns = [column for column, module in enumerate(wholes) if teacher.matrices(module) == matrices]
+        for column in columns:
+            found[rows, column] = 0
+        for matrix, _ in matrices:
+            directions = torch.stack([student.direction(parts[row] + matrix) for row in rows])
+            for column in columns:
+                found[rows, column] += directions @ teacher.direction(wholes[column] + matrix) / len(matrices)
+    return found
+
+
+def _unet_file(path: Path, wanted: str) -> Path:
+    if not path.is_dir():
+        return path
+    for file in (folder / name for folder in (path / "unet", path) for name in WEIGHT_NAMES):
+        if file.is_file():
+            return file
+    raise Problem(
+        f"{path} holds no unet/{WEIGHT_NAMES[0]} and no unet/{WEIGHT_NAMES[1]}; expected {wanted}'s U-Net. Give a "
+        f".safetensors file, or a Hugging Face folder with one of these."
+    )
+
+
+def _described(unet: UNet) -> str:
+    return foreign.describe({tensor.diffusers: tensor.shape for tensor in tensors(unet.layout)})
+
+
+def _widths(shape: Layout) -> tuple[tuple[int, ...], int, int]:
+    return shape.channels, shape.context, shape.added
+
+
+def _stages(shape: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each stage's name in diffusers, and the transformer depth of its layers."""
+    yield from ((f"down_blocks.{stage}", depths) for stage, depths in enumerate(shape.down))
+    if shape.middle:
+        yield "mid_block", (shape.middle,)
+    yield from ((f"up_blocks.{stage}", depths) for stage, depths in enumerate(shape.up))
+
+
+def _modules(part: str, kind: str, depths: Sequence[int]) -> list[str]:
+    return [f"{part}.{kind}.{layer}" for layer in range(len(depths))]
+
+
+def _transformer_blocks(modules: Sequence[str], depths: Sequence[int]) -> list[str]:
+    return [
+        f"{module}.transformer_blocks.{index}"
+        for module, depth in zip(modules, depths, strict=True)
+        for index in range(depth)
+    ]
+
+
+def _rows(table: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, table.tolist()))
+
+
+# --- telling -----------------------------------------------------------------------------------------------------
+
+
+def report(comparison: Comparison) -> Iterator[str]:
+    """A comparison as lines of text, the chosen cosines in brackets."""
+    choice = comparison.choice
+    yield f"{comparison.rows} (rows) against SDXL's {comparison.columns} (columns)"
+    yield "".join(["    ", *(f"{column:^8}" for column in range(len(comparison.table[0]))), "   margin"])
+    for index, row in enumerate(comparison.table):
+        cells = ["-" if value == -math.inf else f"{value:.2f}" for value in row]
+        cells[choice.chosen[index]] = f"[{cells[choice.chosen[index]]}]"
+        doubt = "  doubtful" if choice.doubtful[index] else ""
+        yield "".join([f"{index:>3} ", *(f"{cell:^8}" for cell in cells), f"{choice.margins[index]:9.2f}", doubt])
+    if choice.chosen != choice.largest:
+        yield f"    The largest cosines, {choice.largest}, are not in increasing order; the choice is the best that is."
+
+
+def kept_layers(stages: Sequence[Stage]) -> dict[str, tuple[int, ...]]:
+    """The row of ``KEPT_LAYERS`` for each direction. Raises Problem where its stages did not keep the same layers."""
+    kept = {}
+    for direction in KEPT_LAYERS:
+        found = {
+            comparison.rows: comparison.choice.chosen
+            for stage in stages
+            for comparison in stage.layers
+            if stage.part.startswith(direction)
+        }
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{rows} {chosen}" for rows, chosen in found.items())
+            raise Problem(
+                f"the stages on the way {direction} kept different layers: {listed}; KEPT_LAYERS in "
+                f"koala/architecture/lineage.py has one row for all of them. Give it a row for each stage before this "
+                f"model is added. Nothing was written."
+            )
+        kept[direction] = next(iter(found.values()))
+    return kept
+
+
+def kept_transformers(stages: Sequence[Stage]) -> dict[str, tuple[int, ...]]:
+    """The rows of ``KEPT_TRANSFORMERS``: attention module -> the teacher's index of each of its blocks."""
+    return {module: found.choice.chosen for stage in stages for module, found in stage.transformers.items()}
+
+
+def literal(student: Layout, layers: Mapping[str, tuple[int, ...]], transformers: Mapping[str, tuple[int, ...]]) -> str:
+    """The two tables of ``koala/architecture/lineage.py``, with this one layout, as ruff formats them."""
+    wide = at_widths_of(SDXL, student)
+    key = next((name for name, value in vars(layout).items() if value == wide), repr(wide))
+    rows = "".join(f'        "{module}": {kept},\n' for module, kept in transformers.items())
+    ways = ", ".join(f'"{direction}": {kept}' for direction, kept in layers.items())
+    return (
+        f"KEPT_LAYERS: dict[str, tuple[int, ...]] = {{{ways}}}\n\n"
+        f"KEPT_TRANSFORMERS: dict[Layout, dict[str, tuple[int, ...]]] = {{\n    {key}: {{\n{rows}    }},\n}}\n"
+    )
+
+
+def run(teacher: Path, student: Path, out: Path | None) -> None:
+    """Measure, print every comparison and then the literal, which is written to ``out``, too, if that is given.
+
+    Raises Problem for wrong files, and where the weights leave a doubt; nothing is written then.
+    """
+    if out and (out.exists() or not out.parent.is_dir()):
+        why = "is there already" if out.exists() else "cannot be written: its folder is not there"
+        raise Problem(f"{out} {why}. Give --out a new file in a folder that exists.")
+    whole, part = open_pair(teacher, student)
+    stages = []
+    for stage in measure(whole, part):
+        stages.append(stage)
+        for comparison in stage.comparisons:
+            print(*report(comparison), "", sep="\n", flush=True)
+    rows = [(found.rows, doubt) for stage in stages for found in stage.comparisons for doubt in found.choice.doubtful]
+    if doubtful := [name for name, doubt in rows if doubt]:
+        raise Problem(
+            f"{len(doubtful)} of {len(rows)} rows are doubtful, margin below {MARGIN} (first: in {doubtful[0]}); "
+            f"expected none. {label(part.path)} may not have been cut out of {label(whole.path)}: give the SDXL that "
+            f"it was. Nothing was written."
+        )
+    text = literal(part.layout, kept_layers(stages), kept_transformers(stages))
+    print(text, end="")
+    if out:
+        try:
+            with out.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise Problem(
+                f"{out} cannot be written ({error.strerror}); what it was to hold is printed above."
+            ) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="dev.py lineage", description=__doc__.split("\n")[0])
+    parser.add_argument("teacher", metavar="SDXL", type=Path, help="a .safetensors file or a Hugging Face folder")
+    parser.add_argument("student", metavar="KOALA", type=Path, help="likewise, cut out of that SDXL")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write koala/architecture/lineage.py's tables here, too"
+    )
+    arguments = parser.parse_args(argv)
+    run(arguments.teacher, arguments.student, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
