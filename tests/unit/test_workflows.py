@@ -1,4 +1,4 @@
-"""The shipped workflow files: as generated, well formed, laid out, and in step with what README.md says."""
+"""The shipped workflow files: as generated, well formed, laid out, and in step with what docs/weights.md says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.harness.testhost import ROOT
 from tools.tiny import SHIPPED
 
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
-README = (ROOT / "README.md").read_text("utf-8")
+WEIGHTS_PAGE = (ROOT / "docs" / "weights.md").read_text("utf-8")
 TITLE_HEIGHT = 30  # pixels that a node's title stands above its position
 MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae", "checkpoints", "loras", "controlnet"}
 
@@ -88,12 +88,12 @@ def test_downloads_are_what_the_widgets_ask_for(workflow: dict[str, Any]) -> Non
             assert model["directory"] in MODEL_FOLDERS
 
 
-def test_notes_and_readme_say_where_the_packs_own_files_lie(workflow: dict[str, Any]) -> None:
+def test_notes_and_the_weights_page_say_where_the_packs_own_files_lie(workflow: dict[str, Any]) -> None:
     notes = "".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     for file in own_files(workflow):
         assert SHIPPED.with_name(file).is_file()
         assert f"{file} is part of the pack" in notes
-        assert f"| {file} | models/{OWN_FILES[file]} |" in README
+        assert f"| {file} | models/{OWN_FILES[file]} |" in WEIGHTS_PAGE
 
 
 def test_the_names_of_u_nets_tell_their_variant() -> None:
@@ -102,20 +102,20 @@ def test_the_names_of_u_nets_tell_their_variant() -> None:
         assert (identity.variant, identity.certain) == (release.variant, True)
 
 
-def test_readme_lists_every_workflow_and_every_file(workflow: dict[str, Any]) -> None:
-    assert all(f"| {title} |" in README for title in FILES)
+def test_the_weights_page_lists_every_workflow_and_every_file(workflow: dict[str, Any]) -> None:
+    assert all(f"| {title} |" in WEIGHTS_PAGE for title in FILES)
     for model in (model for node in workflow["nodes"] for model in node["properties"].get("models", [])):
-        assert f"| {model['name']} |" in README
+        assert f"| {model['name']} |" in WEIGHTS_PAGE
         part = model["url"].split("/resolve/main/")[1]
-        assert part in README
+        assert part in WEIGHTS_PAGE
         if part.startswith("unet/"):
-            assert model["url"] in README
+            assert model["url"] in WEIGHTS_PAGE
 
 
-def test_readme_has_every_release_under_a_name_that_is_recognised() -> None:
+def test_the_weights_page_has_every_release_under_a_name_that_is_recognised() -> None:
     for release in RELEASES:
         url = release.url("unet/diffusion_pytorch_model.fp16.safetensors")
-        assert any(url in line and f"| {release.name}.fp16.safetensors |" in line for line in README.splitlines())
+        assert any(url in line and f"| {release.name}.fp16.safetensors |" in line for line in WEIGHTS_PAGE.splitlines())
 
 
 def test_every_node_has_a_help_page() -> None:
