@@ -23,33 +23,16 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from .host.model import ATTACHMENT, FILE_DTYPES, WEIGHT_DTYPES, shapes_of
 from .host.reader import Source, read, streamed
 from .koala.architecture import components as parts
-from .koala.architecture import keys, layout
+from .koala.architecture import keys
 from .koala.architecture.layout import Layout
 from .koala.files import inspect as checkpoint
 from .koala.files.inspect import CLIP_PREFIXES, VAE_PREFIX
-from .koala.model_info import ModelFacts, assumed_facts, facts_of
+from .koala.model_info import facts_of
 
 BUILT_IN = Path(__file__).parent / "assets" / "koala-tiny.safetensors"
-ATTACHMENT = "koala"
-WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
-    "default": None,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-}
-"""Types in which the U-Net's weights can be kept; None leaves the choice to the host (by file and device)."""
-
-FILE_DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""Types that a U-Net file may have, by the names of ``koala.checkpoint.FLOAT_TYPES``."""
-
 TILES = (64, 32, 16)
 """Sides of the tiles, in latents, in which a picture is decoded that is too large to be decoded whole."""
 
@@ -124,38 +107,6 @@ def load_unet(model: checkpoint.Model, source: str, weight_dtype: str = "default
     patcher = _shared((dtype, Source(unet.path, unet.prefix)), lambda: _unet_patcher(unet, dtype)).clone()
     patcher.set_attachments(ATTACHMENT, facts_of(model, source))
     return patcher
-
-
-def model_facts(model: comfy.model_patcher.ModelPatcher) -> ModelFacts:
-    """The facts attached to a MODEL, or those that can be seen on a KOALA that another node loaded.
-
-    Raises ValueError for a MODEL that is no KOALA.
-    """
-    attached = model.get_attachment(ATTACHMENT)
-    if attached is not None:
-        return attached
-    seen = network_layout(getattr(model.model, "diffusion_model", None))
-    if seen not in layout.KOALA_NAMES:
-        raise ValueError(
-            f"this MODEL is no KOALA ({type(model.model).__name__}); expected a model from KOALA Checkpoint Loader, or "
-            f"a KOALA U-Net from a stock loader. For other models use the stock nodes, or the preset custom."
-        )
-    return assumed_facts(seen, dtype_name(model.model_dtype()), model.model_size())
-
-
-def network_layout(network: torch.nn.Module | None) -> Layout | None:
-    """The layout of a host model's U-Net, None for anything that is not of SDXL's family."""
-    try:
-        return keys.read_layout(_shapes(network.state_dict() if network is not None else {}))[0]
-    except (KeyError, ValueError, IndexError):
-        return None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A weight type's name as the loader's choices have it."""
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
-        dtype, str(dtype).removeprefix("torch.").replace("float8", "fp8")
-    )
 
 
 def unet_config(shape: Layout) -> dict[str, Any]:
@@ -262,7 +213,7 @@ class _Clip(comfy.sd.CLIP):
 def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     dtype = comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
     encoders = {"clip_l": _read_text(first, dtype), "clip_g": _read_text(second, dtype)}
-    sizes = {name: parts.read_text_encoder(_shapes(weights)) for name, weights in encoders.items()}
+    sizes = {name: parts.read_text_encoder(shapes_of(weights)) for name, weights in encoders.items()}
     state = {
         f"{name}.transformer.{key}": tensor for name, weights in encoders.items() for key, tensor in weights.items()
     }
@@ -282,7 +233,7 @@ def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy
 
 def _vae(source: Source) -> Vae:
     weights = read(source)  # the host copies them into the type that it chooses
-    sizes = parts.read_autoencoder(_shapes(weights))
+    sizes = parts.read_autoencoder(shapes_of(weights))
     first = sizes.channels[0]
     config = {
         "ddconfig": {
@@ -324,10 +275,6 @@ def _fill(
     own = network.state_dict()
     placed = {name: tensor.to(own[name].device) if name in own else tensor for name, tensor in weights.items()}
     return network.load_state_dict(placed, strict=False, assign=True)
-
-
-def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, keys.Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 def _read_text(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from ..koala.files import atomic_write as disk
 from ..koala.files import export
 from ..koala.files.inspect import UNET_PREFIX
 from ..koala.model_info import ModelFacts
-from ..koala_loader import WEIGHT_DTYPES, dtype_name, model_facts
+from .model import WEIGHT_DTYPES, dtype_name, model_facts, shapes_of
 
 TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
 TEXT_PARTS = {"text_encoder": "clip_l.transformer.", "text_encoder_2": "clip_g.transformer."}
@@ -91,10 +91,10 @@ def save_folder(
     text = _text(facts, clip, types)
     for part in TEXT_PARTS:
         encoder = _encoder(text, part)
-        files[f"{part}/config.json"] = export.text_config(part, parts.read_text_encoder(_shapes(encoder)))
+        files[f"{part}/config.json"] = export.text_config(part, parts.read_text_encoder(shapes_of(encoder)))
         weights[f"{part}/model.safetensors"] = encoder
     original = _autoencoder(vae)
-    sizes = parts.read_autoencoder(_shapes(original))
+    sizes = parts.read_autoencoder(shapes_of(original))
     files["vae/config.json"] = export.vae_config(sizes, facts.side)
     weights["vae/diffusion_pytorch_model.safetensors"] = _diffusers_vae(original, len(sizes.channels))
     names = keys.renaming(facts.layout, "comfy", "diffusers")
@@ -151,7 +151,7 @@ def _patched(patcher: Any, module: Any, prefix: str = "") -> State:
 def _unet(facts: ModelFacts, model: Any, types: _Types) -> State:
     """The U-Net's tensors under ComfyUI's names without a prefix, baked."""
     state = _patched(model, model.model.diffusion_model, "diffusion_model.")
-    cover = keys.coverage(facts.layout, "comfy", _shapes(state))
+    cover = keys.coverage(facts.layout, "comfy", shapes_of(state))
     if not cover.exact:
         odd = (*cover.missing, *cover.extra, *cover.misshapen)
         raise ValueError(
@@ -166,7 +166,7 @@ def _text(facts: ModelFacts, clip: Any, types: _Types) -> State:
     """Both text encoders under core's names (``clip_l.``, ``clip_g.``), baked."""
     state = _patched(clip.patcher, clip.cond_stage_model)
     try:
-        first, second = (parts.read_text_encoder(_shapes(_encoder(state, part))) for part in TEXT_PARTS)
+        first, second = (parts.read_text_encoder(shapes_of(_encoder(state, part))) for part in TEXT_PARTS)
         found = (first.hidden + second.hidden, second.projection)
     except KeyError:
         found = (0, None)
@@ -192,7 +192,7 @@ def _autoencoder(vae: Any) -> State:
     """The autoencoder's tensors under their original names, in their own types."""
     state = vae.get_sd()
     try:
-        latents = parts.read_autoencoder(_shapes(state)).latent_channels
+        latents = parts.read_autoencoder(shapes_of(state)).latent_channels
         what = f"has {latents} latent channels"
     except KeyError:
         latents, what = 0, "is no autoencoder of SDXL's kind"
@@ -246,7 +246,3 @@ def _cast(key: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _bytes(state: State) -> int:
     return sum(tensor.nbytes for tensor in state.values())
-
-
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, keys.Shape]:
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}

@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import koala_loader
+from ..host.model import model_facts
 from ..host.transfer import attention
 from ..host.transfer.control import adapt
 from ..host.transfer.lora import apply_lora, hook_lora
@@ -62,7 +63,7 @@ class KoalaUNetSwap(io.ComfyNode):
         path = Path(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
         koala = koala_loader.load_unet(inspect_model(path), path.name, weight_dtype)
         swapped = swap(model, koala)
-        return shown(swapped.report, swapped.model, swapped.report, badge=badge(koala_loader.model_facts(koala)))
+        return shown(swapped.report, swapped.model, swapped.report, badge=badge(model_facts(koala)))
 
 
 def _published(file: str) -> dict[str, Any]:
@@ -273,7 +274,7 @@ class KoalaAttentionPatches(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        line = koala_loader.model_facts(model).lineage
+        line = model_facts(model).lineage
         bound = model.clone()
         count, dropped = attention.rebind(bound.model_options["transformer_options"], line)
         text = f"{count} patches bound to {name(line.student)}'s blocks"

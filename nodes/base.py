@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..koala_loader import WEIGHT_DTYPES
+from ..host.model import WEIGHT_DTYPES
 
 CATEGORY = "KOALA"
 DRAWING = "koala"

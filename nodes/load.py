@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import koala_loader
+from ..host.model import dtype_name, model_facts
 from ..host.reader import Source
 from ..host.transfer.addons import misplaced
 from ..koala.files.inspect import (
@@ -121,7 +122,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
     @classmethod
     def execute(cls, source: dict[str, str], weight_dtype: str) -> io.NodeOutput:
         model, clip, vae = _load(source, weight_dtype)
-        return shown("", model, clip, vae, badge=badge(koala_loader.model_facts(model)))
+        return shown("", model, clip, vae, badge=badge(model_facts(model)))
 
 
 def _load(source: dict[str, str], weight_dtype: str) -> koala_loader.Loaded:
@@ -162,8 +163,8 @@ class KoalaModelInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        kept = koala_loader.dtype_name(model.model_dtype())
-        facts = koala_loader.model_facts(model)
+        kept = dtype_name(model.model_dtype())
+        facts = model_facts(model)
         text = "\n".join((report(facts, kept, model.model_size()), *misplaced(model, facts.layout)))
         return shown(text, text, badge=badge(facts))
 

@@ -8,11 +8,11 @@ import comfy.samplers
 from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 
+from ..host.model import ATTACHMENT, model_facts
 from ..host.transfer.addons import require_carried
 from ..koala.architecture.layout import name
 from ..koala.releases import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala.schedule import Schedule, schedule
-from ..koala_loader import ATTACHMENT, model_facts
 from .base import CATEGORY, SHOWS, shown
 
 AUTO, CUSTOM = "auto", "custom"

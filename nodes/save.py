@@ -10,8 +10,8 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from .. import koala_loader
 from ..host import saver as koala_saver
+from ..host.model import WEIGHT_DTYPES
 from .base import CATEGORY, shown
 
 CHECKPOINT = "checkpoint"
@@ -63,7 +63,7 @@ class KoalaCheckpointSave(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(koala_loader.WEIGHT_DTYPES),
+                    options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="Type of the saved weights. default: as ComfyUI holds them in memory. fp8_e4m3fn is for "
                     "the U-Net's matrices, the rest and the text encoders are then fp16. The VAE always keeps its "

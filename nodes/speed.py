@@ -13,9 +13,9 @@ from server import PromptServer
 from ..host.accelerate.cpu_routines import install_vae
 from ..host.accelerate.patch import accelerate, steps_in_full
 from ..host.accelerate.plan import EXACT, PRESETS, REUSE, ROUTINES, WHOLE, Acceleration
+from ..host.model import model_facts
 from ..koala.model_info import ModelFacts
 from ..koala.schedule import schedule
-from ..koala_loader import model_facts
 from .base import CATEGORY, SHOWS, shown
 
 CUSTOM = "custom"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage, lineage
-from ...koala_loader import network_layout
+from ..model import network_layout
 from .attention import BLOCK_PATCHES, Rebound, places, unbound
 from .control import is_adapted
 

@@ -10,7 +10,7 @@ from comfy.controlnet import ControlBase, ControlLora, ControlNet, T2IAdapter
 
 from ...koala.architecture.layout import SDXL, name
 from ...koala.architecture.lineage import Lineage, lineage
-from ...koala_loader import network_layout
+from ..model import network_layout
 
 Residuals = dict[str, list[Any]]
 SKIPS = sum(map(len, SDXL.up))  # nine skip connections, and a ControlNet has a residual for each

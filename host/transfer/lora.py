@@ -13,7 +13,7 @@ from ...koala.files.inspect import CheckpointError
 from ...koala.lora.names import renamed
 from ...koala.lora.origin import TrainedOn
 from ...koala.lora.plan import Plan, inspect_lora
-from ...koala_loader import model_facts
+from ..model import model_facts
 
 
 class Applied(NamedTuple):

@@ -11,7 +11,7 @@ import comfy.utils
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage, is_teacher
-from ...koala_loader import ATTACHMENT, model_facts, network_layout
+from ..model import ATTACHMENT, model_facts, network_layout
 from . import attention
 
 COMPILED = "torch.compile"

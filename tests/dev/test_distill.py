@@ -28,6 +28,7 @@ from koala_sdxl.distill import cache, config, features, losses, result, student,
 from koala_sdxl.distill.buckets import Batches
 from koala_sdxl.distill.config import Config
 from koala_sdxl.distill.teacher import open_teacher
+from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture.keys import renaming, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
@@ -253,8 +254,8 @@ def test_the_pack_loads_folder_and_file_with_equal_weights(whole: Path) -> None:
     nets = [model.model.diffusion_model.state_dict() for model, _, _ in loaded]
     assert nets[0].keys() == nets[1].keys()
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
-    assert [asdict(koala_loader.model_facts(model).layout) for model, _, _ in loaded] == [asdict(KOALA_TINY)] * 2
-    assert [koala_loader.model_facts(model).identity.variant.name for model, _, _ in loaded] == ["base", "base"]
+    assert [asdict(model_facts(model).layout) for model, _, _ in loaded] == [asdict(KOALA_TINY)] * 2
+    assert [model_facts(model).identity.variant.name for model, _, _ in loaded] == ["base", "base"]
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     renamed, state = renaming(KOALA_TINY, "diffusers", "comfy"), load_file(file)
     assert all(torch.equal(tensor, state[UNET_PREFIX + renamed[name]]) for name, tensor in unet.items())

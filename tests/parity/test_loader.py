@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from koala_sdxl import koala_loader
+from koala_sdxl.host.model import WEIGHT_DTYPES, model_facts
 from koala_sdxl.koala.architecture import keys, layout
 from koala_sdxl.koala.files import inspect as checkpoint
 from koala_sdxl.nodes.load import load_parts
@@ -111,13 +112,13 @@ def test_layouts_that_core_does_not_know_are_built(shape: layout.Layout, tmp_pat
     wanted = {names[name]: tensor for name, tensor in weights.items()}
     assert wanted.keys() == network.keys()
     assert all(torch.equal(tensor.to(wanted[name].dtype), wanted[name]) for name, tensor in network.items())
-    assert koala_loader.model_facts(model).layout == shape
+    assert model_facts(model).layout == shape
 
 
-@pytest.mark.parametrize("choice", list(koala_loader.WEIGHT_DTYPES))
+@pytest.mark.parametrize("choice", list(WEIGHT_DTYPES))
 def test_weight_types_are_kept_and_still_make_a_picture(choice: str) -> None:
     model = koala_loader.load_unet(checkpoint.inspect_model(koala_loader.BUILT_IN), "tiny", choice)
-    wanted = koala_loader.WEIGHT_DTYPES[choice]
+    wanted = WEIGHT_DTYPES[choice]
     kept = model.model.diffusion_model.input_blocks[0][0].weight.dtype
     assert wanted in (None, kept)
     latent = _sample(model, parity.tiny_models()[1], steps=2)
@@ -126,13 +127,13 @@ def test_weight_types_are_kept_and_still_make_a_picture(choice: str) -> None:
 
 def test_facts_survive_clone_lora_and_merge() -> None:
     model, clip, _ = parity.tiny_models()
-    facts = koala_loader.model_facts(model)
+    facts = model_facts(model)
     patched, _ = comfy.sd.load_lora_for_models(model, clip, _lora(), 1.0, 1.0)
     merged = model.clone()
     merged.add_patches(patched.get_key_patches("diffusion_model."), 0.5, 0.5)
-    assert koala_loader.model_facts(model.clone()) is facts
-    assert koala_loader.model_facts(patched) is facts
-    assert koala_loader.model_facts(merged) is facts
+    assert model_facts(model.clone()) is facts
+    assert model_facts(patched) is facts
+    assert model_facts(merged) is facts
 
 
 def test_a_lora_for_koala_changes_the_picture_and_leaves_the_model_as_it_was() -> None:
@@ -192,7 +193,7 @@ def test_a_koala_from_a_stock_loader_is_known_by_its_layout(tmp_path: Path) -> N
     model = comfy.sd.load_diffusion_model(
         str(random_weights.folder("koala-700m") / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     )
-    facts = koala_loader.model_facts(model)
+    facts = model_facts(model)
     assert (facts.layout, facts.identity.certain) == (layout.KOALA_700M, False)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import nodes as core
+from koala_sdxl.host.model import ATTACHMENT, model_facts
 from koala_sdxl.koala import releases as settings
 from koala_sdxl.koala.schedule import schedule
-from koala_sdxl.nodes import load, prompt, sample
+from koala_sdxl.nodes import prompt, sample
 from tools.measure import parity
 
 SETTINGS = {"preset": "custom", "steps": 4, "cfg": 7.5, "spacing": "leading"}
@@ -93,10 +94,10 @@ def test_denoise_that_leaves_no_step_says_so() -> None:
 
 def test_auto_follows_the_variant_that_travels_with_the_model() -> None:
     model = parity.tiny_models()[0].clone()
-    facts = load.koala_loader.model_facts(model)
+    facts = model_facts(model)
     assert sample._settings(model, {"preset": "auto"})[0] == settings.BASE.settings
     identity = settings.Identity(settings.LIGHTNING, "a test")
-    model.set_attachments(load.koala_loader.ATTACHMENT, facts.__class__(**{**vars(facts), "identity": identity}))
+    model.set_attachments(ATTACHMENT, facts.__class__(**{**vars(facts), "identity": identity}))
     chosen, why = sample._settings(model.clone(), {"preset": "auto"})
     assert chosen == settings.LIGHTNING.settings
     assert "a test" in why

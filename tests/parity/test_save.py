@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from koala_sdxl import koala_loader
+from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture import layout
 from koala_sdxl.koala.files import inspect as checkpoint
 from tools.measure import parity
@@ -33,7 +34,7 @@ def _close(first: torch.Tensor, second: torch.Tensor) -> None:
 
 
 def _shapes(model: Any) -> list[tuple[int, ...]]:
-    shape = koala_loader.model_facts(model).layout
+    shape = model_facts(model).layout
     return [(1, 4, 8, 8), (1, 77, shape.context), (1, shape.pooled)]
 
 

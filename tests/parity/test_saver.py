@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host import saver as koala_saver
+from koala_sdxl.host.model import ATTACHMENT, WEIGHT_DTYPES, model_facts
 from koala_sdxl.host.reader import Source
 from koala_sdxl.koala import releases as settings
 from koala_sdxl.koala.architecture import layout
@@ -61,7 +62,7 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> State:
 def _predict(model: Any) -> torch.Tensor:
     """One prediction of the U-Net, patches applied, as sampling would call it; (1, 4, 8, 8)."""
     generator = torch.Generator().manual_seed(5)
-    shape = koala_loader.model_facts(model).layout
+    shape = model_facts(model).layout
     shapes = [(1, 4, 8, 8), (1, 77, shape.context), (1, shape.pooled)]
     x, context, pooled = (torch.randn(size, generator=generator) for size in shapes)
     conditioning = [[context, {"pooled_output": pooled}]]
@@ -115,7 +116,7 @@ def test_weights_are_cast_after_the_patches(choice: str, baked: State, tmp_path:
     koala_saver.save_checkpoint(tmp_path / "a.safetensors", *_patched(), choice)
     koala_saver.save_folder(tmp_path / "a", *_patched(), choice)
     saved = load_file(tmp_path / "a.safetensors")
-    wide = koala_loader.WEIGHT_DTYPES[choice]
+    wide = WEIGHT_DTYPES[choice]
     narrow = torch.float16 if choice == "fp8_e4m3fn" else wide
     for name, tensor in baked.items():
         wanted = narrow if tensor.is_floating_point() else tensor.dtype
@@ -139,7 +140,7 @@ def test_weights_that_are_not_on_the_device_are_baked_alike(choice: str, baked: 
     comfy.model_management.unload_all_models()
     stand_ins = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
     assert any(type(tensor).__name__ == "LazyCastingParam" for tensor in stand_ins.values())
-    facts, types = koala_loader.model_facts(model), koala_saver._types(choice)
+    facts, types = model_facts(model), koala_saver._types(choice)
     for name, tensor in koala_saver._unet(facts, model, types).items():
         core = baked[checkpoint.UNET_PREFIX + name]
         expected = core.to((types.matrices if core.ndim > 1 else types.others) or core.dtype)
@@ -203,8 +204,8 @@ def _lightning(scheduler: dict[str, object]) -> Any:
     """koala-tiny's MODEL, said to be Lightning with a schedule of its own."""
     model = parity.tiny_models()[0].clone()
     identity = settings.Identity(settings.LIGHTNING, "the test says so")
-    facts = replace(koala_loader.model_facts(model), identity=identity, scheduler=scheduler)
-    model.set_attachments(koala_loader.ATTACHMENT, facts)
+    facts = replace(model_facts(model), identity=identity, scheduler=scheduler)
+    model.set_attachments(ATTACHMENT, facts)
     return model
 
 
@@ -220,7 +221,7 @@ def test_variant_and_schedule_survive(tmp_path: Path) -> None:
         koala_loader.load_folder(tmp_path / "a")[0],
         bare,
     ):
-        facts = koala_loader.model_facts(again)
+        facts = model_facts(again)
         assert (facts.identity.variant, facts.identity.certain) == (settings.LIGHTNING, True)
         assert facts.scheduler["beta_end"] == 0.013
 

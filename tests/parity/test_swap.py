@@ -20,6 +20,7 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 from safetensors.torch import save_file
 
 from koala_sdxl import koala_loader
+from koala_sdxl.host.model import ATTACHMENT, model_facts
 from koala_sdxl.host.transfer.lora import apply_lora
 from koala_sdxl.host.transfer.swap import swap
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
@@ -52,7 +53,7 @@ def test_a_lora_upstream_equals_one_downstream(layout: Layout, tmp_path: Path, m
     torch.testing.assert_close(sampled(swapped), sampled(after), rtol=0, atol=0)
     applied = {KOALA_700M: 222, KOALA_1B: 314}[layout]
     assert f"weight patches: {applied} carried, {722 - applied} belong to layers" in report
-    assert koala_loader.model_facts(swapped).source == "koala.safetensors"
+    assert model_facts(swapped).source == "koala.safetensors"
 
 
 def test_a_student_gets_the_changes_of_the_blocks_that_its_file_names(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_student_gets_the_changes_of_the_blocks_that_its_file_names(tmp_path: 
         loaded = apply_lora(student, transfer.clip(), path, 0.7, 0.0).model
     for found in (loaded, swap(changed, student).model):
         assert transfer.difference(transfer.baked(found), wanted) < 1e-6
-        assert koala_loader.model_facts(found).kept == kept
+        assert model_facts(found).kept == kept
 
 
 def test_neither_model_is_changed() -> None:
@@ -109,7 +110,7 @@ def test_wrappers_callbacks_and_attachments_go_along() -> None:
     sampled(swapped)
     assert set(calls) == {"wrapper", "callback"}
     assert swapped.get_attachment("mine") == 5
-    assert swapped.get_attachment(koala_loader.ATTACHMENT) is koala.get_attachment(koala_loader.ATTACHMENT)
+    assert swapped.get_attachment(ATTACHMENT) is koala.get_attachment(ATTACHMENT)
 
 
 def test_attention_patches_go_to_their_blocks() -> None:
@@ -191,7 +192,7 @@ def test_only_sdxl_can_be_swapped() -> None:
     with pytest.raises(ValueError, match=r"^the MODEL is a KOALA already \(.*expected SDXL, with text of width 96"):
         swap(koala, koala)
     stripped = koala.clone()
-    stripped.remove_attachments(koala_loader.ATTACHMENT)
+    stripped.remove_attachments(ATTACHMENT)
     with pytest.raises(ValueError, match=r"^the MODEL is koala-tiny; expected SDXL"):
         swap(stripped, koala)
     with pytest.raises(ValueError, match=r"^the MODEL is an SDXL of other sizes \(text width 2048, 320 channels"):

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from koala_sdxl import koala_loader
+from koala_sdxl.host.model import ATTACHMENT
 from koala_sdxl.host.transfer.lora import apply_lora
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.architecture.layout import (
@@ -44,6 +45,7 @@ from koala_sdxl.koala.architecture.layout import (
 )
 from koala_sdxl.koala.architecture.lineage import Lineage, at_widths_of, lineage
 from koala_sdxl.koala.files.inspect import inspect_model
+from koala_sdxl.koala.model_info import assumed_facts
 from koala_sdxl.nodes.adapt import KoalaAttentionPatches, KoalaControlNet
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL, State
@@ -190,7 +192,7 @@ def reach(koala: Layout, naming: str, ours: bool) -> Reach:
     numbers = {tensor.diffusers: n for n, tensor in enumerate(filter(adapters.in_attention, tensors(SDXL)), 1)}
     state, target = telling_lora(naming), hollow(koala)
     if ours:
-        target.set_attachments(koala_loader.ATTACHMENT, koala_loader.assumed_facts(koala, "fp32", 0))
+        target.set_attachments(ATTACHMENT, assumed_facts(koala, "fp32", 0))
         with on_disk(state) as path:
             patches = apply_lora(target, clip(), path, 1.0, 0.0).model.patches
     else:
