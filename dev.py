@@ -21,7 +21,7 @@ import subprocess
 from pathlib import Path
 
 from tools.harness import testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 MODULES = {
     "train-tiny": "tools.tiny.train",
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
             return run_inside(python, arguments)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server is stopped then too
         return run(options, further, host or testhost.test_host())
-    except Problem as problem:
+    except UserError as problem:
         print(f"dev.py: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import transformers
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from . import config, train
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         library.utils.logging.set_verbosity_error()
     try:
         train.run(config.read(arguments.config), lambda line: print(line, flush=True))
-    except Problem as problem:
+    except UserError as problem:
         print(f"distill: {problem}", file=sys.stderr)
         return 1
     return 0

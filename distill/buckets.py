@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Sampler
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 LATENT = 8
 """Pixels along the side of a latent's cell."""
@@ -26,15 +26,15 @@ def buckets(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
     """Sizes of about ``resolution`` squared, from the tallest to the widest, sides in multiples of ``step``.
 
     They are those where neither side can grow by a step without more area than that, and the square, which is there
-    whatever ``resolution`` is. Raises Problem where not even that fits, or where latents have no whole size.
+    whatever ``resolution`` is. Raises UserError where not even that fits, or where latents have no whole size.
     """
     if step % LATENT:
-        raise Problem(
+        raise UserError(
             f"data.bucket_step = {step} is no multiple of {LATENT}; expected one, as a latent's cell has {LATENT} "
             f"pixels a side. Set it to {LATENT * math.ceil(step / LATENT)}."
         )
     if resolution < step:
-        raise Problem(
+        raise UserError(
             f"data.resolution = {resolution} is less than data.bucket_step = {step}; expected room for one step. "
             f"Raise the resolution or lower the step."
         )

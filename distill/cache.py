@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from ..koala.files import atomic_write as disk
 from . import sources
@@ -102,7 +102,7 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         """float32 tensors: latents [4, h, w], context [77, c], pooled [p], ids [6] (SDXL's sizes: original height and
-        width, crop top and left, height and width). Raises Problem where the shard is damaged."""
+        width, crop top and left, height and width). Raises UserError where the shard is damaged."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         which = bisect_right(self._ends, number)
@@ -123,7 +123,7 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
         return [sizes.index(shard.bucket) for shard in self.index.shards for _ in range(shard.count)]
 
     def check(self) -> None:
-        """Open every shard once. Raises Problem for the first that is missing, cut short or another one."""
+        """Open every shard once. Raises UserError for the first that is missing, cut short or another one."""
         for shard in self.index.shards:
             self._open(shard)
 
@@ -138,8 +138,8 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
             raise self._damaged(path, f"{rows} samples, not {shard.count}")
         return opened
 
-    def _damaged(self, path: Path, found: str) -> Problem:
-        return Problem(
+    def _damaged(self, path: Path, found: str) -> UserError:
+        return UserError(
             f"{path} is damaged ({found}); expected a part of the data cache. Delete the folder {self.folder} and run "
             f"again: it is then computed anew."
         )
@@ -148,7 +148,7 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
 def ready(data: DataTable, identity: Mapping[str, Any]) -> Cache | None:
     """The cache in ``data.cache``, whose shards are all there; None where there is none yet.
 
-    Raises Problem where it is damaged, was computed from something else, or where something else is in the folder.
+    Raises UserError where it is damaged, was computed from something else, or where something else is in the folder.
     """
     folder = data.cache.resolve()
     advice = "Choose another folder as data.cache, or delete this one."
@@ -156,19 +156,19 @@ def ready(data: DataTable, identity: Mapping[str, Any]) -> Cache | None:
         content = (folder / INDEX).read_bytes()
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
-            raise Problem(
+            raise UserError(
                 f"data.cache {folder} is a folder with other files and no {INDEX}; expected a data cache, an empty "
                 f"folder or none. {advice}"
             ) from None
         return None
     except OSError as error:
-        raise Problem(
+        raise UserError(
             f"{folder / INDEX} cannot be read ({error.strerror}); expected a data cache's. {advice}"
         ) from None
     try:
         index = Index.model_validate_json(content)
     except ValidationError:
-        raise Problem(f"{folder / INDEX} is damaged, or not a data cache's; expected one. {advice}") from None
+        raise UserError(f"{folder / INDEX} is damaged, or not a data cache's; expected one. {advice}") from None
     wanted = whole_identity(data, identity)
     different = [
         f"{name} = {index.identity.get(name)!r} (here {wanted.get(name)!r})"
@@ -176,7 +176,7 @@ def ready(data: DataTable, identity: Mapping[str, Any]) -> Cache | None:
         if index.identity.get(name) != wanted.get(name)
     ]
     if different:
-        raise Problem(
+        raise UserError(
             f"the data cache in {folder} was computed with {', '.join(different)}; expected one with this run's "
             f"settings. {advice}"
         )
@@ -203,7 +203,7 @@ def build(
     ``<cache>.building``, which gets the name when it is whole; whatever is raised on the way, that folder is deleted,
     and one left by a killed process is deleted the next time.
 
-    Raises Problem as ``ready`` and ``sources.read`` do, where no picture is left, and where the disk is full.
+    Raises UserError as ``ready`` and ``sources.read`` do, where no picture is left, and where the disk is full.
     """
     if cache := ready(data, identity):
         say(f"{cache.folder}: {len(cache)} pictures, cached earlier.")
@@ -227,7 +227,7 @@ def build(
                 say(f"{done} pictures cached, {skipped} skipped.")
         shards.finish()
         if not shards.written:
-            raise Problem(
+            raise UserError(
                 f"no picture of {data.path} can be cached: {skipped} were skipped, the first as {problems[0]}. "
                 f"Expected at least one; give other data, or change data.resolution or data.upscale."
             )
@@ -357,7 +357,7 @@ class _Shards:
 def _folder_of_its_own(target: Path) -> Iterator[Path]:
     """Yield a new folder, ``<target>.building``, which gets its name at the end; it is deleted if anything is raised.
 
-    Raises Problem in place of the OSErrors of writing.
+    Raises UserError in place of the OSErrors of writing.
     """
     folder = target.with_name(f"{target.name}.building")
     try:
@@ -365,7 +365,7 @@ def _folder_of_its_own(target: Path) -> Iterator[Path]:
             _delete(folder)
         folder.mkdir(parents=True)
     except OSError as error:
-        raise Problem(
+        raise UserError(
             f"{folder} cannot be made for the data cache ({error.strerror}); expected a folder that is free or left by "
             f"a build that was interrupted. Delete it if it is there, or choose another data.cache."
         ) from None
@@ -376,7 +376,7 @@ def _folder_of_its_own(target: Path) -> Iterator[Path]:
                 target.rmdir()  # empty
             folder.rename(target)
         except OSError as error:
-            raise Problem(
+            raise UserError(
                 f"{folder} cannot be renamed to {target.name} ({error.strerror}); expected that to be free. Choose "
                 f"another data.cache."
             ) from None
@@ -384,7 +384,7 @@ def _folder_of_its_own(target: Path) -> Iterator[Path]:
         with suppress(OSError):  # what led here matters more
             _delete(folder)
         if isinstance(error, disk.SaveError):
-            raise Problem(f"the data cache is not finished: {error}") from None
+            raise UserError(f"the data cache is not finished: {error}") from None
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from ..koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout
 
@@ -161,14 +161,14 @@ PATHS = (
 def read(path: Path) -> Config:
     """Read a file; relative paths in it count from its folder.
 
-    Raises Problem naming the key for anything that is no valid configuration.
+    Raises UserError naming the key for anything that is no valid configuration.
     """
     try:
         found = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise Problem(f"{path} cannot be read ({error.strerror}); expected a distillation's TOML file.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected a distillation's TOML file.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Problem(f"{path} is no TOML file: {error}. distill/example.toml shows how one looks.") from None
+        raise UserError(f"{path} is no TOML file: {error}. distill/example.toml shows how one looks.") from None
     for *tables, name in PATHS:
         table: Any = found
         for outer in tables:
@@ -178,7 +178,7 @@ def read(path: Path) -> Config:
     try:
         return Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:
-        raise Problem("\n".join(f"{path}: {fault}" for fault in _faults(error, found))) from None
+        raise UserError("\n".join(f"{path}: {fault}" for fault in _faults(error, found))) from None
 
 
 def _from(folder: Path, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from ..koala.architecture.keys import tensors
 from ..koala.architecture.lineage import Lineage
@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 def pairs(line: Lineage, table: LossTable) -> tuple[Pair, ...]:
     """The modules whose outputs are compared, in the order of the student's tensors.
 
-    Raises Problem for a stage that no U-Net of SDXL's family has, and where nothing is left to compare.
+    Raises UserError for a stage that no U-Net of SDXL's family has, and where nothing is left to compare.
     """
     pattern = PATTERNS[table.place]
     if pattern is None or not table.feature:
@@ -48,7 +48,9 @@ def pairs(line: Lineage, table: LossTable) -> tuple[Pair, ...]:
     for key, named in (("stages", table.stages), ("stage_weights", table.stage_weights)):
         if unknown := [stage for stage in named if stage not in stages]:
             known = ", ".join(stage for stage in stages if stage)
-            raise Problem(f"loss.{key}: {unknown[0]} is no stage of the teacher; expected some of {known}. Change it.")
+            raise UserError(
+                f"loss.{key}: {unknown[0]} is no stage of the teacher; expected some of {known}. Change it."
+            )
     found = (matched for tensor in tensors(line.student) if (matched := _owner(pattern, tensor.diffusers)))
     chosen = tuple(
         Pair(_stage(module), module, line.ancestor(module))
@@ -56,7 +58,7 @@ def pairs(line: Lineage, table: LossTable) -> tuple[Pair, ...]:
         if _stage(module) in table.stages
     )
     if not chosen:
-        raise Problem(
+        raise UserError(
             f"loss.stages: the student has no {table.place} in {', '.join(table.stages) or 'no stage'}; expected a "
             f'stage that has it. Add one, or set loss.place = "none".'
         )

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tools.harness import inprocess
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from ..koala.architecture.layout import name
 from ..koala.architecture.lineage import Lineage
@@ -55,10 +55,10 @@ def unet(line: Lineage, weights: dict[str, torch.Tensor]) -> UNet2DConditionMode
 def write(config: Config, teacher: Teacher, line: Lineage, weights: dict[str, torch.Tensor], target: Path) -> None:
     """Write ``target`` / ``NAME`` (a diffusers folder) and ``NAME.safetensors``, fp16; NAME is the output folder's.
 
-    Raises Problem where it cannot be written, or where weights are no numbers of fp16; the checkpoint is still there.
+    Raises UserError where it cannot be written, or where weights are no numbers of fp16; the checkpoint is still there.
     """
     if odd := next((name for name, weight in weights.items() if not weight.isfinite().all()), None):
-        raise Problem(f"the result was not written: {odd} of the student holds what is no finite number. {ANEW}")
+        raise UserError(f"the result was not written: {odd} of the student holds what is no finite number. {ANEW}")
     title = config.output.resolve().name
     said = metadata(config, teacher, line)
     inprocess.activate()
@@ -74,6 +74,6 @@ def write(config: Config, teacher: Teacher, line: Lineage, weights: dict[str, to
             koala_saver.save_folder(aside / title, *loaded, "fp16", said)
             koala_saver.save_checkpoint(aside / f"{title}.safetensors", *loaded, "fp16", said)
     except OSError as error:
-        raise Problem(f"the result could not be written: {error} The last checkpoint holds it; run again.") from None
+        raise UserError(f"the result could not be written: {error} The last checkpoint holds it; run again.") from None
     except ValueError as error:  # beyond the range of fp16
-        raise Problem(f"the result was not written: {error} {ANEW}") from None
+        raise UserError(f"the result was not written: {error} {ANEW}") from None

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from .config import DataTable
 
@@ -48,7 +48,7 @@ class Unusable(Exception):
 def read(data: DataTable, report: Report) -> Iterator[Sample]:
     """Read every usable picture, in an order that is always the same.
 
-    ``report`` gets a line for each picture, or shard, that is skipped. Raises Problem where the source is not there,
+    ``report`` gets a line for each picture, or shard, that is skipped. Raises UserError where the source is not there,
     is something else, or has nothing usable in it; that is known only at its end.
     """
     found, faults, first = 0, 0, ""
@@ -69,7 +69,7 @@ def read(data: DataTable, report: Report) -> Iterator[Sample]:
             yield sample
     if not found:
         seen = f"{faults} times something was skipped, first {first}" if faults else "there is nothing in it"
-        raise Problem(
+        raise UserError(
             f"{data.path} has no picture that can be used with a caption: {seen}. Expected at least one; repair the "
             f"data, or correct data.path, data.image or data.caption."
         )
@@ -113,7 +113,7 @@ def _folder(data: DataTable, report: Report) -> Iterator[tuple[str, Fetch]]:
         raise _missing(data, f"a folder with pictures ({LISTED})")
     files = sorted(path for path in data.path.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     if not files:
-        raise Problem(
+        raise UserError(
             f"{data.path} has no pictures in it, nor in folders below; expected {LISTED} with captions beside them. "
             f"Correct data.path, or data.kind if these are WebDataset shards or a Hugging Face dataset."
         )
@@ -169,7 +169,7 @@ def _shards(data: DataTable) -> list[Path]:
     if data.path.is_dir():
         shards = sorted(data.path.glob("*.tar"))
         if not shards:
-            raise Problem(
+            raise UserError(
                 f"{data.path} has no .tar files in it; expected WebDataset shards. Correct data.path, or data.kind if "
                 f"this is a folder of pictures or a Hugging Face dataset."
             )
@@ -179,7 +179,7 @@ def _shards(data: DataTable) -> list[Path]:
     try:
         shards = [Path(name) for name in braceexpand(data.path.as_posix(), escape=False)]
     except ValueError:
-        raise Problem(
+        raise UserError(
             f"data.path {data.path} has braces that do not match; expected a pattern such as shards/{{000..031}}.tar. "
             f"Correct it."
         ) from None
@@ -255,25 +255,25 @@ def _huggingface(data: DataTable, report: Report) -> Iterator[tuple[str, Fetch]]
     try:
         found = datasets.load_from_disk(str(data.path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Problem(
+        raise UserError(
             f"{data.path} is no Hugging Face dataset that can be read ({_first_line(error)}); expected what "
             f"Dataset.save_to_disk writes. Correct data.path, or data.kind if this is another kind."
         ) from None
     if isinstance(found, datasets.DatasetDict):
-        raise Problem(
+        raise UserError(
             f"{data.path} holds several datasets ({', '.join(found)}); expected a single one. Give one of the folders "
             f"in it as data.path."
         )
     for key, column in (("data.image", data.image), ("data.caption", data.caption)):
         if column not in found.column_names:
-            raise Problem(
+            raise UserError(
                 f"{data.path} has no column {column!r}; it has {', '.join(found.column_names)}. Set {key} to one of "
                 f"these."
             )
     try:
         rows = found.select_columns([data.image, data.caption]).cast_column(data.image, datasets.Image(decode=False))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise Problem(
+        raise UserError(
             f"column {data.image!r} of {data.path} holds no pictures ({_first_line(error)}); expected images, or the "
             f"bytes of image files. Set data.image to another of {', '.join(found.column_names)}."
         ) from None
@@ -320,9 +320,9 @@ def _caption(found: Any, where: str) -> str:
     return found.strip()
 
 
-def _missing(data: DataTable, expected: str) -> Problem:
+def _missing(data: DataTable, expected: str) -> UserError:
     found = "is a file" if data.path.is_file() else "is not there"
-    return Problem(f"data.path {data.path} {found}; expected {expected}, for data.kind = {data.kind!r}. Correct it.")
+    return UserError(f"data.path {data.path} {found}; expected {expected}, for data.kind = {data.kind!r}. Correct it.")
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.measure.lineage import open_unet
 
 from ..koala.architecture.keys import tensors
@@ -34,17 +34,19 @@ RULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
 def plan(table: StudentTable, teacher: Layout) -> Lineage:
     """How the student of the configuration is cut out of a teacher with SDXL's layers.
 
-    Raises Problem naming the tensor or module where it is no sub-network of the teacher.
+    Raises UserError naming the tensor or module where it is no sub-network of the teacher.
     """
     chosen = table.layout
     layout = NAMED_LAYOUTS[chosen] if isinstance(chosen, str) else Layout(**chosen.model_dump())
     if not (layout.down and all((*layout.down, *layout.up))):
-        raise Problem("student.layout: a stage has no layers; expected three stages each way, with layers. Give them.")
+        raise UserError(
+            "student.layout: a stage has no layers; expected three stages each way, with layers. Give them."
+        )
     try:
         unet_config(layout)  # what diffusers cannot describe it cannot train
         return cut_out(at_widths_of(teacher, layout), table.transformers)
     except ValueError as error:
-        raise Problem(
+        raise UserError(
             f"student.layout: the {name(layout)} cannot be cut out of the teacher: {error}. Change the layout, or "
             f"student.transformers."
         ) from None
@@ -82,7 +84,7 @@ def cut_out(layout: Layout, transformers: str | Kept) -> Lineage:
 def build(line: Lineage, start: str | Path, teacher: UNet2DConditionModel, seed: int) -> UNet2DConditionModel:
     """The student in fp32, with its first weights: ``start`` as the configuration has it.
 
-    Raises Problem where ``start`` is a file or folder that holds no U-Net of the student's layout.
+    Raises UserError where ``start`` is a file or folder that holds no U-Net of the student's layout.
     """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_config(unet_config(line.student))
@@ -91,7 +93,7 @@ def build(line: Lineage, start: str | Path, teacher: UNet2DConditionModel, seed:
     elif start != "random":
         earlier = open_unet(Path(start), "a student")
         if earlier.layout != line.student:
-            raise Problem(
+            raise UserError(
                 f"student.start: {start} is a {name(earlier.layout)}; expected a {name(line.student)}, as "
                 f"student.layout says. Give a student of the same layout."
             )

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.measure import lineage, reference
 
 from ..koala.architecture.layout import Layout, name
@@ -75,7 +75,7 @@ class Teacher:
         return unet.to(kept).eval().requires_grad_(False)
 
     def loras(self) -> list[tuple[dict[str, torch.Tensor], Any, Any]]:
-        """Each LoRA as diffusers reads it: tensors, alphas, metadata. Raises Problem for one that it cannot read."""
+        """Each LoRA as diffusers reads it: tensors, alphas, metadata. Raises UserError for one that it cannot read."""
         config, found = self._empty().config, []
         for path in self.table.loras:
             try:
@@ -86,7 +86,7 @@ class Teacher:
                 if not all("lora" in key for key in read[0]):
                     raise ValueError("it is no LoRA, or of a kind that diffusers does not know")
             except (OSError, ValueError, KeyError) as error:
-                raise Problem(
+                raise UserError(
                     f"teacher.loras: {path} cannot be merged ({error}); expected an SDXL LoRA that diffusers reads. "
                     f"Merge it with another tool, and give the merged model."
                 ) from None
@@ -127,7 +127,7 @@ class Teacher:
                 local_files_only=True,
             )
         except (OSError, ValueError) as error:
-            raise Problem(
+            raise UserError(
                 f"teacher.model: {folder} is no whole SDXL folder: {str(error).splitlines()[0]} Expected text "
                 f"encoders, tokenizers, scheduler and VAE beside the U-Net. Fetch it again, or give a single file."
             ) from None
@@ -136,20 +136,20 @@ class Teacher:
 
 
 def open_teacher(table: TeacherTable) -> Teacher:
-    """Look at the headers of a teacher's files. Raises Problem for anything that has not SDXL's layers."""
+    """Look at the headers of a teacher's files. Raises UserError for anything that has not SDXL's layers."""
     model = ("model", table.model, "SDXL, a folder or a .safetensors file")
     for key, path, wanted in (model, *(("loras", path, "a .safetensors file") for path in table.loras)):
         if not path.exists():
-            raise Problem(f"teacher.{key}: {path} is not there; expected {wanted}.")
+            raise UserError(f"teacher.{key}: {path} is not there; expected {wanted}.")
     file = lineage.open_unet(table.model, "SDXL")
     if not is_teacher(file.layout):
-        raise Problem(
+        raise UserError(
             f"teacher.model: {table.model} is a {name(file.layout)}; expected SDXL's own layers, of which the student "
             f"keeps some. Give an SDXL model, with or without merged LoRAs."
         )
     teacher = Teacher(table, file)
     if (kind := teacher.noise.config.prediction_type) != "epsilon":
-        raise Problem(
+        raise UserError(
             f"teacher.model: {table.model} predicts {kind}, as it says itself; expected epsilon, as SDXL and every "
             f"KOALA does. Give an SDXL that predicts epsilon."
         )

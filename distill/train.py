@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tools.harness import testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from ..koala.architecture.lineage import Lineage
 from ..koala.files import atomic_write as disk
@@ -104,7 +104,7 @@ def rate(table: TrainingTable, step: int) -> float:
 
 
 def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) -> Path:
-    """Train, or go on training, and write the result; returns its folder. Raises Problem.
+    """Train, or go on training, and write the result; returns its folder. Raises UserError.
 
     ``watch`` is called on the first process where a sample grid is due, with the step and the averaged student.
     """
@@ -302,7 +302,7 @@ def averaged(accelerator: Accelerator, wrapped: torch.nn.Module, average: EMAMod
 
 
 def _finite(told: Mapping[str, torch.Tensor], accelerator: Accelerator, step: int, saves: Path) -> None:
-    """Raise Problem, on every process alike, where a term is no number any more; no weight has been changed by it."""
+    """Raise UserError, on every process alike, where a term is no number any more; no weight has been changed by it."""
     odd = torch.stack([~torch.isfinite(value) for value in told.values()]).float()
     odd = accelerator.reduce(odd, "sum")
     if not odd.any():
@@ -311,7 +311,7 @@ def _finite(told: Mapping[str, torch.Tensor], accelerator: Accelerator, step: in
     name = next((name for name in bad if name != "loss"), "loss")
     last = _checkpoints(saves)
     kept = f"the last good state is {last[-1]}" if last else "there is no checkpoint yet"
-    raise Problem(
+    raise UserError(
         f"step {step + 1}: the {name} is no finite number; training has stopped and {kept}. Lower "
         f'training.learning_rate, or take precision = "no" or a teacher dtype with more range, and run again: it goes '
         f"on from there."
@@ -330,7 +330,7 @@ def _resume(accelerator: Accelerator, saves: Path, say: Callable[[str], None]) -
     try:
         accelerator.load_state(str(found[-1]))
     except Exception as error:  # torch, pickle and safetensors each have their own
-        raise Problem(
+        raise UserError(
             f"{found[-1]} cannot be loaded ({error}); expected a checkpoint of this run. Delete that folder: the run "
             f"then goes on from the one before."
         ) from None
@@ -340,7 +340,7 @@ def _resume(accelerator: Accelerator, saves: Path, say: Callable[[str], None]) -
 
 
 def _checkpoint(accelerator: Accelerator, saves: Path, step: int, keep: int, network: torch.nn.Module) -> None:
-    """Write beside, rename, then drop the oldest. Raises Problem where the disk is full; earlier ones stay."""
+    """Write beside, rename, then drop the oldest. Raises UserError where the disk is full; earlier ones stay."""
     saves.mkdir(parents=True, exist_ok=True)
     target = saves / f"step-{step:07d}"
     aside = saves / f".step-{step:07d}.partial"
@@ -359,7 +359,7 @@ def _checkpoint(accelerator: Accelerator, saves: Path, step: int, keep: int, net
     except (OSError, RuntimeError, disk.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         last = _checkpoints(saves)
-        raise Problem(
+        raise UserError(
             f"{target} could not be written: {error}. "
             f"{f'The last checkpoint is {last[-1]}.' if last else 'There is no earlier one.'} Free space and run again."
         ) from None
@@ -385,7 +385,7 @@ def _same_run(config: Config) -> None:
             continue
         for key in value:
             if key not in free and begun[name].get(key) != value[key]:
-                raise Problem(
+                raise UserError(
                     f"{config.output} holds a run with {name}.{key} = {begun[name].get(key)!r}; now it is "
                     f"{value[key]!r}. Choose another output folder, or set it back to go on with that run."
                 )

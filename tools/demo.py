@@ -16,7 +16,7 @@ from koala_sdxl.koala.files.inspect import CheckpointError, inspect_checkpoint, 
 from koala_sdxl.koala.model_info import ModelFacts, facts_of
 from tools.harness import server
 from tools.harness.client import Client, GraphError
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host, say
 from tools.harness.workflow import ObjectInfo, Workflow, to_prompt, with_widget
 from tools.tiny import SHIPPED
@@ -65,7 +65,7 @@ class Weights:
 
 
 def run(host: Host, request: Request, port: int | None = None) -> int:
-    """Draw what is asked for, save it and print the path last; returns the exit status. Raises Problem."""
+    """Draw what is asked for, save it and print the path last; returns the exit status. Raises UserError."""
     weights = find_weights(request.model)
     prompts = wanted_prompts(request)
     target = target_for(request.out, sheet=len(prompts) > 1)
@@ -79,13 +79,13 @@ def run(host: Host, request: Request, port: int | None = None) -> int:
         try:
             pictures = list(draw(client, workflow, info, prompts))
         except GraphError as error:
-            raise Problem(str(error)) from error
+            raise UserError(str(error)) from error
     save(pictures, prompts, target)
     return 0
 
 
 def serve(host: Host, port: int | None = None) -> int:
-    """Leave the server up until Ctrl+C; returns the exit status. Raises Problem."""
+    """Leave the server up until Ctrl+C; returns the exit status. Raises UserError."""
     DEFAULT_FOLDER.mkdir(exist_ok=True)
     say("Starting ComfyUI ...")
     with server.running(host, port=port, arguments=["--output-directory", str(DEFAULT_FOLDER.resolve())]) as running:
@@ -96,7 +96,7 @@ def serve(host: Host, port: int | None = None) -> int:
 
 
 def find_weights(model: str | None) -> Weights:
-    """Look at the model's files, headers only. Raises Problem if it is none that can be drawn with."""
+    """Look at the model's files, headers only. Raises UserError if it is none that can be drawn with."""
     try:
         if model is None:
             return Weights(facts_of(inspect_checkpoint(SHIPPED), "the built-in koala-tiny"))
@@ -107,7 +107,7 @@ def find_weights(model: str | None) -> Weights:
         facts = facts_of(inspect_checkpoint(path), path.name)
         return Weights(facts, path, "checkpoints", (("source", "checkpoint"), ("source.ckpt_name", path.name)))
     except (CheckpointError, OSError) as error:
-        raise Problem(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def place(weights: Path, folder: Path) -> None:
@@ -116,7 +116,7 @@ def place(weights: Path, folder: Path) -> None:
     try:
         (folder / weights.name).symlink_to(weights, target_is_directory=weights.is_dir())
     except OSError as error:
-        raise Problem(f"{weights} cannot be linked into {folder}: {error}") from error
+        raise UserError(f"{weights} cannot be linked into {folder}: {error}") from error
 
 
 def wanted_prompts(request: Request) -> Sequence[str]:
@@ -173,16 +173,16 @@ def follow(progress: Progress, title: str, graph: dict[str, dict[str, Any]]) -> 
 def target_for(out: Path | None, sheet: bool) -> Path:
     """The PNG to write: ``out`` itself if it is named as one, else the next free name in that folder.
 
-    Raises Problem rather than write over a file.
+    Raises UserError rather than write over a file.
     """
     if out is not None and out.suffix.lower() == ".png":
         if out.exists():
-            raise Problem(f"{out} exists already, and is left as it is. Give another --out, or delete it.")
+            raise UserError(f"{out} exists already, and is left as it is. Give another --out, or delete it.")
         target = out
     else:
         folder = out or DEFAULT_FOLDER
         if folder.exists() and not folder.is_dir():
-            raise Problem(
+            raise UserError(
                 f"{folder} is a file that is not named .png. Give --out a folder, or a name that ends in .png."
             )
         stem = "contact-sheet" if sheet else "koala"
@@ -191,7 +191,7 @@ def target_for(out: Path | None, sheet: bool) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Problem(f"{target.parent}: cannot be made ({error.strerror}). Give another --out.") from error
+        raise UserError(f"{target.parent}: cannot be made ({error.strerror}). Give another --out.") from error
     return target.resolve()
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tools.harness import testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 from . import page, runs
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.jobs:
             runs.run_all(work, arguments.jobs, arguments.only)
         print(page.write(work))
-    except Problem as problem:
+    except UserError as problem:
         print(f"distill-study: {problem}", file=sys.stderr)
         return 1
     return 0

@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tools.harness import inprocess
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure.bench import meter
 from tools.synthetic import random_weights
@@ -78,7 +78,7 @@ def prepare(work: Path) -> None:
 
 def process(work: Path, task: str, until: Path | None = None) -> tuple[float, float]:
     """A task in a process of its own, to the end or until a file is there, then it is killed; its seconds, and its peak
-    memory in GB. Raises Problem where it fails."""
+    memory in GB. Raises UserError where it fails."""
     started = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-m", "tools.run", "koala_sdxl.distill.study.dry_run", "--work", str(work), task], cwd=ROOT
@@ -93,7 +93,7 @@ def process(work: Path, task: str, until: Path | None = None) -> tuple[float, fl
             killed = True
         time.sleep(0.5)
     if status and not killed:
-        raise Problem(f"{task} ended with status {status}; its own message is above.")
+        raise UserError(f"{task} ended with status {status}; its own message is above.")
     return time.monotonic() - started, used.ru_maxrss * 1024 / 1e9
 
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tools.harness import testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure.bench import meter
 from tools.tiny import dataset, denoiser, pipeline
@@ -134,7 +134,7 @@ def results(work: Path) -> dict[str, Any]:
 
 
 def run_all(work: Path, jobs: int, only: list[str]) -> None:
-    """Everything that has not been done, ``jobs`` at a time; ``only`` some groups. Raises Problem where one fails."""
+    """Everything that has not been done, ``jobs`` at a time; ``only`` some groups. Raises UserError where one fails."""
     dataset.write(work / f"drawings-{SIZE}", SIZE, PICTURES)
     (work / "runs").mkdir(parents=True, exist_ok=True)
     if not teacher_folder(work).exists():
@@ -173,7 +173,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
 
 
 def _process(module: list[str], log: Path, threads: int = 1) -> None:
-    """Run a module, its output in a file. Raises Problem where it fails."""
+    """Run a module, its output in a file. Raises UserError where it fails."""
     environment = {**testhost.OPENMP, **os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as file:
         done = subprocess.run(
@@ -185,7 +185,7 @@ def _process(module: list[str], log: Path, threads: int = 1) -> None:
             check=False,
         )
     if done.returncode:
-        raise Problem(f"{log.stem} failed; {log} says why. Mend it and run again.")
+        raise UserError(f"{log.stem} failed; {log} says why. Mend it and run again.")
 
 
 def main(argv: list[str] | None = None) -> int:

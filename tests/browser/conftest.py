@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tools.harness import browser
 from tools.harness.client import Client
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.server import Server, running
 from tools.harness.testhost import Host
 from tools.synthetic import adapters
@@ -35,7 +35,7 @@ def chromium(shared: ExitStack) -> Browser:
     """The machine's browser; where there is none and none can be installed, these tests are left out, and say so."""
     try:
         browser.chromium()
-    except Problem as problem:
+    except UserError as problem:
         pytest.skip(str(problem))
     return shared.enter_context(browser.browser())
 

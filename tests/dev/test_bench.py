@@ -18,7 +18,7 @@ import torch
 
 from koala_sdxl.host.accelerate.plan import FIRST, full_steps
 from koala_sdxl.koala.schedule import schedule
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import published, readings, report, search, sections, store
 from tools.measure.bench.process import Worker
@@ -160,7 +160,7 @@ def test_a_section_is_kept_beside_others_and_replaces_itself(tmp_path: Path) -> 
 
 def test_results_that_are_no_json_are_named(tmp_path: Path) -> None:
     (tmp_path / store.NAME).write_text("{", "utf-8")
-    with pytest.raises(Problem, match=store.NAME):
+    with pytest.raises(UserError, match=store.NAME):
         report.write(tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_other_runs_judge_reuse_alone(fake: type[FakeWorker]) -> None:
 
 
 def test_a_worker_that_fails_tells_its_last_words_and_is_gone() -> None:
-    with pytest.raises(Problem, match="diffusers failed at load") as caught, Worker("diffusers", "cpu") as worker:
+    with pytest.raises(UserError, match="diffusers failed at load") as caught, Worker("diffusers", "cpu") as worker:
         worker.ask("load", what="paint", folder="")
     assert "exit status 1" in str(caught.value)
     assert str(caught.value).endswith("KeyError: 'paint'\n")
@@ -248,7 +248,7 @@ def test_a_worker_that_fails_tells_its_last_words_and_is_gone() -> None:
 def test_a_worker_that_is_killed_is_told_so_and_is_gone() -> None:
     with Worker("diffusers", "cpu") as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(Problem, match="for want of memory"):
+        with pytest.raises(UserError, match="for want of memory"):
             worker.ask("peak")
     require_gone(worker)
 
@@ -267,7 +267,7 @@ def require_gone(worker: Worker) -> None:
 
 def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, fake: type[FakeWorker]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Problem, match="finds no CUDA GPU"):
+    with pytest.raises(UserError, match="finds no CUDA GPU"):
         command.main(["machine", "--device", "cuda"])
     assert not fake.asked
 
@@ -308,7 +308,7 @@ def test_a_search_begins_with_a_known_table() -> None:
 
 @pytest.mark.parametrize("full", [2, 26])
 def test_a_search_for_a_table_that_cannot_be_is_refused(full: int) -> None:
-    with pytest.raises(Problem, match="expected"):
+    with pytest.raises(UserError, match="expected"):
         search.main(["--full", str(full)])
 
 

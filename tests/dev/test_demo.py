@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tools import demo
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 
 def picture(colour: str, side: int = 128) -> bytes:
@@ -32,10 +32,10 @@ def test_a_folder_gets_the_next_free_name(tmp_path: Path) -> None:
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     mine = tmp_path / "mine.png"
     mine.write_text("mine")
-    with pytest.raises(Problem, match="exists already"):
+    with pytest.raises(UserError, match="exists already"):
         demo.target_for(mine, sheet=False)
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(Problem, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         demo.target_for(tmp_path / "notes", sheet=False)
 
 
@@ -66,7 +66,7 @@ def test_captions_are_broken_to_fit() -> None:
 
 def test_weights_that_are_none_are_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "page.safetensors").write_text("<html>not found</html>")
-    with pytest.raises(Problem, match=r"page\.safetensors"):
+    with pytest.raises(UserError, match=r"page\.safetensors"):
         demo.find_weights(str(tmp_path / "page.safetensors"))
-    with pytest.raises(Problem, match="nothing-here"):
+    with pytest.raises(UserError, match="nothing-here"):
         demo.find_weights(str(tmp_path / "nothing-here"))

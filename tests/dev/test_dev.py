@@ -50,7 +50,7 @@ def test_an_old_python_is_told_which_one_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_told_in_one_line(tmp_path: Path) -> None:
-    small = "from tools import testhost; import dataclasses, dev; "
+    small = "from tools.harness import testhost; import dataclasses, dev; "
     small += "testhost.FULL = dataclasses.replace(testhost.FULL, gigabytes=10**6); raise SystemExit(dev.main(['demo']))"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(

@@ -34,7 +34,7 @@ from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
 from koala_sdxl.koala.files.inspect import KEPT_KEY, UNET_PREFIX, inspect_folder, inspect_model
 from tools.harness import inprocess, testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure import reference
 from tools.synthetic import adapters
@@ -112,7 +112,7 @@ def run(place: Path, name: str, watch: train.Watch | None = None, **tables: dict
 
 
 def refused(place: Path, name: str, watch: train.Watch | None = None, **tables: dict[str, Any]) -> str:
-    with pytest.raises(Problem) as problem:
+    with pytest.raises(UserError) as problem:
         run(place, name, watch, **tables)
     assert not (place / name / "result").exists()
     return str(problem.value)
@@ -418,7 +418,7 @@ def test_weights_that_are_no_numbers_are_no_result(place: Path, whole: Path, tmp
     table = config.read(place / "whole.toml")
     weights = load_file(whole / "checkpoints" / "step-0000010" / "model.safetensors")
     weights["mid"] = weights.pop("conv_out.bias").fill_(torch.nan)
-    with pytest.raises(Problem, match=r"^the result was not written: mid of the student holds what is no finite"):
+    with pytest.raises(UserError, match=r"^the result was not written: mid of the student holds what is no finite"):
         result.write(table, open_teacher(table.teacher), LINE, weights, tmp_path / "result")
     assert not any(tmp_path.iterdir())
 

@@ -23,7 +23,7 @@ from koala_sdxl.distill import cache, sources
 from koala_sdxl.distill.buckets import Batches, buckets, fit, nearest
 from koala_sdxl.distill.config import DataTable
 from koala_sdxl.koala.files import atomic_write as disk
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 IDENTITY = {"teacher.model": "sdxl"}
 datasets.disable_progress_bars()
@@ -78,7 +78,7 @@ def read(data: DataTable) -> tuple[dict[str, str], list[str]]:
 
 
 def refused(data: DataTable) -> str:
-    with pytest.raises(Problem) as problem:
+    with pytest.raises(UserError) as problem:
         read(data)
     return str(problem.value)
 
@@ -387,9 +387,9 @@ def test_no_side_of_a_bucket_has_room_to_grow(resolution: int, step: int, aspect
 
 
 def test_buckets_that_cannot_be_are_a_problem() -> None:
-    with pytest.raises(Problem, match=r"data\.bucket_step = 20 is no multiple of 8.*Set it to 24"):
+    with pytest.raises(UserError, match=r"data\.bucket_step = 20 is no multiple of 8.*Set it to 24"):
         buckets(64, 20, 2.0)
-    with pytest.raises(Problem, match=r"data\.resolution = 48 is less than data\.bucket_step = 64"):
+    with pytest.raises(UserError, match=r"data\.resolution = 48 is less than data\.bucket_step = 64"):
         buckets(48, 64, 2.0)
 
 
@@ -621,11 +621,11 @@ def test_random_cuts_are_the_same_each_time(data: DataTable) -> None:
 def test_a_cache_of_something_else_is_not_used(data: DataTable, change: dict[str, Any], said: str) -> None:
     built(data, Averages())
     before = names(data.cache)
-    with pytest.raises(Problem) as problem:
+    with pytest.raises(UserError) as problem:
         built(data.model_copy(update=change), Averages())
     assert f"was computed with {said}" in str(problem.value)
     assert "Choose another folder as data.cache, or delete this one." in str(problem.value)
-    with pytest.raises(Problem, match=r"teacher\.model = 'sdxl' \(here 'other'\); expected"):
+    with pytest.raises(UserError, match=r"teacher\.model = 'sdxl' \(here 'other'\); expected"):
         built(data, Averages(), **{"teacher.model": "other"})
     assert names(data.cache) == before
     built(data.model_copy(update={"workers": 7, "caption_dropout": 0.5}), None)  # these change nothing in it
@@ -656,11 +656,11 @@ def test_what_a_killed_build_left_is_deleted(data: DataTable) -> None:
 
 def test_nobody_elses_files_are_deleted(data: DataTable) -> None:
     write(data.cache, {"mine.txt": "mine"})
-    with pytest.raises(Problem, match=r"a folder with other files and no index\.json"):
+    with pytest.raises(UserError, match=r"a folder with other files and no index\.json"):
         built(data, Averages())
     assert names(data.cache) == ["mine.txt"]
     left = write(data.cache.with_name("other.building"), {"mine.txt": "mine", "latents-0.safetensors": ""})
-    with pytest.raises(Problem, match=r"other\.building cannot be made"):
+    with pytest.raises(UserError, match=r"other\.building cannot be made"):
         built(data.model_copy(update={"cache": data.cache.with_name("other")}), Averages())
     assert names(left) == ["mine.txt"]
 
@@ -674,7 +674,7 @@ def test_a_full_disk_is_a_problem_and_leaves_nothing(data: DataTable, monkeypatc
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk, "write_safetensors", until_full)
-    with pytest.raises(Problem, match=r"^the data cache is not finished: no space left for latents-00002") as problem:
+    with pytest.raises(UserError, match=r"^the data cache is not finished: no space left for latents-00002") as problem:
         built(data, Averages())
     assert "Free space there and run again" in str(problem.value)
     assert names(data.cache.parent) == ["data"]
@@ -685,19 +685,19 @@ def test_a_damaged_cache_is_named(data: DataTable) -> None:
     path = data.cache / found.index.shards[1].file
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(Problem, match=r"latents-00001-64x64\.safetensors is damaged .*Delete the folder "):
+    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged .*Delete the folder "):
         found[5]
     assert found[0]["ids"][0] == 100
-    with pytest.raises(Problem, match=r"latents-00001-64x64\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged"):
         built(data, None)
     path.unlink()
-    with pytest.raises(Problem, match=r"latents-00001-64x64\.safetensors is damaged \(No such file"):
+    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged \(No such file"):
         built(data, None)
     path.write_bytes((data.cache / found.index.shards[3].file).read_bytes())
-    with pytest.raises(Problem, match=r"is damaged \(2 samples, not 4\)"):
+    with pytest.raises(UserError, match=r"is damaged \(2 samples, not 4\)"):
         built(data, None)
     (data.cache / "index.json").write_text("{}")
-    with pytest.raises(Problem, match=r"index\.json is damaged"):
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
         built(data, None)
 
 
@@ -712,10 +712,12 @@ def test_what_the_encoder_spoils_is_skipped(data: DataTable) -> None:
 
 
 def test_nothing_to_cache_is_a_problem(data: DataTable) -> None:
-    with pytest.raises(Problem, match=r"no picture of .* can be cached: 15 were skipped, the first as 000\.png: 100 x"):
+    with pytest.raises(
+        UserError, match=r"no picture of .* can be cached: 15 were skipped, the first as 000\.png: 100 x"
+    ):
         built(data.model_copy(update={"resolution": 1024}), Averages())
     assert names(data.cache.parent) == ["data"]
-    with pytest.raises(Problem, match="nowhere is not there"):
+    with pytest.raises(UserError, match="nowhere is not there"):
         built(data.model_copy(update={"path": data.path.parent / "nowhere"}), Averages())
     assert names(data.cache.parent) == ["data"]
 

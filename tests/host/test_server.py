@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools.harness.client import Client
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.server import Server, free_port, running
 from tools.harness.testhost import Host
 
@@ -27,7 +27,9 @@ def test_it_is_the_pinned_comfyui_with_our_pack_in_it(client: Client, server: Se
 
 def test_a_crash_shows_the_end_of_the_log(host: Host) -> None:
     with (
-        pytest.raises(Problem, match=r"(?s)ended while starting \(exit status 2\).*unrecognized arguments: --no-such"),
+        pytest.raises(
+            UserError, match=r"(?s)ended while starting \(exit status 2\).*unrecognized arguments: --no-such"
+        ),
         running(host, arguments=["--no-such"]),
     ):
         pass
@@ -38,7 +40,7 @@ def test_a_taken_port_is_named(host: Host) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(Problem, match=f"Port {port} cannot be used"), running(host, port=port):
+        with pytest.raises(UserError, match=f"Port {port} cannot be used"), running(host, port=port):
             pass
 
 
@@ -69,7 +71,7 @@ def test_a_server_that_dies_at_work_is_reported_with_its_log(host: Host) -> None
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
     }
     with (
-        pytest.raises(Problem, match=r"(?s)ended while it was at work \(exit status -9\).*To see the GUI go to"),
+        pytest.raises(UserError, match=r"(?s)ended while it was at work \(exit status -9\).*To see the GUI go to"),
         running(host) as server,
     ):
         Client(server.url).run(graph, on_event=kill)
@@ -98,7 +100,7 @@ def test_a_python_without_pytorch_is_named(host: Host, tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([str(host.python), "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     with (
-        pytest.raises(Problem, match=r"has no PyTorch.*COMFYUI_PYTHON"),
+        pytest.raises(UserError, match=r"has no PyTorch.*COMFYUI_PYTHON"),
         running(Host(host.folder, python, borrowed=True)),
     ):
         pass

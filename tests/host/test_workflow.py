@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tools.harness.client import Client, GraphError
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host
 from tools.harness.workflow import to_prompt, with_widget
 
@@ -104,7 +104,7 @@ def test_muted_bypassed_rerouted_noted_and_primitive_nodes(object_info: dict[str
 
 def test_an_unknown_node_is_an_error(object_info: dict[str, Any]) -> None:
     node = {"id": 1, "type": "NoSuchNode", "mode": 0, "widgets_values": [1]}
-    with pytest.raises(Problem, match="no node of class NoSuchNode"):
+    with pytest.raises(UserError, match="no node of class NoSuchNode"):
         to_prompt({"nodes": [node], "links": [], "version": 0.4}, object_info)
 
 
@@ -123,9 +123,9 @@ def test_a_wrong_widget_or_value_is_an_error(object_info: dict[str, Any]) -> Non
         "nodes": [{"id": 1, "type": "KoalaSampler", "widgets_values": [7, "fixed", "auto", "euler", 1.0]}],
         "links": [],
     }
-    with pytest.raises(Problem, match="guidance"):
+    with pytest.raises(UserError, match="guidance"):
         with_widget(workflow, object_info, "KoalaSampler", "guidance", 3)
-    with pytest.raises(Problem, match="no VAEDecode"):
+    with pytest.raises(UserError, match="no VAEDecode"):
         with_widget(workflow, object_info, "VAEDecode", "guidance", 3)
 
 

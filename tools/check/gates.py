@@ -26,7 +26,7 @@ from nodesafe.scanner import Scanner
 from tools.generate.workflows import link_own_files
 from tools.harness import pack, testhost
 from tools.harness.client import Client, Prompt
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.server import running
 from tools.harness.testhost import RELEASES, ROOT, say
 from tools.harness.workflow import ObjectInfo, Workflow, to_prompt
@@ -53,7 +53,7 @@ def valid(folder: Path) -> list[str]:
     """`comfy node validate`: the registry's own look at pyproject.toml. Ruff's part of it is a gate of its own."""
     try:
         said = pack.run_comfy_cli(["node", "validate"], folder)
-    except Problem as problem:
+    except UserError as problem:
         return [str(problem)]
     return [] if "All validation checks passed" in said else [said.strip()]
 
@@ -89,7 +89,7 @@ def host_symbols(folder: Path) -> list[str]:
             what = ["--comfy-dir", str(folder.parent), "--pack", folder.name, "--target", f"v{release}"]
             done = _python("comfy_import_guard.cli", "check", *options, *what)
             if done.returncode not in (0, 1):
-                raise Problem(f"comfy-import-guard failed with exit status {done.returncode}:\n{done.stderr}")
+                raise UserError(f"comfy-import-guard failed with exit status {done.returncode}:\n{done.stderr}")
             for found in json.loads(done.stdout)["packs"]:
                 complaints += [f"ComfyUI {release}: {line}" for line in _broken(found)]
     return complaints
@@ -212,7 +212,7 @@ def workflow_faults(path: Path, info: ObjectInfo) -> list[str]:
     workflow: Workflow = json.loads(path.read_text("utf-8"))
     try:
         prompt = to_prompt(workflow, info)
-    except Problem as problem:
+    except UserError as problem:
         return [f"{path.name}: {problem}"]
     schema = normalize(flat(with_downloads(info, workflow, prompt)))
     return [
@@ -293,11 +293,11 @@ def _python(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _git(repository: Path, *arguments: str) -> None:
-    """Run git on a repository of ours, whatever the person's own settings are. Raises Problem."""
+    """Run git on a repository of ours, whatever the person's own settings are. Raises UserError."""
     author = {f"GIT_{who}_{what}": "koala@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment = {**own, **author, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
     command = ["git", "--git-dir", str(repository / ".git"), *arguments]
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Problem(f"git {' '.join(arguments)} failed with exit status {done.returncode}:\n{done.stderr}")
+        raise UserError(f"git {' '.join(arguments)} failed with exit status {done.returncode}:\n{done.stderr}")

@@ -19,7 +19,7 @@ from tools.generate.canvas import PROJECT
 from tools.generate.workflows import FOLDER as SHIPPED
 from tools.generate.workflows import as_text
 from tools.harness import browser, testhost
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.server import running
 from tools.harness.testhost import ROOT, say
 
@@ -159,12 +159,14 @@ def opened(page: Page) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write(folder: Path) -> None:
-    """Write those of this version's files that are not there. Raises Problem where all are: what was saved once is not
-    to change."""
+    """Write those of this version's files that are not there.
+
+    Raises UserError where all are there: what was saved once is not to change.
+    """
     missing = [file for file in sorted(SHIPPED.glob("*.json")) if not (folder / file.name).exists()]
     built = {title: graph for title, graph in BUILT.items() if not (folder / f"{title}.json").exists()}
     if not missing and not built:
-        raise Problem(f"{folder} is whole; frozen files stay as they are. Raise the version in pyproject.toml.")
+        raise UserError(f"{folder} is whole; frozen files stay as they are. Raise the version in pyproject.toml.")
     with (
         running(testhost.test_host()) as server,
         browser.browser() as chromium,

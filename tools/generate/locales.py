@@ -13,7 +13,7 @@ from typing import Any
 
 from tools.harness import testhost
 from tools.harness.client import Client
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.pack import project_name
 from tools.harness.server import running
 
@@ -116,13 +116,13 @@ def leaves(tree: Tree, path: Key = ()) -> dict[Key, str]:
 
 
 def read(language: str, folder: Path = FOLDER) -> Tree:
-    """Stem -> contents of every file of a language. Raises Problem where one is no JSON."""
+    """Stem -> contents of every file of a language. Raises UserError where one is no JSON."""
     found: Tree = {}
     for path in sorted((folder / language).glob("*.json")):
         try:
             found[path.stem] = json.loads(path.read_text("utf-8"))
         except ValueError as error:
-            raise Problem(
+            raise UserError(
                 f"{path} is no JSON: {error}. The host would leave the whole file out; correct it."
             ) from error
     return found

@@ -17,7 +17,7 @@ from typing import Any
 import requests
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ARGUMENTS = (
@@ -39,7 +39,7 @@ OURS = ("koala-sdxl/", "koalasdxl", "[DEPRECATED] Monkey-patching")
 
 
 def chromium() -> str:
-    """Path of a Chromium or Chrome. Raises Problem where there is none and none can be installed."""
+    """Path of a Chromium or Chrome. Raises UserError where there is none and none can be installed."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         for command in (
@@ -49,7 +49,9 @@ def chromium() -> str:
             subprocess.run(command, check=False, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
         found = shutil.which(NAMES[0])
     if found is None:
-        raise Problem("No Chromium or Chrome found for the browser tests. On Debian and Ubuntu: apt install chromium.")
+        raise UserError(
+            "No Chromium or Chrome found for the browser tests. On Debian and Ubuntu: apt install chromium."
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """The one kind of error that the developer tools show without a traceback."""
 
 
-class Problem(Exception):
+class UserError(Exception):
     """Something that the person at the keyboard can put right.
 
     The message stands by itself: what was wrong, what was found, what was expected, what to do.

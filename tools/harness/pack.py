@@ -17,12 +17,12 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 
 
 def install(custom_nodes: Path, checkout: Path = ROOT) -> Path:
-    """Pack the checkout and unpack it into ``custom_nodes``; returns the pack's folder there. Raises Problem."""
+    """Pack the checkout and unpack it into ``custom_nodes``; returns the pack's folder there. Raises UserError."""
     target = custom_nodes / project_name(checkout)
     target.mkdir(parents=True)
     with zipfile.ZipFile(io.BytesIO(archive(checkout))) as packed:
@@ -32,7 +32,7 @@ def install(custom_nodes: Path, checkout: Path = ROOT) -> Path:
 
 @functools.cache  # once a process: squeezing the built-in model takes seconds, and tests start several servers
 def archive(checkout: Path) -> bytes:
-    """The registry's zip of ``checkout``. Raises Problem."""
+    """The registry's zip of ``checkout``. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="koala-pack-") as temporary:
         copy = Path(temporary) / "copy"
         for name in source_files(checkout):
@@ -45,7 +45,7 @@ def archive(checkout: Path) -> bytes:
 def run_comfy_cli(arguments: list[str], folder: Path) -> str:
     """Run comfy-cli in ``folder``, its settings and telemetry kept out of the person's home; returns what it printed.
 
-    Raises Problem with its output if it fails.
+    Raises UserError with its output if it fails.
     """
     command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", *arguments]
     with tempfile.TemporaryDirectory(prefix="comfy-cli-") as home:
@@ -55,7 +55,7 @@ def run_comfy_cli(arguments: list[str], folder: Path) -> str:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     if done.returncode:
-        raise Problem(f"comfy {' '.join(arguments)} failed with exit status {done.returncode}:\n{said}")
+        raise UserError(f"comfy {' '.join(arguments)} failed with exit status {done.returncode}:\n{said}")
     return said
 
 

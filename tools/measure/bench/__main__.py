@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure.bench import report, search, store
 from tools.measure.bench.process import Worker
@@ -25,7 +25,7 @@ CPU_ONLY = ("quality",)
 def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
     """Measure sections in that order, keep each as soon as it is done, and write the report. Returns its path.
 
-    Raises Problem where there is no such device, or a worker fails.
+    Raises UserError where there is no such device, or a worker fails.
     """
     if names:
         if bench.device == "cuda":
@@ -38,11 +38,11 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
 
 
 def require_gpu() -> None:
-    """Raise Problem where PyTorch finds no GPU."""
+    """Raise UserError where PyTorch finds no GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        raise Problem(
+        raise UserError(
             f"--device cuda: PyTorch {torch.__version__} finds no CUDA GPU here; expected one. Run on a machine that "
             "has one, or leave the option out to measure the CPU."
         )

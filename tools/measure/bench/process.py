@@ -10,7 +10,7 @@ import tempfile
 from types import TracebackType
 from typing import Any
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 from tools.harness.testhost import OPENMP, ROOT
 
 TAIL = 2000  # characters of a failed worker's log that are shown
@@ -44,7 +44,7 @@ class Worker:
         self._log.close()
 
     def ask(self, order: str, **arguments: Any) -> Any:
-        """Have one thing done and return what the worker found. Raises Problem with its log where it failed."""
+        """Have one thing done and return what the worker found. Raises UserError with its log where it failed."""
         assert self._process.stdin
         assert self._process.stdout
         try:
@@ -58,7 +58,7 @@ class Worker:
         status = self._process.wait()
         self._log.seek(0)
         why = "killed, as for want of memory" if status == -9 else f"exit status {status}"
-        raise Problem(
+        raise UserError(
             f"bench: {self.engine} failed at {order} {arguments} ({why}); expected figures. Its last words:\n"
             + self._log.read()[-TAIL:]
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from koala_sdxl.host.accelerate.plan import FIRST, OFF, REUSE, Acceleration, Reuse, full_steps
 from koala_sdxl.koala.schedule import schedule
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 Table = tuple[int, ...]
 STEPS = 25
@@ -24,14 +24,14 @@ WORTH = 0.02  # dB that a better table has to gain: less is noise
 def start(full: int, sigmas: Sequence[float], tables: Sequence[Sequence[float]] = ()) -> Table:
     """A table of so many full steps to begin with: one of ``tables`` (noise levels), or else one spread out.
 
-    ``sigmas``: the noise level at which each step begins. Raises Problem for a number that no table can have.
+    ``sigmas``: the noise level at which each step begins. Raises UserError for a number that no table can have.
     """
     for known in tables:
         if len(steps := tuple(sorted(full_steps(sigmas, known)))) == full:
             return steps
     found = tuple(sorted(full_steps(sigmas, sigmas[:1])))  # as few as there can be
     if not len(found) <= full <= len(sigmas):
-        raise Problem(f"bench search: --full {full}; expected {len(found)} to {len(sigmas)} steps of {len(sigmas)}.")
+        raise UserError(f"bench search: --full {full}; expected {len(found)} to {len(sigmas)} steps of {len(sigmas)}.")
     while len(found) < full:
         later = sorted(set(range(len(sigmas))) - set(found), key=lambda step: -min(abs(step - at) for at in found))
         found = next(table for step in later if is_whole(table := tuple(sorted({*found, step})), sigmas))

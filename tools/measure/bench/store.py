@@ -8,21 +8,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.harness.errors import Problem
+from tools.harness.errors import UserError
 
 NAME = "benchmarks.json"
 Results = dict[str, dict[str, dict[str, Any]]]
 
 
 def read(folder: Path) -> Results:
-    """All that is kept, empty before the first measurement. Raises Problem for a file that is no JSON."""
+    """All that is kept, empty before the first measurement. Raises UserError for a file that is no JSON."""
     file = folder / NAME
     if not file.is_file():
         return {}
     try:
         return json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise Problem(f"{file}: no JSON ({error}); expected what `dev.py bench` wrote. Restore or remove it.") from None
+        raise UserError(
+            f"{file}: no JSON ({error}); expected what `dev.py bench` wrote. Restore or remove it."
+        ) from None
 
 
 def keep(folder: Path, device: str, section: str, about: dict[str, Any], figures: dict[str, Any]) -> None:
