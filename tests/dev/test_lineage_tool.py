@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from koala_sdxl.koala.architecture.keys import Numbering, renaming
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout
 from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, Lineage, at_widths_of
-from koala_sdxl.koala.files.inspect import UNET_PREFIX
+from koala_sdxl.koala.files.conventions import UNET_PREFIX
 from tests.unit import files
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
@@ -232,7 +232,7 @@ def test_the_command_prints_the_tables_and_writes_them(
     # as ruff formats it, and as it stands in koala/architecture/lineage.py
     ruff = [sys.executable, "-m", "ruff", "format", "--check", "--config", str(ROOT / "pyproject.toml"), "tables.py"]
     subprocess.run(ruff, cwd=tmp_path, check=True, capture_output=True)
-    source = (ROOT / "koala" / "lineage.py").read_text()
+    source = (ROOT / "koala" / "architecture" / "lineage.py").read_text()
     assert all(f"\n{line}\n" in source for line in text.splitlines() if "[" in line or "KOALA_1B" in line)
 
 
