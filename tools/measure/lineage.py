@@ -20,14 +20,16 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from koala_sdxl.koala.architecture import layout
-from koala_sdxl.koala.architecture.keys import Shape, coverage, names, read_layout, tensors
+from koala_sdxl.koala.architecture.keys import Shape, tensors
 from koala_sdxl.koala.architecture.layout import SDXL, Layout, is_subnetwork
 from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, at_widths_of, is_teacher
 from koala_sdxl.koala.files import other_models as foreign
-from koala_sdxl.koala.files.inspect import WEIGHT_NAMES, CheckpointError, label, read_header
+from koala_sdxl.koala.files import unet_weights
+from koala_sdxl.koala.files.conventions import label
+from koala_sdxl.koala.files.header import CheckpointError
+from koala_sdxl.koala.files.unet_weights import UNetWeights
 from tools.harness.errors import UserError
 
 MARGIN = 0.1
@@ -105,26 +107,12 @@ class Stage:
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class UNet:
+class UNet(UNetWeights):
     """A U-Net in a file, read one tensor at a time."""
-
-    path: Path
-    layout: Layout
-    names: Mapping[str, str]
-    """diffusers' name of a tensor -> its name in the file"""
-
-    @cached_property
-    def _file(self) -> safe_open:
-        return safe_open(self.path, framework="pt")
 
     def direction(self, name: str) -> torch.Tensor:
         """A tensor flattened, of length 1: float32 on the CPU."""
-        return torch.nn.functional.normalize(self._file.get_tensor(self.names[name]).float().flatten(), dim=0)
-
-    def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Every tensor in this type on the CPU, by diffusers' names."""
-        return {name: self._file.get_tensor(stored).to(dtype) for name, stored in self.names.items()}
+        return torch.nn.functional.normalize(self.tensor(name).float().flatten(), dim=0)
 
     def matrices(self, module: str) -> tuple[tuple[str, Shape], ...]:
         """The matrices and kernels of a module: name after the module's, and shape."""
@@ -136,32 +124,12 @@ class UNet:
 
 
 def open_unet(path: Path, wanted: str) -> UNet:
-    """The U-Net in a file, bare or inside a checkpoint, in any numbering, or in a Hugging Face folder.
-
-    Raises UserError where there is none; ``wanted`` says what was expected.
-    """
-    path = _unet_file(path, wanted)
+    """``koala.files.unet_weights.open_unet``, with UserError where there is no such U-Net."""
     try:
-        header = read_header(path, f"{wanted} weights")
+        found = unet_weights.open_unet(path, wanted)
     except CheckpointError as error:
         raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected {wanted}'s U-Net. {ASK}") from None
-    found = header.under(header.unet_prefix)
-    try:
-        shape, numbering = read_layout(found)
-    except (KeyError, ValueError, IndexError):
-        raise UserError(
-            f"{label(path)} is {foreign.describe(header.shapes)}; expected {wanted}'s U-Net. {ASK}"
-        ) from None
-    cover = coverage(shape, numbering, found)  # what a file holds beside its U-Net does no harm
-    if faults := (*cover.missing, *cover.misshapen):
-        raise UserError(
-            f"{label(path)} is {foreign.describe(header.shapes)} with tensors missing or of another shape "
-            f"({len(faults)}, first: {faults[0]}); expected {wanted}'s whole U-Net. Fetch the file again."
-        )
-    named = (header.unet_prefix + name for name in names(shape, numbering))
-    return UNet(path, shape, dict(zip(names(shape, "diffusers"), named, strict=True)))
+    return UNet(found.path, found.layout, found.names)
 
 
 def open_pair(teacher: Path, student: Path) -> tuple[UNet, UNet]:
@@ -226,18 +194,6 @@ def compare(student: UNet, teacher: UNet, parts: Sequence[str], wholes: Sequence
             for column in columns:
                 found[rows, column] += directions @ teacher.direction(wholes[column] + matrix) / len(matrices)
     return found
-
-
-def _unet_file(path: Path, wanted: str) -> Path:
-    if not path.is_dir():
-        return path
-    for file in (folder / name for folder in (path / "unet", path) for name in WEIGHT_NAMES):
-        if file.is_file():
-            return file
-    raise UserError(
-        f"{path} holds no unet/{WEIGHT_NAMES[0]} and no unet/{WEIGHT_NAMES[1]}; expected {wanted}'s U-Net. Give a "
-        f".safetensors file, or a Hugging Face folder with one of these."
-    )
 
 
 def _described(unet: UNet) -> str:
