@@ -1,8 +1,9 @@
 """Weights on disk -> ComfyUI MODEL, CLIP and VAE. The only file that builds the host's models.
 
-Each part is read from a ``Source`` (a file and a name prefix) by a top-level function, so that the host can build a
-part again from its file when it needs a second copy (dynamic VRAM, torch.compile, multi-GPU: ``cached_patcher_init``).
-What is read once is shared as long as anyone has it: a second load gives another clone, as a stock node's output does.
+Each model is read from a ``Source`` (a file's header and a name prefix) by a top-level function, so that the host can
+build it again from its file when it needs a second copy (dynamic VRAM, torch.compile, multi-GPU:
+``cached_patcher_init``). What is read once is shared as long as anyone has it: a second load gives another clone, as a
+stock node's output does.
 """
 
 from __future__ import annotations
@@ -23,13 +24,23 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from .host.model import ATTACHMENT, FILE_DTYPES, WEIGHT_DTYPES, shapes_of
-from .host.reader import Source, read, streamed
-from .koala.architecture import components as parts
-from .koala.architecture import keys
+from .host.model import ATTACHMENT, WEIGHT_DTYPES
+from .host.reader import read, streamed
+from .koala.architecture import components, keys
+from .koala.architecture.keys import shapes_of
 from .koala.architecture.layout import Layout
-from .koala.files import inspect as checkpoint
-from .koala.files.inspect import CLIP_PREFIXES, VAE_PREFIX
+from .koala.files.conventions import CLIP_PREFIXES
+from .koala.files.dtypes import TORCH_DTYPES
+from .koala.files.header import Source
+from .koala.files.inspect import (
+    Checkpoint,
+    Model,
+    UNetFile,
+    VAEFile,
+    inspect_checkpoint,
+    inspect_folder,
+    inspect_text_and_vae,
+)
 from .koala.model_info import facts_of
 
 BUILT_IN = Path(__file__).parent / "assets" / "koala-tiny.safetensors"
@@ -38,7 +49,7 @@ TILES = (64, 32, 16)
 
 Loaded = tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]
 
-_pristine: weakref.WeakValueDictionary[Hashable, comfy.model_patcher.ModelPatcher] = weakref.WeakValueDictionary()
+_unpatched: weakref.WeakValueDictionary[Hashable, comfy.model_patcher.ModelPatcher] = weakref.WeakValueDictionary()
 """What was loaded -> the patcher that it was loaded into, which is never given out: only clones of it are. A clone
 keeps its parent, so that an entry lives exactly as long as anyone has the weights."""
 _wrappings: weakref.WeakKeyDictionary[comfy.model_patcher.ModelPatcher, Any] = weakref.WeakKeyDictionary()
@@ -79,32 +90,46 @@ def decode_tile(height: int, width: int, need: float, free: float) -> int | None
 
 
 def load_folder(folder: Path, weight_dtype: str = "default") -> Loaded:
-    """Load a Hugging Face folder. Raises checkpoint.CheckpointError for anything that is no whole KOALA folder."""
-    found = checkpoint.inspect_folder(folder)
-    return (
-        load_unet(found.model, folder.name, weight_dtype),
-        load_clip(Source(found.text_encoder), Source(found.text_encoder_2)),
-        load_vae(Source(found.vae)),
-    )
+    """Load a Hugging Face folder.
+
+    Args:
+        folder: the folder that holds model_index.json.
+        weight_dtype: a key of ``WEIGHT_DTYPES``, for the U-Net.
+
+    Raises CheckpointError for anything that is not a complete KOALA folder.
+    """
+    return _loaded(inspect_folder(folder), folder.name, weight_dtype)
 
 
 def load_checkpoint(path: Path, weight_dtype: str = "default") -> Loaded:
-    """Load a single-file checkpoint, ComfyUI's numbering or diffusers' conversion script's."""
-    model = checkpoint.inspect_checkpoint(path)
-    return (load_unet(model, path.name, weight_dtype), *load_checkpoint_parts(path))
+    """Load a single-file checkpoint, ComfyUI's numbering or diffusers' conversion script's.
+
+    Raises FileNotFoundError, and CheckpointError for anything that is not a complete KOALA checkpoint.
+    """
+    return _loaded(inspect_checkpoint(path), path.name, weight_dtype)
 
 
 def load_checkpoint_parts(path: Path) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:
     """CLIP and VAE of any single-file checkpoint of the SDXL family; its U-Net is not read."""
-    checkpoint.require_checkpoint_parts(path)
-    first, second = (Source(path, prefix) for prefix in CLIP_PREFIXES)
-    return load_clip(first, second), load_vae(Source(path, VAE_PREFIX))
+    first, second, vae = inspect_text_and_vae(path)
+    return load_clip(first, second), load_vae(vae)
 
 
-def load_unet(model: checkpoint.Model, source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
-    """Build the MODEL of an inspected U-Net; what is known of it (``ModelFacts``) travels with it as an attachment."""
+def _loaded(found: Checkpoint, source: str, weight_dtype: str) -> Loaded:
+    unet = load_unet(found.model, source, weight_dtype)
+    return unet, load_clip(found.text_encoder, found.text_encoder_2), load_vae(found.vae)
+
+
+def load_unet(model: Model, source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
+    """Build the MODEL of an inspected U-Net; what is known of it (``ModelFacts``) travels with it as an attachment.
+
+    Args:
+        model: the inspected file.
+        source: the name that the person chose, for reports.
+        weight_dtype: a key of ``WEIGHT_DTYPES``.
+    """
     unet, dtype = model.unet, WEIGHT_DTYPES[weight_dtype]
-    patcher = _shared((dtype, Source(unet.path, unet.prefix)), lambda: _unet_patcher(unet, dtype)).clone()
+    patcher = _shared((unet,), lambda: _unet_patcher(unet, dtype), dtype).clone()
     patcher.set_attachments(ATTACHMENT, facts_of(model, source))
     return patcher
 
@@ -134,41 +159,44 @@ def unet_config(shape: Layout) -> dict[str, Any]:
 
 
 def _shared(
-    sources: tuple[Hashable, ...], build: Callable[[], comfy.model_patcher.ModelPatcher]
+    sources: tuple[Source, ...],
+    build: Callable[[], comfy.model_patcher.ModelPatcher],
+    dtype: torch.dtype | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """The patcher that was built of the same sources, where anyone still has a clone of it, or else a new one.
 
     A file that was replaced since is another source; and what was made in PyTorch's inference mode, in which nodes run,
     is of no use to who trains outside it.
     """
-    files = [source.path.stat() for source in sources if isinstance(source, Source)]
+    files = [source.path.stat() for source in sources]
+    places = ((source.path, source.prefix) for source in sources)
     stamps = ((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
-    key = (*sources, *stamps, torch.is_inference_mode_enabled())
-    patcher = _pristine.get(key)
+    key = (*places, *stamps, dtype, torch.is_inference_mode_enabled())
+    patcher = _unpatched.get(key)
     if patcher is None:
-        patcher = _pristine[key] = build()
+        patcher = _unpatched[key] = build()
     return patcher
 
 
-def _dressed(sources: tuple[Source, ...], build: Callable[[], Any], network: str) -> Any:
+def _wrapped(sources: tuple[Source, ...], build: Callable[[], Any], network: str) -> Any:
     """A CLIP or VAE around a clone of the shared patcher; ``network`` is its attribute that holds the network."""
 
-    def undressed() -> comfy.model_patcher.ModelPatcher:
-        whole = build()
-        wrapping = _wrappings[whole.patcher] = copy.copy(whole)
+    def unwrapped() -> comfy.model_patcher.ModelPatcher:
+        built = build()
+        wrapping = _wrappings[built.patcher] = copy.copy(built)
         wrapping.patcher = None
         setattr(wrapping, network, None)
-        return whole.patcher
+        return built.patcher
 
-    patcher = _shared(sources, undressed)
-    whole = copy.copy(_wrappings[patcher])
-    whole.patcher = patcher.clone()
-    setattr(whole, network, patcher.model)
-    return whole
+    patcher = _shared(sources, unwrapped)
+    wrapper = copy.copy(_wrappings[patcher])
+    wrapper.patcher = patcher.clone()
+    setattr(wrapper, network, patcher.model)
+    return wrapper
 
 
 def _unet_patcher(
-    unet: checkpoint.UNetFile, dtype: torch.dtype | None, disable_dynamic: bool = False
+    unet: UNetFile, dtype: torch.dtype | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """Build core's SDXL model for any layout and fill it, as ``comfy.sd.load_diffusion_model`` does for known ones."""
     management = comfy.model_management
@@ -177,7 +205,7 @@ def _unet_patcher(
     kept = dtype or management.unet_dtype(
         model_params=keys.parameters(unet.layout),
         supported_dtypes=config.supported_inference_dtypes,
-        weight_dtype=FILE_DTYPES[unet.dtype],
+        weight_dtype=TORCH_DTYPES[unet.dtype],
     )
     cast = management.unet_manual_cast(kept, device, config.supported_inference_dtypes)
     config.set_inference_dtype(kept, cast)
@@ -187,7 +215,7 @@ def _unet_patcher(
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     names = keys.renaming(unet.layout, unet.numbering, "comfy")
-    weights = read(Source(unet.path, unet.prefix), kept)
+    weights = read(unet, kept)
     _fill(model.diffusion_model, {names[name]: tensor for name, tensor in weights.items()}, patcher)
     patcher.cached_patcher_init = (_unet_patcher, (unet, dtype))
     return patcher
@@ -195,12 +223,12 @@ def _unet_patcher(
 
 def load_clip(first: Source, second: Source) -> comfy.sd.CLIP:
     """SDXL's CLIP from two text encoders of any size; ``first`` is CLIP-L, ``second`` CLIP-G."""
-    return _dressed((first, second), lambda: _clip(first, second), "cond_stage_model").clone()
+    return _wrapped((first, second), lambda: _clip(first, second), "cond_stage_model").clone()
 
 
-def load_vae(source: Source) -> comfy.sd.VAE:
+def load_vae(file: VAEFile) -> comfy.sd.VAE:
     """An AutoencoderKL of any size from diffusers or original names."""
-    return _dressed((source,), lambda: _vae(source), "first_stage_model")
+    return _wrapped((file,), lambda: _vae(file), "first_stage_model")
 
 
 class _Clip(comfy.sd.CLIP):
@@ -213,7 +241,7 @@ class _Clip(comfy.sd.CLIP):
 def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     dtype = comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
     encoders = {"clip_l": _read_text(first, dtype), "clip_g": _read_text(second, dtype)}
-    sizes = {name: parts.read_text_encoder(shapes_of(weights)) for name, weights in encoders.items()}
+    sizes = {name: components.read_text_encoder(shapes_of(weights)) for name, weights in encoders.items()}
     state = {
         f"{name}.transformer.{key}": tensor for name, weights in encoders.items() for key, tensor in weights.items()
     }
@@ -231,9 +259,8 @@ def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy
     return clip
 
 
-def _vae(source: Source) -> Vae:
-    weights = read(source)  # the host copies them into the type that it chooses
-    sizes = parts.read_autoencoder(shapes_of(weights))
+def _vae(file: VAEFile) -> Vae:
+    weights, sizes = read(file), file.sizes  # the host copies them into the type that it chooses
     first = sizes.channels[0]
     config = {
         "ddconfig": {
@@ -251,7 +278,7 @@ def _vae(source: Source) -> Vae:
         "embed_dim": sizes.embed,
     }
     vae = Vae(sd=weights, config={"params": config})
-    vae.patcher.cached_patcher_init = (_vae_patcher, (source,))
+    vae.patcher.cached_patcher_init = (_vae_patcher, (file,))
     return vae
 
 
@@ -259,8 +286,8 @@ def _clip_patcher(first: Source, second: Source, disable_dynamic: bool = False) 
     return _clip(first, second, disable_dynamic).patcher
 
 
-def _vae_patcher(source: Source, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return _vae(source).patcher
+def _vae_patcher(file: VAEFile, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return _vae(file).patcher
 
 
 def _fill(
@@ -283,12 +310,12 @@ def _read_text(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if source.prefix == CLIP_PREFIXES[1]:  # open_clip's names
         weights = {key.removeprefix("model."): tensor for key, tensor in weights.items()}
         weights = comfy.utils.clip_text_transformers_convert(weights, "", "")
-    named = {parts.text_name(key.removeprefix("transformer.")): tensor for key, tensor in weights.items()}
+    named = {components.text_name(key.removeprefix("transformer.")): tensor for key, tensor in weights.items()}
     unused = ("logit_scale", "text_model.embeddings.position_ids")
     return {key: tensor for key, tensor in named.items() if key not in unused}
 
 
-def _text_config(size: parts.TextEncoder) -> dict[str, int]:
+def _text_config(size: components.TextEncoder) -> dict[str, int]:
     return {
         "hidden_size": size.hidden,
         "intermediate_size": size.intermediate,

@@ -1,67 +1,81 @@
-"""What a MODEL is: the one place that answers it, for nodes, guards and reports alike."""
+"""What a MODEL is: its facts, its layout and which SDXL layer each of its layers came from.
+
+Every node, check and report asks here, so that they cannot disagree. What the loader attached counts first, and in it
+what the model's file says it kept of SDXL's transformer blocks; a KOALA U-Net from a stock loader goes by its shapes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import comfy.model_patcher
 import torch
 
 from ..koala.architecture import keys, layout
-from ..koala.architecture.layout import Layout
+from ..koala.architecture.layout import SDXL, Layout
+from ..koala.architecture.lineage import Lineage, lineage
+from ..koala.files.dtypes import TORCH_DTYPES, dtype_name
 from ..koala.model_info import ModelFacts, assumed_facts
+from .protocols import BaseModel, Model
 
 ATTACHMENT = "koala"
+"""Key of the ``ModelFacts`` that travel with a MODEL."""
+
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "default": None,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
+    **{chosen: TORCH_DTYPES[chosen] for chosen in ("fp16", "bf16", "fp8_e4m3fn")},
 }
 """Types in which the U-Net's weights can be kept; None leaves the choice to the host (by file and device)."""
 
-FILE_DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""Types that a U-Net file may have, by the names of ``koala.files.inspect.FLOAT_TYPES``."""
+
+def attached_facts(model: Model) -> ModelFacts | None:
+    """The facts that KOALA Checkpoint Loader attached to a MODEL; None for a MODEL from another loader."""
+    facts: ModelFacts | None = model.get_attachment(ATTACHMENT)
+    return facts
 
 
-def model_facts(model: comfy.model_patcher.ModelPatcher) -> ModelFacts:
-    """The facts attached to a MODEL, or those that can be seen on a KOALA that another node loaded.
+def model_facts(model: Model) -> ModelFacts:
+    """The attached facts, or those that the shapes of a KOALA from another loader tell.
 
-    Raises ValueError for a MODEL that is no KOALA.
+    Raises ValueError for a MODEL that is not a KOALA model.
     """
-    attached = model.get_attachment(ATTACHMENT)
-    if attached is not None:
-        return attached
-    seen = network_layout(getattr(model.model, "diffusion_model", None))
-    if seen not in layout.KOALA_NAMES:
+    facts = attached_facts(model)
+    if facts is not None:
+        return facts
+    found = unet_layout(model)
+    if found not in layout.KOALA_NAMES:
         raise ValueError(
-            f"this MODEL is no KOALA ({type(model.model).__name__}); expected a model from KOALA Checkpoint Loader, or "
-            f"a KOALA U-Net from a stock loader. For other models use the stock nodes, or the preset custom."
+            f"this MODEL is not a KOALA model ({type(model.model).__name__}); expected one from KOALA Checkpoint "
+            f"Loader, or a KOALA U-Net from a stock loader. For other models use the stock nodes, or the preset custom."
         )
-    return assumed_facts(seen, dtype_name(model.model_dtype()), model.model_size())
+    return assumed_facts(found, dtype_name(model.model_dtype()), model.model_size())
 
 
-def network_layout(network: torch.nn.Module | None) -> Layout | None:
-    """The layout of a host model's U-Net, None for anything that is not of SDXL's family."""
+def is_koala(model: Model) -> bool:
+    """Whether ``model_facts`` has an answer for a MODEL."""
+    return attached_facts(model) is not None or unet_layout(model) in layout.KOALA_NAMES
+
+
+def unet_layout(model: Model) -> Layout | None:
+    """The layout of a MODEL's U-Net, SDXL itself included; None for anything that is not of SDXL's family."""
+    return _layout(getattr(model.model, "diffusion_model", None))
+
+
+def sampled_lineage(model: BaseModel) -> Lineage | None:
+    """The lineage of the MODEL that is being sampled; ComfyUI hands ControlNets its inner model only.
+
+    None for a U-Net that is not of SDXL's family, or that has all of SDXL's skip connections (SSD-1B, an inpainting
+    SDXL). Raises ValueError for any other that cannot be cut out of SDXL.
+    """
+    patcher: Model | None = getattr(model, "current_patcher", None)
+    facts = attached_facts(patcher) if patcher is not None else None
+    if facts is not None:
+        return facts.lineage
+    found = _layout(model.diffusion_model)
+    if found is None or sum(map(len, found.up)) == sum(map(len, SDXL.up)):
+        return None
+    return lineage(found)
+
+
+def _layout(network: torch.nn.Module | None) -> Layout | None:
     try:
-        return keys.read_layout(shapes_of(network.state_dict() if network is not None else {}))[0]
+        return keys.read_layout(keys.shapes_of(network.state_dict() if network is not None else {}))[0]
     except (KeyError, ValueError, IndexError):
         return None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A weight type's name as the loader's choices have it."""
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(
-        dtype, str(dtype).removeprefix("torch.").replace("float8", "fp8")
-    )
-
-
-def shapes_of(weights: Mapping[str, torch.Tensor]) -> dict[str, keys.Shape]:
-    """The shape of each tensor, by name."""
-    return {name: tuple(tensor.shape) for name, tensor in weights.items()}

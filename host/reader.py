@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
-from typing import NamedTuple
 
 import comfy.memory_management
 import comfy.utils
 import torch
 from safetensors import safe_open
 
-from ..koala.files.inspect import read_header
+from ..koala.files.header import Source
 
 GROUP = 32_000_000
 """Weights (a count) that are converted from one mapping of a file before it is let go."""
-
-
-class Source(NamedTuple):
-    """Where one part's tensors lie: a file, and the prefix of their names in it."""
-
-    path: Path
-    prefix: str = ""
 
 
 def streamed() -> bool:
@@ -56,7 +47,7 @@ def _by_groups(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     the last of its tensors is gone."""
     groups: list[list[str]] = [[]]
     weights = 0
-    for name, shape in read_header(source.path).shapes.items():
+    for name, shape in source.header.shapes.items():
         if name.startswith(source.prefix):
             if weights >= GROUP:
                 groups.append([])

@@ -18,12 +18,14 @@ import torch
 
 from ..koala.architecture import components as parts
 from ..koala.architecture import keys
+from ..koala.architecture.keys import shapes_of
 from ..koala.architecture.layout import name
 from ..koala.files import atomic_write as disk
 from ..koala.files import export
-from ..koala.files.inspect import UNET_PREFIX
+from ..koala.files.conventions import UNET_PREFIX
+from ..koala.files.dtypes import dtype_name
 from ..koala.model_info import ModelFacts
-from .model import WEIGHT_DTYPES, dtype_name, model_facts, shapes_of
+from .model import WEIGHT_DTYPES, model_facts
 
 TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
 TEXT_PARTS = {"text_encoder": "clip_l.transformer.", "text_encoder_2": "clip_g.transformer."}

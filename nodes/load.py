@@ -10,17 +10,11 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import koala_loader
-from ..host.model import dtype_name, model_facts
-from ..host.reader import Source
-from ..host.transfer.addons import misplaced
-from ..koala.files.inspect import (
-    CheckpointError,
-    Model,
-    inspect_model,
-    inspect_text_encoder,
-    inspect_vae,
-    require_text_width,
-)
+from ..host.model import model_facts
+from ..host.transfer.compatibility import incompatible_patches
+from ..koala.files.dtypes import dtype_name
+from ..koala.files.header import CheckpointError
+from ..koala.files.inspect import Model, inspect_model, inspect_text_encoder, inspect_vae, require_text_width
 from ..koala.model_info import badge, report
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
@@ -165,7 +159,7 @@ class KoalaModelInfo(io.ComfyNode):
     def execute(cls, model: Any) -> io.NodeOutput:
         kept = dtype_name(model.model_dtype())
         facts = model_facts(model)
-        text = "\n".join((report(facts, kept, model.model_size()), *misplaced(model, facts.layout)))
+        text = "\n".join((report(facts, kept, model.model_size()), *incompatible_patches(model)))
         return shown(text, text, badge=badge(facts))
 
 
@@ -218,14 +212,13 @@ def load_parts(model: Model, first: Path, second: Path, vae: Path) -> tuple[Any,
 
     Raises CheckpointError where they are not one CLIP-L and one CLIP-G, or do not fit the U-Net.
     """
-    kinds = {inspect_text_encoder(path): path for path in (first, second)}
-    if set(kinds) != {"l", "g"}:
-        only = next(iter(kinds)).upper()
+    encoders = {file.kind: file for file in map(inspect_text_encoder, (first, second))}
+    if set(encoders) != {"l", "g"}:
+        only = next(iter(encoders)).upper()
         raise CheckpointError(
             f"{first.name} and {second.name} are both CLIP-{only}; expected one CLIP-L and one CLIP-G. "
             f"Choose SDXL's two text encoders, in any order."
         )
-    require_text_width(model.unet.layout, kinds["l"], kinds["g"])
-    inspect_vae(vae)
-    clip = koala_loader.load_clip(Source(kinds["l"]), Source(kinds["g"]))
-    return clip, koala_loader.load_vae(Source(vae))
+    require_text_width(model.unet.layout, encoders["l"], encoders["g"])
+    autoencoder = inspect_vae(vae)
+    return koala_loader.load_clip(encoders["l"], encoders["g"]), koala_loader.load_vae(autoencoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from koala_sdxl.koala.files.inspect import CheckpointError, inspect_checkpoint, inspect_folder
+from koala_sdxl.koala.files.header import CheckpointError
+from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder
 from koala_sdxl.koala.model_info import ModelFacts, facts_of
-from tools.harness import server
+from tools import commands
+from tools.harness import server, testhost
+from tools.harness.assets import SHIPPED
 from tools.harness.client import Client, GraphError
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host, say
 from tools.harness.workflow import ObjectInfo, Workflow, to_prompt, with_widget
-from tools.tiny import SHIPPED
 
 WORKFLOW = ROOT / "example_workflows" / "KOALA-tiny text to image.json"
 DEFAULT_FOLDER = Path("koala-demo")
@@ -64,6 +67,24 @@ class Weights:
     widgets: tuple[tuple[str, str], ...] = ()
 
 
+def main(arguments: list[str]) -> int:
+    """``dev.py demo``; returns the exit status. Raises UserError."""
+    options = commands.parser("demo").parse_args(arguments)
+    request = Request(options.prompt, options.negative, options.seed, options.steps, options.model, options.out)
+    return run(chosen_host(options.comfyui), request, options.port)
+
+
+def serve_main(arguments: list[str]) -> int:
+    """``dev.py serve``; returns the exit status. Raises UserError."""
+    options = commands.parser("serve").parse_args(arguments)
+    return serve(chosen_host(options.comfyui), options.port)
+
+
+def chosen_host(folder: Path | None) -> Host:
+    """The user's own ComfyUI, or the tested one. Raises UserError."""
+    return testhost.own_host(folder, os.environ.get("COMFYUI_PYTHON")) if folder else testhost.test_host()
+
+
 def run(host: Host, request: Request, port: int | None = None) -> int:
     """Draw what is asked for, save it and print the path last; returns the exit status. Raises UserError."""
     weights = find_weights(request.model)
@@ -99,12 +120,12 @@ def find_weights(model: str | None) -> Weights:
     """Look at the model's files, headers only. Raises UserError if it is none that can be drawn with."""
     try:
         if model is None:
-            return Weights(facts_of(inspect_checkpoint(SHIPPED), "the built-in koala-tiny"))
+            return Weights(facts_of(inspect_checkpoint(SHIPPED).model, "the built-in koala-tiny"))
         path = Path(model).expanduser().resolve()
         if path.is_dir():
             facts = facts_of(inspect_folder(path).model, path.name)
             return Weights(facts, path, "diffusers", (("source", "diffusers folder"), ("source.folder", path.name)))
-        facts = facts_of(inspect_checkpoint(path), path.name)
+        facts = facts_of(inspect_checkpoint(path).model, path.name)
         return Weights(facts, path, "checkpoints", (("source", "checkpoint"), ("source.ckpt_name", path.name)))
     except (CheckpointError, OSError) as error:
         raise UserError(str(error)) from error

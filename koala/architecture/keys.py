@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from math import prod
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from .layout import Block, Layout, blocks
 
@@ -41,6 +41,18 @@ class Module(NamedTuple):
     def child(self, diffusers: str, comfy: str | None = None) -> Module:
         comfy = diffusers if comfy is None else comfy
         return Module(f"{self.diffusers}{diffusers}", f"{self.comfy}{comfy}", f"{self.script}{comfy}")
+
+
+class HasShape(Protocol):
+    """A tensor, or anything else that has dimensions."""
+
+    @property
+    def shape(self) -> Iterable[int]: ...
+
+
+def shapes_of(state: Mapping[str, HasShape]) -> dict[str, Shape]:
+    """The shape of each tensor of a state dict, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 @cache
@@ -120,6 +132,14 @@ def read_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
         if len(script & set(found)) > len(set(names(layout, "comfy")) & set(found)):
             numbering = "script"
     return layout, numbering
+
+
+def find_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering] | None:
+    """As ``read_layout``; None where the names are not those of an SDXL-family U-Net."""
+    try:
+        return read_layout(found)
+    except (KeyError, ValueError, IndexError):
+        return None
 
 
 def guess_numbering(found: Iterable[str]) -> Numbering:

@@ -14,7 +14,7 @@ from ..architecture.components import Autoencoder, TextEncoder
 from ..architecture.layout import Layout, name
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG
-from .inspect import KEPT_KEY, SCHEDULER_KEY
+from .conventions import KEPT_KEY, SCHEDULER_KEY
 
 LATENT_SCALE = 0.13025  # SDXL's
 TEXT_MODELS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}

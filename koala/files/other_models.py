@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..architecture.keys import Shape, read_layout
+from ..architecture.keys import Shape, find_layout
 from ..architecture.layout import KOALA_NAMES, SDXL, SSD_1B, VEGA, Layout
+from .conventions import UNET_PREFIX
 
 LOAD_CHECKPOINT = 'the stock node "Load Checkpoint" (CheckpointLoaderSimple)'
 LOAD_UNET = 'the stock node "Load Diffusion Model" (UNETLoader)'
@@ -92,14 +93,15 @@ def recognise(everything: Mapping[str, Shape], unet: Mapping[str, Shape]) -> For
 
 def describe(everything: Mapping[str, Shape]) -> str:
     """A few words for any file, recognised or not."""
-    unet = {key.removeprefix("model.diffusion_model."): shape for key, shape in everything.items()}
+    unet = {key.removeprefix(UNET_PREFIX): shape for key, shape in everything.items()}
     kind = recognise(everything, unet)
     if kind:
         return kind.name
     if _has_blocks(unet):
-        layout = _layout(unet)
-        if layout is None:
+        read = find_layout(unet)
+        if read is None:
             return "a U-Net of an unknown kind"
+        layout = read[0]
         return f"the U-Net of {KOALA_NAMES[layout]}" if layout in KOALA_NAMES else "an SDXL-family U-Net"
     first = ", ".join(sorted(everything)[:3]) or "none"
     return f"a file of an unknown kind ({len(everything)} tensors, first: {first})"
@@ -124,7 +126,9 @@ def _other_unet(unet: Mapping[str, Shape], loader: str) -> Foreign | None:
         return Foreign("a Stable Diffusion 2.x model (text width 1024)", loader)
     if context == 1280 and added:
         return Foreign("the SDXL refiner (text width 1280)", loader)
-    return next((Foreign(text, loader) for layout, text in _SDXL_FAMILY.items() if layout == _layout(unet)), None)
+    read = find_layout(unet)
+    text = _SDXL_FAMILY.get(read[0]) if read else None
+    return Foreign(text, loader) if text else None
 
 
 def _width(shape: Shape | None) -> int | None:
@@ -137,10 +141,3 @@ _SDXL_FAMILY: dict[Layout, str] = {
     SSD_1B: "SSD-1B, another distilled SDXL",
     VEGA: "Segmind Vega, another distilled SDXL",
 }
-
-
-def _layout(unet: Mapping[str, Shape]) -> Layout | None:
-    try:
-        return read_layout(unet)[0]
-    except (KeyError, ValueError, IndexError):
-        return None

@@ -12,7 +12,7 @@ from typing import Literal
 from ..architecture.keys import Shape, tensors
 from ..architecture.layout import SDXL, SSD_1B, VEGA, Layout, name
 from ..architecture.lineage import KEPT_TRANSFORMERS, at_widths_of
-from ..files.inspect import CheckpointError
+from ..files.header import CheckpointError
 from .names import Groups, aliases, fits, size
 
 TrainedOn = Literal["auto", "SDXL", "KOALA"]

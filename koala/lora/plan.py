@@ -16,7 +16,8 @@ from ..architecture import keys
 from ..architecture.keys import Shape, tensors
 from ..architecture.layout import Layout, name
 from ..architecture.lineage import Kept, Lineage, lineage
-from ..files.inspect import CheckpointError, label, read_header
+from ..files.conventions import label
+from ..files.header import CheckpointError, read_header
 from ..files.other_models import describe
 from .names import MAGNITUDE, TEXT, Groups, aliases, fits, split
 from .origin import Origin, TrainedOn, origin_of

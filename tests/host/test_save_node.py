@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder, inspect_unet, read_header
+from koala_sdxl.koala.files.header import read_header
+from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder, inspect_unet
 from tests.host.test_nodes import built_in, graph, picture
 from tools.harness.client import Client, GraphError, Prompt
 from tools.harness.server import Server
@@ -47,7 +48,7 @@ def test_what_was_saved_is_listed_at_once_and_draws_the_same_picture(client: Cli
     assert said == "saved as checkpoints/saved_00001_.safetensors"
     again = graph({"source": "checkpoint", "source.ckpt_name": "saved_00001_.safetensors"})
     assert picture(client, again).tobytes() == picture(client, graph()).tobytes()
-    assert inspect_checkpoint(output / "checkpoints" / "saved_00001_.safetensors").identity.certain
+    assert inspect_checkpoint(output / "checkpoints" / "saved_00001_.safetensors").model.identity.certain
 
 
 def test_the_name_can_be_wired_on(client: Client) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from koala_sdxl.koala.architecture.keys import Numbering, renaming
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
-from koala_sdxl.koala.files.inspect import CLIP_PREFIXES, UNET_PREFIX
+from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX
 from tools.measure import parity
 
 State = dict[str, torch.Tensor]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ import torch
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host import reader as koala_reader
-from koala_sdxl.host.reader import Source
-from koala_sdxl.koala.files.inspect import CLIP_PREFIXES, VAE_PREFIX, inspect_model
+from koala_sdxl.host import saver as koala_saver
+from koala_sdxl.koala.files import header
+from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, VAE_PREFIX
+from koala_sdxl.koala.files.header import Source, read_header
+from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala_loader import BUILT_IN, decode_tile
+from koala_sdxl.nodes.load import load_parts
 from tools.harness import testhost
 from tools.measure import parity
 from tools.synthetic import random_weights
@@ -45,9 +50,49 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
     return found
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """How many times each file was opened for its header."""
+    found = Counter[Path]()
+    library = header.safe_open
+
+    def counted(path: Path, **options: Any) -> Any:
+        found[path] += 1
+        return library(path, **options)
+
+    monkeypatch.setattr(header, "safe_open", counted)
+    return found
+
+
 def networks(loaded: koala_loader.Loaded) -> tuple[torch.nn.Module, ...]:
     model, clip, vae = loaded
     return model.model.diffusion_model, clip.cond_stage_model, vae.first_stage_model
+
+
+# Headers
+
+
+def test_one_load_of_a_single_file_reads_its_header_once(file: Path, opened: Counter[Path]) -> None:
+    first = koala_loader.load_checkpoint(file)
+    assert opened == {file: 1}
+    again = koala_loader.load_checkpoint(file)
+    assert opened == {file: 2}
+    del first, again
+
+
+def test_one_load_of_four_files_reads_each_header_once(tmp_path: Path, opened: Counter[Path]) -> None:
+    folder = tmp_path / "koala"
+    koala_saver.save_folder(folder, *parity.tiny_models())
+    unet, vae = (folder / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+    encoders = [folder / part / "model.safetensors" for part in ("text_encoder", "text_encoder_2")]
+    opened.clear()
+    koala_loader.load_folder(folder)
+    assert opened == dict.fromkeys((unet, vae, *encoders), 1)
+    opened.clear()
+    model = inspect_model(unet)
+    load_parts(model, *encoders, vae)
+    koala_loader.load_unet(model, "it")
+    assert opened == dict.fromkeys((unet, vae, *encoders), 1)
 
 
 # A second time
@@ -150,7 +195,7 @@ def test_tensors_are_the_files(prefix: str, dtype: torch.dtype | None, monkeypat
     monkeypatch.setattr(koala_reader, "GROUP", 10_000)
     for disabled in (False, True):
         monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", disabled)
-        found = koala_reader.read(Source(BUILT_IN, prefix), dtype)
+        found = koala_reader.read(Source(read_header(BUILT_IN), prefix), dtype)
         assert set(found) == set(wanted)
         assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
 
@@ -165,7 +210,7 @@ def test_a_host_that_streams_weights_gets_tensors_of_its_own_reader(monkeypatch:
 
     monkeypatch.setattr(comfy.utils, "load_torch_file", watched)
     monkeypatch.setattr(koala_reader, "streamed", lambda: True)
-    found = koala_reader.read(Source(BUILT_IN, VAE_PREFIX), torch.float16)
+    found = koala_reader.read(Source(read_header(BUILT_IN), VAE_PREFIX), torch.float16)
     (whole,) = made
     assert found
     assert all(tensor is whole[VAE_PREFIX + name] for name, tensor in found.items())
@@ -178,7 +223,7 @@ def test_loading_takes_little_more_memory_than_the_weights() -> None:
     ).unet.path
     code = (
         "from tools.measure.bench import engines, meter; engines.activate('cpu'); from pathlib import Path\n"
-        "from koala_sdxl import koala_loader; from koala_sdxl.koala.checkpoint import inspect_model\n"
+        "from koala_sdxl import koala_loader; from koala_sdxl.koala.files.inspect import inspect_model\n"
         f"unet = inspect_model(Path({str(file)!r})); before = meter.forget_peak()['ram']\n"
         "model = koala_loader.load_unet(unet, 'it'); above = meter.peak()['ram'] - before\n"
         "print(above / sum(weights.nbytes for weights in model.model.parameters()))"

@@ -65,7 +65,7 @@ def test_koala_700m_saved_by_core_loads_here_and_in_the_stock_loader(tmp_path: P
     path = tmp_path / "saved.safetensors"
     comfy.sd.save_checkpoint(str(path), model, clip, vae)
     comfy.model_management.unload_all_models()
-    assert checkpoint.inspect_checkpoint(path).unet.layout == layout.KOALA_700M
+    assert checkpoint.inspect_checkpoint(path).model.unet.layout == layout.KOALA_700M
     ours = koala_loader.load_checkpoint(path, "fp16")[0]
     assert torch.equal(_predict(ours), wanted)
     stock = comfy.sd.load_checkpoint_guess_config(str(path), model_options={"dtype": torch.float16})[0]

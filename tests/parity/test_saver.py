@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from koala_sdxl import koala_loader
 from koala_sdxl.host import saver as koala_saver
 from koala_sdxl.host.model import ATTACHMENT, WEIGHT_DTYPES, model_facts
-from koala_sdxl.host.reader import Source
 from koala_sdxl.koala import releases as settings
 from koala_sdxl.koala.architecture import layout
+from koala_sdxl.koala.architecture.components import read_autoencoder
 from koala_sdxl.koala.files import atomic_write as disk
 from koala_sdxl.koala.files import inspect as checkpoint
+from koala_sdxl.koala.files.conventions import UNET_PREFIX, VAE_PREFIX
+from koala_sdxl.koala.files.header import read_header
+from koala_sdxl.koala.files.inspect import VAEFile
 from koala_sdxl.nodes.save import KoalaCheckpointSave
 from tools.measure import parity
 from tools.synthetic import random_weights
@@ -120,9 +123,9 @@ def test_weights_are_cast_after_the_patches(choice: str, baked: State, tmp_path:
     narrow = torch.float16 if choice == "fp8_e4m3fn" else wide
     for name, tensor in baked.items():
         wanted = narrow if tensor.is_floating_point() else tensor.dtype
-        if name.startswith(checkpoint.VAE_PREFIX):
+        if name.startswith(VAE_PREFIX):
             wanted = tensor.dtype
-        elif name.startswith(checkpoint.UNET_PREFIX) and tensor.ndim > 1:
+        elif name.startswith(UNET_PREFIX) and tensor.ndim > 1:
             wanted = wide
         assert saved[name].dtype == wanted
         assert torch.equal(saved[name].float(), tensor.to(wanted).float())
@@ -142,7 +145,7 @@ def test_weights_that_are_not_on_the_device_are_baked_alike(choice: str, baked: 
     assert any(type(tensor).__name__ == "LazyCastingParam" for tensor in stand_ins.values())
     facts, types = model_facts(model), koala_saver._types(choice)
     for name, tensor in koala_saver._unet(facts, model, types).items():
-        core = baked[checkpoint.UNET_PREFIX + name]
+        core = baked[UNET_PREFIX + name]
         expected = core.to((types.matrices if core.ndim > 1 else types.others) or core.dtype)
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected)
@@ -186,7 +189,7 @@ def test_diffusers_draws_the_same_picture_from_the_folder(baked: State, tmp_path
     pipeline.set_progress_bar_config(disable=True)
     names = koala_saver.keys.renaming(layout.KOALA_TINY, "comfy", "diffusers")
     unet = pipeline.unet.state_dict()
-    assert all(torch.equal(unet[new], baked[checkpoint.UNET_PREFIX + old]) for old, new in names.items())
+    assert all(torch.equal(unet[new], baked[UNET_PREFIX + old]) for old, new in names.items())
     settings_ = {"num_inference_steps": 8, "guidance_scale": 7.5, "height": 128, "width": 128, "output_type": "latent"}
     generator = torch.Generator().manual_seed(3)
     wanted = pipeline(parity.PROMPT, negative_prompt=parity.NEGATIVE, generator=generator, **settings_).images
@@ -236,7 +239,7 @@ def wide_vae(tmp_path_factory: pytest.TempPathFactory) -> Any:
         AutoencoderKL(**{**random_weights.VAE, "block_out_channels": [32] * 4, "latent_channels": 16}).state_dict(),
         path,
     )
-    return koala_loader.load_vae(Source(path))
+    return koala_loader.load_vae(VAEFile(header := read_header(path), sizes=read_autoencoder(header.shapes)))
 
 
 def test_what_is_missing_or_foreign_is_named(wide_vae: Any, tmp_path: Path) -> None:
@@ -245,7 +248,7 @@ def test_what_is_missing_or_foreign_is_named(wide_vae: Any, tmp_path: Path) -> N
         koala_saver.save_checkpoint(tmp_path / "a", model, clip, None)
     with pytest.raises(ValueError, match="no CLIP and no VAE is connected; a diffusers folder holds"):
         koala_saver.save_folder(tmp_path / "a", model, None, None)
-    with pytest.raises(ValueError, match="this MODEL is no KOALA"):
+    with pytest.raises(ValueError, match="this MODEL is not a KOALA model"):
         koala_saver.save_checkpoint(tmp_path / "a", clip.patcher, clip, vae)
     with pytest.raises(ValueError, match=r"this VAE has 16 latent channels; expected SDXL's, with 4\. Connect the VAE"):
         koala_saver.save_checkpoint(tmp_path / "a", model, clip, wide_vae)
@@ -318,7 +321,7 @@ def test_the_graph_is_left_out_where_the_server_was_told_so(
     node = KoalaCheckpointSave.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
     chosen = {"format": "checkpoint", "filename_prefix": "a"}
     written = node.execute(parity.tiny_models()[0], chosen, "default").result[0]
-    found = checkpoint.read_header(tmp_path / written).metadata
+    found = read_header(tmp_path / written).metadata
     graph = {} if disabled else {"prompt": '{"1": {}}', "workflow": '{"nodes": []}'}
     assert {key: found[key] for key in ("prompt", "workflow") if key in found} == graph
     assert found["modelspec.title"] == "a_00001_"

@@ -129,7 +129,7 @@ FETCH = "fetch the"
 
 UNREADABLE: dict[str, BadFile] = {
     "empty": BadFile(_write(b""), "is empty", FETCH),
-    "five-bytes": BadFile(_write(b"hello"), "is no safetensors file (it begins with b'hello')", FETCH),
+    "five-bytes": BadFile(_write(b"hello"), "is not a safetensors file (it begins with b'hello')", FETCH),
     "cut": BadFile(_cut, f"has 1,000,000 of the {len(HEADER) + 2 * 782_822_724:,} bytes", FETCH),
     "cut-in-header": BadFile(_write(HEADER[:5000]), f"has 5,000 of at least {len(HEADER):,} bytes", FETCH),
     "one-byte-longer": BadFile(_longer, "is damaged", FETCH),
@@ -145,13 +145,17 @@ UNREADABLE: dict[str, BadFile] = {
     "pickle-legacy": BadFile(_write(pickle.dumps({"state_dict": list(range(999))}, protocol=2)), "is a pickle", FETCH),
     "pickle-4": BadFile(_write(pickle.dumps(list(range(999)), protocol=4)), "is a pickle", FETCH),
     "gguf": BadFile(_write(b"GGUF" + (3).to_bytes(4, "little") + bytes(64)), "is a GGUF file", FETCH),
-    "garbage-length": BadFile(_write(b"\xff" * 8 + bytes(64)), "is no safetensors file", FETCH),
-    "garbage-header": BadFile(_write((40).to_bytes(8, "little") + b"\x00\x01" * 40), "is no safetensors file", FETCH),
-    "json-list": BadFile(_write((8).to_bytes(8, "little") + b"[1,2,3] "), "is no safetensors file", FETCH),
-    "json-of-something-else": BadFile(
-        _write((24).to_bytes(8, "little") + b'{"prompt": "a koala"}   '), "is no safetensors file", FETCH
+    "garbage-length": BadFile(_write(b"\xff" * 8 + bytes(64)), "is not a safetensors file", FETCH),
+    "garbage-header": BadFile(
+        _write((40).to_bytes(8, "little") + b"\x00\x01" * 40), "is not a safetensors file", FETCH
     ),
-    "json-too-deep": BadFile(_write((100_000).to_bytes(8, "little") + b"[" * 100_000), "is no safetensors file", FETCH),
+    "json-list": BadFile(_write((8).to_bytes(8, "little") + b"[1,2,3] "), "is not a safetensors file", FETCH),
+    "json-of-something-else": BadFile(
+        _write((24).to_bytes(8, "little") + b'{"prompt": "a koala"}   '), "is not a safetensors file", FETCH
+    ),
+    "json-too-deep": BadFile(
+        _write((100_000).to_bytes(8, "little") + b"[" * 100_000), "is not a safetensors file", FETCH
+    ),
 }
 
 

@@ -10,13 +10,13 @@ import pytest
 
 from koala_sdxl.koala.architecture.keys import NUMBERINGS
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
+from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.inspect import (
-    CheckpointError,
     inspect_checkpoint,
     inspect_model,
+    inspect_text_and_vae,
     inspect_text_encoder,
     inspect_vae,
-    require_checkpoint_parts,
     require_text_width,
 )
 from tests.unit import files, gallery, others, reference
@@ -142,7 +142,7 @@ def test_parts_are_not_taken_from_another_familys_checkpoint(tmp_path: Path, kin
     path = tmp_path / f"{kind}.safetensors"
     bad.make(path)
     with pytest.raises(CheckpointError) as caught:
-        require_checkpoint_parts(path)
+        inspect_text_and_vae(path)
     assert bad.says in str(caught.value)
     assert "expected an SDXL checkpoint with both text encoders and a VAE" in str(caught.value)
 
@@ -177,8 +177,8 @@ def test_a_vae_of_another_family_is_told_by_its_latent_channels(tmp_path: Path) 
 
 def test_text_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
     """Stable Diffusion 2's encoder has no projection and 1024 channels: by its form a CLIP-L."""
-    other = files.write(tmp_path / "sd2.safetensors", reference.clip_l(1024, 23))
-    clip_g = files.write(tmp_path / "g.safetensors", reference.clip_g())
+    other = inspect_text_encoder(files.write(tmp_path / "sd2.safetensors", reference.clip_l(1024, 23)))
+    clip_g = inspect_text_encoder(files.write(tmp_path / "g.safetensors", reference.clip_g()))
     with pytest.raises(CheckpointError, match="width 2304 and pooled 1280; KOALA-700M expects 2048 and 1280"):
         require_text_width(KOALA_700M, other, clip_g)
 

@@ -18,15 +18,14 @@ from koala_sdxl.koala.architecture.layout import (
     compact,
     name,
 )
+from koala_sdxl.koala.files.header import CheckpointError, read_header
 from koala_sdxl.koala.files.inspect import (
-    CheckpointError,
     inspect_checkpoint,
     inspect_model,
+    inspect_text_and_vae,
     inspect_text_encoder,
     inspect_unet,
     inspect_vae,
-    read_header,
-    require_checkpoint_parts,
     require_text_width,
 )
 from koala_sdxl.koala.releases import BASE, LIGHTNING
@@ -69,14 +68,14 @@ def test_a_cut_of_sdxl_that_nobody_has_published(tmp_path: Path, layout: Layout)
 @pytest.mark.parametrize("numbering", ["comfy", "script"])
 def test_a_checkpoint_in_one_file(tmp_path: Path, numbering: Numbering) -> None:
     path = files.write(tmp_path / "koala-1b.safetensors", others.checkpoint(KOALA_1B, numbering))
-    model = inspect_checkpoint(path)
+    model = inspect_checkpoint(path).model
     assert (model.unet.layout, model.unet.numbering) == (KOALA_1B, numbering)
     assert model.unet.bytes == 2 * parameters(KOALA_1B)  # the U-Net alone
     assert (model.identity.variant, model.identity.certain) == (BASE, True)
 
 
 def test_the_built_in_model() -> None:
-    model = inspect_checkpoint(SHIPPED)
+    model = inspect_checkpoint(SHIPPED).model
     assert (model.unet.layout, model.identity.variant, model.identity.certain) == (KOALA_TINY, BASE, True)
     assert SHIPPED.stat().st_size <= 32e6
 
@@ -84,7 +83,7 @@ def test_the_built_in_model() -> None:
 def test_parts_may_come_from_any_sdxl_checkpoint(tmp_path: Path) -> None:
     bad = gallery.BAD["sdxl-checkpoint"]
     bad.make(tmp_path / "sdxl.safetensors")
-    require_checkpoint_parts(tmp_path / "sdxl.safetensors")
+    inspect_text_and_vae(tmp_path / "sdxl.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -124,15 +123,15 @@ def test_text_encoders_are_told_apart(
     tmp_path: Path, build: Callable[[], reference.Shapes], kind: str, drop: str
 ) -> None:
     shapes = {key.removeprefix(drop): shape for key, shape in build().items()}
-    assert inspect_text_encoder(files.write(tmp_path / "encoder.safetensors", shapes)) == kind
+    assert inspect_text_encoder(files.write(tmp_path / "encoder.safetensors", shapes)).kind == kind
 
 
 @pytest.mark.parametrize(
     ("layout", "widths"), [(KOALA_700M, (768, 1280)), (KOALA_1_7B, (768, 1280)), (KOALA_TINY, (32, 64))]
 )
 def test_text_encoders_that_fit(tmp_path: Path, layout: Layout, widths: tuple[int, int]) -> None:
-    clip_l = files.write(tmp_path / "l.safetensors", reference.clip_l(widths[0], 2))
-    clip_g = files.write(tmp_path / "g.safetensors", reference.clip_g(widths[1], 2))
+    clip_l = inspect_text_encoder(files.write(tmp_path / "l.safetensors", reference.clip_l(widths[0], 2)))
+    clip_g = inspect_text_encoder(files.write(tmp_path / "g.safetensors", reference.clip_g(widths[1], 2)))
     require_text_width(layout, clip_l, clip_g)
     with pytest.raises(CheckpointError, match="expects"):
         require_text_width(layout, clip_g, clip_l)
@@ -147,6 +146,6 @@ def test_a_header_is_read_as_it_stands(tmp_path: Path) -> None:
     path = files.write(tmp_path / "any.safetensors", {"a": (2, 3), "b.c": ()}, "BF16", {"author": "someone"})
     header = read_header(path)
     assert header.shapes == {"a": (2, 3), "b.c": ()}
-    assert set(header.types.values()) == {"BF16"}
+    assert set(header.dtypes.values()) == {"BF16"}
     assert header.metadata == {"author": "someone"}
     assert header.under("b.") == {"c": ()}

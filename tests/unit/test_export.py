@@ -14,7 +14,9 @@ from koala_sdxl.koala.architecture import layout
 from koala_sdxl.koala.architecture.components import read_autoencoder
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.files import export
-from koala_sdxl.koala.files.inspect import SCHEDULER_KEY, VAE_PREFIX, CheckpointError, inspect_model, read_header
+from koala_sdxl.koala.files.conventions import SCHEDULER_KEY, VAE_PREFIX
+from koala_sdxl.koala.files.header import CheckpointError, read_header
+from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.model_info import ModelFacts, assumed_facts, facts_of
 from tests.unit import files
 from tools.tiny import SHIPPED as TINY

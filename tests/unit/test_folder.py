@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
-from koala_sdxl.koala.files.inspect import CheckpointError, inspect_folder
+from koala_sdxl.koala.files.header import CheckpointError
+from koala_sdxl.koala.files.inspect import inspect_folder
 from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files, reference
 
@@ -62,7 +63,7 @@ def test_whole_folder(tmp_path: Path, form: dict[str, str], dtype: str) -> None:
     found = inspect_folder(folder)
     assert (found.model.unet.layout, found.model.unet.dtype) == (form.get("layout", KOALA_700M), dtype)
     for part in ("text_encoder", "text_encoder_2", "vae"):
-        path = getattr(found, part)
+        path = getattr(found, part).path
         assert path.is_file()
         assert path.parent == folder / part
     assert found.model.scheduler["timestep_spacing"] == "leading"
@@ -73,7 +74,7 @@ def test_fp16_is_taken_where_both_are_there(tmp_path: Path) -> None:
     published(folder, unet="diffusion_pytorch_model.safetensors", text="model.safetensors")
     found = inspect_folder(folder)
     assert found.model.unet.dtype == "fp16"
-    assert found.text_encoder.name == found.text_encoder_2.name == "model.fp16.safetensors"
+    assert found.text_encoder.path.name == found.text_encoder_2.path.name == "model.fp16.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.architecture.layout import KOALA_TINY, Layout, compact, name
 from koala_sdxl.koala.architecture.lineage import Lineage, at_widths_of, attention_depths, lineage
+from koala_sdxl.koala.files.conventions import KEPT_KEY
 from koala_sdxl.koala.files.export import metadata
-from koala_sdxl.koala.files.inspect import KEPT_KEY, CheckpointError, inspect_model
+from koala_sdxl.koala.files.header import CheckpointError
+from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.lora.plan import inspect_lora
 from koala_sdxl.koala.model_info import ModelFacts, facts_of
 from tests.unit import files
@@ -45,10 +47,16 @@ def test_what_the_file_says_counts(tmp_path: Path, layout: Layout, kept: dict[st
     assert again.kept == kept
 
 
-def test_an_own_layout_that_says_nothing_has_no_lineage(tmp_path: Path) -> None:
+def test_an_own_layout_that_says_nothing_has_a_lineage_by_blocks_only(tmp_path: Path) -> None:
     facts = told(tmp_path, MINE, None)
-    with pytest.raises(ValueError, match="no table says which of SDXL's layers the custom"):
-        _ = facts.lineage
+    stated = Lineage(MINE, MINE_KEPT)
+    assert facts.lineage.skips == stated.skips
+    assert facts.lineage.blocks == stated.blocks
+    assert facts.lineage.depths == {block: len(kept) for block, kept in stated.attention.items()}
+    assert facts.lineage.attention_order == stated.attention_order
+    for asked in ("tensors", "attention", "neighbours"):
+        with pytest.raises(ValueError, match="no table says which of SDXL's transformer blocks the custom"):
+            getattr(facts.lineage, asked)
 
 
 def test_an_sdxl_lora_goes_to_the_blocks_that_the_file_names(tmp_path: Path) -> None:

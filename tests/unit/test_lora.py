@@ -21,7 +21,7 @@ from koala_sdxl.koala.architecture.layout import (
     name,
 )
 from koala_sdxl.koala.architecture.lineage import at_widths_of, lineage
-from koala_sdxl.koala.files.inspect import CheckpointError
+from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.names import aliases, renamed
 from koala_sdxl.koala.lora.plan import Plan, inspect_lora, report
 from tools.synthetic import adapters

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl.koala.architecture.components import text_name
-from koala_sdxl.koala.architecture.keys import Shape, tensors
+from koala_sdxl.koala.architecture.keys import Shape, shapes_of, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
-from koala_sdxl.koala.files.inspect import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
+from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
 from tools.harness import testhost
 from tools.synthetic import adapters
@@ -125,7 +125,7 @@ def _write_shared(root: Path) -> None:
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.endswith("_ids")}
+    return {name: shape for name, shape in shapes_of(model.state_dict()).items() if not name.endswith("_ids")}
 
 
 def _random(shapes: Mapping[str, Shape], seed: int) -> Iterator[tuple[str, torch.Tensor]]:

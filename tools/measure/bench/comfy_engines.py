@@ -22,10 +22,9 @@ from koala_sdxl import koala_loader
 from koala_sdxl.host.accelerate.cpu_routines import install_vae
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.host.accelerate.plan import Acceleration
-from koala_sdxl.host.reader import Source
 from koala_sdxl.koala.architecture.keys import parameters
 from koala_sdxl.koala.architecture.layout import SDXL
-from koala_sdxl.koala.files.inspect import inspect_model
+from koala_sdxl.koala.files.inspect import inspect_model, inspect_vae
 from tools.measure.bench.engines import CFG, UNET, VAE, Job
 
 ROOM = 14e9
@@ -92,7 +91,7 @@ class Pack(Stock):
         return other
 
     def load_vae(self, folder: Path) -> None:
-        self.vae = koala_loader.load_vae(Source(folder / VAE))
+        self.vae = koala_loader.load_vae(inspect_vae(folder / VAE))
 
 
 class Compiled:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from koala_sdxl.koala.architecture import components as parts
 from koala_sdxl.koala.files import export
-from koala_sdxl.koala.files.inspect import inspect_folder, read_header
+from koala_sdxl.koala.files.inspect import inspect_folder
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
 from tools.harness import testhost
 from tools.synthetic import random_weights
@@ -18,9 +18,9 @@ def link(target: Path) -> Path:
     made = inspect_folder(random_weights.folder("koala-700m"))
     sources = {
         "unet/diffusion_pytorch_model": made.model.unet.path,
-        "text_encoder/model": made.text_encoder,
-        "text_encoder_2/model": made.text_encoder_2,
-        "vae/diffusion_pytorch_model": made.vae,
+        "text_encoder/model": made.text_encoder.path,
+        "text_encoder_2/model": made.text_encoder_2.path,
+        "vae/diffusion_pytorch_model": made.vae.path,
     }
     folder = target / "koala-700m"
     for name, file in sources.items():
@@ -28,13 +28,13 @@ def link(target: Path) -> Path:
         place.parent.mkdir(parents=True)
         place.symlink_to(file)
     texts = {"text_encoder": made.text_encoder, "text_encoder_2": made.text_encoder_2}
-    sizes = {part: parts.read_text_encoder(read_header(file).shapes) for part, file in texts.items()}
+    sizes = {part: parts.read_text_encoder(file.shapes) for part, file in texts.items()}
     configs = {
         "model_index.json": export.MODEL_INDEX,
         "scheduler/scheduler_config.json": {**SCHEDULER_CONFIG, "_class_name": "EulerDiscreteScheduler"},
         "unet/config.json": export.unet_config(made.model.unet.layout),
         **{f"{part}/config.json": export.text_config(part, size) for part, size in sizes.items()},
-        "vae/config.json": export.vae_config(parts.read_autoencoder(read_header(made.vae).shapes), 1024),
+        "vae/config.json": export.vae_config(made.vae.sizes, 1024),
     }
     vocabulary = testhost.test_host().tokenizer
     words = {file.name: file.read_bytes() for file in vocabulary.iterdir()}

@@ -1,0 +1,29 @@
+"""Names that KOALA files use: tensor prefixes in single-file checkpoints, files of a folder, metadata keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+UNET_PREFIX = "model.diffusion_model."
+CLIP_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+"""Of CLIP-L (transformers' names) and CLIP-G (open_clip's names)."""
+VAE_PREFIX = "first_stage_model."
+
+SCHEDULER_KEY = "koala.config.scheduler"
+"""Metadata in which a single file carries what a folder has in scheduler_config.json, as JSON."""
+VARIANT_KEY = "koala.variant"
+"""Metadata that names the variant: a key of ``releases.VARIANTS``."""
+KEPT_KEY = "koala.transformers"
+"""Metadata in which a student of one's own says which of SDXL's transformer blocks it kept, as JSON: attention module
+-> list of SDXL's indices, as in ``lineage.KEPT_TRANSFORMERS``."""
+
+WEIGHT_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
+TEXT_NAMES = ("model.fp16.safetensors", "model.safetensors")
+FOLDER_PARTS = {"unet": WEIGHT_NAMES, "text_encoder": TEXT_NAMES, "text_encoder_2": TEXT_NAMES, "vae": WEIGHT_NAMES}
+"""Folder of each model in a diffusers folder -> file names of its weights, the preferred one first."""
+
+
+def label(path: Path) -> str:
+    """A file's name for messages, with its folders where it has the name that it has in every published folder."""
+    published = path.name in FOLDER_PARTS.get(path.parent.name, ())
+    return "/".join(path.parts[-3:]) if published else path.name

@@ -1,0 +1,83 @@
+"""The header of a safetensors file, read once by the safetensors library, and what a file without one is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..architecture.keys import Shape
+from .bad_files import describe_bad_file
+from .conventions import UNET_PREFIX
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the first line names it, what it is, what was expected and what to do."""
+
+    __module__ = "koala"  # the host prefixes an error's text with this; a pack's true module name is a path
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself. Two headers are equal where they are of the same path."""
+
+    path: Path
+    dtypes: Mapping[str, str] = field(repr=False, compare=False)
+    """Tensor name -> the library's name of its type, such as "F16"; in the order in which the tensors lie."""
+    shapes: Mapping[str, Shape] = field(repr=False, compare=False)
+    """Tensor name -> shape, in the same order."""
+    metadata: Mapping[str, str] = field(compare=False)
+
+    def under(self, prefix: str) -> dict[str, Shape]:
+        """Shapes of the tensors whose names begin with ``prefix``, which is taken off."""
+        return {key[len(prefix) :]: shape for key, shape in self.shapes.items() if key.startswith(prefix)}
+
+    @property
+    def unet_prefix(self) -> str:
+        """What the names of a U-Net's tensors begin with: nothing in a file that holds a U-Net alone."""
+        return UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in self.shapes) else ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one model's tensors lie: a file, by its header, and the prefix of their names in it."""
+
+    header: Header
+    prefix: str = ""
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes of these tensors, by their names without the prefix."""
+        return self.header.under(self.prefix)
+
+
+def read_header(path: Path, wanted: str = "KOALA weights") -> Header:
+    """Open a safetensors file once and read its header; no tensor is read.
+
+    Args:
+        path: the file.
+        wanted: what an error says was expected in the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is empty, cut short, a web page, a pickle, or otherwise not a safetensors file.
+    """
+    if not path.is_file():
+        path.stat()  # raises FileNotFoundError
+        raise CheckpointError(describe_bad_file(path, wanted, "not a file"))
+    try:
+        with safe_open(path, framework="np") as file:
+            # the order of the data in the file; before safetensors 0.6 there was no offset_keys
+            names = getattr(file, "offset_keys", file.keys)()
+            slices = {name: file.get_slice(name) for name in names}
+            dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            return Header(path, dtypes, shapes, file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(describe_bad_file(path, wanted, str(error))) from None

@@ -1,0 +1,84 @@
+"""Which U-Net a file holds, and in which numbering; or what is wrong with it, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..architecture.keys import NUMBERINGS, Numbering, Shape, coverage, find_layout, names
+from ..architecture.layout import KOALA_NAMES, Layout, is_subnetwork, name
+from ..releases import release_for
+from . import other_models
+from .conventions import WEIGHT_NAMES, label
+from .header import CheckpointError, Header
+
+LEAST_LIKENESS = 0.1
+"""Share of names that a damaged file must have in common with a KOALA's to be compared with it."""
+
+
+def recognise_unet(header: Header, unet: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
+    """Layout and numbering of a KOALA's U-Net, or of the one that a damaged U-Net is most like.
+
+    Args:
+        header: of the whole file.
+        unet: shapes of the U-Net's tensors, prefix taken off.
+
+    Raises CheckpointError with what the file is instead.
+    """
+    file = label(header.path)
+    other = other_models.recognise(header.shapes, unet)
+    if other:
+        raise CheckpointError(
+            f"{file} is {other.name}; expected a KOALA U-Net (an SDXL sub-network such as KOALA-700M). "
+            f"Load it with {other.loader}."
+        )
+    read = find_layout(unet)
+    if read and not is_subnetwork(read[0]):
+        read = None
+    if read and coverage(*read, unet).exact:
+        return read
+    nearest = _most_alike(unet, read)
+    if _likeness(nearest, unet) < LEAST_LIKENESS:
+        raise CheckpointError(
+            f"{file} is {other_models.describe(header.shapes)}; expected a KOALA U-Net with tensors such as "
+            f"down_blocks.0.resnets.0.conv1.weight or input_blocks.1.0.in_layers.2.weight. "
+            f"Take the published file: {published_unet(nearest[0], file)}"
+        )
+    return nearest
+
+
+def require_exact(path: Path, layout: Layout, numbering: Numbering, unet: Mapping[str, Shape]) -> None:
+    """Check that a U-Net has every tensor of its layout, in its shape, and no other. Raises CheckpointError."""
+    cover = coverage(layout, numbering, unet)
+    if cover.exact:
+        return
+    faults = [
+        f"{len(listed)} {word} (first: {', '.join(listed[:3])})"
+        for word, listed in (("missing", cover.missing), ("extra", cover.extra), ("misshapen", cover.misshapen))
+        if listed
+    ]
+    raise CheckpointError(
+        f"{label(path)} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {'; '.join(faults)}. "
+        f"Fetch the published file again: {published_unet(layout, label(path))}"
+    )
+
+
+def published_unet(layout: Layout, file: str) -> str:
+    """Address of the published U-Net that a file most likely is."""
+    return release_for(layout, file).url(f"unet/{WEIGHT_NAMES[0]}")
+
+
+def _most_alike(unet: Mapping[str, Shape], read: tuple[Layout, Numbering] | None) -> tuple[Layout, Numbering]:
+    """The layout and numbering that share most names, then most shapes, with a damaged U-Net."""
+    candidates = [(layout, numbering) for layout in KOALA_NAMES for numbering in NUMBERINGS]
+    if read:
+        candidates.insert(0, read)
+    return max(
+        candidates, key=lambda candidate: (_likeness(candidate, unet), -len(coverage(*candidate, unet).misshapen))
+    )
+
+
+def _likeness(candidate: tuple[Layout, Numbering], unet: Mapping[str, Shape]) -> float:
+    """Share of all names that a layout and a U-Net have in common, 0 to 1."""
+    wanted = set(names(*candidate))
+    return len(wanted & unet.keys()) / len(wanted | unet.keys())
