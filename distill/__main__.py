@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import diffusers
 import transformers
 
-from tools.harness.errors import UserError
-
-from . import config, train
+from . import config, options, train
+from .errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="dev.py distill", description=__doc__.split("\n")[0])
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="distill/example.toml has every key")
+    parser = argparse.ArgumentParser(prog="distill", description=options.DESCRIPTION)
+    options.add_options(parser)
     arguments = parser.parse_args(argv)
     for library in (diffusers, transformers):  # the run has one progress bar, its own
         library.utils.logging.disable_progress_bar()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Sampler
 
-from tools.harness.errors import UserError
+from .errors import UserError
 
 LATENT = 8
 """Pixels along the side of a latent's cell."""

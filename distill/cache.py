@@ -17,12 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from tools.harness.errors import UserError
-
 from ..koala.files import atomic_write as disk
 from . import sources
 from .buckets import Size, buckets, fit, nearest
 from .config import DataTable
+from .errors import UserError
 
 INDEX = "index.json"
 FORMAT = 1

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from tools.harness.errors import UserError
-
 from ..koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout
+from .errors import UserError
 
 NAMED_LAYOUTS: dict[str, Layout] = {"koala-700m": KOALA_700M, "koala-1b": KOALA_1B, "koala-1.7b": KOALA_1_7B}
 
@@ -37,6 +36,9 @@ def key(default: Any, description: str) -> Any:
 
 class TeacherTable(Table):
     model: Path = key(..., "SDXL: a Hugging Face folder or a single .safetensors file, LoRAs merged into it or not")
+    tokenizer: Literal["teacher"] | Path = key(
+        "teacher", "folder of CLIP's tokenizer; a single file as model needs one, a Hugging Face folder has its own"
+    )
     loras: tuple[Path, ...] = key((), "LoRA files to merge into it at full strength, U-Net and text encoders")
     variant: Literal["base", "lightning"] = key(
         "base", "lightning for a step-distilled teacher; the student is then sampled as KOALA-Lightning"
@@ -150,6 +152,7 @@ class Config(Table):
 PATHS = (
     ("output",),
     ("teacher", "model"),
+    ("teacher", "tokenizer"),
     ("teacher", "loras"),
     ("student", "start"),
     ("data", "path"),
@@ -188,15 +191,19 @@ def _from(folder: Path, value: Any) -> Any:
     return str(folder / Path(value).expanduser()) if isinstance(value, str) and value not in STARTS else value
 
 
-EITHER = [["student", name] for name in ("layout", "transformers", "start")]
-"""Keys that take a word or something else; pydantic then tells of both."""
+EITHER: dict[tuple[str, ...], type[Table]] = {
+    ("teacher", "tokenizer"): TeacherTable,
+    **{("student", name): StudentTable for name in ("layout", "transformers", "start")},
+}
+"""Keys that take a word or something else, for which pydantic reports both -> their table."""
 
 
 def _faults(error: ValidationError, found: dict[str, Any]) -> Iterator[str]:
     """Each fault in a sentence that begins with the key."""
     for fault in error.errors():
         where = [str(part) for part in fault["loc"]]
-        if where[:2] in EITHER and len(where) > 2:
+        either = EITHER.get(tuple(where[:2]))
+        if either and len(where) > 2:
             if isinstance(found[where[0]][where[1]], dict) == (fault["type"] == "literal_error"):
                 continue  # of a table what is wrong in it, of all else which words there are
             del where[2]
@@ -209,7 +216,7 @@ def _faults(error: ValidationError, found: dict[str, Any]) -> Iterator[str]:
             yield f"{'.'.join(where)} is missing; it has no default. Add it."
         else:
             wanted = "Input should be a table" if fault["type"] == "model_type" else fault["msg"]
-            meant = f" ({StudentTable.model_fields[where[1]].description})" if where in EITHER else ""
+            meant = f" ({either.model_fields[where[1]].description})" if either and len(where) == 2 else ""
             yield f"{'.'.join(where)} = {fault['input']!r} cannot be used: {wanted}{meant}. Change it."
 
 

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tools.harness.errors import UserError
-
 from ..koala.architecture.keys import tensors
 from ..koala.architecture.lineage import Lineage
 from .config import LossTable, Place
+from .errors import UserError
 
 PATTERNS: dict[Place, re.Pattern[str] | None] = {
     "self-attention": re.compile(r".+\.transformer_blocks\.\d+\.attn1"),

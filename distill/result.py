@@ -10,14 +10,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tools.harness import inprocess
-from tools.harness.errors import UserError
 
 from ..koala.architecture.layout import name
 from ..koala.architecture.lineage import Lineage
 from ..koala.files import atomic_write as disk
+from ..koala.files.conventions import KEPT_KEY
 from ..koala.files.export import unet_config
-from ..koala.files.inspect import KEPT_KEY
 from .config import Config
+from .errors import UserError
 from .teacher import Teacher
 
 DISTILLATION = "koala.distillation"

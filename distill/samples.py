@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from tools.tiny import sheet
-
+from . import sheet
 from .config import Config
 from .teacher import Encoder
 

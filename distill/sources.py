@@ -17,9 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from tools.harness.errors import UserError
-
 from .config import DataTable
+from .errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LISTED = ", ".join(EXTENSIONS)

@@ -8,9 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from tools.harness.errors import UserError
-from tools.measure.lineage import open_unet
-
 from ..koala.architecture.keys import tensors
 from ..koala.architecture.layout import SDXL, Layout, name
 from ..koala.architecture.lineage import (
@@ -23,7 +20,10 @@ from ..koala.architecture.lineage import (
     depths_in_teacher,
 )
 from ..koala.files.export import unet_config
+from ..koala.files.header import CheckpointError
+from ..koala.files.unet_weights import open_unet
 from .config import NAMED_LAYOUTS, StudentTable
+from .errors import UserError
 
 RULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "first": lambda depth, whole: tuple(range(depth)),
@@ -91,7 +91,10 @@ def build(line: Lineage, start: str | Path, teacher: UNet2DConditionModel, seed:
     if start == "teacher":
         unet.load_state_dict({key: value.float() for key, value in line.cut(teacher.state_dict(), "diffusers").items()})
     elif start != "random":
-        earlier = open_unet(Path(start), "a student")
+        try:
+            earlier = open_unet(Path(start), "a student")
+        except CheckpointError as error:
+            raise UserError(f"student.start: {error}") from None
         if earlier.layout != line.student:
             raise UserError(
                 f"student.start: {start} is a {name(earlier.layout)}; expected a {name(line.student)}, as "

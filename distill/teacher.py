@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-from tools.harness.errors import UserError
-from tools.measure import lineage, reference
-
 from ..koala.architecture.layout import Layout, name
 from ..koala.architecture.lineage import is_teacher
 from ..koala.files.export import unet_config
-from ..koala.files.inspect import read_header
+from ..koala.files.header import CheckpointError, read_header
+from ..koala.files.unet_weights import UNetWeights, open_unet
+from ..koala.releases import SCHEDULER_CONFIG
+from . import single_file, tokenizer
 from .config import TeacherTable
+from .errors import UserError
 
 TEXT = ("text_encoder", "text_encoder_2")
-BESIDE = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "vae")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+BESIDE = (*TEXT, *TOKENIZERS, "scheduler", "vae")
 """Folders of SDXL's parts but the U-Net."""
 PREDICTION_MARKS = {"v_pred": "v_prediction", "edm_vpred.sigma_max": "v_prediction", "edm_mean": "edm"}
 """Tensors by which a single file says, to ComfyUI too, that its U-Net predicts something else than the noise."""
@@ -33,7 +36,7 @@ class Teacher:
     """A model with SDXL's layers at any width."""
 
     table: TeacherTable
-    file: lineage.UNet
+    file: UNetWeights
 
     @property
     def layout(self) -> Layout:
@@ -49,6 +52,12 @@ class Teacher:
         files = {path.name: f"{path.stat().st_size} bytes" for path in (self.file.path, *self.table.loras)}
         return {"teacher": self.name, "files": json.dumps(files)}
 
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of CLIP's tokenizer."""
+        own = self.table.tokenizer == "teacher"
+        return self.table.model / "tokenizer" if own else Path(self.table.tokenizer)
+
     @cached_property
     def noise(self) -> DDPMScheduler:
         """The noise schedule that it was trained with."""
@@ -59,7 +68,7 @@ class Teacher:
         told = [kind for mark, kind in PREDICTION_MARKS.items() if mark in header.shapes]
         if header.metadata.get("modelspec.predict_key") == "v":
             told.append("v_prediction")
-        return DDPMScheduler.from_config({**reference.SCHEDULER_CONFIG, "prediction_type": [*told, "epsilon"][0]})
+        return DDPMScheduler.from_config({**SCHEDULER_CONFIG, "prediction_type": [*told, "epsilon"][0]})
 
     def unet(self) -> UNet2DConditionModel:
         """Its U-Net with its LoRAs merged, frozen, in the type that the configuration names; read tensor by tensor."""
@@ -112,15 +121,18 @@ class Teacher:
     def _pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
         folder = self.table.model
         if not folder.is_dir():
-            return reference.pipeline(folder, unet)
-        absent = [part for part in BESIDE if not (folder / part).is_dir()]
+            return single_file.pipeline(folder, self.tokenizer, unet)
+        own = {"unet": unet}
+        if self.table.tokenizer != "teacher":
+            own |= dict(zip(TOKENIZERS, single_file.tokenizers(self.tokenizer), strict=True))
+        absent = [part for part in BESIDE if part not in own and not (folder / part).is_dir()]
         half = any((folder / "text_encoder").glob("*.fp16.safetensors"))
         try:
             if absent:  # without a tokenizer's folder transformers makes one that knows no words
                 raise OSError(f"it has no {' and no '.join(absent)}.")
             made = StableDiffusionXLPipeline.from_pretrained(
                 folder,
-                unet=unet,
+                **own,
                 variant="fp16" if half else None,
                 torch_dtype=torch.float32,
                 add_watermarker=False,
@@ -141,7 +153,10 @@ def open_teacher(table: TeacherTable) -> Teacher:
     for key, path, wanted in (model, *(("loras", path, "a .safetensors file") for path in table.loras)):
         if not path.exists():
             raise UserError(f"teacher.{key}: {path} is not there; expected {wanted}.")
-    file = lineage.open_unet(table.model, "SDXL")
+    try:
+        file = open_unet(table.model, "SDXL")
+    except CheckpointError as error:
+        raise UserError(f"teacher.model: {error}") from None
     if not is_teacher(file.layout):
         raise UserError(
             f"teacher.model: {table.model} is a {name(file.layout)}; expected SDXL's own layers, of which the student "
@@ -153,6 +168,13 @@ def open_teacher(table: TeacherTable) -> Teacher:
             f"teacher.model: {table.model} predicts {kind}, as it says itself; expected epsilon, as SDXL and every "
             f"KOALA does. Give an SDXL that predicts epsilon."
         )
+    if table.model.is_file() and table.tokenizer == "teacher":
+        raise UserError(
+            f"teacher.tokenizer: {table.model} is a single file, which holds no tokenizer; expected a folder with "
+            f"CLIP's. Give the folder tokenizer/ of an SDXL, or comfy/sd1_tokenizer of a ComfyUI."
+        )
+    if table.tokenizer != "teacher" or teacher.tokenizer.is_dir():
+        tokenizer.read_files(teacher.tokenizer)
     teacher.loras()
     return teacher
 

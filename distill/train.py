@@ -27,14 +27,12 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tools.harness import testhost
-from tools.harness.errors import UserError
-
 from ..koala.architecture.lineage import Lineage
 from ..koala.files import atomic_write as disk
 from . import cache, features, losses, result, student
 from .buckets import Batches
 from .config import Config, LossTable, TrainingTable
+from .errors import UserError
 from .metrics import CsvTracker, Means
 from .samples import Grid
 from .teacher import Encoder, Teacher, open_teacher
@@ -42,7 +40,7 @@ from .teacher import Encoder, Teacher, open_teacher
 FREE_TO_CHANGE = {
     "training": {"steps", "learning_rate", "final_rate", "warmup", "checkpoint_every", "keep"},
     "data": {"workers", "path", "cache"},
-    "teacher": {"model"},
+    "teacher": {"model", "tokenizer"},
     "log": None,
     "output": None,
 }
@@ -115,7 +113,6 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
     if done.exists():
         say(f"{done} is there already; nothing to do.")
         return done
-    testhost.test_host()  # writes the result: where it is missing, better to know now than after days
     config.output.mkdir(parents=True, exist_ok=True)
     _same_run(config)
     csv = [CsvTracker(config.output / "metrics.csv")] if "csv" in config.log.to else []

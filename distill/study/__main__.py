@@ -6,11 +6,9 @@ Several hours on two CPU cores, without the teacher, which is for a GPU. Stopped
 command.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from tools.harness import testhost
+from tools import commands
 from tools.harness.errors import UserError
 
 from . import page, runs
@@ -18,11 +16,7 @@ from . import page, runs
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="dev.py distill-study", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--work", type=Path, default=testhost.cache_folder() / "distillation-study")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each; 0: only write")
-    parser.add_argument("--only", nargs="*", default=[], help="some groups of runs: curve, place, layers, addons")
-    arguments = parser.parse_args(argv)
+    arguments = commands.parser("distill-study").parse_args(argv)
     work = arguments.work.resolve()
     try:
         if arguments.jobs:

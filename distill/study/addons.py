@@ -31,7 +31,7 @@ import comfy.utils
 import torch
 
 from tools.synthetic.adapters import SMALL_SDXL
-from tools.tiny import pipeline, sheet
+from tools.tiny import pipeline
 from tools.tiny.evaluate import SEED, grid_prompts
 from tools.tiny.judge import judge
 from tools.tiny.pictures import Drawings, caption, random_drawings
@@ -42,6 +42,7 @@ from ...koala.architecture.keys import tensors
 from ...nodes.adapt import KoalaControlNet
 from ...nodes.prompt import encode_reference, zeros
 from ...nodes.sample import KoalaScheduler
+from .. import sheet
 from .addon_pictures import judge_cyan, outlines, overlaps, saying_cyan
 from .addon_training import CONTROLNET, LORA, SHAPELESS, at_size, train_controlnet, train_lora
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from tools.tiny import autoencoder, checkpoints, denoiser, evaluate, pipeline, sheet, text
+from tools.tiny import autoencoder, checkpoints, denoiser, evaluate, pipeline, text
 from tools.tiny.device import DEVICE
 from tools.tiny.pictures import draw, random_captions, random_drawings
+
+from .. import sheet
 
 SIZE = 128  # pixels
 PROMPTS = 108

@@ -27,14 +27,15 @@ from koala_sdxl.distill import __main__ as command
 from koala_sdxl.distill import cache, config, features, losses, result, student, train
 from koala_sdxl.distill.buckets import Batches
 from koala_sdxl.distill.config import Config
+from koala_sdxl.distill.errors import UserError
 from koala_sdxl.distill.teacher import open_teacher
 from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture.keys import renaming, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
-from koala_sdxl.koala.files.inspect import KEPT_KEY, UNET_PREFIX, inspect_folder, inspect_model
+from koala_sdxl.koala.files.conventions import KEPT_KEY, UNET_PREFIX
+from koala_sdxl.koala.files.inspect import inspect_folder, inspect_model
 from tools.harness import inprocess, testhost
-from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure import reference
 from tools.synthetic import adapters
@@ -531,7 +532,8 @@ def test_a_single_file_teaches_what_its_folder_teaches(place: Path, whole: Path)
     one = {**SETTINGS["training"], "steps": 1}
     run(place, "of-folder", training=one)
     data = {**SETTINGS["data"], "cache": "cache-of-file"}
-    run(place, "of-file", teacher={"model": "sdxl.safetensors"}, data=data, training=one)
+    tokenizer = str(testhost.test_host().tokenizer)
+    run(place, "of-file", teacher={"model": "sdxl.safetensors", "tokenizer": tokenizer}, data=data, training=one)
     pairs = zip(rows(place / "of-folder"), rows(place / "of-file"), strict=True)
     for first, second in pairs:
         assert {key: float(value) for key, value in first.items()} == pytest.approx(

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from koala_sdxl.distill import cache, sources
 from koala_sdxl.distill.buckets import Batches, buckets, fit, nearest
 from koala_sdxl.distill.config import DataTable
+from koala_sdxl.distill.errors import UserError
 from koala_sdxl.koala.files import atomic_write as disk
-from tools.harness.errors import UserError
 
 IDENTITY = {"teacher.model": "sdxl"}
 datasets.disable_progress_bars()

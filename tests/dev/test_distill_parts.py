@@ -19,18 +19,18 @@ from torch import nn
 
 from koala_sdxl.distill import config, features, losses, student, train
 from koala_sdxl.distill.config import Config, LossTable, StudentTable, TrainingTable
+from koala_sdxl.distill.errors import UserError
 from koala_sdxl.distill.metrics import CsvTracker, Means
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SDXL
 from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, Lineage, at_widths_of, lineage
 from koala_sdxl.koala.files.export import unet_config
-from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure import reference
 from tools.synthetic.random_weights import unet_state
 from tools.tiny.train import SDXL_TINY
 
 State = dict[str, torch.Tensor]
-EXAMPLE = ROOT / "tools" / "distill" / "example.toml"
+EXAMPLE = ROOT / "distill" / "example.toml"
 WHOLE_LAYERS = {"down": [[0, 0], [2, 2], [4, 4]], "up": [[4, 4, 4], [2, 2, 2], [0, 0, 0]], "middle": 4}
 GIVEN = """
 output = "out"

@@ -1,9 +1,8 @@
 """Measures koala-tiny's one file at KOALA's published base settings and writes its model card.
 
-Usage: python -m tools.tiny.evaluate [--model FILE] [--card FILE]
+Usage: python3 dev.py evaluate-tiny [--model FILE] [--card FILE]
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -11,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from koala_sdxl.distill import sheet
 from koala_sdxl.distill.result import DISTILLATION
-from koala_sdxl.koala.files.inspect import read_header
+from koala_sdxl.koala.files.header import read_header
+from tools import commands
 from tools.measure import reference
-from tools.tiny import SHIPPED, autoencoder, card, pipeline, sheet
+from tools.tiny import autoencoder, card, pipeline
 from tools.tiny.judge import UNSURE, judge, red_share
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Drawings, caption, draw, random_drawings
 
@@ -129,10 +130,7 @@ def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=SHIPPED, help="koala-tiny's file")
-    parser.add_argument("--card", type=Path, default=SHIPPED.with_suffix(".md"), help="pictures go beside it")
-    arguments = parser.parse_args(argv)
+    arguments = commands.parser("evaluate-tiny").parse_args(argv)
     figures, pictures = evaluate(arguments.model)
     stem = arguments.card.with_suffix("")
     sheet.save(pictures["prompts"][:72], 12, stem.with_name(stem.name + "-sheet.png"))

@@ -1,9 +1,8 @@
 """Turns a finished koala-tiny folder into the one file that ships, by the pack's own loader and ComfyUI's own saver.
 
-Usage: python -m tools.tiny.pack --model DIR [--out assets/koala-tiny.safetensors]
+Usage: python3 dev.py pack-tiny --model DIR [--out assets/koala-tiny.safetensors]
 """
 
-import argparse
 import json
 import os
 import sys
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 
 from koala_sdxl.distill.result import DISTILLATION
-from koala_sdxl.koala.files.inspect import read_header
+from koala_sdxl.koala.files.header import read_header
+from tools import commands
 from tools.harness import inprocess
-from tools.tiny import SHIPPED, autoencoder, denoiser, text
+from tools.tiny import autoencoder, denoiser, text
 
 MODELSPEC = {
     "modelspec.sai_model_spec": "1.0.1",
@@ -85,10 +85,7 @@ def _weights(part: Any) -> dict[str, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="pack-tiny", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder, trained or distilled")
-    parser.add_argument("--out", type=Path, default=SHIPPED)
-    arguments = parser.parse_args(argv)
+    arguments = commands.parser("pack-tiny").parse_args(argv)
     pack(arguments.model, arguments.out)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from koala_sdxl.distill.single_file import tokenizers as tokenizers
 from tools.tiny import checkpoints
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, Caption, random_captions, random_drawings
 
@@ -68,14 +69,6 @@ class Encoders(nn.Module):
         context_l = self.l(tokens, output_hidden_states=True).hidden_states[-2]
         g = self.g(pad_with_zeros(tokens), output_hidden_states=True)
         return torch.cat([context_l, g.hidden_states[-2]], dim=-1), g.text_embeds
-
-
-def tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """CLIP's tokenizer as SDXL uses it twice: padded with the end token for L and with "!" (id 0) for G."""
-    return (
-        CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH),
-        CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH, pad_token="!"),
-    )
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Trains koala-tiny from nothing: draws its pictures, then autoencoder -> text encoders -> U-Net -> diffusers folder.
 
-Usage: python -m tools.tiny.train --tokenizer COMFYUI/comfy/sd1_tokenizer [--work DIR] [--teacher]
+Usage: python3 dev.py train-tiny [--work DIR] [--teacher] [--tokenizer DIR]
 
 With --teacher it trains sdxl-tiny instead, SDXL's layout at the same width, on the same pictures, with the shipped
 koala-tiny's autoencoder and text encoders: what `dev.py distill` then makes a koala-tiny of.
@@ -10,17 +10,18 @@ the same command. koala-tiny takes an hour and a half on two CPU cores; sdxl-tin
 takes 0.04 s on an H200, and one with a quarter of the pictures 1.3 s on two cores.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
+from koala_sdxl.distill import sheet, single_file
 from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL
 from koala_sdxl.koala.architecture.lineage import at_widths_of
-from tools.measure import reference
-from tools.tiny import SHIPPED, autoencoder, denoiser, pipeline, sheet, text
+from tools import commands
+from tools.harness import testhost
+from tools.tiny import SHIPPED, autoencoder, denoiser, pipeline, text
 from tools.tiny.device import DEVICE
 from tools.tiny.evaluate import grid_prompts, score
 
@@ -41,7 +42,7 @@ def train(tokenizer_folder: Path, work: Path, teacher: bool) -> Path:
     recipe, layout = (denoiser.TEACHER, SDXL_TINY) if teacher else (denoiser.Recipe(), KOALA_TINY)
     tokenizers = text.tokenizers(tokenizer_folder)
     if teacher:
-        shipped = reference.pipeline(SHIPPED, tokenizer_folder)
+        shipped = single_file.pipeline(SHIPPED, tokenizer_folder)
         vae, encoders = shipped.vae, text.Encoders(shipped.text_encoder, shipped.text_encoder_2)
     else:
         vae = autoencoder.train(autoencoder.Recipe(), SEED, work / "autoencoder.pt", log)
@@ -65,12 +66,9 @@ def train(tokenizer_folder: Path, work: Path, teacher: bool) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="train-tiny", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("koala-tiny-training"), help="checkpoints and the result")
-    parser.add_argument("--teacher", action="store_true", help="train sdxl-tiny instead")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="CLIP's: ComfyUI's comfy/sd1_tokenizer")
-    arguments = parser.parse_args(argv)
-    print(train(arguments.tokenizer, arguments.work, arguments.teacher))
+    arguments = commands.parser("train-tiny").parse_args(argv)
+    tokenizer = arguments.tokenizer or testhost.test_host().tokenizer
+    print(train(tokenizer, arguments.work, arguments.teacher))
     return 0
 
 

@@ -1,0 +1,13 @@
+"""The trainer's command line. Standard library only: its help needs no other package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DESCRIPTION = "Distils a compact U-Net out of an SDXL (README.md)."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the trainer's arguments."""
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="distill/example.toml has every key")
