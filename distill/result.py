@@ -14,14 +14,11 @@ from tools.harness import inprocess
 from ..koala.architecture.layout import name
 from ..koala.architecture.lineage import Lineage
 from ..koala.files import atomic_write as disk
-from ..koala.files.conventions import KEPT_KEY
+from ..koala.files.conventions import DISTILLATION_KEY, KEPT_KEY, VARIANT_KEY
 from ..koala.files.export import unet_config
 from .config import Config
 from .errors import UserError
 from .teacher import Teacher
-
-DISTILLATION = "koala.distillation"
-"""Metadata that says, as JSON, how a model was made."""
 
 ANEW = "Begin anew in another output folder, with a lower training.learning_rate."
 
@@ -38,9 +35,9 @@ def metadata(config: Config, teacher: Teacher, line: Lineage) -> dict[str, str]:
         "loss": config.loss.model_dump(mode="json"),
     }
     return {
-        "koala.variant": config.teacher.variant,
+        VARIANT_KEY: config.teacher.variant,
         KEPT_KEY: json.dumps(dict(line.transformers)),
-        DISTILLATION: json.dumps(told),
+        DISTILLATION_KEY: json.dumps(told),
     }
 
 

@@ -11,6 +11,7 @@ import sys
 from tools import commands
 from tools.harness.errors import UserError
 
+from .. import errors
 from . import page, runs
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.jobs:
             runs.run_all(work, arguments.jobs, arguments.only)
         print(page.write(work))
-    except UserError as problem:
+    except (UserError, errors.UserError) as problem:
         print(f"distill-study: {problem}", file=sys.stderr)
         return 1
     return 0

@@ -16,6 +16,8 @@ VARIANT_KEY = "koala.variant"
 KEPT_KEY = "koala.transformers"
 """Metadata in which a student of one's own says which of SDXL's transformer blocks it kept, as JSON: attention module
 -> list of SDXL's indices, as in ``lineage.KEPT_TRANSFORMERS``."""
+DISTILLATION_KEY = "koala.distillation"
+"""Metadata that says, as JSON, how a student was trained: teacher, LoRAs, layout, start, steps, batch and loss."""
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
 TEXT_NAMES = ("model.fp16.safetensors", "model.safetensors")

@@ -33,7 +33,7 @@ from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture.keys import renaming, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
-from koala_sdxl.koala.files.conventions import KEPT_KEY, UNET_PREFIX
+from koala_sdxl.koala.files.conventions import DISTILLATION_KEY, KEPT_KEY, UNET_PREFIX
 from koala_sdxl.koala.files.inspect import inspect_folder, inspect_model
 from tools.harness import inprocess, testhost
 from tools.harness.testhost import ROOT
@@ -271,7 +271,7 @@ def test_both_say_what_they_are_made_of(place: Path, whole: Path) -> None:
             metadata = opened.metadata()
         assert metadata["koala.variant"] == "base"
         assert json.loads(metadata[KEPT_KEY]) == {module: list(kept) for module, kept in LINE.transformers.items()}
-        assert json.loads(metadata[result.DISTILLATION]) == {
+        assert json.loads(metadata[DISTILLATION_KEY]) == {
             "layout": "koala-tiny",
             "teacher": "sdxl-tiny",
             "loras": [],
@@ -284,7 +284,7 @@ def test_both_say_what_they_are_made_of(place: Path, whole: Path) -> None:
 
 def test_the_built_in_models_file_would_say_it_too(whole: Path) -> None:
     said = pack.metadata(whole / "result" / "whole")
-    assert json.loads(said[result.DISTILLATION])["steps"] == STEPS
+    assert json.loads(said[DISTILLATION_KEY])["steps"] == STEPS
     assert said["modelspec.title"] == "koala-tiny"
     assert json.loads(said["koala.training"]).keys() == {"autoencoder", "text"}  # no recipe of a U-Net
 
@@ -518,7 +518,7 @@ def test_an_earlier_student_is_trained_further(place: Path, whole: Path) -> None
     run(place, "further", student={"start": str(start)}, training=rate)
     assert same(saved(place / "further"), start)  # fp16 does not show so small a step
     with safe_open(saved(place / "further"), framework="pt") as opened:
-        assert json.loads(opened.metadata()[result.DISTILLATION])["start"] == "whole.safetensors"
+        assert json.loads(opened.metadata()[DISTILLATION_KEY])["start"] == "whole.safetensors"
 
 
 # --- teachers ----------------------------------------------------------------------------------------------------

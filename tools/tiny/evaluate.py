@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from koala_sdxl.distill import sheet
-from koala_sdxl.distill.result import DISTILLATION
+from koala_sdxl.distill import sheet, single_file
+from koala_sdxl.koala.files.conventions import DISTILLATION_KEY
 from koala_sdxl.koala.files.header import read_header
 from tools import commands
-from tools.measure import reference
+from tools.harness import testhost
 from tools.tiny import autoencoder, card, pipeline
 from tools.tiny.judge import UNSURE, judge, red_share
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Drawings, caption, draw, random_drawings
@@ -110,7 +110,7 @@ def negative_red(
 
 def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """All figures, and the pictures for the card."""
-    model = reference.pipeline(file)
+    model = single_file.pipeline(file, testhost.test_host().tokenizer)
     prompts, asked = grid_prompts(PROMPTS)
     made = pipeline.pictures(model, prompts, seed=SEED)
     fresh = draw(random_drawings(64, torch.Generator().manual_seed(SEED)), 128)
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     sheet.save(pictures["prompts"][:72], 12, stem.with_name(stem.name + "-sheet.png"))
     pairs = torch.cat([pictures["plain"][:12], pictures["without_red"][:12]])
     sheet.save(pairs, 12, stem.with_name(stem.name + "-negative-red.png"))
-    distilled = json.loads(read_header(arguments.model).metadata.get(DISTILLATION, "null"))
+    distilled = json.loads(read_header(arguments.model).metadata.get(DISTILLATION_KEY, "null"))
     arguments.card.write_text(card.write(figures, stem.name, distilled))
     print(json.dumps(figures, indent=2))
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from koala_sdxl.distill.result import DISTILLATION
+from koala_sdxl.koala.files.conventions import DISTILLATION_KEY
 from koala_sdxl.koala.files.header import read_header
 from tools import commands
 from tools.harness import inprocess
@@ -41,7 +41,7 @@ def metadata(folder: Path) -> dict[str, str]:
     facts = {f"koala.config.{part}": json.dumps(json.loads(text)) for part, text in configs.items()}
     (unet,) = (folder / "unet").glob("*.safetensors")
     said = {key: value for key, value in read_header(unet).metadata.items() if key.startswith("koala.")}
-    return {**MODELSPEC, **said, **facts, "koala.training": training_facts(DISTILLATION in said)}
+    return {**MODELSPEC, **said, **facts, "koala.training": training_facts(DISTILLATION_KEY in said)}
 
 
 def training_facts(distilled: bool) -> str:
