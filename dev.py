@@ -2,7 +2,7 @@
 """Everything that one does with a checkout, by one command each: see `python3 dev.py --help`.
 
 Needs nothing but Python. The first run builds an environment and fetches ComfyUI, both outside the checkout
-(tools/harness/testhost.py says where); each command then runs inside that environment.
+(tools/harness/testhost.py says where); each command then runs inside that environment. Help needs neither.
 """
 
 import sys
@@ -13,91 +13,33 @@ if sys.version_info < (3, 11):  # said here, before code that an older Python ca
         "Install it and run: python3.11 dev.py ..." % (sys.version_info[0], sys.version_info[1], sys.executable)
     )
 
-import argparse
 import os
-import runpy
 import signal
 import subprocess
 from pathlib import Path
 
+from tools import commands
 from tools.harness import testhost
 from tools.harness.errors import UserError
-
-MODULES = {
-    "train-tiny": "tools.tiny.train",
-    "pack-tiny": "tools.tiny.pack",
-    "evaluate-tiny": "tools.tiny.evaluate",
-    "parity": "tools.measure.parity",
-    "transfer": "tools.measure.transfer",
-    "lineage": "tools.measure.lineage",
-    "bench": "tools.measure.bench",
-    "distill": "koala_sdxl.distill",
-    "distill-study": "koala_sdxl.distill.study",
-}
-PASS_ON = ("test", *MODULES)  # their further arguments go to what they run
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="dev.py", description="Demo, tests and training for the KOALA node pack.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="make pictures with the pack in a real ComfyUI server")
-    demo.add_argument("--prompt", help="what to draw; without it: a contact sheet of several prompts")
-    demo.add_argument("--negative", default="", help="what to keep out of the picture")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--steps", type=int, help="sampling steps (default: what the model was published with)")
-    demo.add_argument("--model", help="a KOALA folder or .safetensors file (default: the built-in koala-tiny)")
-    demo.add_argument("--out", type=Path, help="PNG to write, or a folder (default: ./koala-demo/)")
-    add_host(demo)
-
-    add_host(commands.add_parser("serve", help="start ComfyUI with the pack and leave it running; prints the URL"))
-    commands.add_parser("test", help="ruff, mypy, the registry's checks, then pytest; further arguments go to pytest")
-    commands.add_parser("train-tiny", help="train the built-in model; further arguments go to tools.tiny.train")
-    commands.add_parser(
-        "pack-tiny", help="write the built-in model's one file; further arguments go to tools.tiny.pack"
-    )
-    commands.add_parser("evaluate-tiny", help="measure the built-in model and write its card, likewise")
-    commands.add_parser("parity", help="compare with diffusers and write docs/parity.md")
-    commands.add_parser("transfer", help="measure what of SDXL's adapters reaches KOALA and write docs/transfer.md")
-    commands.add_parser("lineage", help="SDXL KOALA [--out FILE]: measure which SDXL layer each KOALA layer came from")
-    commands.add_parser("bench", help="measure speed, memory and quality beside stock ComfyUI and diffusers, likewise")
-    commands.add_parser("distill", help="CONFIG.toml: make a compact U-Net out of an SDXL (distill/README.md)")
-    commands.add_parser("distill-study", help="try distillation out on the small family, write docs/distillation.md")
-    return top
-
-
-def add_host(command: argparse.ArgumentParser) -> None:
-    """Options of the commands that start a server."""
-    command.add_argument(
-        "--comfyui",
-        type=Path,
-        default=os.environ.get("COMFYUI_PATH") or None,
-        metavar="DIR",
-        help="a ComfyUI that you have, left as it is (default: COMFYUI_PATH, else one that is fetched); run by the "
-        "Python in its own venv, else by the one that runs this, unless COMFYUI_PYTHON names another",
-    )
-    command.add_argument("--port", type=int, help="port of the server on this machine (default: a free one)")
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
-    top = parser()
+    top = commands.top()
     options, further = top.parse_known_args(arguments)
-    if further and options.command not in PASS_ON:
+    if further and not commands.COMMANDS[options.command].passes_on:
         top.error(f"unrecognized arguments: {' '.join(further)}")
     try:
-        host = None
-        if folder := getattr(options, "comfyui", None):
-            host = testhost.own_host(folder, os.environ.get("COMFYUI_PYTHON"))
-            os.environ["COMFYUI_PYTHON"] = str(host.python)  # found here, where the Python is still the person's own
-        python = testhost.ensure(testhost.TOOLS if host else testhost.FULL)
+        folder = getattr(options, "comfyui", None)
+        if folder:  # looked for here, where the Python is still the user's own
+            os.environ["COMFYUI_PYTHON"] = str(testhost.own_host(folder, os.environ.get("COMFYUI_PYTHON")).python)
+        python = testhost.ensure(testhost.TOOLS if folder else testhost.FULL)
         if Path(sys.prefix).resolve() != python.parent.parent.resolve():
             return run_inside(python, arguments)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server is stopped then too
-        return run(options, further, host or testhost.test_host())
-    except UserError as problem:
-        print(f"dev.py: {problem}", file=sys.stderr)
+        return commands.run(options.command, arguments[arguments.index(options.command) + 1 :])
+    except UserError as error:
+        print(f"dev.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dev.py: stopped", file=sys.stderr)
@@ -113,30 +55,6 @@ def run_inside(python: Path, arguments: list[str]) -> int:
         sys.stdout.flush()
         os.execv(command[0], command)
     return subprocess.call(command)
-
-
-def run(options: argparse.Namespace, further: list[str], host: testhost.Host) -> int:
-    """Run a command, inside the environment."""
-    if options.command == "test":
-        from tools.check import checks
-
-        return checks.run(further)
-    if options.command in MODULES:
-        tokenizer = str(host.tokenizer)
-        own = ["--tokenizer", tokenizer] if options.command == "train-tiny" else []
-        sys.argv = [options.command, *own, *further]
-        runpy.run_module(MODULES[options.command], run_name="__main__", alter_sys=True)
-        return 0
-
-    from tools import demo
-
-    if options.command == "serve":
-        return demo.serve(host, options.port)
-    return demo.run(
-        host,
-        demo.Request(options.prompt, options.negative, options.seed, options.steps, options.model, options.out),
-        options.port,
-    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 
 from koala_sdxl.host.accelerate.plan import FIRST, full_steps
 from koala_sdxl.koala.schedule import schedule
+from tools import commands
 from tools.harness.errors import UserError
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import published, readings, report, search, sections, store
@@ -286,6 +287,7 @@ def test_a_wrong_command_line_is_refused(
 
 
 def test_sections_are_chosen_by_device_and_name() -> None:
+    assert tuple(SECTIONS) == commands.SECTIONS
     assert command.chosen([], "cpu") == list(SECTIONS)
     assert command.chosen([], "cuda") == [name for name in SECTIONS if name != "quality"]
     assert command.chosen(["step", "report"], "cpu") == ["step"]
@@ -309,7 +311,7 @@ def test_a_search_begins_with_a_known_table() -> None:
 @pytest.mark.parametrize("full", [2, 26])
 def test_a_search_for_a_table_that_cannot_be_is_refused(full: int) -> None:
     with pytest.raises(UserError, match="expected"):
-        search.main(["--full", str(full)])
+        search.run(full, "euler")
 
 
 def test_a_search_climbs_by_single_steps_to_where_no_move_is_better() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,25 +11,44 @@ from pathlib import Path
 
 import pytest
 
+from tools.commands import COMMANDS, parser
 from tools.harness.testhost import ROOT
 
 
 def run(tmp_path: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    """Run dev.py with an empty cache, in another folder than the checkout."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [python, str(ROOT / "dev.py"), *arguments]
+    """Run dev.py with an empty cache and no packages, in another folder than the checkout."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "80"}
+    command = [python, "-S", str(ROOT / "dev.py"), *arguments]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["test", "--help"], ["serve", "--help"]])
-def test_help_builds_nothing(tmp_path: Path, arguments: list[str]) -> None:
-    done = run(tmp_path, *arguments)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_its_own_help_and_builds_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run(tmp_path, name, "--help")
     assert done.returncode == 0
-    assert "usage: dev.py" in done.stdout
+    assert done.stdout.startswith(f"usage: dev.py {name} ")
+    assert done.stdout == parser(name).format_help()
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo", "--promt", "x"], ["paint"]])
+def test_help_lists_every_command(tmp_path: Path) -> None:
+    lines = run(tmp_path, "--help").stdout.splitlines()
+    assert {line.split()[0] for line in lines if line.startswith("    ") and line.strip()} >= COMMANDS.keys()
+
+
+def test_a_command_names_a_function_that_there_is() -> None:
+    for command in COMMANDS.values():
+        module, function = command.function.split(":")
+        assert importlib.util.find_spec(module), module
+        source = Path(str(importlib.util.find_spec(module).origin)).read_text("utf-8")  # type: ignore[union-attr]
+        assert f"def {function}(" in source
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo", "--promt", "x"], ["paint"], ["lineage", "one"], ["bench", "speed"]])
 def test_a_mistyped_command_builds_nothing(tmp_path: Path, arguments: list[str]) -> None:
     done = run(tmp_path, *arguments)
     assert done.returncode == 2

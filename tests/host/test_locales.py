@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tools.generate.generator import text_faults
 from tools.generate.locales import (
     COMMANDS,
     ENGLISH,
@@ -16,9 +17,9 @@ from tools.generate.locales import (
     PACK,
     TRANSLATIONS,
     Key,
-    as_text,
     differences,
     english,
+    files,
     leaves,
     lookup,
     own_nodes,
@@ -47,9 +48,8 @@ def sentences(language: str) -> dict[Key, str]:
 
 
 def test_english_is_what_the_schemas_say(object_info: dict[str, Any]) -> None:
-    """If this fails: `python -m tools.generate.locales`."""
-    written = {path.stem: path.read_text("utf-8") for path in (FOLDER / ENGLISH).iterdir()}
-    assert written == {stem: as_text(contents) for stem, contents in english(object_info).items()}
+    """If this fails: `python3 dev.py generate locales`."""
+    assert text_faults(files(object_info), (FOLDER / ENGLISH).iterdir()) == []
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
@@ -141,10 +141,10 @@ def test_the_tool_writes_english_and_says_what_the_others_lack(tmp_path: Path, o
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "ko").mkdir()
     (tmp_path / "ko" / "main.json").write_text('{"nodeCategories": ')
-    with pytest.raises(UserError, match=r"main\.json is no JSON"):
+    with pytest.raises(UserError, match=r"main\.json is not JSON"):
         read("ko", tmp_path)
 
 

@@ -80,7 +80,7 @@ def test_an_exported_graph_is_accepted(path: Path, client: Client) -> None:
 
 
 def test_this_version_is_frozen_with_every_node(object_info: dict[str, Any]) -> None:
-    """If this fails for a new version, or a node that came before its release: `python -m tools.generate.frozen`."""
+    """If this fails for a new version, or a node that came before its release: `python3 dev.py generate frozen`."""
     folder = FOLDER / PROJECT["version"]
     saved = {node["type"] for title in BUILT for node in read(folder / f"{title}.json")["nodes"]}
     assert {name for name in object_info if name.startswith("Koala")} <= saved

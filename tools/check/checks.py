@@ -31,6 +31,7 @@ def run(pytest_arguments: Sequence[str]) -> int:
         ("ruff check", lint),
         ("ruff format", formatting),
         ("mypy", types),
+        ("generated files", generated),
         ("the packed pack", gates.run),
     ):
         say(f"== {title}")
@@ -51,6 +52,12 @@ def lint() -> int:
 
 def formatting() -> int:
     return subprocess.call([sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT)
+
+
+def generated() -> int:
+    from tools.generate.__main__ import check_without_server
+
+    return check_without_server()
 
 
 def types() -> int:

@@ -1,17 +1,19 @@
 """The blueprints of subgraphs/: ready subgraphs that the canvas offers as one node.
 
-`python -m tools.generate.blueprints` writes the files. They are made of the same nodes as the workflows are.
+`python3 dev.py generate blueprints` writes the files. They are made of the same nodes as the workflows are.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.releases import SIZES
 from tools.generate.canvas import PROJECT, Columns, Node, Output, canvas
+from tools.generate.generator import of_texts
 from tools.generate.workflows import as_text, empty_latent, prompt, sampler
 from tools.harness.testhost import ROOT
 
@@ -128,7 +130,9 @@ def blueprints() -> dict[str, dict[str, Any]]:
     return {title: text_to_image(title)}
 
 
-if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
-    for title, workflow in blueprints().items():
-        (FOLDER / f"{title}.json").write_text(as_text(workflow), "utf-8")
+def files() -> dict[Path, str]:
+    """The text of each file."""
+    return {FOLDER / f"{title}.json": as_text(workflow) for title, workflow in blueprints().items()}
+
+
+GENERATOR = of_texts(FOLDER, "*.json", files)

@@ -1,14 +1,16 @@
-"""Graphs as this version of the pack saves them, kept for ever; written once a version.
+"""Graphs as this version of the pack saves them, kept for ever: `python3 dev.py generate frozen`, once a version.
 
 For each shipped workflow, and for graphs that have every node of ours, a pair of files below ``FOLDER/<version>``:
 ``<title>.json`` as the canvas saves a workflow (widgets by their place), ``<title>.api.json`` as it exports one for
 POST /prompt (inputs by their names). Later versions have to open both with every value in its place. What comes to a
-version before its release is written beside what is there, which stays as it is.
+version before its release is written beside what is there, which stays as it is: ``CHECKSUMS`` lists every file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ from typing import Any
 from playwright.sync_api import Page
 
 from tools.generate.canvas import PROJECT
+from tools.generate.generator import Generator, shown
 from tools.generate.workflows import FOLDER as SHIPPED
 from tools.generate.workflows import as_text
 from tools.harness import browser, testhost
-from tools.harness.errors import UserError
 from tools.harness.server import running
 from tools.harness.testhost import ROOT, say
 
 FOLDER = ROOT / "tests" / "host" / "workflows"
+CHECKSUMS = FOLDER / "SHA256SUMS"
 EVERY_NODE = "every node"
 ACCELERATED = f"{EVERY_NODE}, acceleration"
 API = ".api"  # in the name of a file that is in the format of POST /prompt
@@ -159,14 +162,11 @@ def opened(page: Page) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write(folder: Path) -> None:
-    """Write those of this version's files that are not there.
-
-    Raises UserError where all are there: what was saved once is not to change.
-    """
+    """Write those of this version's files that are not there; what was saved once does not change."""
     missing = [file for file in sorted(SHIPPED.glob("*.json")) if not (folder / file.name).exists()]
     built = {title: graph for title, graph in BUILT.items() if not (folder / f"{title}.json").exists()}
     if not missing and not built:
-        raise UserError(f"{folder} is whole; frozen files stay as they are. Raise the version in pyproject.toml.")
+        return
     with (
         running(testhost.test_host()) as server,
         browser.browser() as chromium,
@@ -185,8 +185,42 @@ def write(folder: Path) -> None:
     for title, (saved, queued) in graphs.items():
         (folder / f"{title}.json").write_text(as_text(saved), "utf-8")
         (folder / f"{title}{API}.json").write_text(as_text(queued), "utf-8")
-    say(f"{len(graphs)} graphs in {folder}")
+        say(f"frozen: {shown(folder / title)}.json")
+    CHECKSUMS.write_text(checksums({**files(), **listed()}), "utf-8")
 
 
-if __name__ == "__main__":
-    write(FOLDER / PROJECT["version"])
+def files() -> dict[str, str]:
+    """Each frozen file, by its path below ``FOLDER``, and the SHA-256 of its bytes."""
+    paths = sorted(FOLDER.glob("*/*.json"))
+    return {path.relative_to(FOLDER).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def listed() -> dict[str, str]:
+    """The same as ``CHECKSUMS`` lists it."""
+    if not CHECKSUMS.is_file():
+        return {}
+    lines = (line.split("  ", 1) for line in CHECKSUMS.read_text("utf-8").splitlines())
+    return {name: digest for digest, name in lines}
+
+
+def checksums(digests: Mapping[str, str]) -> str:
+    """The text of ``CHECKSUMS``, as ``sha256sum -c`` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def check() -> list[str]:
+    """A line for each frozen file that was changed or is gone, and for each graph that this version has not frozen."""
+    folder, known, present = FOLDER / PROJECT["version"], listed(), files()
+    changed = [
+        f"{shown(FOLDER / name)}: {'was changed' if name in present else 'is gone'}; frozen files stay as they are, "
+        "take it back from the last commit"
+        for name, digest in known.items()
+        if present.get(name) != digest
+    ]
+    wanted = [folder / f"{title}.json" for title in (*(file.stem for file in SHIPPED.glob("*.json")), *BUILT)]
+    missing = [f"{shown(path)}: missing" for path in sorted(wanted) if not path.is_file()]
+    unlisted = [f"{shown(FOLDER / name)}: not in {CHECKSUMS.name}" for name in present if name not in known]
+    return changed + missing + unlisted
+
+
+GENERATOR = Generator(lambda _: write(FOLDER / PROJECT["version"]), check)

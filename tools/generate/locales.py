@@ -1,7 +1,7 @@
 """The texts of locales/: English as the nodes' schemas have it, and what the translations lack.
 
-Asks a server for the schemas, writes locales/en, and says what to do about the translations: which
-keys are missing, which superfluous, and which English texts changed. It never writes a translation.
+`python3 dev.py generate locales` asks a server for the schemas, writes locales/en, and says what to do about the
+translations: which keys are missing, which superfluous, and which English texts changed. It never writes a translation.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tools.generate.generator import Generator, text_faults, write_texts
 from tools.harness import testhost
 from tools.harness.client import Client
 from tools.harness.errors import UserError
@@ -116,14 +117,14 @@ def leaves(tree: Tree, path: Key = ()) -> dict[Key, str]:
 
 
 def read(language: str, folder: Path = FOLDER) -> Tree:
-    """Stem -> contents of every file of a language. Raises UserError where one is no JSON."""
+    """Stem -> contents of every file of a language. Raises UserError where one is not JSON."""
     found: Tree = {}
     for path in sorted((folder / language).glob("*.json")):
         try:
             found[path.stem] = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise UserError(
-                f"{path} is no JSON: {error}. The host would leave the whole file out; correct it."
+                f"{path} is not JSON: {error}. The host would leave the whole file out; correct it."
             ) from error
     return found
 
@@ -143,22 +144,40 @@ def differences(texts: Tree, translated: Tree) -> list[str]:
 def update(info: Mapping[str, Tree], folder: Path = FOLDER) -> list[str]:
     """Write the English files; returns what is to be done about the translations, a line for each key."""
     before, texts = leaves(read(ENGLISH, folder)), english(info)
-    (folder / ENGLISH).mkdir(parents=True, exist_ok=True)
-    for stem, contents in texts.items():
-        (folder / ENGLISH / f"{stem}.json").write_text(as_text(contents), "utf-8")
+    write_texts(files(info, folder))
     changed = [key for key, text in leaves(texts).items() if before.get(key, text) != text]
     lines = [f"{ENGLISH}: changed, so look at its translations: {' > '.join(key)}" for key in changed]
-    return lines + [
-        f"{language}: {line}" for language in TRANSLATIONS for line in differences(texts, read(language, folder))
-    ]
+    return lines + untranslated(info, folder)
 
 
-def main() -> None:
+def files(info: Mapping[str, Tree], folder: Path = FOLDER) -> dict[Path, str]:
+    """The text of each English file."""
+    return {folder / ENGLISH / f"{stem}.json": as_text(contents) for stem, contents in english(info).items()}
+
+
+def untranslated(info: Mapping[str, Tree], folder: Path = FOLDER) -> list[str]:
+    """A line for each key that a translation lacks, or has in excess."""
+    texts = english(info)
+    return [f"{language}: {line}" for language in TRANSLATIONS for line in differences(texts, read(language, folder))]
+
+
+def schemas() -> dict[str, Tree]:
+    """GET /object_info of a server with the pack."""
     with running(testhost.test_host()) as server:
-        info = Client(server.url).object_info()
-    for line in update(info):
+        return Client(server.url).object_info()
+
+
+def write(_: bool) -> None:
+    """Bring locales/en up to date."""
+    for line in update(schemas()):
         testhost.say(line)
 
 
-if __name__ == "__main__":
-    main()
+def check() -> list[str]:
+    """A line for each English file that is out of date, and for each text that is still to be translated."""
+    info = schemas()
+    lines = [f"locales/{line}; to be translated by hand" for line in untranslated(info)]
+    return text_faults(files(info), (FOLDER / ENGLISH).glob("*.json")) + lines
+
+
+GENERATOR = Generator(write, check, needs_server=True)

@@ -1,4 +1,4 @@
-"""The pictures of the help pages and of README.md, taken from the real canvas.
+"""The images of the help pages and of README.md, taken from the real canvas: `python3 dev.py generate pictures`.
 
 Each node is shown as it is after a run with the built-in koala-tiny, in Nodes 2.0; those that need a model that is not
 built in are shown before one.
@@ -7,15 +7,18 @@ built in are shown before one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 from playwright.sync_api import Page
 from safetensors.torch import save_file
 
+from tools.generate import drawn, locales
+from tools.generate.generator import Generator, shown
 from tools.generate.workflows import workflows
 from tools.harness import browser, testhost
 from tools.harness.server import running
+from tools.harness.testhost import say
 from tools.synthetic import adapters
 
 HELP = testhost.ROOT / "web" / "docs" / "images"
@@ -23,6 +26,13 @@ DOCS = testhost.ROOT / "docs"
 LORA = "an-sdxl-lora.safetensors"
 FILES = ("diffusion_models/koala-700m.fp16.safetensors", "checkpoints/sd_xl_base_1.0.safetensors")
 GRAPH = "KOALA-tiny text to image"
+CANVAS = DOCS / "canvas.png"
+CUT = (150, 200, 1420, 720)  # of the canvas: left, top, right, bottom
+COLOURS = 96  # of an image's palette
+ADDED = ("KoalaScheduler", "KoalaLoraLoader", "KoalaHookLora", "KoalaAttentionPatches", "KoalaAccelerate")
+"""Nodes that ``ADD`` puts beside those of the workflow, which has the others that run."""
+NOT_RUN = ("KoalaUNetSwap", "KoalaControlNet", "KoalaCheckpointSave")
+"""Nodes that are shown before a run."""
 
 ADD = """([lora]) => {
     const graph = window.app.rootGraph;
@@ -56,10 +66,10 @@ ADD = """([lora]) => {
     seen(patches, 1, [1500, 1600]);
     seen(accelerate, 0, [2000, 1600]);
 }"""
-LEFT = """() => {
+SHOW = """([types]) => {
     const graph = window.app.rootGraph;
     graph.clear();
-    ['KoalaUNetSwap', 'KoalaControlNet', 'KoalaCheckpointSave'].forEach((type, at) => {
+    types.forEach((type, at) => {
         const node = LiteGraph.createNode(type);
         node.pos = [500 * at, 0];
         graph.add(node);
@@ -67,10 +77,45 @@ LEFT = """() => {
 }"""
 
 
-def main() -> None:
-    host = testhost.test_host()
+def sources() -> dict[Path, str]:
+    """Each image, and the digest of what it shows, as far as that is in files: the graph, the node's names."""
+    workflow = workflows()[GRAPH]
+    run = drawn.graph(workflow)
+    names = {
+        node: {key: text for key, text in locales.leaves(texts).items() if key[-1] in ("display_name", "name")}
+        for node, texts in locales.read(locales.ENGLISH)["nodeDefs"].items()
+    }
+    names_of = {node: sorted((" ".join(key), text) for key, text in texts.items()) for node, texts in names.items()}
+    in_workflow = [node["type"] for node in workflow["nodes"] if node["type"].startswith("Koala")]
+    made = {HELP / f"{node}.png": drawn.digest([run, ADD, names_of[node]]) for node in (*in_workflow, *ADDED)}
+    made |= {HELP / f"{node}.png": drawn.digest([SHOW, names_of[node]]) for node in NOT_RUN}
+    return {**made, CANVAS: drawn.digest([run, [names_of[node] for node in in_workflow]])}
+
+
+def check() -> list[str]:
+    """A line for each image that is out of date, or whose node is gone."""
+    wanted = sources()
+    gone = sorted({*HELP.glob("*.png")} - wanted.keys())
+    return drawn.faults(wanted, "PNG") + [f"{shown(path)}: its node is gone; delete it" for path in gone]
+
+
+def write(redraw: bool) -> None:
+    """Draw the images that are out of date, or all of them."""
+    wanted = drawn.to_draw(sources(), redraw)
+    if not wanted:
+        return
     HELP.mkdir(parents=True, exist_ok=True)
-    with running(host) as server, browser.browser() as chromium:
+    with TemporaryDirectory(prefix="koala-pictures-") as temporary:
+        draw(Path(temporary))
+        for path in wanted:
+            small(Path(temporary) / path.name, path, CUT if path == CANVAS else None)
+            say(f"drawn: {shown(path)}")
+    drawn.record(wanted)
+
+
+def draw(folder: Path) -> None:
+    """Take every image, at full size, into a folder."""
+    with running(testhost.test_host()) as server, browser.browser() as chromium:
         for name in FILES:
             path = server.base / "models" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,22 +127,20 @@ def main() -> None:
             browser.open_workflow(page, workflows()[GRAPH])
             page.evaluate(ADD, [LORA])
             browser.run(page)
-            pictures_of_nodes(page)
-            page.evaluate(LEFT)
+            screenshots_of_nodes(page, folder)
+            page.evaluate(SHOW, [NOT_RUN])
             page.wait_for_timeout(500)
-            pictures_of_nodes(page)
+            screenshots_of_nodes(page, folder)
         with browser.canvas(chromium, server.url, nodes_2=True) as page:
             browser.open_workflow(page, workflows()[GRAPH])
             browser.run(page)
             browser.see_all(page)
             page.wait_for_timeout(6000)  # the host's own message about the finished run goes
-            browser.screenshot(page, DOCS, "canvas")
-            small(DOCS / "canvas.png", {"left": 150, "top": 200, "right": 1420, "bottom": 720})
-    print(f"{HELP}: {len(list(HELP.glob('*.png')))} pictures")
+            browser.screenshot(page, folder, CANVAS.stem)
 
 
-def pictures_of_nodes(page: Page) -> None:
-    """A picture of each of our nodes that is on the canvas, under its id."""
+def screenshots_of_nodes(page: Page, folder: Path) -> None:
+    """An image of each of our nodes that is on the canvas, under its id."""
     page.evaluate("() => { window.app.canvas.ds.scale = 1; }")
     for node in browser.nodes(page):
         if not node["type"].startswith("Koala"):
@@ -108,18 +151,15 @@ def pictures_of_nodes(page: Page) -> None:
             node["id"],
         )
         page.wait_for_timeout(300)
-        path = HELP / f"{node['type']}.png"
+        path = folder / f"{node['type']}.png"
         page.locator(f'[data-node-id="{node["id"]}"]').first.screenshot(path=str(path))
-        small(path)
 
 
-def small(path: Path, part: dict[str, Any] | None = None) -> None:
-    """Cut a picture to a part, and write it with a palette of its own colours."""
-    picture = Image.open(path).convert("RGB")
-    if part is not None:
-        picture = picture.crop((part["left"], part["top"], part["right"], part["bottom"]))
-    picture.quantize(96, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+def small(image: Path, target: Path, cut: tuple[int, int, int, int] | None = None) -> None:
+    """Write an image, cut to (left, top, right, bottom) in pixels, with a palette of its own colours."""
+    opened = Image.open(image).convert("RGB").crop(cut)
+    palette = opened.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    palette.save(target, optimize=True)
 
 
-if __name__ == "__main__":
-    main()
+GENERATOR = Generator(write, check)

@@ -1,7 +1,7 @@
-"""The pictures by which the canvas lists the shipped workflows; `python -m tools.generate.thumbnails` makes them.
+"""The images by which the canvas lists the shipped workflows; `python3 dev.py generate thumbnails` draws them.
 
-A workflow that runs on the built-in model gets the pictures that it draws. The others' weights are not part of the
-pack, so they get their graph as the canvas shows it: no picture is ever from random weights.
+A workflow that runs on the built-in model gets the images that it draws. The others' weights are not part of the
+pack, so they get their graph as the canvas shows it: no image is ever from random weights.
 
 The host serves ``<stem>.jpg`` beside ``<stem>.json``, and the canvas shows it in a square, cropped if it is none.
 """
@@ -19,8 +19,11 @@ import requests
 from PIL import Image
 from playwright.sync_api import Browser
 
-from tools.generate.workflows import FOLDER, link_own_files, models
+from tools.generate import drawn
+from tools.generate.generator import Generator, shown
+from tools.generate.workflows import FOLDER, link_own_files, models, own_files
 from tools.harness import browser, testhost
+from tools.harness.assets import SHIPPED
 from tools.harness.client import Client
 from tools.harness.server import Server, running
 from tools.harness.testhost import say
@@ -45,8 +48,8 @@ BOX = """([margin, title]) => {
     return { x: start[0], y: start[1], width: end[0] - start[0], height: end[1] - start[1] }; }"""
 
 
-def drawn(client: Client, info: ObjectInfo, workflow: Workflow) -> list[Image.Image]:
-    """The pictures that the workflow saves, in the order of its nodes."""
+def images_of(client: Client, info: ObjectInfo, workflow: Workflow) -> list[Image.Image]:
+    """The images that the workflow saves, in the order of its nodes."""
     prompt = to_prompt(with_widget(workflow, info, "KoalaSampler", "seed", SEED), info)
     result = client.run(prompt)
     nodes = sorted((node for node in result.outputs if result.images(node)), key=int)
@@ -90,20 +93,43 @@ def thumbnails(server: Server, chromium: Browser, files: Sequence[Path]) -> dict
     for file in files:
         workflow = json.loads(file.read_text("utf-8"))
         link_own_files(workflow, server.base / "models")
-        pictures = [graph(chromium, server, workflow)] if models(workflow) else drawn(client, info, workflow)
+        pictures = [graph(chromium, server, workflow)] if models(workflow) else images_of(client, info, workflow)
         made[file.with_suffix(".jpg")] = square(pictures)
     return made
 
 
-def write() -> None:
-    """Make every thumbnail anew."""
+def sources() -> dict[Path, str]:
+    """Each thumbnail, and the digest of what it shows: a graph, or what a graph draws with the built-in model."""
+    return {file.with_suffix(".jpg"): source(json.loads(file.read_text("utf-8"))) for file in FOLDER.glob("*.json")}
+
+
+def source(workflow: Workflow) -> str:
+    """The digest of what a workflow's thumbnail shows."""
+    weights = (SHIPPED, *(SHIPPED.with_name(name) for name in own_files(workflow)))
+    model = [] if models(workflow) else [SEED, *map(drawn.file_digest, weights)]
+    return drawn.digest([drawn.graph(workflow), model])
+
+
+def write(redraw: bool) -> None:
+    """Draw the thumbnails that are out of date, or all of them."""
+    wanted = drawn.to_draw(sources(), redraw)
+    if not wanted:
+        return
     host = testhost.test_host()
     with running(host) as server, browser.browser() as chromium:
         shutil.copyfile(host.folder / "input" / EXAMPLE, server.base / "input" / EXAMPLE)
-        for path, picture in thumbnails(server, chromium, sorted(FOLDER.glob("*.json"))).items():
-            picture.save(path, quality=QUALITY, optimize=True)
-            say(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+        files = [path.with_suffix(".json") for path in sorted(wanted)]
+        for path, image in thumbnails(server, chromium, files).items():
+            image.save(path, quality=QUALITY, optimize=True)
+            say(f"drawn: {shown(path)}, {path.stat().st_size / 1000:.0f} kB")
+    drawn.record(wanted)
 
 
-if __name__ == "__main__":
-    write()
+def check() -> list[str]:
+    """A line for each thumbnail that is out of date, or whose workflow is gone."""
+    wanted = sources()
+    gone = sorted({*FOLDER.glob("*.jpg")} - wanted.keys())
+    return drawn.faults(wanted, "JPEG") + [f"{shown(path)}: its workflow is gone; delete it" for path in gone]
+
+
+GENERATOR = Generator(write, check)

@@ -1,4 +1,4 @@
-"""The graphs of example_workflows/; `python -m tools.generate.workflows` writes the files."""
+"""The graphs of example_workflows/; `python3 dev.py generate workflows` writes the files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.releases import RELEASES, SIZES, Release
-from tools import tiny
 from tools.generate.canvas import Columns, Node, Output, canvas
+from tools.generate.generator import of_texts
+from tools.harness import assets
 from tools.harness.testhost import ROOT
 
 FOLDER = ROOT / "example_workflows"
@@ -55,7 +56,7 @@ CONTROLNET = named_file(
     "controlnet",
     "controlnet-canny-sdxl-1.0.safetensors",
 )
-OWN_FILES = {tiny.LORA.name: "loras", tiny.CONTROLNET.name: "controlnet"}
+OWN_FILES = {assets.LORA.name: "loras", assets.CONTROLNET.name: "controlnet"}
 """The pack's own files in assets/, and the folder below models/ to which a user copies each. A note says so; as a
 download they cannot be offered, for the canvas asks few hosts for files."""
 
@@ -184,7 +185,7 @@ def of_the_pack(file: str) -> str:
 
 def tiny_lora() -> Columns:
     loader = Node("KoalaCheckpointLoader")
-    inputs = {"model": loader["MODEL"], "clip": loader["CLIP"], "lora_name": tiny.LORA.name}
+    inputs = {"model": loader["MODEL"], "clip": loader["CLIP"], "lora_name": assets.LORA.name}
     lora = Node("KoalaLoraLoader", {**inputs, "strength_model": 1.5})
     about = note(
         "A LoRA made for the larger model",
@@ -192,7 +193,7 @@ def tiny_lora() -> Columns:
         "larger model and knows a colour that koala-tiny does not: cyan. **KOALA LoRA Loader** puts its changes on the "
         "layers that came from those it was made for. Seven in ten of them are on layers that koala-tiny lacks, so it "
         "takes a strength of 1.5, and works on some prompts only. Bypass it (Ctrl+B) to compare.",
-        of_the_pack(tiny.LORA.name),
+        of_the_pack(assets.LORA.name),
     )
     text = Node("KoalaPrompt", {"clip": lora["CLIP"], "positive": "a cyan triangle on a yellow background"})
     latent = empty_latent(SIZES[KOALA_TINY])
@@ -203,7 +204,7 @@ def tiny_lora() -> Columns:
 
 def tiny_controlnet() -> Columns:
     loader = Node("KoalaCheckpointLoader")
-    control = Node("ControlNetLoader", {"control_net_name": tiny.CONTROLNET.name})
+    control = Node("ControlNetLoader", {"control_net_name": assets.CONTROLNET.name})
     fitted = Node("KoalaControlNet", {"control_net": control["CONTROL_NET"]})
     about = note(
         "A ControlNet made for the larger model",
@@ -211,7 +212,7 @@ def tiny_controlnet() -> Columns:
         "where an outline is. **KOALA ControlNet** carries its residuals to koala-tiny's skip connections.",
         "The first half draws a shape, Canny takes its edges, and the second half fills them, by a prompt that names "
         "no shape. For an outline of your own put Load Image in the place of the first half.",
-        of_the_pack(tiny.CONTROLNET.name),
+        of_the_pack(assets.CONTROLNET.name),
     )
     texts = [prompt(loader, text) for text in ("a white star on a black background", "a blue background")]
     latent = empty_latent(SIZES[KOALA_TINY])
@@ -333,7 +334,7 @@ def link_own_files(workflow: Mapping[str, Any], folder: Path) -> None:
         link = folder / OWN_FILES[name] / name
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
-            link.symlink_to(tiny.SHIPPED.with_name(name))
+            link.symlink_to(assets.SHIPPED.with_name(name))
 
 
 def as_text(workflow: Mapping[str, Any]) -> str:
@@ -341,6 +342,9 @@ def as_text(workflow: Mapping[str, Any]) -> str:
     return json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
 
 
-if __name__ == "__main__":
-    for title, workflow in workflows().items():
-        (FOLDER / f"{title}.json").write_text(as_text(workflow), "utf-8")
+def files() -> dict[Path, str]:
+    """The text of each file."""
+    return {FOLDER / f"{title}.json": as_text(workflow) for title, workflow in workflows().items()}
+
+
+GENERATOR = of_texts(FOLDER, "*.json", files)

@@ -10,7 +10,6 @@ kernels, each flattened, mean over all of them. Norms and biases are left out: t
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from koala_sdxl.koala.files import unet_weights
 from koala_sdxl.koala.files.conventions import label
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.unet_weights import UNetWeights
+from tools import commands
 from tools.harness.errors import UserError
 
 MARGIN = 0.1
@@ -318,13 +318,7 @@ def run(teacher: Path, student: Path, out: Path | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="dev.py lineage", description=__doc__.split("\n")[0])
-    parser.add_argument("teacher", metavar="SDXL", type=Path, help="a .safetensors file or a Hugging Face folder")
-    parser.add_argument("student", metavar="KOALA", type=Path, help="likewise, cut out of that SDXL")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write koala/architecture/lineage.py's tables here, too"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = commands.parser("lineage").parse_args(argv)
     run(arguments.teacher, arguments.student, arguments.out)
     return 0
 

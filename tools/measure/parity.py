@@ -7,6 +7,7 @@ writes them to docs/parity.md. Runs in a process that has ComfyUI in it (tools/h
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -239,7 +240,7 @@ def _largest(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).abs().max())
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     """Measure everything and write docs/parity.md."""
     import diffusers
     from comfyui_version import __version__ as comfyui
@@ -268,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -6,18 +6,18 @@ Usage: python3 dev.py bench [SECTION ...] [--repeats N] [--device cpu|cuda]
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools import commands
+from tools.commands import REPORT, SEARCH
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure.bench import report, search, store
 from tools.measure.bench.process import Worker
 from tools.measure.bench.sections import SECTIONS, Bench
 
-REPORT, SEARCH = "report", "search"
 CPU_ONLY = ("quality",)
 """Sections that tell nothing of a GPU."""
 
@@ -55,29 +55,17 @@ def chosen(names: Sequence[str], device: str) -> list[str]:
     return [name for name in SECTIONS if device == "cpu" or name not in CPU_ONLY]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
     """The command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == [SEARCH]:
-        search.main(arguments[1:])
-        return
-    parser = argparse.ArgumentParser(
-        prog="dev.py bench",
-        description=__doc__.split("\n")[0],
-        epilog=f"`dev.py bench {SEARCH} --full N` looks for better tables of N full steps for KOALA Accelerate.",
-    )
-    parser.add_argument(
-        "sections",
-        nargs="*",
-        metavar="SECTION",
-        choices=[[], *SECTIONS, REPORT],
-        help=f"{', '.join(SECTIONS)}; {REPORT}: measure nothing, write the report anew (default: all)",
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is measured (default: 3)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = commands.parser("bench")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error("--repeats: expected 1 or more")
+    if (options.full is None) == (SEARCH in options.sections):
+        parser.error(f"--full N goes with {SEARCH}, and {SEARCH} needs it")
+    if SEARCH in options.sections:
+        search.run(options.full, options.sampler)
+        return
     bench = Bench(options.device, options.repeats)
     print(run(chosen(options.sections, options.device), bench, ROOT / "docs"))
 

@@ -6,7 +6,6 @@ host/accelerate/plan.py. Noise and prompts are others than the quality section's
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,15 +61,11 @@ def better(table: Table, sigmas: Sequence[float], score: Callable[[Table], float
                     break
 
 
-def main(arguments: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="dev.py bench search", description=__doc__.split("\n")[0])
-    parser.add_argument("--full", type=int, required=True, help=f"how many of {STEPS} steps are computed in full")
-    parser.add_argument("--sampler", default="euler", help="a sampler without noise (default: euler)")
-    options = parser.parse_args(arguments)
+def run(full: int, sampler: str) -> None:
+    """Search for tables of ``full`` full steps and print each better one. Raises UserError for an impossible number."""
     sigmas = schedule(STEPS, "leading").sigmas[:-1].tolist()
-    first = start(options.full, sigmas, [table for reuse in REUSE.values() for table in reuse if table])
-    for table, psnr in better(first, sigmas, scorer(options.sampler, sigmas)):
+    first = start(full, sigmas, [table for reuse in REUSE.values() for table in reuse if table])
+    for table, psnr in better(first, sigmas, scorer(sampler, sigmas)):
         levels = ", ".join(f"{sigmas[step]:.4g}" for step in table)
         print(f"{psnr:.2f} dB  steps {', '.join(map(str, table))}  sigmas {levels}", flush=True)
 

@@ -1,0 +1,205 @@
+"""Every command of dev.py: its options, and the function that runs it.
+
+Standard library only, so that help and mistyped options need no environment. A command's function takes the arguments
+after the command's name, reads them with ``parser``, and returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.harness import testhost
+from tools.harness.assets import SHIPPED
+
+AddOptions = Callable[[argparse.ArgumentParser], object]
+GENERATED = ("workflows", "blueprints", "locales", "thumbnails", "pictures", "frozen")
+"""Names of the generators of tools/generate, in the order in which they run: later ones read earlier ones' files."""
+SECTIONS = ("machine", "macs", "load", "step", "decode", "sample", "memory", "quality")
+"""Sections of the benchmark, in the order in which they are measured."""
+REPORT, SEARCH = "report", "search"
+"""What the benchmark can do beside measuring sections."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of dev.py."""
+
+    help: str
+    """One line, for the list of commands and on top of the command's own help."""
+    function: str
+    """``module:function``, imported only when the command runs."""
+    add_options: AddOptions = lambda _: None
+    epilog: str = ""
+    passes_on: str = ""
+    """Who reads the arguments that are not the command's own; empty: such arguments are an error."""
+
+
+def host_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that start a server."""
+    parser.add_argument(
+        "--comfyui",
+        type=Path,
+        default=os.environ.get("COMFYUI_PATH") or None,
+        metavar="DIR",
+        help="your own ComfyUI, which is not changed (default: COMFYUI_PATH, else one that is fetched); it is run by "
+        "the Python in its own venv, else by the one that runs this, unless COMFYUI_PYTHON names another",
+    )
+    parser.add_argument("--port", type=int, help="port of the server on this machine (default: a free one)")
+
+
+def demo_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py demo``."""
+    parser.add_argument("--prompt", help="what to draw; without it: a contact sheet of several prompts")
+    parser.add_argument("--negative", default="", help="what to keep out of the image")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="sampling steps (default: what the model was published with)")
+    parser.add_argument("--model", help="a KOALA folder or .safetensors file (default: the built-in koala-tiny)")
+    parser.add_argument("--out", type=Path, help="PNG to write, or a folder (default: ./koala-demo/)")
+    host_options(parser)
+
+
+def generate_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py generate``."""
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        choices=[[], *GENERATED],
+        help=f"{', '.join(GENERATED)} (default: all)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; name the files that are out of date, exit with 1 if any is",
+    )
+    parser.add_argument("--redraw", action="store_true", help="draw images again that are up to date, too")
+
+
+def train_tiny_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py train-tiny``."""
+    parser.add_argument("--work", type=Path, default=Path("koala-tiny-training"), help="checkpoints and the result")
+    parser.add_argument("--teacher", action="store_true", help="train sdxl-tiny instead")
+    parser.add_argument("--tokenizer", type=Path, help="CLIP's (default: the fetched ComfyUI's comfy/sd1_tokenizer)")
+
+
+def pack_tiny_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py pack-tiny``."""
+    parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder, trained or distilled")
+    parser.add_argument("--out", type=Path, default=SHIPPED)
+
+
+def evaluate_tiny_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py evaluate-tiny``."""
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="koala-tiny's file")
+    parser.add_argument("--card", type=Path, default=SHIPPED.with_suffix(".md"), help="images go beside it")
+
+
+def lineage_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py lineage``."""
+    parser.add_argument("teacher", metavar="SDXL", type=Path, help="a .safetensors file or a Hugging Face folder")
+    parser.add_argument("student", metavar="KOALA", type=Path, help="likewise, cut out of that SDXL")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write koala/architecture/lineage.py's tables here, too"
+    )
+
+
+def bench_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py bench``."""
+    parser.add_argument(
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        choices=[[], *SECTIONS, REPORT, SEARCH],
+        help=f"{', '.join(SECTIONS)}; {REPORT}: measure nothing, write the report again (default: all sections)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is measured (default: 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--full", type=int, metavar="N", help=f"{SEARCH}: how many of 25 steps are full steps")
+    parser.add_argument("--sampler", default="euler", help=f"{SEARCH}: a sampler without noise (default: euler)")
+
+
+def distill_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py distill``: the trainer's own."""
+    importlib.import_module("koala_sdxl.distill.options").add_options(parser)
+
+
+def study_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py distill-study``."""
+    parser.add_argument("--work", type=Path, default=testhost.cache_folder() / "distillation-study")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each; 0: only write")
+    parser.add_argument("--only", nargs="*", default=[], help="some groups of runs: curve, place, layers, addons")
+
+
+COMMANDS = {
+    "demo": Command("draw images with the pack in a real ComfyUI server", "tools.demo:main", demo_options),
+    "serve": Command("start ComfyUI with the pack and leave it running", "tools.demo:serve_main", host_options),
+    "test": Command(
+        "ruff, mypy, imports, generated files, the registry's checks, then pytest",
+        "tools.check.checks:run",
+        epilog="All arguments go to pytest, such as: dev.py test tests/unit -k lineage",
+        passes_on="pytest",
+    ),
+    "check": Command("show packages, their imports and circles; check the layers", "tools.check.structure:main"),
+    "generate": Command("write the generated files, or check them", "tools.generate.__main__:main", generate_options),
+    "parity": Command("compare with diffusers and write docs/parity.md", "tools.measure.parity:main"),
+    "transfer": Command(
+        "measure what of SDXL's adapters reaches KOALA and write docs/transfer.md", "tools.measure.transfer.page:main"
+    ),
+    "lineage": Command(
+        "measure which SDXL layer each KOALA layer came from", "tools.measure.lineage:main", lineage_options
+    ),
+    "bench": Command(
+        "measure speed, memory and quality beside stock ComfyUI and diffusers",
+        "tools.measure.bench.__main__:main",
+        bench_options,
+        f"`dev.py bench {SEARCH} --full N` looks for better tables of N full steps for KOALA Accelerate.",
+    ),
+    "train-tiny": Command("train the built-in model", "tools.tiny.train:main", train_tiny_options),
+    "pack-tiny": Command("write the built-in model's one file", "tools.tiny.pack:main", pack_tiny_options),
+    "evaluate-tiny": Command(
+        "measure the built-in model and write its card", "tools.tiny.evaluate:main", evaluate_tiny_options
+    ),
+    "distill": Command(
+        "make a compact U-Net out of an SDXL (distill/README.md)", "koala_sdxl.distill.__main__:main", distill_options
+    ),
+    "distill-study": Command(
+        "run the distillation study on the small models and write docs/distillation.md",
+        "koala_sdxl.distill.study.__main__:main",
+        study_options,
+    ),
+}
+
+
+def top() -> argparse.ArgumentParser:
+    """dev.py's own command line: one sub-parser for each command."""
+    parser = argparse.ArgumentParser(prog="dev.py", description="Everything for developers of the KOALA node pack.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        _declare(command, commands.add_parser(name, help=command.help))
+    return parser
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """One command's own parser."""
+    return _declare(COMMANDS[name], argparse.ArgumentParser(prog=f"dev.py {name}"))
+
+
+def _declare(command: Command, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.description = command.help[0].upper() + command.help[1:] + "."
+    parser.epilog = command.epilog
+    if command.passes_on:
+        parser.usage = f"%(prog)s [-h] [argument of {command.passes_on} ...]"
+    command.add_options(parser)
+    return parser
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a command with the arguments that come after its name; returns the exit status."""
+    module, function = COMMANDS[name].function.split(":")
+    status: int | None = getattr(importlib.import_module(module), function)(list(arguments))
+    return status or 0
