@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 
 from tools import PACK
-from tools.check import gates
+from tools.check import gates, structure
 from tools.harness.testhost import ROOT, say
 
-SOURCES = ("koala", "host", "nodes", "koala_loader.py", "distill")
-"""What the pack's import name leads to, beside ``__init__.py``."""
 PROCESSES = 2  # of pytest; more would be full-size models twice at a time
 CONFIG = str(ROOT / "pyproject.toml")
 
@@ -31,6 +26,7 @@ def run(pytest_arguments: Sequence[str]) -> int:
         ("ruff check", lint),
         ("ruff format", formatting),
         ("mypy", types),
+        ("imports and files", structure.run),
         ("generated files", generated),
         ("the packed pack", gates.run),
     ):
@@ -65,20 +61,7 @@ def types() -> int:
 
     The pack's relative imports make sense only in a package, which the checkout is under any name: links give it one.
     """
-    with importable() as folder:
+    with structure.importable() as folder:
         packages = [option for name in (PACK, "tools", "tests") for option in ("-p", name)]
         options = ["--config-file", CONFIG, "--cache-dir", str(ROOT / ".mypy_cache")]
         return subprocess.call([sys.executable, "-m", "mypy", *options, *packages], cwd=folder)
-
-
-@contextlib.contextmanager
-def importable() -> Iterator[Path]:
-    """A temporary folder from which the pack, the tools and the tests can be imported by name."""
-    with tempfile.TemporaryDirectory(prefix="koala-importable-") as temporary:
-        folder = Path(temporary)
-        (folder / PACK).mkdir()
-        for name in ("__init__.py", *SOURCES):
-            os.symlink(ROOT / name, folder / PACK / name)
-        for name in ("tools", "tests"):
-            os.symlink(ROOT / name, folder / name, target_is_directory=True)
-        yield folder
