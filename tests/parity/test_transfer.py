@@ -58,5 +58,5 @@ def test_every_residual_is_added_in_its_place(koala: Layout, stock: tuple[int, .
     ids=["700M", "1B", "1.7B"],
 )
 def test_every_cross_attention_layer_gets_its_own_patch(koala: Layout, stock: tuple[int, ...], ours: int) -> None:
-    assert transfer.bound(koala, ours=False) == stock
-    assert transfer.bound(koala, ours=True) == (ours, 0, 0, 0)
+    assert transfer.patched_layers(koala, ours=False) == stock
+    assert transfer.patched_layers(koala, ours=True) == (ours, 0, 0, 0)
