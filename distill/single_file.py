@@ -15,9 +15,9 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..koala.architecture import keys
-from ..koala.architecture.components import TextEncoder, read_autoencoder, read_text_encoder
+from ..koala.architecture.components import LATENT_SCALE, TextEncoder, read_autoencoder, read_text_encoder
 from ..koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
-from ..koala.files.export import LATENT_SCALE, unet_config
+from ..koala.files.export import unet_config
 from ..koala.releases import SCHEDULER_CONFIG
 
 TOKENS = 77

@@ -1,14 +1,14 @@
 """ComfyUI MODEL, CLIP and VAE -> weights on disk. The only file that takes the host's models apart.
 
 Baking is core's (``ModelPatcher.model_state_dict_for_saving``, as ``comfy.sd.save_checkpoint`` uses it): right for a
-model that is wholly, partly or not at all on the device.
+model that is wholly, partly or not at all on the device. What is baked, ``koala.files.write`` puts onto the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -16,28 +16,18 @@ import comfy.sd1_clip
 import comfy.utils
 import torch
 
-from ..koala.architecture import components as parts
 from ..koala.architecture import keys
+from ..koala.architecture.components import read_autoencoder, read_text_encoder
 from ..koala.architecture.keys import shapes_of
 from ..koala.architecture.layout import name
-from ..koala.files import atomic_write as disk
-from ..koala.files import export
-from ..koala.files.conventions import UNET_PREFIX
-from ..koala.files.dtypes import dtype_name
+from ..koala.files.convert import State, diffusers_vae
+from ..koala.files.export import read_vocabulary, unet_config
+from ..koala.files.write import StoredDtypes, TextAndVAE, cast, stored_dtypes, write_checkpoint, write_folder
 from ..koala.model_info import ModelFacts
-from .model import WEIGHT_DTYPES, model_facts
+from .model import model_facts
 
-TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
-TEXT_PARTS = {"text_encoder": "clip_l.transformer.", "text_encoder_2": "clip_g.transformer."}
-"""Part of a diffusers folder -> the names' prefix in core's CLIP, whose inner names are transformers 4's."""
-State = dict[str, torch.Tensor]
-
-
-class _Types(NamedTuple):
-    """Types to write in; None keeps a tensor's own. ``matrices`` of the U-Net, and all ``others`` but the VAE."""
-
-    matrices: torch.dtype | None
-    others: torch.dtype | None
+TEXT_PREFIXES = ("clip_l.transformer.", "clip_g.transformer.")
+"""Names' prefixes of the two text encoders in core's CLIP; the inner names are transformers 4's."""
 
 
 def save_checkpoint(
@@ -49,25 +39,20 @@ def save_checkpoint(
     ``WEIGHT_DTYPES``. ``extra``: metadata of the caller's, such as the workflow.
 
     Raises:
-        ValueError: MODEL is no KOALA, one of CLIP and VAE is missing, they are not SDXL's, or a value is beyond the
-            range of ``weight_dtype``.
-        disk.SaveError: the file cannot be written, or is there already. Whatever is raised, nothing is left behind.
+        ValueError: MODEL is not a KOALA model, one of CLIP and VAE is missing, they are not SDXL's, or a value is
+            beyond the range of ``weight_dtype``.
+        SaveError: the file cannot be written, or is there already. Whatever is raised, nothing is left behind.
     """
-    facts, types = model_facts(model), _types(weight_dtype)
+    facts, dtypes = model_facts(model), stored_dtypes(weight_dtype)
     if (clip is None) != (vae is None):
         absent = "CLIP" if clip is None else "VAE"
         raise ValueError(
             f"no {absent} is connected; a checkpoint holds MODEL, CLIP and VAE, or the U-Net of a MODEL alone. "
             f"Connect {absent}, too, or neither of them."
         )
-    weights: State = {}
     _load(model, clip)
-    if clip is not None:
-        weights = model.model.state_dict_for_saving({}, _text(facts, clip, types), _autoencoder(vae))
-    weights |= {f"{UNET_PREFIX}{key}": tensor for key, tensor in _unet(facts, model, types).items()}
-    metadata = {**(extra or {}), **export.metadata(facts, target.stem, "sgm")}
-    with disk.written_whole(target, _bytes(weights)) as aside:
-        disk.write_safetensors(aside, weights, metadata)
+    text_and_vae = None if clip is None else _text_and_vae(facts, clip, vae, dtypes)
+    write_checkpoint(target, facts, _unet(facts, model, dtypes), text_and_vae, extra)
 
 
 def save_folder(
@@ -79,55 +64,18 @@ def save_folder(
     Parameters and errors as for ``save_checkpoint``, but CLIP and VAE are needed, and ValueError is raised also for a
     layout that diffusers' configuration cannot describe.
     """
-    facts, types = model_facts(model), _types(weight_dtype)
+    facts, dtypes = model_facts(model), stored_dtypes(weight_dtype)
     absent = [part for part, given in (("CLIP", clip), ("VAE", vae)) if given is None]
     if absent:
         raise ValueError(
             f"no {' and no '.join(absent)} is connected; a diffusers folder holds U-Net, text encoders and VAE. "
             f"Connect {' and '.join(absent)}, or save a checkpoint."
         )
+    unet_config(facts.layout)  # a layout that it cannot describe is refused before anything is baked
     _load(model, clip)
-    files = {"model_index.json": export.MODEL_INDEX, "scheduler/scheduler_config.json": export.scheduler_config(facts)}
-    files["unet/config.json"] = export.unet_config(facts.layout, facts.side)
-    weights: dict[str, State] = {}
-    text = _text(facts, clip, types)
-    for part in TEXT_PARTS:
-        encoder = _encoder(text, part)
-        files[f"{part}/config.json"] = export.text_config(part, parts.read_text_encoder(shapes_of(encoder)))
-        weights[f"{part}/model.safetensors"] = encoder
-    original = _autoencoder(vae)
-    sizes = parts.read_autoencoder(shapes_of(original))
-    files["vae/config.json"] = export.vae_config(sizes, facts.side)
-    weights["vae/diffusion_pytorch_model.safetensors"] = _diffusers_vae(original, len(sizes.channels))
-    names = keys.renaming(facts.layout, "comfy", "diffusers")
-    unet = {names[key]: tensor for key, tensor in _unet(facts, model, types).items()}
-    weights["unet/diffusion_pytorch_model.safetensors"] = unet
-    contents = {file: export.as_json(content) for file, content in files.items()}
-    for part, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        vocabulary = export.tokenizer_files(_vocabulary(), padding)
-        contents |= {f"{part}/{file}": content for file, content in vocabulary.items()}
-    metadata = {**(extra or {}), **export.metadata(facts, target.name, "diffusers")}
-    _write_folder(target, weights, contents, metadata)
-
-
-def _write_folder(
-    target: Path, weights: Mapping[str, State], contents: Mapping[str, bytes], metadata: Mapping[str, str]
-) -> None:
-    size = sum(map(_bytes, weights.values())) + sum(map(len, contents.values()))
-    with disk.written_whole(target, size) as aside:
-        for file in (*weights, *contents):
-            (aside / file).parent.mkdir(parents=True, exist_ok=True)
-        for file, part in weights.items():
-            disk.write_safetensors(aside / file, part, metadata if file.startswith("unet/") else {"format": "pt"})
-        # the index last: without it, nothing takes a folder for a model
-        for file, content in sorted(contents.items(), key=lambda item: item[0] == "model_index.json"):
-            disk.write_bytes(aside / file, content)
-
-
-def _types(weight_dtype: str) -> _Types:
-    """fp8 is for the U-Net's matrices and convolutions; its biases and norms, a thousandth of it, stay in fp16."""
-    chosen = WEIGHT_DTYPES[weight_dtype]
-    return _Types(chosen, torch.float16 if chosen == torch.float8_e4m3fn else chosen)
+    vocabulary = read_vocabulary(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer")
+    text_and_vae = _text_and_vae(facts, clip, vae, dtypes)
+    write_folder(target, facts, _unet(facts, model, dtypes), text_and_vae, vocabulary, extra)
 
 
 def _load(model: Any, clip: Any) -> None:
@@ -150,75 +98,66 @@ def _patched(patcher: Any, module: Any, prefix: str = "") -> State:
     return state
 
 
-def _unet(facts: ModelFacts, model: Any, types: _Types) -> State:
-    """The U-Net's tensors under ComfyUI's names without a prefix, baked."""
+def _unet(facts: ModelFacts, model: Any, dtypes: StoredDtypes) -> State:
+    """The U-Net's tensors under diffusers' names, baked."""
     state = _patched(model, model.model.diffusion_model, "diffusion_model.")
     cover = keys.coverage(facts.layout, "comfy", shapes_of(state))
     if not cover.exact:
         odd = (*cover.missing, *cover.extra, *cover.misshapen)
         raise ValueError(
-            f"this MODEL's U-Net is no plain {name(facts.layout)}: {len(odd)} tensors differ (first: {odd[0]}); "
-            f"expected weights as KOALA Checkpoint Loader builds them. Save a model that is neither quantised nor "
-            f"otherwise rebuilt."
+            f"this MODEL's U-Net does not match the {name(facts.layout)} layout: {len(odd)} tensors differ (first: "
+            f"{odd[0]}); expected weights as KOALA Checkpoint Loader builds them. Save a model that is neither "
+            f"quantised nor otherwise rebuilt."
         )
-    return _baked(state, types.matrices, types.others)
+    names = keys.renaming(facts.layout, "comfy", "diffusers")
+    return {names[key]: tensor for key, tensor in _baked(state, dtypes).items()}
 
 
-def _text(facts: ModelFacts, clip: Any, types: _Types) -> State:
-    """Both text encoders under core's names (``clip_l.``, ``clip_g.``), baked."""
+def _text_and_vae(facts: ModelFacts, clip: Any, vae: Any, dtypes: StoredDtypes) -> TextAndVAE:
+    return TextAndVAE(*_text(facts, clip, dtypes.text), _autoencoder(vae))
+
+
+def _text(facts: ModelFacts, clip: Any, dtypes: StoredDtypes) -> tuple[State, State]:
+    """Both text encoders under transformers' names, baked."""
     state = _patched(clip.patcher, clip.cond_stage_model)
     try:
-        first, second = (parts.read_text_encoder(shapes_of(_encoder(state, part))) for part in TEXT_PARTS)
+        first, second = (read_text_encoder(shapes_of(_under(state, prefix))) for prefix in TEXT_PREFIXES)
         found = (first.hidden + second.hidden, second.projection)
     except KeyError:
         found = (0, None)
     wanted = (facts.layout.context, facts.layout.pooled)
     if found != wanted:
-        what = f"gives text of width {found[0]} and pooled {found[1]}" if found[0] else "is no CLIP-L with a CLIP-G"
+        what = f"gives text of width {found[0]} and pooled {found[1]}" if found[0] else "is not a CLIP-L with a CLIP-G"
         raise ValueError(
             f"this CLIP {what}; {name(facts.layout)} expects SDXL's two text encoders of width {wanted[0]} and pooled "
             f"{wanted[1]}. Connect the CLIP that belongs to the MODEL."
         )
-    return _baked(state, types.others, types.others)
+    baked = _baked(state, dtypes)
+    clip_l, clip_g = (_under(baked, prefix) for prefix in TEXT_PREFIXES)
+    clip_g["logit_scale"] = baked["clip_g.logit_scale"]
+    return clip_l, clip_g
 
 
-def _encoder(text: State, part: str) -> State:
-    """One text encoder under transformers' names. CLIP-L's projection is dropped: SDXL has no use for it, no file
-    brings it and core leaves it unset."""
-    prefix, unused = TEXT_PARTS[part], "text_projection.weight" if part == "text_encoder" else None
-    found = {key[len(prefix) :]: tensor for key, tensor in text.items() if key.startswith(prefix)}
-    return {key: tensor for key, tensor in found.items() if key != unused}
+def _under(state: Mapping[str, torch.Tensor], prefix: str) -> State:
+    """Tensors whose names begin with ``prefix``, which is taken off."""
+    return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def _autoencoder(vae: Any) -> State:
-    """The autoencoder's tensors under their original names, in their own types."""
+    """The autoencoder's tensors under diffusers' names, in their own types."""
     state = vae.get_sd()
     try:
-        latents = parts.read_autoencoder(shapes_of(state)).latent_channels
-        what = f"has {latents} latent channels"
+        sizes = read_autoencoder(shapes_of(state))
+        latents, what = sizes.latent_channels, f"has {sizes.latent_channels} latent channels"
     except KeyError:
-        latents, what = 0, "is no autoencoder of SDXL's kind"
+        latents, what = 0, "is not an autoencoder of SDXL's kind"
     if latents != 4:
         raise ValueError(f"this VAE {what}; expected SDXL's, with 4. Connect the VAE that belongs to the MODEL.")
-    return _baked(state, None, None)
+    return diffusers_vae(_baked(state, StoredDtypes(None, None)), len(sizes.channels))
 
 
-def _diffusers_vae(original: State, stages: int) -> State:
-    found = {}
-    for key, tensor in original.items():
-        flat = ".mid.attn_1." in key and tensor.ndim == 4
-        found[export.vae_name(key, stages)] = tensor[..., 0, 0] if flat else tensor
-    return found
-
-
-def _vocabulary() -> dict[str, bytes]:
-    """The files of CLIP's tokenizer that come with the host."""
-    folder = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"
-    return {file: (folder / file).read_bytes() for file in TOKENIZER_FILES}
-
-
-def _baked(state: Mapping[str, torch.Tensor], matrices: torch.dtype | None, others: torch.dtype | None) -> State:
-    """Tensors on the CPU, patches applied, floats in the type asked for; None keeps a tensor's own.
+def _baked(state: Mapping[str, torch.Tensor], dtypes: StoredDtypes) -> State:
+    """Tensors on the CPU, patches applied, floats in the types to write.
 
     Each tensor moves the node's progress bar, or ends the run if it was cancelled.
     """
@@ -227,24 +166,6 @@ def _baked(state: Mapping[str, torch.Tensor], matrices: torch.dtype | None, othe
     for key, tensor in state.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
         # core's stand-in for a weight that is not patched yet bakes it as it is taken to the CPU
-        values = tensor.to("cpu").detach()
-        dtype = matrices if values.ndim > 1 else others
-        found[key] = _cast(key, values, dtype) if dtype and values.is_floating_point() else values
+        found[key] = cast(key, tensor.to("cpu").detach(), dtypes)
         bar.update(1)
     return found
-
-
-def _cast(key: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values in another type; raises ValueError where they do not fit into it."""
-    if values.dtype == dtype:
-        return values
-    limit, largest = torch.finfo(dtype).max, float(values.float().abs().max())
-    if largest > limit:
-        raise ValueError(
-            f"{key} holds the value {largest:g}; {dtype_name(dtype)} ends at {limit:g}. Choose another weight_dtype."
-        )
-    return values.to(dtype)
-
-
-def _bytes(state: State) -> int:
-    return sum(tensor.nbytes for tensor in state.values())

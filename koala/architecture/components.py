@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from .keys import Shape
 from .layout import HEAD_WIDTH
 
+PROMPT_TOKENS = 77
+"""Length of a tokenised prompt, begin and end included; both encoders have as many positions."""
+LATENT_SCALE = 0.13025
+"""SDXL's: the U-Net's latents are the VAE's, times this."""
+
 TEXT_TENSORS = (
     "embeddings.position_embedding.weight",
     "embeddings.token_embedding.weight",

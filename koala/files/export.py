@@ -6,18 +6,20 @@ A folder is what ``StableDiffusionXLPipeline.save_pretrained`` makes of the publ
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from pathlib import Path
 
-from ..architecture.components import Autoencoder, TextEncoder
+from ..architecture.components import LATENT_SCALE, PROMPT_TOKENS, Autoencoder, TextEncoder
 from ..architecture.layout import Layout, name
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG
 from .conventions import KEPT_KEY, SCHEDULER_KEY
 
-LATENT_SCALE = 0.13025  # SDXL's
 TEXT_MODELS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
+TOKENIZER_PADDING = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+"""Folder of each tokenizer -> the word that fills up a prompt."""
 MODEL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
     "force_zeros_for_empty_prompt": True,
@@ -109,7 +111,7 @@ def text_config(part: str, size: TextEncoder) -> dict[str, object]:
         "num_hidden_layers": size.layers,
         "projection_dim": size.projection or size.hidden,
         "hidden_act": "quick_gelu" if part == "text_encoder" else "gelu",
-        "max_position_embeddings": 77,
+        "max_position_embeddings": PROMPT_TOKENS,
         "vocab_size": 49408,
         "bos_token_id": 49406,
         "eos_token_id": 49407,
@@ -135,11 +137,25 @@ def vae_config(size: Autoencoder, side: int) -> dict[str, object]:
     }
 
 
+def read_vocabulary(folder: Path) -> dict[str, bytes]:
+    """CLIP's tokenizer files in a folder, as ``write.write_folder`` takes them. Raises OSError where one is absent."""
+    return {file: (folder / file).read_bytes() for file in TOKENIZER_FILES}
+
+
+def tokenizers(vocabulary: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Path in the folder -> contents, of both tokenizers' files."""
+    return {
+        f"{part}/{file}": content
+        for part, padding in TOKENIZER_PADDING.items()
+        for file, content in tokenizer_files(vocabulary, padding).items()
+    }
+
+
 def tokenizer_files(files: Mapping[str, bytes], padding: str) -> dict[str, bytes]:
     """CLIP's vocabulary files for one of SDXL's two tokenizers, which differ only in the word that fills up a prompt:
     "<|endoftext|>" for the first, "!" for the second."""
     settings = {
-        "tokenizer_config.json": {"pad_token": padding, "model_max_length": 77},
+        "tokenizer_config.json": {"pad_token": padding, "model_max_length": PROMPT_TOKENS},
         "special_tokens_map.json": {"pad_token": padding},
     }
     return {
@@ -149,30 +165,3 @@ def tokenizer_files(files: Mapping[str, bytes], padding: str) -> dict[str, bytes
 
 def as_json(content: Mapping[str, object]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-_VAE_NAMES = (
-    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-)
-
-
-def vae_name(original: str, stages: int) -> str:
-    """An autoencoder tensor's diffusers name from its original one; diffusers counts the way up from its beginning.
-
-    The middle attention's four matrices are convolutions of (width, width, 1, 1) under the original names, and
-    (width, width) under diffusers'.
-    """
-    found = original
-    for pattern, name_ in _VAE_NAMES:
-        found = re.sub(pattern, name_, found)
-    return re.sub(r"^decoder\.up_blocks\.(\d+)", lambda stage: f"decoder.up_blocks.{stages - 1 - int(stage[1])}", found)

@@ -24,11 +24,14 @@ from koala_sdxl.host.model import ATTACHMENT, WEIGHT_DTYPES, model_facts
 from koala_sdxl.koala import releases as settings
 from koala_sdxl.koala.architecture import layout
 from koala_sdxl.koala.architecture.components import read_autoencoder
+from koala_sdxl.koala.architecture.keys import renaming
 from koala_sdxl.koala.files import atomic_write as disk
 from koala_sdxl.koala.files import inspect as checkpoint
-from koala_sdxl.koala.files.conventions import UNET_PREFIX, VAE_PREFIX
+from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
+from koala_sdxl.koala.files.convert import clip_g_for_checkpoint, clip_l_for_checkpoint
 from koala_sdxl.koala.files.header import read_header
 from koala_sdxl.koala.files.inspect import VAEFile
+from koala_sdxl.koala.files.write import stored_dtypes
 from koala_sdxl.nodes.save import KoalaCheckpointSave
 from tools.measure import parity
 from tools.synthetic import random_weights
@@ -143,13 +146,16 @@ def test_weights_that_are_not_on_the_device_are_baked_alike(choice: str, baked: 
     comfy.model_management.unload_all_models()
     stand_ins = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
     assert any(type(tensor).__name__ == "LazyCastingParam" for tensor in stand_ins.values())
-    facts, types = model_facts(model), koala_saver._types(choice)
+    facts, types = model_facts(model), stored_dtypes(choice)
+    names = renaming(facts.layout, "diffusers", "comfy")
     for name, tensor in koala_saver._unet(facts, model, types).items():
-        core = baked[UNET_PREFIX + name]
+        core = baked[UNET_PREFIX + names[name]]
         expected = core.to((types.matrices if core.ndim > 1 else types.others) or core.dtype)
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected)
-    text = model.model.state_dict_for_saving({}, koala_saver._text(facts, clip, types))
+    clip_l, clip_g = koala_saver._text(facts, clip, types.text)
+    text = {CLIP_PREFIXES[0] + name: tensor for name, tensor in clip_l_for_checkpoint(clip_l).items()}
+    text |= {CLIP_PREFIXES[1] + name: tensor for name, tensor in clip_g_for_checkpoint(clip_g).items()}
     wanted = {name: baked[name].to(types.others) if baked[name].is_floating_point() else baked[name] for name in text}
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in text.items())
     assert {name: tensor.dtype for name, tensor in text.items()} == {k: tensor.dtype for k, tensor in wanted.items()}
@@ -158,7 +164,7 @@ def test_weights_that_are_not_on_the_device_are_baked_alike(choice: str, baked: 
 def test_whole_numbers_are_not_cast() -> None:
     """A quantised text encoder says in bytes how it is quantised."""
     told = torch.tensor([[123, 34]], dtype=torch.uint8)
-    assert koala_saver._baked({"comfy_quant": told}, torch.float16, torch.float16)["comfy_quant"].dtype == torch.uint8
+    assert koala_saver._baked({"comfy_quant": told}, stored_dtypes("fp16"))["comfy_quant"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("save", [koala_saver.save_checkpoint, koala_saver.save_folder])

@@ -15,6 +15,7 @@ from koala_sdxl.koala.architecture.components import read_autoencoder
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.files import export
 from koala_sdxl.koala.files.conventions import SCHEDULER_KEY, VAE_PREFIX
+from koala_sdxl.koala.files.convert import vae_name
 from koala_sdxl.koala.files.header import CheckpointError, read_header
 from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.model_info import ModelFacts, assumed_facts, facts_of
@@ -57,7 +58,7 @@ def test_vae_names_are_those_of_diffusers_converter() -> None:
     state = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(shapes.items())}
     theirs = convert_ldm_vae_checkpoint(dict(state), export.vae_config(size, 128))
     numbers = {name: int(tensor.flatten()[0]) for name, tensor in theirs.items()}
-    assert numbers == {export.vae_name(name, len(size.channels)): number for number, name in enumerate(shapes)}
+    assert numbers == {vae_name(name, len(size.channels)): number for number, name in enumerate(shapes)}
 
 
 def _facts(variant: settings.Variant = settings.BASE, certain: bool = True) -> ModelFacts:
