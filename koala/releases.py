@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
+from .files.conventions import VARIANT_KEY
 
 Spacing = Literal["leading", "trailing", "linspace"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -111,8 +112,8 @@ def identify(metadata: Mapping[str, str], scheduler: Mapping[str, object], origi
     (the published Lightning files say leading, so leading proves nothing); ``origin``, the training run named in
     unet/config.json; the file's or folder's name. Nothing found: base is assumed, and ``certain`` is False.
     """
-    if (stated := metadata.get("koala.variant")) in VARIANTS:
-        return Identity(VARIANTS[stated], f'metadata koala.variant = "{stated}"')
+    if (stated := metadata.get(VARIANT_KEY)) in VARIANTS:
+        return Identity(VARIANTS[stated], f'metadata {VARIANT_KEY} = "{stated}"')
     if scheduler.get("timestep_spacing") == "trailing":
         return Identity(LIGHTNING, "scheduler_config.json asks for trailing timesteps")
     if "lightning" in origin.lower():

@@ -4,7 +4,6 @@ At 128 px, or at 64 for a teacher and a student that draw well at that size.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from diffusers import ControlNetModel, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch.nn import Parameter
 
 from tools.synthetic import adapters
 from tools.tiny import autoencoder, checkpoints, denoiser, text
 from tools.tiny.pictures import Caption, caption, draw, random_captions, random_drawings
 
+from ..koala.files.atomic_write import write_safetensors, written_whole
 from .addon_pictures import in_cyan, outlines, saying_cyan
 
 SEED = 0
@@ -210,6 +209,5 @@ def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def _save(state: dict[str, torch.Tensor], path: Path) -> None:
     """In fp16, whole or not at all: written beside, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().half().contiguous() for name, tensor in state.items()}, beside)
-    os.replace(beside, path)
+    with written_whole(path, replace=True) as aside:
+        write_safetensors(aside, {name: tensor.detach().half() for name, tensor in state.items()}, {})

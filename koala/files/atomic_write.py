@@ -1,4 +1,4 @@
-"""Weights onto the disk, whole or not at all: written beside their place, then given their name."""
+"""Files and folders onto the disk, whole or not at all: written beside their place, then given their name."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ class SaveError(OSError):
 
 
 @contextmanager
-def written_whole(target: Path, size: int) -> Iterator[Path]:
-    """Yield a path beside ``target`` to write a file or folder of about ``size`` bytes to; it then gets its name.
+def written_whole(target: Path, size: int = 0, replace: bool = False) -> Iterator[Path]:
+    """Yield a path beside ``target`` to write a file or folder to; it then gets its name.
 
-    Whatever is raised inside, what was written is deleted; a file that has the name already stays as it is.
+    Whatever is raised inside, what was written is deleted.
+
+    Args:
+        target: the file or folder.
+        size: about how many bytes will be written.
+        replace: whether to replace a file or folder that has the name already; otherwise it stays as it is.
 
     Raises SaveError in place of any OSError, such as a full disk, and before anything is written where the disk has too
     little room.
@@ -44,7 +49,10 @@ def written_whole(target: Path, size: int) -> Iterator[Path]:
         if free < size:
             raise OSError(errno.ENOSPC, f"{_gigabytes(free)} are free")
         yield aside
-        _rename(aside, target)
+        if replace:
+            _replace(aside, target)
+        else:
+            _rename(aside, target)
     except OSError as error:
         _delete(aside)
         raise SaveError(_reason(target, size, error)) from error
@@ -72,6 +80,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
     _flush(path)
+
+
+def replace_file(target: Path, content: str | bytes) -> None:
+    """Write a small file, text as UTF-8, in place of the one that has its name. Raises SaveError."""
+    data = content.encode() if isinstance(content, str) else content
+    with written_whole(target, len(data), replace=True) as aside:
+        write_bytes(aside, data)
 
 
 def _flush(path: Path) -> None:
@@ -103,6 +118,13 @@ def _rename(aside: Path, target: Path) -> None:
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "the name is taken", str(target))
     aside.rename(target)
+
+
+def _replace(aside: Path, target: Path) -> None:
+    """Give a finished file or folder the name of an older one; a folder is absent for a moment."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    os.replace(aside, target)
 
 
 def _delete(aside: Path) -> None:

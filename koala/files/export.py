@@ -14,7 +14,7 @@ from ..architecture.components import LATENT_SCALE, PROMPT_TOKENS, Autoencoder, 
 from ..architecture.layout import Layout, name
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG
-from .conventions import KEPT_KEY, SCHEDULER_KEY
+from .conventions import KEPT_KEY, SCHEDULER_KEY, VARIANT_KEY
 
 TEXT_MODELS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
@@ -49,7 +49,7 @@ def metadata(facts: ModelFacts, title: str, implementation: str) -> dict[str, st
         "modelspec.predict_key": "epsilon",
     }
     if facts.identity.certain:
-        found["koala.variant"] = facts.identity.variant.name
+        found[VARIANT_KEY] = facts.identity.variant.name
     if facts.kept:
         found[KEPT_KEY] = json.dumps(dict(facts.kept))
     if dict(facts.scheduler) != dict(SCHEDULER_CONFIG):

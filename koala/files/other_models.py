@@ -1,4 +1,4 @@
-"""Files that are not a KOALA U-Net: what they are, and which node loads them. One table of telling names."""
+"""Files that are not a KOALA U-Net: what they are, and which node loads them, by tensor names that only they have."""
 
 from __future__ import annotations
 
@@ -14,85 +14,96 @@ LOAD_UNET = 'the stock node "Load Diffusion Model" (UNETLoader)'
 LOAD_CONTROLNET = 'the stock node "Load ControlNet Model" (ControlNetLoader)'
 LOAD_CLIP = 'the stock node "Load CLIP" (CLIPLoader)'
 
+FAMILIES_BY_TEXT_WIDTH = {
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    1280: "the SDXL refiner",
+    2048: "SDXL",
+}
+"""Width of the text context that a model's cross-attention takes -> the family of models."""
 
-class Foreign(NamedTuple):
-    """Something that is no KOALA U-Net: its name with an article, and what loads it."""
+
+class OtherModel(NamedTuple):
+    """Something that is not a KOALA U-Net: its name with an article, and what loads it."""
 
     name: str
     loader: str
 
 
-# Looked through from the top: a model that shares names with another stands before it.
-_MARKS: tuple[tuple[Foreign, tuple[str, ...]], ...] = (
+# Searched from the top: a model that shares names with another stands before it.
+_MODEL_SIGNATURES: tuple[tuple[OtherModel, tuple[str, ...]], ...] = (
     (
-        Foreign("a LoRA", 'the stock node "Load LoRA" (LoraLoader)'),
+        OtherModel("a LoRA", 'the stock node "Load LoRA" (LoraLoader)'),
         (
             *(".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "_lora.down.", ".lora.down.", ".lora_linear_layer."),
             *(".hada_w1", ".lokr_w", ".oft_", "lora_unet_", "lora_te"),
         ),
     ),
-    (Foreign("an IP-Adapter", "the nodes of an IP-Adapter pack"), ("ip_adapter.",)),
+    (OtherModel("an IP-Adapter", "the nodes of an IP-Adapter pack"), ("ip_adapter.",)),
     (
-        Foreign("a ControlNet", LOAD_CONTROLNET),
+        OtherModel("a ControlNet", LOAD_CONTROLNET),
         (
             *("controlnet_cond_embedding.", "controlnet_down_blocks.", "controlnet_blocks.", "control_model."),
             *("input_hint_block.", "zero_convs."),
         ),
     ),
-    (Foreign("a T2I-Adapter", LOAD_CONTROLNET), ("adapter.body.", "body.0.resnets.0.", "body.0.block1.")),
-    (Foreign("a motion module", "the nodes of an AnimateDiff pack"), ("motion_modules.", ".temporal_transformer.")),
+    (OtherModel("a T2I-Adapter", LOAD_CONTROLNET), ("adapter.body.", "body.0.resnets.0.", "body.0.block1.")),
+    (OtherModel("a motion module", "the nodes of an AnimateDiff pack"), ("motion_modules.", ".temporal_transformer.")),
     (
-        Foreign("a Stable Video Diffusion model", 'the stock node "Image Only Checkpoint Loader (img2vid model)"'),
+        OtherModel("a Stable Video Diffusion model", 'the stock node "Image Only Checkpoint Loader (img2vid model)"'),
         (".time_stack.", ".temporal_transformer_blocks."),
     ),
-    (Foreign("a HunyuanVideo model", LOAD_UNET), ("token_refiner.",)),
-    (Foreign("an AuraFlow model", LOAD_UNET), ("double_layers.0.", "joint_transformer_blocks.0.")),
-    (Foreign("a Chroma model", LOAD_UNET), ("distilled_guidance_layer.",)),
-    (Foreign("a Flux model", LOAD_UNET), ("double_blocks.0.img_attn", "single_transformer_blocks.0.")),
-    (Foreign("a Stable Diffusion 3 model", LOAD_UNET), ("joint_blocks.0.", "transformer_blocks.0.norm1_context.")),
-    (Foreign("an LTX-Video model", LOAD_UNET), ("patchify_proj.",)),
-    (Foreign("a PixArt model", LOAD_UNET), ("adaln_single.", "t_block.1.")),
-    (Foreign("a Qwen-Image model", LOAD_UNET), ("transformer_blocks.0.img_mod.",)),
-    (Foreign("a Z-Image or Lumina model", LOAD_UNET), ("noise_refiner.0.",)),
-    (Foreign("a Wan model", LOAD_UNET), ("head.modulation", "condition_embedder.time_proj.")),
-    (Foreign("a Stable Cascade model", LOAD_UNET), ("clip_txt_mapper.", "clip_mapper.", ".channelwise.")),
+    (OtherModel("a HunyuanVideo model", LOAD_UNET), ("token_refiner.",)),
+    (OtherModel("an AuraFlow model", LOAD_UNET), ("double_layers.0.", "joint_transformer_blocks.0.")),
+    (OtherModel("a Chroma model", LOAD_UNET), ("distilled_guidance_layer.",)),
+    (OtherModel("a Flux model", LOAD_UNET), ("double_blocks.0.img_attn", "single_transformer_blocks.0.")),
+    (OtherModel("a Stable Diffusion 3 model", LOAD_UNET), ("joint_blocks.0.", "transformer_blocks.0.norm1_context.")),
+    (OtherModel("an LTX-Video model", LOAD_UNET), ("patchify_proj.",)),
+    (OtherModel("a PixArt model", LOAD_UNET), ("adaln_single.", "t_block.1.")),
+    (OtherModel("a Qwen-Image model", LOAD_UNET), ("transformer_blocks.0.img_mod.",)),
+    (OtherModel("a Z-Image or Lumina model", LOAD_UNET), ("noise_refiner.0.",)),
+    (OtherModel("a Wan model", LOAD_UNET), ("head.modulation", "condition_embedder.time_proj.")),
+    (OtherModel("a Stable Cascade model", LOAD_UNET), ("clip_txt_mapper.", "clip_mapper.", ".channelwise.")),
 )
 
-_PARTS: tuple[tuple[Foreign, tuple[str, ...]], ...] = (
+_COMPONENT_SIGNATURES: tuple[tuple[OtherModel, tuple[str, ...]], ...] = (
     (
-        Foreign("a CLIP vision model", 'the stock node "Load CLIP Vision" (CLIPVisionLoader)'),
+        OtherModel("a CLIP vision model", 'the stock node "Load CLIP Vision" (CLIPVisionLoader)'),
         ("vision_model.", "embeddings.patch_embedding.", "visual.transformer."),
     ),
-    (Foreign("a T5 text encoder", LOAD_CLIP), ("encoder.block.0.layer.0.SelfAttention",)),
+    (OtherModel("a T5 text encoder", LOAD_CLIP), ("encoder.block.0.layer.0.SelfAttention",)),
     (
-        Foreign("a CLIP text encoder", LOAD_CLIP),
+        OtherModel("a CLIP text encoder", LOAD_CLIP),
         ("text_model.encoder.layers.", "encoder.layers.0.self_attn.", "transformer.resblocks.0."),
     ),
-    (Foreign("a language model, as some models use for text", LOAD_CLIP), ("model.layers.0.self_attn.",)),
-    (Foreign("a VAE", 'the stock node "Load VAE" (VAELoader)'), ("decoder.conv_in.", "decoder.up_blocks.")),
+    (OtherModel("a language model, as some models use for text", LOAD_CLIP), ("model.layers.0.self_attn.",)),
+    (OtherModel("a VAE", 'the stock node "Load VAE" (VAELoader)'), ("decoder.conv_in.", "decoder.up_blocks.")),
     (
-        Foreign("a textual inversion embedding", 'the stock node "CLIP Text Encode", as embedding:name in the prompt'),
+        OtherModel(
+            "a textual inversion embedding", 'the stock node "CLIP Text Encode", as embedding:name in the prompt'
+        ),
         ("clip_g", "emb_params"),
     ),
 )
 
 
-def recognise(everything: Mapping[str, Shape], unet: Mapping[str, Shape]) -> Foreign | None:
+def recognise(everything: Mapping[str, Shape], unet: Mapping[str, Shape]) -> OtherModel | None:
     """What a file is if it is not a KOALA U-Net; None where it may be one.
 
-    ``everything`` holds the shapes of all its tensors, ``unet`` those of its U-Net with the prefix taken off.
+    Args:
+        everything: shapes of all its tensors.
+        unet: shapes of its U-Net's tensors, prefix taken off.
     """
-    whole = len(everything) > len(unet)
-    for kind, marks in _MARKS:
-        if any(mark in key for key in everything for mark in marks):
-            return kind._replace(loader=LOAD_CHECKPOINT) if whole and kind.loader == LOAD_UNET else kind
+    is_checkpoint = len(everything) > len(unet)
+    if kind := _by_signature(_MODEL_SIGNATURES, everything):
+        return kind._replace(loader=LOAD_CHECKPOINT) if is_checkpoint and kind.loader == LOAD_UNET else kind
     if _has_blocks(unet):
-        return _other_unet(unet, LOAD_CHECKPOINT if whole else LOAD_UNET)
-    return next((kind for kind, marks in _PARTS if any(mark in key for key in everything for mark in marks)), None)
+        return _other_unet(unet, LOAD_CHECKPOINT if is_checkpoint else LOAD_UNET)
+    return _by_signature(_COMPONENT_SIGNATURES, everything)
 
 
 def describe(everything: Mapping[str, Shape]) -> str:
-    """A few words for any file, recognised or not."""
+    """A few words for any file, recognised or not; ``everything`` as for ``recognise``."""
     unet = {key.removeprefix(UNET_PREFIX): shape for key, shape in everything.items()}
     kind = recognise(everything, unet)
     if kind:
@@ -101,34 +112,37 @@ def describe(everything: Mapping[str, Shape]) -> str:
         read = find_layout(unet)
         if read is None:
             return "a U-Net of an unknown kind"
-        layout = read[0]
-        return f"the U-Net of {KOALA_NAMES[layout]}" if layout in KOALA_NAMES else "an SDXL-family U-Net"
+        return f"the U-Net of {KOALA_NAMES[read[0]]}" if read[0] in KOALA_NAMES else "an SDXL-family U-Net"
     first = ", ".join(sorted(everything)[:3]) or "none"
     return f"a file of an unknown kind ({len(everything)} tensors, first: {first})"
+
+
+def _by_signature(
+    table: tuple[tuple[OtherModel, tuple[str, ...]], ...], everything: Mapping[str, Shape]
+) -> OtherModel | None:
+    return next((kind for kind, names in table if any(part in key for key in everything for part in names)), None)
 
 
 def _has_blocks(unet: Mapping[str, Shape]) -> bool:
     return any(key.startswith(("down_blocks.", "input_blocks.")) for key in unet)
 
 
-def _other_unet(unet: Mapping[str, Shape], loader: str) -> Foreign | None:
+def _other_unet(unet: Mapping[str, Shape], loader: str) -> OtherModel | None:
     """Name a U-Net of another family by its input channels, text width and layers."""
     channels = _width(unet.get("conv_in.weight", unet.get("input_blocks.0.0.weight")))
     context = next((_width(shape) for key, shape in unet.items() if key.endswith("attn2.to_k.weight")), None)
     added = any(key.startswith(("add_embedding.", "label_emb.")) for key in unet)
     if channels == 9:
-        return Foreign("an inpainting U-Net (9 input channels)", loader)
+        return OtherModel("an inpainting U-Net (9 input channels)", loader)
     if channels == 8:
-        return Foreign("an instruct-pix2pix U-Net (8 input channels)", loader)
-    if context == 768:
-        return Foreign("a Stable Diffusion 1.x model (text width 768)", loader)
-    if context == 1024:
-        return Foreign("a Stable Diffusion 2.x model (text width 1024)", loader)
-    if context == 1280 and added:
-        return Foreign("the SDXL refiner (text width 1280)", loader)
+        return OtherModel("an instruct-pix2pix U-Net (8 input channels)", loader)
+    if context in (768, 1024) or (context == 1280 and added):
+        family = FAMILIES_BY_TEXT_WIDTH[context]
+        article = family if family.startswith("the ") else f"a {family} model"
+        return OtherModel(f"{article} (text width {context})", loader)
     read = find_layout(unet)
     text = _SDXL_FAMILY.get(read[0]) if read else None
-    return Foreign(text, loader) if text else None
+    return OtherModel(text, loader) if text else None
 
 
 def _width(shape: Shape | None) -> int | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..architecture import keys
 from ..architecture.keys import Shape, tensors
 from ..architecture.layout import Layout
+from ..files.conventions import UNET_PREFIX
 
 SUFFIX = re.compile(
     r"(?:\.(?:alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|reshape_weight|rescale"
@@ -53,7 +54,7 @@ def aliases(layout: Layout) -> dict[str, keys.Tensor]:
         for form in {diffusers, processor}:
             for prefix in ("", "unet.", "base_model.model.", "unet.base_model.model.", "base_model.model.unet."):
                 found[prefix + form] = tensor
-        for prefix in ("diffusion_model.", "model.diffusion_model."):
+        for prefix in ("diffusion_model.", UNET_PREFIX):
             found[prefix + comfy] = tensor
         for form in (comfy, diffusers):
             found[f"lora_unet_{form.replace('.', '_')}"] = tensor

@@ -13,6 +13,7 @@ from ..architecture.keys import Shape, tensors
 from ..architecture.layout import SDXL, SSD_1B, VEGA, Layout, name
 from ..architecture.lineage import KEPT_TRANSFORMERS, at_widths_of
 from ..files.header import CheckpointError
+from ..files.other_models import FAMILIES_BY_TEXT_WIDTH
 from .names import Groups, aliases, fits, size
 
 TrainedOn = Literal["auto", "SDXL", "KOALA"]
@@ -126,8 +127,7 @@ def _refuse_other_family(file: str, groups: Groups, shapes: Mapping[str, Shape],
     )
     if widths and target.context not in widths:
         width = widths.most_common(1)[0][0]
-        family = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-        kind = family.get(width, "another model")
+        kind = FAMILIES_BY_TEXT_WIDTH.get(width, "another model")
         raise CheckpointError(f"{file} is a LoRA for {kind} (text width {width}, not {target.context}); {expected}")
     flat = [module.replace(".", "_") for module in groups]
     for family_name, pattern in _FAMILIES:

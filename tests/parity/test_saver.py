@@ -23,7 +23,7 @@ from koala_sdxl.host import saver as koala_saver
 from koala_sdxl.host.model import ATTACHMENT, WEIGHT_DTYPES, model_facts
 from koala_sdxl.koala import releases as settings
 from koala_sdxl.koala.architecture import layout
-from koala_sdxl.koala.architecture.components import read_autoencoder
+from koala_sdxl.koala.architecture.components import LATENT_SCALE, read_autoencoder
 from koala_sdxl.koala.architecture.keys import renaming
 from koala_sdxl.koala.files import atomic_write as disk
 from koala_sdxl.koala.files import inspect as checkpoint
@@ -203,9 +203,9 @@ def test_diffusers_draws_the_same_picture_from_the_folder(baked: State, tmp_path
     preset = {"preset": "custom", "steps": 8, "cfg": 7.5, "spacing": "leading"}
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     made = parity.KoalaSampler.execute(model, *conditioning, latent, 3, preset, "euler", 1.0).result[0]["samples"]
-    assert (made * parity.SCALE - wanted).abs().max() <= parity.LATENT_BOUND
+    assert (made * LATENT_SCALE - wanted).abs().max() <= parity.LATENT_BOUND
     pixels = vae.decode(made).permute(0, 3, 1, 2)
-    decoded = (pipeline.vae.decode(wanted / parity.SCALE).sample / 2 + 0.5).clamp(0, 1)
+    decoded = (pipeline.vae.decode(wanted / LATENT_SCALE).sample / 2 + 0.5).clamp(0, 1)
     assert (pixels - decoded).abs().max() <= 1 / 255
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from koala_sdxl.koala.files import atomic_write as disk
-from koala_sdxl.koala.files.atomic_write import SaveError, write_bytes, write_safetensors, written_whole
+from koala_sdxl.koala.files.atomic_write import SaveError, replace_file, write_bytes, write_safetensors, written_whole
 
 MEGABYTE = 1 << 20
 ONE = {"x": torch.ones(1)}
@@ -204,3 +204,31 @@ def test_what_the_library_says_in_other_versions_or_of_other_errors(
     with pytest.raises(SaveError, match=text):
         save(tmp_path / "a", ONE)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_older_one_is_replaced_or_stays(folder: bool, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+
+    def write(text: bytes, error: Exception | None = None) -> None:
+        with written_whole(target, replace=True) as aside:
+            if folder:
+                aside.mkdir()
+            write_bytes(aside / "file" if folder else aside, text)
+            if error:
+                raise error
+
+    write(b"old")
+    write(b"new")
+    with pytest.raises(RuntimeError):
+        write(b"half", RuntimeError())
+    assert (target / "file" if folder else target).read_bytes() == b"new"
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_small_file_is_replaced(tmp_path: Path) -> None:
+    replace_file(tmp_path / "a", "ä\n")
+    replace_file(tmp_path / "a", "ö\n")
+    assert (tmp_path / "a").read_bytes() == "ö\n".encode()
+    with pytest.raises(SaveError, match=r"b could not be written in .*nowhere"):
+        replace_file(tmp_path / "nowhere" / "b", b"")

@@ -21,6 +21,7 @@ inprocess.activate()
 import torch
 
 from koala_sdxl import koala_loader
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.releases import SPACINGS
 from koala_sdxl.nodes.prompt import KoalaPrompt
@@ -29,7 +30,6 @@ from tools.measure import reference
 from tools.synthetic import random_weights
 
 REPORT = testhost.ROOT / "docs" / "parity.md"
-SCALE = 0.13025  # SDXL's latent scale: ComfyUI hands latents out divided by it
 PROMPT = "a gray koala on a green background"
 NEGATIVE = "red (blurry)"
 LATENT_BOUND, PIXEL_BOUND, FULL_SIZE_BOUND = 1e-4, 1.0, 1e-5
@@ -115,10 +115,15 @@ def tiny(case: Case) -> tuple[Row, Row]:
     wanted = _reference_latents(case, start)
     pixels = (vae.decode(made) * 255).floor()  # core's SaveImage truncates where diffusers rounds
     pipe = tiny_pipeline()
-    decoded = pipe.vae.decode(wanted / SCALE).sample
+    decoded = pipe.vae.decode(wanted / LATENT_SCALE).sample
     wanted_pixels = ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).round()
     return (
-        Row(f"koala-tiny, {case.name}: final latent", _largest(made * SCALE, wanted), LATENT_BOUND, "latent units"),
+        Row(
+            f"koala-tiny, {case.name}: final latent",
+            _largest(made * LATENT_SCALE, wanted),
+            LATENT_BOUND,
+            "latent units",
+        ),
         Row(f"koala-tiny, {case.name}: picture", _largest(pixels, wanted_pixels), PIXEL_BOUND, "of 255"),
     )
 
@@ -140,7 +145,7 @@ def tiny_custom_graph() -> Row:
     ).result[0]["samples"]
     return Row(
         "koala-tiny, KOALA Scheduler + SamplerCustom, image to image: final latent",
-        _largest(made * SCALE, _reference_latents(case, start)),
+        _largest(made * LATENT_SCALE, _reference_latents(case, start)),
         LATENT_BOUND,
         "latent units",
     )
@@ -177,7 +182,7 @@ def full_size(name: str) -> Row:
         model, conditioning[1], conditioning[0], {"samples": torch.zeros(1, 4, 32, 32)}, seed, preset, "euler", 1.0
     ).result[0]["samples"]
     comfy.model_management.unload_all_models()
-    relative = _largest(made * SCALE, wanted) / float(wanted.abs().max())
+    relative = _largest(made * LATENT_SCALE, wanted) / float(wanted.abs().max())
     return Row(f"{name}, random weights, 2 steps at 256 px: final latent", relative, FULL_SIZE_BOUND, "relative")
 
 
@@ -220,7 +225,7 @@ def _reference_latents(case: Case, start: torch.Tensor | None) -> torch.Tensor:
     img2img = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
     img2img.set_progress_bar_config(disable=True)
     # a latent is taken as it is; its encoding is compared by giving both sides the picture's mode
-    latent = pipe.vae.encode(start * 2 - 1).latent_dist.mode() * SCALE
+    latent = pipe.vae.encode(start * 2 - 1).latent_dist.mode() * LATENT_SCALE
     return img2img(PROMPT, image=latent, strength=case.denoise, generator=generator, **arguments).images
 
 

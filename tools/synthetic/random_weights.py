@@ -7,17 +7,16 @@ and made once in about two minutes.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala_sdxl.koala.architecture.components import text_name
+from koala_sdxl.koala.architecture.components import LATENT_SCALE, text_name
 from koala_sdxl.koala.architecture.keys import Shape, shapes_of, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
+from koala_sdxl.koala.files.atomic_write import written_whole
 from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
 from tools.harness import testhost
@@ -34,7 +33,7 @@ VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "latent_channels": 4,
-    "scaling_factor": 0.13025,
+    "scaling_factor": LATENT_SCALE,
     "force_upcast": False,
 }
 
@@ -104,10 +103,9 @@ def _once(name: str, write: Callable[[Path], None]) -> Path:
     """The cached folder of that name; made aside and renamed, so that half a folder is never taken for a whole one."""
     target = testhost.cache_folder() / "random-weights-2" / name
     if not target.is_dir():
-        aside = target.with_name(f"{name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        write(aside)
-        aside.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(target) as aside:
+            write(aside)
     return target
 
 

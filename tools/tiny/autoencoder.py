@@ -12,10 +12,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional
 
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from tools.tiny import checkpoints
 from tools.tiny.pictures import KOALA, draw, random_drawings
 
-SCALING_FACTOR = 0.13025  # SDXL's latent format: fixed in ComfyUI, so the statistics are baked into the weights
 LATENT_NOISE = 0.05  # of the latents' own spread; the decoder must bear it, so no detail hides in one huge value
 STAGE = 1
 
@@ -42,7 +42,7 @@ def new_autoencoder() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         sample_size=128,
-        scaling_factor=SCALING_FACTOR,
+        scaling_factor=LATENT_SCALE,
     )
     _start_as_thumbnail(model)
     encoder, decoder = model.encoder, model.decoder
@@ -172,12 +172,12 @@ def decibels(mean_square_error: float) -> float:
 @torch.no_grad()
 def standardise(model: AutoencoderKL, seed: int, size: int) -> AutoencoderKL:
     """Fold each latent channel's mean and spread into the two 1x1 convolutions beside the latents, in place, so that
-    `latents * SCALING_FACTOR` has mean 0 and standard deviation 1; the posterior's width becomes the noise that the
+    `latents * LATENT_SCALE` has mean 0 and standard deviation 1; the posterior's width becomes the noise that the
     decoder was trained to bear."""
     pictures = draw(random_drawings(128, checkpoints.step_generator(seed, STAGE, 10**7)), size)
     latents = torch.cat([model.encode(part).latent_dist.mode() for part in pictures.split(16)])
     mean = latents.mean(dim=(0, 2, 3))
-    spread = latents.std(dim=(0, 2, 3)) * SCALING_FACTOR
+    spread = latents.std(dim=(0, 2, 3)) * LATENT_SCALE
     channels = len(mean)
     encode, decode = model.quant_conv, model.post_quant_conv
     encode.weight[:channels] /= spread.view(-1, 1, 1, 1)
@@ -193,4 +193,4 @@ def standardise(model: AutoencoderKL, seed: int, size: int) -> AutoencoderKL:
 def encode(model: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """Standardised latents, float32 [n, 4, S/8, S/8], of pictures [n, 3, S, S]."""
     parts = [model.encode(part.to(model.device)).latent_dist.mode().cpu() for part in pictures.split(16)]
-    return torch.cat(parts) * SCALING_FACTOR
+    return torch.cat(parts) * LATENT_SCALE

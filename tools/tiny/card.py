@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from tools.tiny import CONTROLNET, LORA, autoencoder, denoiser, text
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES
 
@@ -78,7 +79,7 @@ what an empty negative prompt means to an SDXL base model.
 seeds, on two CPU cores, under two hours. Three stages:
 
 1. Autoencoder (x8, 4 channels): {first.crop_steps} steps on {first.crop} px windows, then {first.whole_steps}
-   on whole pictures. Latents are standardised to SDXL's scaling factor {autoencoder.SCALING_FACTOR}.
+   on whole pictures. Latents are standardised to SDXL's scaling factor {LATENT_SCALE}.
 2. Text encoders (32 and 64 wide, 3 layers each, CLIP's tokenizer): {second.steps} steps as
    classifiers of what a caption says, half of the captions among random words; then frozen.
 {_from_nothing(third) if distilled is None else _distilled(distilled)}

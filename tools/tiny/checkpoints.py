@@ -1,18 +1,18 @@
 """Files that a stopped training run leaves behind: whole or absent, never half written."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from koala_sdxl.koala.files.atomic_write import written_whole
+
 
 def save(state: Any, path: Path) -> None:
-    """Write beside, then rename: a reader, or a run that resumes, sees the old file or the new one."""
+    """Replace the file at once: a reader, or a run that resumes, sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    with written_whole(path, replace=True) as aside:
+        torch.save(state, aside)
 
 
 def load(path: Path) -> Any:

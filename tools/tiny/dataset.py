@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from koala_sdxl.koala.files.atomic_write import written_whole
 from tools.tiny.checkpoints import step_generator
 from tools.tiny.denoiser import Recipe
 from tools.tiny.pictures import KOALA, draw, random_captions, random_drawings
@@ -30,14 +31,14 @@ def write(folder: Path, size: int, count: int) -> None:
     captions = random_captions(drawings, generator)
     told = [index for index, caption in enumerate(captions) if caption.text][:count]
     drawings, captions = drawings.pick(torch.tensor(told)), [captions[index] for index in told]
-    beside = folder.with_name(folder.name + ".part")
-    beside.mkdir(parents=True, exist_ok=True)
-    for part in torch.arange(count).split(256):
-        levels = ((draw(drawings.pick(part), size) + 1) * 127.5).round().clamp(0, 255).byte()
-        for index, pixels in zip(part.tolist(), levels.permute(0, 2, 3, 1), strict=True):
-            Image.fromarray(pixels.numpy()).save(beside / f"{index:05d}.png")
-            (beside / f"{index:05d}.txt").write_text(captions[index].text + "\n", "utf-8")
-    beside.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder) as aside:
+        aside.mkdir()
+        for part in torch.arange(count).split(256):
+            levels = ((draw(drawings.pick(part), size) + 1) * 127.5).round().clamp(0, 255).byte()
+            for index, pixels in zip(part.tolist(), levels.permute(0, 2, 3, 1), strict=True):
+                Image.fromarray(pixels.numpy()).save(aside / f"{index:05d}.png")
+                (aside / f"{index:05d}.txt").write_text(captions[index].text + "\n", "utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

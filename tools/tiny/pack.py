@@ -4,7 +4,6 @@ Usage: python3 dev.py pack-tiny --model DIR [--out assets/koala-tiny.safetensors
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from koala_sdxl.koala.files.atomic_write import written_whole
 from koala_sdxl.koala.files.conventions import DISTILLATION_KEY
 from koala_sdxl.koala.files.header import read_header
 from tools import commands
@@ -62,14 +62,13 @@ def pack(folder: Path, out: Path) -> None:
     model, clip, vae = koala_loader.load_folder(folder, "fp16")
     vae.first_stage_model.half()
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".part.safetensors")
-    comfy.sd.save_checkpoint(str(beside), model, clip, vae, metadata=metadata(folder))
-    again = koala_loader.load_checkpoint(beside, "fp16")
-    for name, first, second in zip(("U-Net", "CLIP", "VAE"), (model, clip, vae), again, strict=True):
-        if different := _differences(first, second):
-            raise ValueError(f"{out.name}: the {name} loads to other weights than {folder}: {different[:3]}")
-    beside.chmod(0o644)  # safetensors makes files that only their owner can read
-    os.replace(beside, out)
+    with written_whole(out, replace=True) as aside:
+        comfy.sd.save_checkpoint(str(aside), model, clip, vae, metadata=metadata(folder))
+        again = koala_loader.load_checkpoint(aside, "fp16")
+        for name, first, second in zip(("U-Net", "CLIP", "VAE"), (model, clip, vae), again, strict=True):
+            if different := _differences(first, second):
+                raise ValueError(f"{out.name}: the {name} loads to other weights than {folder}: {different[:3]}")
+        aside.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _differences(first: Any, second: Any) -> list[str]:

@@ -1,13 +1,12 @@
 """koala-tiny as a folder in diffusers' layout: put together, saved, loaded, asked for pictures."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
+from koala_sdxl.koala.files.atomic_write import written_whole
 from tools.tiny import denoiser, text
 
 
@@ -35,13 +34,10 @@ def assemble(
 
 def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     """Write the folder in fp16, whole or not at all. The pipeline itself is rounded to fp16 values in place."""
-    beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
     pipeline.to(torch.float16)
-    pipeline.save_pretrained(beside, variant="fp16", safe_serialization=True)
+    with written_whole(folder, replace=True) as aside:
+        pipeline.save_pretrained(aside, variant="fp16", safe_serialization=True)
     pipeline.to(torch.float32)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
 
 
 def load(folder: Path) -> StableDiffusionXLPipeline:
