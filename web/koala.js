@@ -1,4 +1,5 @@
-// The canvas side of the pack: what a run left to be shown on a node, and the two commands under Extensions > KOALA.
+// @ts-check
+// The pack's part of the canvas: what nodes show after a run, and the two commands under Extensions > KOALA.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -11,39 +12,43 @@ const SWAP_LABEL = "Swap U-Net for KOALA";
 const TEMPLATE = "KOALA-tiny text to image";
 const PACK = new URL(import.meta.url).pathname.split("/").at(-2); // the folder that the pack is installed in
 
-function say(severity, detail) {
+/**
+ * Tell the person at the canvas.
+ * @param {"info" | "warn" | "error"} severity
+ * @param {string} detail
+ */
+function notify(severity, detail) {
   app.extensionManager.toast.add({ severity, summary: "KOALA", detail, life: 8000 });
 }
 
+/** @param {ComfyNode} node */
 function swap(node) {
   const problem = swapUNet(app, node);
-  if (problem) say("warn", problem);
+  if (problem) notify("warn", problem);
 }
 
-function selectedNodes() {
-  return [...app.canvas.selectedItems].filter((item) => modelSlot(item) >= 0);
+function swapSelected() {
+  const nodes = [...app.canvas.selectedItems].filter((item) => modelSlot(item) >= 0);
+  if (!nodes.length) notify("info", "Select a node with a MODEL output first, such as Load Checkpoint.");
+  for (const node of nodes) swap(/** @type {ComfyNode} */ (node));
 }
 
 async function insertTextToImage() {
   const answer = await api.fetchApi(`/workflow_templates/${PACK}/${encodeURIComponent(TEMPLATE)}.json`);
-  if (!answer.ok) return say("error", `The template "${TEMPLATE}" could not be read (HTTP ${answer.status}).`);
-  insert(app, await answer.json());
+  if (answer.ok) insert(app, await answer.json());
+  else notify("error", `Could not load the template "${TEMPLATE}" (HTTP ${answer.status}).`);
+}
+
+/** Whether a node is one of ours. @param {ComfyNode | null | undefined} node */
+function isKoala(node) {
+  return node?.comfyClass?.startsWith("Koala") ?? false;
 }
 
 app.registerExtension({
   name: "koalasdxl.canvas",
 
   commands: [
-    {
-      id: SWAP,
-      label: SWAP_LABEL,
-      icon: "pi pi-sync",
-      function: () => {
-        const nodes = selectedNodes();
-        if (!nodes.length) return say("info", "Select a node with a MODEL output first, such as Load Checkpoint.");
-        nodes.forEach(swap);
-      },
-    },
+    { id: SWAP, label: SWAP_LABEL, icon: "pi pi-sync", function: swapSelected },
     { id: INSERT, label: "Insert KOALA text to image", icon: "pi pi-image", function: insertTextToImage },
   ],
   menuCommands: [{ path: ["Extensions", "KOALA"], commands: [SWAP, INSERT] }],
@@ -57,7 +62,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("Koala")) return;
+    if (!isKoala(node)) return;
     makeRoom(node);
     const before = node.onExecuted;
     node.onExecuted = function (output, ...rest) {
@@ -69,7 +74,7 @@ app.registerExtension({
   onNodeOutputsUpdated(outputs) {
     for (const [id, output] of Object.entries(outputs)) {
       const node = app.rootGraph?.getNodeById(id);
-      if (node?.comfyClass?.startsWith("Koala")) show(node, output);
+      if (node && isKoala(node)) show(node, output);
     }
   },
 });

@@ -327,7 +327,7 @@ def test_swap_by_the_selections_toolbox(page: Page, shoot: Shoot) -> None:
     assert one(page, "KSampler")["inputs"]["model"] == one(page, "KoalaUNetSwap")["id"]
     # a second time there is nothing left to swap, and that is said
     page.evaluate("() => window.app.extensionManager.command.execute('KOALA.SwapUNet')")
-    page.get_by_text("has KOALA U-Net Swap behind it").wait_for()
+    page.get_by_text("is already followed by KOALA U-Net Swap").wait_for()
     assert len([node for node in browser.nodes(page) if node["type"] == "KoalaUNetSwap"]) == 1
 
 

@@ -1,0 +1,116 @@
+import assert from "node:assert/strict";
+import { beforeEach, test } from "node:test";
+import { makeRoom, show } from "../../web/lib/drawings.mjs";
+import { Node, Observer, page } from "./fakes.mjs";
+
+const CURVE = { title: "3 steps, leading", sigmas: [10, 1, 0], published: "25 steps", reference: [10, 0.1, 0] };
+const COVERAGE = {
+  stages: { "down 2": { applied: 3, folded: 1, removed: 4 }, middle: { removed: 2 } },
+  words: { applied: "applied", folded: "folded", removed: "removed", mismatch: "mismatch", unknown: "unknown" },
+};
+
+let node;
+
+beforeEach(() => {
+  node = new Node("KoalaLoraLoader", { widgets: { lora_name: "a" } });
+  globalThis.document = page;
+  globalThis.ResizeObserver = Observer;
+  globalThis.LiteGraph = { vueNodesMode: false };
+  globalThis.LGraphBadge = class {
+    constructor(options) {
+      Object.assign(this, options);
+    }
+  };
+});
+
+const widget = () => node.widgets.at(-1);
+const content = () => widget().element.children[0].children[0];
+const byClass = (name) => content().all((element) => [element.className, element.attributes.class].includes(name));
+const texts = (element) => element.all((inner) => inner.textContent).map((inner) => inner.textContent);
+
+test("a new node is widened, never narrowed", () => {
+  makeRoom(node);
+  assert.deepEqual(node.size, [340, 100]);
+  node.size = [500, 80];
+  makeRoom(node);
+  assert.deepEqual(node.size, [500, 80]);
+});
+
+test("nothing to show leaves a node as it is", () => {
+  for (const output of [undefined, {}, { images: [] }, { koala: [{}], text: [] }]) show(node, output);
+  assert.deepEqual([node.widgets.length, node.badges.length], [1, 0]);
+});
+
+test("text is shown in a widget that is not saved", () => {
+  show(node, { text: ["two\nlines"] });
+  assert.deepEqual(texts(content()), ["two\nlines"]);
+  assert.equal(widget().serialize, false);
+  assert.equal(widget().options.serialize, false);
+});
+
+test("a second run replaces what is shown", () => {
+  show(node, { text: ["first"], koala: [{ badge: "one" }] });
+  show(node, { text: ["second"], koala: [{ badge: "two" }] });
+  assert.equal(node.widgets.length, 2);
+  assert.deepEqual(texts(content()), ["second"]);
+  assert.deepEqual(node.badges.map(({ text }) => text), ["two"]);
+});
+
+test("the classic canvas gets a badge beside those that are there, Nodes 2.0 gets it in the content", () => {
+  const other = { text: "another pack's" };
+  node.badges = [other];
+  show(node, { koala: [{ badge: "KOALA-700M" }] });
+  assert.deepEqual(node.badges.map(({ text }) => text), [other.text, "KOALA-700M"]);
+  assert.equal(node.widgets.length, 1);
+  LiteGraph.vueNodesMode = true;
+  show(node, { koala: [{ badge: "KOALA-1B" }] });
+  assert.deepEqual(node.badges.map(({ text }) => text), [other.text, "KOALA-700M"]);
+  assert.deepEqual(byClass("koala-badge").map((element) => element.textContent), ["KOALA-1B"]);
+});
+
+test("the widget is as high as its content, and the node grows with it", () => {
+  show(node, { text: ["text"] });
+  const { getMinHeight, getMaxHeight } = widget().options;
+  assert.deepEqual([getMinHeight(), getMaxHeight()], [0, 0]);
+  const before = node.dirty;
+  Observer.latest.changed(); // not on the page yet
+  assert.equal(node.dirty, before);
+  Observer.latest.element.offsetHeight = 60;
+  Observer.latest.changed();
+  assert.deepEqual([getMinHeight(), getMaxHeight()], [88, 88]);
+  assert.deepEqual(node.size, [340, 100]);
+  assert.equal(node.dirty, before + 1);
+  Observer.latest.changed(); // the same height again
+  assert.equal(node.dirty, before + 1);
+});
+
+test("a curve has a point for each noise level, with its number, and both titles", () => {
+  show(node, { koala: [{ curve: CURVE }] });
+  const [curve] = byClass("koala-curve");
+  const dots = curve.all(({ name }) => name === "circle");
+  assert.deepEqual(dots.map(({ attributes }) => [attributes["data-step"], attributes["data-sigma"]]), [
+    ["0", "10"],
+    ["1", "1"],
+    ["2", "0"],
+  ]);
+  assert.deepEqual(dots.map((dot) => dot.children[0].textContent)[1], "step 1: sigma 1.000");
+  assert.deepEqual(texts(curve).slice(0, 2), ["sigmas: 3 steps, leading", "published: 25 steps"]);
+  const [reference, sigmas] = curve.all(({ name }) => name === "polyline").map(({ attributes }) => attributes.points);
+  assert.equal(sigmas, dots.map(({ attributes }) => `${attributes.cx},${attributes.cy}`).join(" "));
+  assert.notEqual(reference, sigmas);
+});
+
+test("a bar has a segment for each outcome, as wide as its share", () => {
+  show(node, { koala: [{ coverage: COVERAGE }] });
+  const bars = byClass("koala-bar");
+  assert.deepEqual(bars.map(({ dataset }) => dataset.stage), ["down 2", "middle"]);
+  assert.deepEqual(bars[0].children.map(({ dataset }) => [dataset.outcome, dataset.count]), [
+    ["applied", "3"],
+    ["folded", "1"],
+    ["removed", "4"],
+  ]);
+  assert.match(bars[0].children[2].style.cssText, /flex: 4 1 0; background: #6b7280/);
+  assert.equal(bars[0].children[2].title, "down 2: 4 removed");
+  const shown = texts(byClass("koala-coverage")[0]);
+  assert.deepEqual(shown, ["down 2", "4 / 8", "middle", "0 / 2", "■ applied", "■ folded", "■ removed"]);
+});

@@ -1,0 +1,77 @@
+// @ts-check
+// The numbers behind what is drawn on a node: pure functions of a node's output, with no page and no canvas.
+
+export const SIZE = { width: 300, height: 150 };
+const PLOT = { left: 34, right: 292, top: 30, bottom: 138 }; // pixels; labels stand to the left, titles above
+
+/**
+ * Noise levels of a run, and those that the model was published with. Both descend, and may end with 0.
+ * @typedef {{ title: string, sigmas: number[], published: string, reference: number[] }} Curve
+ *
+ * @typedef {"applied" | "folded" | "removed" | "mismatch" | "unknown"} Outcome
+ * @typedef {Partial<Record<Outcome, number>>} Counts
+ *
+ * How many of a LoRA's modules had which outcome in each stage of the U-Net, and what to call each outcome.
+ * @typedef {{ stages: Record<string, Counts>, words: Record<Outcome, string> }} Coverage
+ *
+ * @typedef {{ x: number, y: number }} Point
+ */
+
+/**
+ * Where the points of two schedules lie: the step to the right, the logarithm of the noise level upwards. Both have
+ * the whole width, however many steps they have. A level of 0, which has no logarithm, lies at the bottom.
+ * @param {Pick<Curve, "sigmas" | "reference">} curve
+ */
+export function plotCurve({ sigmas, reference }) {
+  const logs = [...sigmas, ...reference].filter((sigma) => sigma > 0).map(Math.log);
+  const [low, high] = [Math.min(...logs), Math.max(...logs)];
+  /** @param {number} sigma */
+  const y = (sigma) => {
+    const share = sigma > 0 ? (Math.log(sigma) - low) / (high - low || 1) : 0;
+    return PLOT.bottom - share * (PLOT.bottom - PLOT.top);
+  };
+  /** @param {number[]} schedule @returns {Point[]} */
+  const place = (schedule) => {
+    const width = (PLOT.right - PLOT.left) / Math.max(1, schedule.length - 1);
+    return schedule.map((sigma, step) => ({ x: PLOT.left + step * width, y: y(sigma) }));
+  };
+  const labels = [Math.exp(high), 1, Math.exp(low)].map((sigma) => ({ y: y(sigma), text: levelText(sigma) }));
+  return { left: PLOT.left, sigmas: place(sigmas), reference: place(reference), labels };
+}
+
+/** A noise level as a label: 12, 1.0, 0.029. @param {number} sigma */
+function levelText(sigma) {
+  return sigma >= 10 ? sigma.toFixed(0) : sigma.toPrecision(2);
+}
+
+/** Points as an SVG polyline has them. @param {Point[]} points */
+export function polyline(points) {
+  return points.map(({ x, y }) => `${x},${y}`).join(" ");
+}
+
+/**
+ * A row for each stage: its outcomes with their counts, how many of its modules have an effect, and of how many; and
+ * the outcomes that occur in any stage, in the order of ``words``.
+ * @param {Coverage} coverage
+ */
+export function tabulateCoverage({ stages, words }) {
+  const rows = Object.entries(stages).map(([stage, counts]) => ({
+    stage,
+    parts: entries(counts).map(([outcome, count]) => ({ outcome, count, words: words[outcome] })),
+    effective: (counts.applied ?? 0) + (counts.folded ?? 0),
+    total: entries(counts).reduce((sum, [, count]) => sum + count, 0),
+  }));
+  const seen = new Set(rows.flatMap((row) => row.parts.map((part) => part.outcome)));
+  const legend = entries(words).filter(([outcome]) => seen.has(outcome));
+  return { rows, legend: legend.map(([outcome, text]) => ({ outcome, words: text })) };
+}
+
+/**
+ * Object.entries, with the type of the keys.
+ * @template {string} K
+ * @template V
+ * @param {Partial<Record<K, V>>} record
+ */
+function entries(record) {
+  return /** @type {[K, V][]} */ (Object.entries(record));
+}
