@@ -17,8 +17,9 @@ from ..host.transfer.lora import apply_lora, hook_lora
 from ..host.transfer.swap import swap
 from ..koala.architecture.layout import name
 from ..koala.files.inspect import inspect_model
-from ..koala.lora.plan import WORDS, Plan, coverage, report, summary
-from ..koala.model_info import badge
+from ..koala.lora.plan import Plan
+from ..koala.lora.report import WORDS, coverage, report, summary
+from ..koala.model_report import badge
 from ..koala.releases import STOCK_SCHEDULERS, identify
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
@@ -274,10 +275,10 @@ class KoalaAttentionPatches(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        line = model_facts(model).lineage
-        bound = model.clone()
-        count, dropped = attention.rebind(bound.model_options["transformer_options"], line)
-        text = f"{count} patches bound to {name(line.student)}'s blocks"
+        facts, remapped = model_facts(model), model.clone()
+        koala = name(facts.layout)
+        count, dropped = attention.remap(remapped.model_options["transformer_options"], facts.lineage)
+        text = f"{count} patches remapped to {koala}'s blocks"
         if dropped:
-            text += f"; {len(dropped)} dropped, their blocks are not in it ({attention.places(dropped)})"
-        return shown(text, bound, text)
+            text += f"; {len(dropped)} dropped, as {koala} lacks their blocks ({attention.places(dropped)})"
+        return shown(text, remapped, text)

@@ -15,7 +15,7 @@ from ..host.transfer.compatibility import incompatible_patches
 from ..koala.files.dtypes import dtype_name
 from ..koala.files.header import CheckpointError
 from ..koala.files.inspect import Model, inspect_model, inspect_text_encoder, inspect_vae, require_text_width
-from ..koala.model_info import badge, report
+from ..koala.model_report import badge, report
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
 BUILT_IN = "built-in koala-tiny"

@@ -8,8 +8,8 @@ import comfy.samplers
 from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-from ..host.model import ATTACHMENT, model_facts
-from ..host.transfer.addons import require_carried
+from ..host.model import attached_facts, model_facts
+from ..host.transfer.compatibility import require_compatible
 from ..koala.architecture.layout import name
 from ..koala.releases import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala.schedule import Schedule, schedule
@@ -77,7 +77,7 @@ class KoalaScheduler(io.ComfyNode):
 
 def _curve(model: Any, sigmas: Any, title: str) -> dict[str, Any]:
     """A schedule to be drawn before the one that the model was published with, or SDXL's if it is no KOALA."""
-    facts = model.get_attachment(ATTACHMENT)
+    facts = attached_facts(model)
     published = facts.settings if facts is not None else BASE
     reference = _schedule(model, published.steps, published.spacing, 1.0).sigmas
     return {"title": title, "sigmas": sigmas.tolist(), "published": str(published), "reference": reference.tolist()}
@@ -163,7 +163,7 @@ class KoalaSampler(io.ComfyNode):
         sampler_name: str,
         denoise: float,
     ) -> io.NodeOutput:
-        require_carried(model, positive, negative)
+        require_compatible(model, positive, negative)
         settings, why = _settings(model, preset)
         made = _schedule(model, settings.steps, settings.spacing, denoise)
         sampler = comfy.samplers.sampler_object(sampler_name)
@@ -191,6 +191,6 @@ def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:
 
 def _schedule(model: Any, steps: int, spacing: Spacing, denoise: float) -> Schedule:
     """The schedule under the model's own scheduler config, or SDXL's where the MODEL carries none."""
-    facts = model.get_attachment(ATTACHMENT)
+    facts = attached_facts(model)
     config = facts.scheduler if facts is not None else SCHEDULER_CONFIG
     return schedule(steps, spacing, denoise, config)

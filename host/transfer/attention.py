@@ -1,4 +1,4 @@
-"""Patches of attention and blocks that were set by SDXL's block numbers, bound to the KOALA blocks they belong to."""
+"""Attention and block patches that were set by SDXL's block numbers, remapped to the KOALA blocks they belong to."""
 
 from __future__ import annotations
 
@@ -6,113 +6,118 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...koala.architecture.lineage import BlockId, Lineage
+from ...koala.architecture.lineage import Lineage
 
-BLOCK_PATCHES = (
-    *("attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch", "middle_patch"),
-    *("input_block_patch", "input_block_patch_after_skip", "output_block_patch"),
-)
-"""ComfyUI's patches that are called in every block and ask the options for the block's number."""
+ATTENTION_PATCHES = ("attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch", "middle_patch")
+"""ComfyUI's patches that run in every transformer block and read its number, and its block's, from the options."""
+BLOCK_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
+"""ComfyUI's patches that run in every block and read the block's number from the options."""
+ATTENTION_REPLACEMENTS = "patches_replace"
+"""Key of the options that holds what replaces attention in one place: kind -> place -> function."""
 
-Key = tuple[Any, ...]
-"""Where a replacement of attention is bound: (block name, number) or (block name, number, transformer block)."""
+Place = tuple[Any, ...]
+"""Where attention is replaced: (block name, number) or (block name, number, transformer block)."""
 
 
 @dataclass(frozen=True)
-class Rebound:
-    """A patch that was made for SDXL: while it runs, the options tell it SDXL's numbers.
+class Remapped:
+    """A patch that was made for SDXL: while it runs, it reads SDXL's numbers in the options.
 
     Everything else that the host asks of a patch (``to``, ``models``, ``cleanup``) goes to the patch itself.
     """
 
     patch: Callable[..., Any]
-    line: Lineage
+    lineage: Lineage
 
     def __call__(self, *arguments: Any) -> Any:
         options = arguments[-1]  # the last argument of every patch that is called inside a block
-        here = {name: options[name] for name in ("block", "block_index", "transformer_index") if name in options}
-        options.update(as_teacher(self.line, here))
+        own = {name: options[name] for name in ("block", "block_index", "transformer_index") if name in options}
+        options.update(sdxl_numbers(self.lineage, own))
         try:
             return self.patch(*arguments)
         finally:
-            options.update(here)
+            options.update(own)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.patch, name)
-        return (lambda *arguments: Rebound(found(*arguments), self.line)) if name == "to" else found
+        attribute = getattr(self.patch, name)
+        return (lambda *arguments: Remapped(attribute(*arguments), self.lineage)) if name == "to" else attribute
 
 
-def as_teacher(line: Lineage, here: Mapping[str, Any]) -> dict[str, Any]:
+def sdxl_numbers(lineage: Lineage, own: Mapping[str, Any]) -> dict[str, Any]:
     """A running block's numbers as SDXL has them: ``block``, ``block_index`` (transformer block), ``transformer_index``
     (attention module, counted over the whole U-Net)."""
-    block = here.get("block")
-    if block not in line.blocks:
+    block = own.get("block")
+    if block not in lineage.blocks:
         return {}
-    there: dict[str, Any] = {"block": line.blocks[block]}
-    kept = line.attention.get(block, ())
-    if here.get("block_index", len(kept)) < len(kept):
-        there["block_index"] = kept[here["block_index"]]
-    if here.get("transformer_index", len(line.attention_order)) < len(line.attention_order):
-        there["transformer_index"] = line.attention_order[here["transformer_index"]]
-    return there
+    numbers: dict[str, Any] = {"block": lineage.blocks[block]}
+    if lineage.kept is not None:  # without it only block patches are remapped, which have no use for the index
+        kept = lineage.attention.get(block, ())
+        if own.get("block_index", len(kept)) < len(kept):
+            numbers["block_index"] = kept[own["block_index"]]
+    if own.get("transformer_index", len(lineage.attention_order)) < len(lineage.attention_order):
+        numbers["transformer_index"] = lineage.attention_order[own["transformer_index"]]
+    return numbers
 
 
-class Rebinding(NamedTuple):
-    """What became of a MODEL's patches: how many were bound to their KOALA blocks, and which have none."""
+class Remapping(NamedTuple):
+    """How many of a MODEL's patches were remapped to KOALA's blocks, and the places of those that have no block."""
 
-    bound: int
-    dropped: tuple[Key, ...]
+    count: int
+    dropped: tuple[Place, ...]
 
 
-def rebind(options: MutableMapping[str, Any], line: Lineage) -> Rebinding:
-    """Bind the patches in a MODEL's ``transformer_options`` (a clone's own) to KOALA's blocks, in place.
+def remap(options: MutableMapping[str, Any], lineage: Lineage) -> Remapping:
+    """Remap the patches in a MODEL's ``transformer_options`` (a clone's own) to KOALA's blocks, in place.
 
-    Those that were bound before stay as they are.
+    Those that were remapped before are left alone. Raises ValueError for attention patches where nothing says which
+    transformer blocks the model kept.
     """
-    bound = 0
-    patches = options.get("patches", {})
-    for name in BLOCK_PATCHES:
+    patches, replacements = options.get("patches", {}), options.get(ATTENTION_REPLACEMENTS, {})
+    if any(patches.get(name) for name in ATTENTION_PATCHES) or any(replacements.values()):
+        _ = lineage.transformers
+    count = 0
+    for name in (*ATTENTION_PATCHES, *BLOCK_PATCHES):
         if listed := patches.get(name):
-            bound += sum(not isinstance(patch, Rebound) for patch in listed)
-            patches[name] = [patch if isinstance(patch, Rebound) else Rebound(patch, line) for patch in listed]
-    dropped: list[Key] = []
-    targets = _targets(line)
-    for name, replaced in options.get("patches_replace", {}).items():
-        kept = {key: patch for key, patch in replaced.items() if isinstance(patch, Rebound)}
-        for key, patch in replaced.items():
-            if isinstance(patch, Rebound):
+            count += sum(not isinstance(patch, Remapped) for patch in listed)
+            patches[name] = [patch if isinstance(patch, Remapped) else Remapped(patch, lineage) for patch in listed]
+    dropped: list[Place] = []
+    targets = _targets(lineage) if replacements else {}
+    for name, by_place in replacements.items():
+        remapped = {place: patch for place, patch in by_place.items() if isinstance(patch, Remapped)}
+        for place, patch in by_place.items():
+            if isinstance(patch, Remapped):
                 continue
-            if key in targets:
-                kept[targets[key]] = Rebound(patch, line)
-                bound += 1
+            if place in targets:
+                remapped[targets[place]] = Remapped(patch, lineage)
+                count += 1
             else:
-                dropped.append(key)
-        options["patches_replace"][name] = kept
-    return Rebinding(bound, tuple(dropped))
+                dropped.append(place)
+        replacements[name] = remapped
+    return Remapping(count, tuple(dropped))
 
 
-def unbound(options: Mapping[str, Any], line: Lineage) -> tuple[Key, ...]:
-    """Where attention replacements are bound to blocks that KOALA does not have: the mark of SDXL's numbers."""
-    own = {*line.attention, *((*block, index) for block, kept in line.attention.items() for index in range(len(kept)))}
+def unmatched(options: Mapping[str, Any], lineage: Lineage) -> tuple[Place, ...]:
+    """Places of attention replacements on blocks that the KOALA lacks: they were set by SDXL's numbers."""
+    own = {*lineage.depths, *((*block, index) for block, depth in lineage.depths.items() for index in range(depth))}
     return tuple(
-        key
-        for name in ("attn1", "attn2")
-        for key, patch in options.get("patches_replace", {}).get(name, {}).items()
-        if key not in own and not isinstance(patch, Rebound)
+        place
+        for kind in ("attn1", "attn2")
+        for place, patch in options.get(ATTENTION_REPLACEMENTS, {}).get(kind, {}).items()
+        if place not in own and not isinstance(patch, Remapped)
     )
 
 
-def places(keys: Iterable[Key]) -> str:
-    """Blocks for a person: "input 4, input 7, output 0 layer 8"; the first few of them."""
+def places(keys: Iterable[Place]) -> str:
+    """Places for a person: "input 4, input 7, output 0 layer 8"; the first few of them."""
     named = dict.fromkeys(f"{key[0]} {key[1]}" + (f" layer {key[2]}" if len(key) > 2 else "") for key in keys)
     return ", ".join(list(named)[:4]) + (" ..." if len(named) > 4 else "")
 
 
-def _targets(line: Lineage) -> dict[Key, Key]:
+def _targets(lineage: Lineage) -> dict[Place, Place]:
     """SDXL's places of attention -> KOALA's."""
-    found: dict[Key, Key] = {}
-    for block, kept in line.attention.items():
-        whole: BlockId = line.blocks[block]
-        found[whole] = block
-        found |= {(*whole, there): (*block, here) for here, there in enumerate(kept)}
-    return found
+    targets: dict[Place, Place] = {}
+    for own, kept in lineage.attention.items():
+        sdxl: Place = lineage.blocks[own]
+        targets[sdxl] = own
+        targets |= {(*sdxl, there): (*own, here) for here, there in enumerate(kept)}
+    return targets

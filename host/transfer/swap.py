@@ -11,122 +11,140 @@ import comfy.utils
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage, is_teacher
-from ..model import ATTACHMENT, model_facts, network_layout
+from ..model import attached_facts, model_facts, unet_layout
+from ..protocols import Model
 from . import attention
 
 COMPILED = "torch.compile"
 """Key of core's wrapper that runs a compiled U-Net: SDXL's, so it cannot stay."""
 
-_NETWORK = "diffusion_model"
+_UNET = "diffusion_model"
 
 
 class Swapped(NamedTuple):
-    """A KOALA MODEL that bears what an SDXL MODEL bore, and a text that says what was carried and what was not."""
+    """A KOALA MODEL with an SDXL MODEL's patches, and a text that says what was carried over and what was not."""
 
-    model: Any
+    model: Model
     report: str
 
 
-def swap(whole: Any, koala: Any) -> Swapped:
-    """A clone of ``koala`` that bears what the SDXL MODEL ``whole`` bears; both stay as they are.
+def swap(sdxl: Model, koala: Model) -> Swapped:
+    """A clone of ``koala`` with everything that was set on the MODEL ``sdxl``; neither of the two is changed.
 
-    Carried: weight patches of LoRAs (to the layers they belong to), model_sampling and other object patches, all of
-    model_options (functions around cfg, attention and block patches by their blocks), wrappers, callbacks, additional
-    models, attachments. Nothing in the result refers to SDXL's U-Net.
+    Carried over: weight patches of LoRAs (to the layers they belong to), model_sampling and other object patches, all
+    of model_options (functions around cfg, attention and block patches by their blocks), wrappers, callbacks,
+    additional models, attachments. Nothing in the result refers to SDXL's U-Net.
 
-    Raises ValueError where ``whole`` is not SDXL, or not as wide as ``koala``.
+    Raises ValueError where ``sdxl`` is not SDXL or not as wide as ``koala``, or has patches by transformer blocks and
+    nothing says which of those ``koala`` kept.
     """
-    line = _line(whole, koala)
-    names = {f"{_NETWORK}.{there}": f"{_NETWORK}.{here}" for there, here in line.names("comfy").items()}
+    lineage = _lineage(sdxl, koala)
+    own = name(lineage.student)
     lines = [
-        f"{name(line.student)} in the place of SDXL: a U-Net of {parameters(line.student):,} parameters instead of "
-        f"{parameters(line.teacher):,}"
+        f"{own} replaces SDXL: a U-Net of {parameters(lineage.student):,} parameters instead of "
+        f"{parameters(lineage.teacher):,}"
     ]
     new = koala.clone()
+    lines += _carry_weight_patches(sdxl, new, lineage)
 
-    new.patches, carried, lost, merged = _weight_patches(whole.patches, names)
-    new.patches_uuid = uuid4()
-    if carried or lost:
-        lines.append(f"weight patches: {carried} carried, {lost} belong to layers that {name(line.student)} lacks")
-    if merged:
-        lines.append(f"dropped: {merged} merged weights, which mix SDXL's own; merge KOALA models instead")
+    new.model_options = comfy.utils.deepcopy_list_dict(sdxl.model_options)
+    remapping = attention.remap(new.model_options["transformer_options"], lineage)
+    if remapping.count:
+        lines.append(f"attention and block patches: {remapping.count} remapped to {own}'s blocks")
+    if remapping.dropped:
+        lines.append(f"dropped: attention patches on blocks that {own} lacks ({attention.places(remapping.dropped)})")
 
-    new.model_options = comfy.utils.deepcopy_list_dict(whole.model_options)
-    bound, dropped = attention.rebind(new.model_options["transformer_options"], line)
-    if bound:
-        lines.append(f"attention and block patches: {bound} bound to their blocks")
-    if dropped:
-        lines.append(f"dropped: attention patches on blocks that it lacks ({attention.places(dropped)})")
-
-    new.object_patches |= {key: held for key, held in whole.object_patches.items() if not key.startswith(_NETWORK)}
-    inside = [key for key in whole.object_patches if key.startswith(_NETWORK)]
+    new.object_patches |= {key: patch for key, patch in sdxl.object_patches.items() if not key.startswith(_UNET)}
+    inside = [key for key in sdxl.object_patches if key.startswith(_UNET)]
     if inside:
         lines.append(f"dropped: patched modules of SDXL's U-Net, first: {inside[0]}")
-    new.weight_wrapper_patches = {
-        names[key]: list(held) for key, held in whole.weight_wrapper_patches.items() if key in names
-    }
-    new.force_cast_weights = whole.force_cast_weights
 
-    new.callbacks = _copied(whole.callbacks)
-    new.wrappers = _copied(whole.wrappers)
-    if any(held.pop(COMPILED, None) for held in new.wrappers.values()):
+    new.callbacks = _copied(sdxl.callbacks)
+    new.wrappers = _copied(sdxl.wrappers)
+    if any(by_key.pop(COMPILED, None) for by_key in new.wrappers.values()):
         new.model_options.pop("torch_compile_kwargs", None)
         lines.append("dropped: torch.compile, which ran SDXL's U-Net; put TorchCompileModel behind the swap")
-    new.additional_models = {key: [model.clone() for model in held] for key, held in whole.additional_models.items()}
-    new.attachments = {**whole.attachments, **koala.attachments}
-    for kind, held in (("injections (motion modules and the like)", whole.injections), ("hooks", whole.forced_hooks)):
-        if held:
+    new.additional_models = {key: [model.clone() for model in models] for key, models in sdxl.additional_models.items()}
+    new.attachments = {**sdxl.attachments, **koala.attachments}
+    for kind, set_on in (("injections (motion modules, for example)", sdxl.injections), ("hooks", sdxl.forced_hooks)):
+        if set_on:
             lines.append(f"dropped: {kind}, which change SDXL's own layers")
     return Swapped(new, "\n".join(lines))
 
 
-def _line(whole: Any, koala: Any) -> Lineage:
-    line = model_facts(koala).lineage
-    found = network_layout(getattr(whole.model, "diffusion_model", None))
-    if found == line.teacher:
-        return line
+def _lineage(sdxl: Model, koala: Model) -> Lineage:
+    lineage = model_facts(koala).lineage
+    layout = unet_layout(sdxl)
+    if layout == lineage.teacher:
+        return lineage
     raise ValueError(
-        f"the MODEL is {_what(whole, found)}; expected SDXL, with text of width {line.teacher.context} and "
-        f"{line.teacher.channels[0]} channels, so that {name(line.student)} can take its place. "
+        f"the MODEL is {_what(sdxl, layout)}; expected SDXL, with text of width {lineage.teacher.context} and "
+        f"{lineage.teacher.channels[0]} channels, so that {name(lineage.student)} can take its place. "
         f"Connect the MODEL of an SDXL checkpoint."
     )
 
 
-def _what(whole: Any, found: Layout | None) -> str:
-    if found is None:
-        return f"no SDXL ({type(whole.model).__name__})"
-    if whole.get_attachment(ATTACHMENT) is not None:
-        return f"a KOALA already ({name(found)})"
-    if is_teacher(found):
+def _what(model: Model, layout: Layout | None) -> str:
+    if layout is None:
+        return f"not SDXL ({type(model.model).__name__})"
+    if attached_facts(model) is not None:
+        return f"already a KOALA model ({name(layout)})"
+    if is_teacher(layout):
         return (
-            f"an SDXL of other sizes (text width {found.context}, {found.channels[0]} channels, "
-            f"{found.in_channels} input channels)"
+            f"an SDXL of other sizes (text width {layout.context}, {layout.channels[0]} channels, "
+            f"{layout.in_channels} input channels)"
         )
-    return name(found)
+    return name(layout)
 
 
-def _weight_patches(
-    patches: Mapping[str, list[Any]], names: Mapping[str, str]
-) -> tuple[dict[str, list[Any]], int, int, int]:
-    """The patches by KOALA's names; how many were carried, had no layer, and were merges of whole weights."""
-    found: dict[str, list[Any]] = {}
-    lost = merged = 0
+def _carry_weight_patches(sdxl: Model, new: Model, lineage: Lineage) -> list[str]:
+    """Give ``new`` the weight patches of ``sdxl``, under its own names; returns lines for the report."""
+    patched = bool(sdxl.patches or sdxl.weight_wrapper_patches)
+    names = lineage.names("comfy") if patched else {}  # a plain SDXL can be swapped without knowing what was kept
+    names = {f"{_UNET}.{there}": f"{_UNET}.{here}" for there, here in names.items()}
+    own = name(lineage.student)
+    new.patches, counts = _weight_patches(sdxl.patches, names)
+    new.patches_uuid = uuid4()
+    new.weight_wrapper_patches = {
+        names[key]: list(wrappers) for key, wrappers in sdxl.weight_wrapper_patches.items() if key in names
+    }
+    new.force_cast_weights = sdxl.force_cast_weights
+    lines = []
+    if counts.carried or counts.dropped:
+        lines.append(f"weight patches: {counts.carried} carried over, {counts.dropped} are for layers that {own} lacks")
+    if counts.merges:
+        lines.append(f"dropped: {counts.merges} merged weights, which mix SDXL's own; merge KOALA models instead")
+    return lines
+
+
+class _Counts(NamedTuple):
+    """Weight patches that were carried over, that have no layer, and that merge another model's weights."""
+
+    carried: int
+    dropped: int
+    merges: int
+
+
+def _weight_patches(patches: Mapping[str, list[Any]], names: Mapping[str, str]) -> tuple[dict[str, list[Any]], _Counts]:
+    """The patches under KOALA's names, and what became of how many."""
+    carried: dict[str, list[Any]] = {}
+    dropped = merges = 0
     for key, listed in patches.items():
         changes = [patch for patch in listed if _is_change(patch)]
-        merged += len(listed) - len(changes)
+        merges += len(listed) - len(changes)
         if key not in names:
-            lost += len(changes)
+            dropped += len(changes)
         elif changes:
-            found[names[key]] = changes
-    return found, sum(map(len, found.values())), lost, merged
+            carried[names[key]] = changes
+    return carried, _Counts(sum(map(len, carried.values())), dropped, merges)
 
 
 def _is_change(patch: tuple[Any, ...]) -> bool:
     """True for a patch that adds to a weight, as LoRAs do; False for one that mixes in or sets another model's."""
     _, value, strength_model, *_ = patch
-    whole_weights = isinstance(value, list) or (isinstance(value, tuple) and value[0] in ("set", "model_as_lora"))
-    return strength_model == 1.0 and not whole_weights
+    is_weight = isinstance(value, list) or (isinstance(value, tuple) and value[0] in ("set", "model_as_lora"))
+    return strength_model == 1.0 and not is_weight
 
 
-def _copied(held: Mapping[str, Mapping[Any, Iterable[Any]]]) -> dict[str, dict[Any, list[Any]]]:
-    return {kind: {key: list(functions) for key, functions in keyed.items()} for kind, keyed in held.items()}
+def _copied(functions: Mapping[str, Mapping[Any, Iterable[Any]]]) -> dict[str, dict[Any, list[Any]]]:
+    return {kind: {key: list(listed) for key, listed in by_key.items()} for kind, by_key in functions.items()}

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TypeVar
 
 from .keys import Numbering, Tensor, tensors
-from .layout import KOALA_1_7B, KOALA_1B, KOALA_700M, SDXL, Block, Layout, blocks, name
+from .layout import KOALA_1_7B, KOALA_1B, KOALA_700M, SDXL, Block, Layout, blocks, is_subnetwork, name
 
 KEPT_LAYERS: dict[str, tuple[int, ...]] = {"down": (0,), "up": (0, 2)}
 """SDXL's index of each layer that a stage on the way down or up kept, in diffusers' numbering; a stage with as many
@@ -62,10 +62,26 @@ _TRANSFORMER = re.compile(r"^(.+\.attentions\.\d+)\.transformer_blocks\.(\d+)\b"
 
 @dataclass(frozen=True)
 class Lineage:
-    """A compact U-Net as it was cut out of one with SDXL's layers and the same widths."""
+    """A compact U-Net as it was cut out of one with SDXL's layers and the same widths.
+
+    The layout alone determines ``teacher``, ``blocks``, ``depths``, ``attention_order`` and ``skips``. All else needs
+    ``kept``, and raises ValueError where that is None: unknown.
+    """
 
     student: Layout
-    transformers: Kept
+    kept: Kept | None = None
+
+    @property
+    def transformers(self) -> Kept:
+        """The teacher's index of each transformer block, by attention module. Raises ValueError where it is unknown."""
+        if self.kept is None:
+            known = ", ".join(map(name, KEPT_TRANSFORMERS))
+            raise ValueError(
+                f"no table says which of SDXL's transformer blocks the {name(self.student)} kept; expected one of "
+                f"{known}, or a file whose metadata koala.transformers says it. Without that, LoRAs and attention "
+                f"patches made for SDXL cannot be applied to this model; ControlNets can."
+            )
+        return self.kept
 
     @property
     def teacher(self) -> Layout:
@@ -127,6 +143,11 @@ class Lineage:
         return found
 
     @cached_property
+    def depths(self) -> dict[BlockId, int]:
+        """Block of the student that has attention -> how many transformer blocks it has, in forward order."""
+        return {_block_id(block): block.depth for block in blocks(self.student) if block.depth}
+
+    @cached_property
     def attention(self) -> dict[BlockId, tuple[int, ...]]:
         """Block of the student that has attention -> the teacher's index of each of its transformer blocks."""
         return {_block_id(block): self.transformers[_attention(block)] for block in blocks(self.student) if block.depth}
@@ -135,7 +156,7 @@ class Lineage:
     def attention_order(self) -> tuple[int, ...]:
         """For each attention module of the student, in forward order, the teacher's number in the same order."""
         whole = [_block_id(block) for block in blocks(self.teacher) if block.depth]
-        return tuple(whole.index(self.blocks[block]) for block in self.attention)
+        return tuple(whole.index(self.blocks[block]) for block in self.depths)
 
     @cached_property
     def skips(self) -> tuple[int, ...]:
@@ -150,24 +171,14 @@ class Lineage:
 
 
 def lineage(layout: Layout, kept: Kept | None = None) -> Lineage:
-    """The lineage of a U-Net, at SDXL's widths or at any other: by ``kept``, where its file says what it kept, or else
-    by the table.
+    """The lineage of a U-Net, at SDXL's widths or at any other.
 
-    Raises ValueError where neither has it.
+    ``kept``: which transformer blocks its file says that it kept; without it the table is asked, and where that does
+    not have the layout either, ``Lineage.kept`` is None. Raises ValueError for a layout that cannot be cut out of SDXL.
     """
-    return Lineage(layout, kept) if kept else _by_table(layout)
-
-
-@cache
-def _by_table(layout: Layout) -> Lineage:
-    kept = KEPT_TRANSFORMERS.get(at_widths_of(SDXL, layout))
-    if kept is None:
-        known = ", ".join(map(name, KEPT_TRANSFORMERS))
-        raise ValueError(
-            f"no table says which of SDXL's layers the {name(layout)} kept; known are {known}. "
-            f"Adapters made for SDXL can only be carried over to these, and to students whose file says what they kept."
-        )
-    return Lineage(layout, kept)
+    if not is_subnetwork(layout):
+        raise ValueError(f"the {name(layout)} cannot be cut out of SDXL; expected SDXL's layers or fewer.")
+    return Lineage(layout, kept or KEPT_TRANSFORMERS.get(at_widths_of(SDXL, layout)))
 
 
 def is_teacher(layout: Layout) -> bool:
@@ -187,7 +198,7 @@ def attention_depths(layout: Layout) -> dict[str, int]:
 
 def depths_in_teacher(layout: Layout) -> dict[str, int]:
     """Attention module of a student -> how many transformer blocks the teacher's has that it came from."""
-    bare = Lineage(layout, {})
+    bare = Lineage(layout)
     wholes = attention_depths(bare.teacher)
     return {module: wholes.get(bare.ancestor(module), 0) for module in attention_depths(layout)}
 

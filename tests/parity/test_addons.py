@@ -16,7 +16,7 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
 
-from koala_sdxl.host.transfer.attention import Rebound, as_teacher
+from koala_sdxl.host.transfer.attention import Remapped, sdxl_numbers
 from koala_sdxl.host.transfer.lora import apply_lora
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
 from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, Lineage, lineage
@@ -55,9 +55,10 @@ def keep(place: tuple[Any, ...]) -> Any:
 def test_an_ip_adapter_is_bound_and_the_rest_is_said() -> None:
     model = transfer.ip_adapter(koala(KOALA_1B), keep)
     bound, text = bind(model)
-    assert text.startswith("30 patches bound to ")
-    assert "40 dropped, their blocks are not in it (input 4" not in text  # input 4 is in it, as its 3
-    assert "40 dropped, their blocks are not in it (input 5 layer 0" in text
+    assert text.startswith("30 patches remapped to ")
+    assert "lacks their blocks (input 4" not in text  # input 4 is in it, as its 3
+    assert "40 dropped, as custom SDXL sub-network " in text
+    assert "lacks their blocks (input 5 layer 0" in text
     assert len(model.model_options["transformer_options"]["patches_replace"]["attn2"]) == 70
     assert len(bound.model_options["transformer_options"]["patches_replace"]["attn2"]) == 30
 
@@ -68,13 +69,13 @@ def test_patches_for_a_whole_block_are_bound_too() -> None:
     model.set_model_attn1_replace(keep(()), "middle", 0)
     bound, text = bind(model)
     assert list(bound.model_options["transformer_options"]["patches_replace"]["attn1"]) == [("input", 5)]
-    assert text.endswith("1 dropped, their blocks are not in it (middle 0)")
+    assert text.endswith("1 dropped, as koala-tiny lacks their blocks (middle 0)")
 
 
 def test_binding_twice_is_binding_once() -> None:
     once = bind(transfer.ip_adapter(koala(), keep))[0]
     twice, text = bind(once)
-    assert text.startswith("0 patches bound")
+    assert text.startswith("0 patches remapped")
     options = [model.model_options["transformer_options"]["patches_replace"]["attn2"] for model in (once, twice)]
     assert options[0] == options[1]
 
@@ -129,8 +130,8 @@ def test_the_number_inside_a_block_follows_the_table() -> None:
     odd = {**KEPT_TRANSFORMERS[KOALA_700M], "up_blocks.0.attentions.1": (0, 3, 4, 7, 9)}
     here = {"block": ("output", 1), "block_index": 3, "transformer_index": 3}
     there = {"block": ("output", 2), "block_index": 7, "transformer_index": 7}
-    assert as_teacher(Lineage(KOALA_700M, odd), here) == there
-    assert as_teacher(Lineage(KOALA_700M, odd), {"block": ("middle", 0)}) == {}
+    assert sdxl_numbers(Lineage(KOALA_700M, odd), here) == there
+    assert sdxl_numbers(Lineage(KOALA_700M, odd), {"block": ("middle", 0)}) == {}
 
 
 def test_the_host_reaches_through_to_the_patch() -> None:
@@ -153,7 +154,7 @@ def test_the_host_reaches_through_to_the_patch() -> None:
     assert bound.model_patches_models() == ["mine"]
     bound.model_patches_to("meta")
     held = bound.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 5, 0]
-    assert isinstance(held, Rebound)
+    assert isinstance(held, Remapped)
     assert held.device == "meta"
     assert not hasattr(held, "cleanup")
 
@@ -168,7 +169,7 @@ def run(model: Any) -> Any:
 def test_koala_sampler_refuses_sdxls_numbers() -> None:
     model = transfer.ip_adapter(parity.tiny_models()[0], keep)
     with pytest.raises(
-        ValueError, match=r"^this MODEL bears \d+ attention patches on blocks that koala-tiny lacks \(inp"
+        ValueError, match=r"^this MODEL has \d+ attention patches on blocks that koala-tiny lacks \(inp"
     ):
         run(model)
     assert run(bind(model)[0]).result
@@ -184,7 +185,7 @@ def test_koala_sampler_refuses_sdxls_numbers() -> None:
 def test_numbers_that_koala_has_too_cannot_be_told(place: tuple[Any, ...], stray: bool) -> None:
     model = koala().clone()
     model.set_model_attn2_replace(keep(()), *place)
-    assert any("as they have SDXL's numbers" in line for line in named(model)) == stray
+    assert any("so they use SDXL's numbers" in line for line in named(model)) == stray
 
 
 # --- KOALA Model Info ---------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def test_what_does_nothing_is_named() -> None:
 def test_deep_shrink_is_named_until_it_is_bound() -> None:
     shrunk = PatchModelAddDownscale.execute(koala(), 3, 2.0, 0.0, 0.35, True, "bicubic", "bicubic").result[0]
     (found,) = named(shrunk)
-    assert found.startswith("PatchModelAddDownscale (Kohya Deep Shrink): its block number is SDXL's")
+    assert found.startswith("PatchModelAddDownscale (Kohya Deep Shrink): it uses SDXL's block number")
     assert "SDXL's input 3 is its 2, 4 is its 3, 6 is its 4, 7 is its 5" in found
     assert named(bind(shrunk)[0]) == []
 

@@ -122,7 +122,7 @@ def test_start_and_end_are_cores(tmp_path: Path) -> None:
 def test_a_chain_with_one_that_was_forgotten_is_an_error(tmp_path: Path) -> None:
     second = loaded(adapters.controlnet(seed=9), tmp_path)
     with pytest.raises(
-        ValueError, match=r"^a ControlNet in this chain gives SDXL's residuals to .*Put KOALA ControlNet"
+        ValueError, match=r"^a ControlNet in this chain has SDXL's residuals, and .*Put KOALA ControlNet"
     ):
         given(KOALA_1B, chained((transfer.controlnet(), 0.0, 1.0), (adapted(second), 0.0, 1.0)))
 
@@ -202,7 +202,7 @@ def test_koala_sampler_refuses_what_was_not_adapted() -> None:
         return KoalaSampler.execute(model, positive, positive, latent, 0, preset, "euler", 1.0)
 
     with pytest.raises(
-        ValueError, match=r"^the conditioning brings a ControlNet that gives SDXL's residuals; koala-tiny"
+        ValueError, match=r"^the conditioning has a ControlNet with SDXL's residuals; koala-tiny has other"
     ):
         run(transfer.controlnet())
     assert run(adapted(transfer.controlnet())).result[0]["samples"].shape == (1, 4, 16, 16)
@@ -217,7 +217,7 @@ def test_a_controlnet_for_stable_diffusion_1_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"^this ControlNet has 12 residuals, so it was made for Stable Diffusion 1\.x"
     ):
         adapted(loaded(state, tmp_path))
-    with pytest.raises(ValueError, match=r"^this T2I-Adapter was made for another model, Stable Diffusion 1\.x"):
+    with pytest.raises(ValueError, match=r"^this T2I-Adapter was made for another model, most likely Stable Diffusion 1\.x"):
         adapted(t2i_adapter(tmp_path, xl=False))
 
 
@@ -226,7 +226,7 @@ def test_a_control_lora_is_refused() -> None:
         {"lora_controlnet": torch.zeros(1), "input_hint_block.0.weight": torch.zeros(16, 3, 3, 3)}
     )
     with pytest.raises(
-        ValueError, match=r"^this ControlNet is a Control-LoRA, which is built on the weights of SDXL's"
+        ValueError, match=r"^this ControlNet is a Control-LoRA, which needs the weights of SDXL's"
     ):
         adapted(control)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_TINY, SDXL
 from koala_sdxl.koala.architecture.lineage import lineage
-from koala_sdxl.koala.files.inspect import CheckpointError
+from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.names import aliases
 from koala_sdxl.nodes.adapt import KoalaHookLora, KoalaLoraLoader
 from tools.measure import parity, transfer
@@ -77,7 +77,7 @@ def test_a_lora_of_the_text_encoders_alone(loras: Path) -> None:
     assert len(clip.patcher.patches) == 6
     assert report == "some.safetensors\ntext encoders: 6 of 6 applied"
     far = {key.replace("layers_0", "layers_30"): value for key, value in adapters.text_lora(1, 32, 128).items()}
-    with pytest.raises(CheckpointError, match=r"^some\.safetensors: none of its 6 modules belongs to these text enc"):
+    with pytest.raises(CheckpointError, match=r"^some\.safetensors: none of its 6 modules matches these text enc"):
         load(loras, far, model)
 
 
@@ -105,7 +105,7 @@ def test_removed_layers_are_folded_with_their_weight(loras: Path) -> None:
     model = parity.tiny_models()[0]
     state = attention_lora()
     dropped, folded = (transfer.baked(load(loras, state, model, fold_removed=fold)[0]) for fold in (0.0, 0.5))
-    sdxl = transfer.pair(transfer.KOALA_700M)[0]
+    sdxl = transfer.pair(transfer.KOALAS[0])[0]
     change = transfer.baked(comfy.sd.load_lora_for_models(sdxl, None, dict(state), 1.0, 0.0)[0])
     weights = transfer.sdxl_weights()
     for whole, part in lineage(KOALA_TINY).names("comfy").items():

@@ -12,6 +12,7 @@ import torch
 import nodes as core
 from koala_sdxl.host.model import ATTACHMENT, model_facts
 from koala_sdxl.koala import releases as settings
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.schedule import schedule
 from koala_sdxl.nodes import prompt, sample
 from tools.measure import parity
@@ -35,7 +36,7 @@ def _empty(batch: int = 1, height: int = 16, width: int = 16) -> dict[str, Any]:
 
 
 def _some(seed: int = 3) -> torch.Tensor:
-    return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) / parity.SCALE
+    return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) / LATENT_SCALE
 
 
 @pytest.mark.parametrize("sampler_name", comfy.samplers.SAMPLER_NAMES)
@@ -124,7 +125,7 @@ def test_a_model_that_is_no_koala_is_refused_by_auto() -> None:
         def get_attachment(self, key: str) -> None:
             return None
 
-    with pytest.raises(ValueError, match=r"this MODEL is no KOALA \(Module\)"):
+    with pytest.raises(ValueError, match=r"this MODEL is not a KOALA model \(Module\)"):
         sample._settings(Other(), {"preset": "auto"})
 
 

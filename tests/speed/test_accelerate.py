@@ -27,6 +27,7 @@ from koala_sdxl.host.accelerate import patch as module
 from koala_sdxl.host.accelerate.feature_cache import Run
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.host.accelerate.plan import BF16, EXACT, OFF, PRESETS, REUSE, Acceleration, Reuse
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, Layout, name
 from koala_sdxl.koala.schedule import schedule
 from koala_sdxl.nodes.adapt import KoalaControlNet, KoalaHookLora, KoalaLoraLoader
@@ -34,7 +35,7 @@ from koala_sdxl.nodes.prompt import KoalaPrompt
 from koala_sdxl.nodes.sample import KoalaSampler
 from koala_sdxl.nodes.speed import KoalaAccelerate
 from tools.measure import parity, transfer
-from tools.measure.bench.gallery import psnr
+from tools.measure.bench.image_quality import psnr
 from tools.synthetic import adapters
 from tools.tiny.evaluate import grid_prompts
 
@@ -115,7 +116,7 @@ def decibels(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def some_latent(seed: int = 3) -> dict[str, Any]:
-    return {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) / parity.SCALE}
+    return {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) / LATENT_SCALE}
 
 
 # In full, nothing changes
@@ -476,5 +477,5 @@ def test_custom_settings() -> None:
 def test_models_that_are_no_koala_are_refused() -> None:
     whole = transfer.pair(KOALA_700M)[0].clone()
     whole.attachments.clear()
-    with pytest.raises(ValueError, match="this MODEL is no KOALA"):
+    with pytest.raises(ValueError, match="this MODEL is not a KOALA model"):
         KoalaAccelerate.execute(whole, {"preset": "fast"})

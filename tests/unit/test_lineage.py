@@ -103,5 +103,10 @@ def test_widths_do_not_matter_but_layers_do() -> None:
     assert lineage(wide).teacher == at_widths_of(wide, SDXL)
     assert is_teacher(lineage(wide).teacher)
     assert not is_teacher(KOALA_1B)
-    with pytest.raises(ValueError, match=r"^no table says which of SDXL's layers the custom SDXL sub-network .* kept"):
-        lineage(SSD_1B)
+    assert lineage(SSD_1B).skips == tuple(range(9))
+    with pytest.raises(
+        ValueError, match=r"^no table says which of SDXL's transformer blocks the custom SDXL sub-netwo"
+    ):
+        _ = lineage(SSD_1B).transformers
+    with pytest.raises(ValueError, match=r"^the custom SDXL sub-network .* cannot be cut out of SDXL"):
+        lineage(replace(KOALA_1B, in_channels=9))

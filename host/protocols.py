@@ -1,0 +1,153 @@
+"""ComfyUI's objects as the pack uses them: the attributes and methods that it relies on, and no others.
+
+ComfyUI's own classes are wider, differ between releases and carry few types. Anything with these members will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+Conditioning = list[list[Any]]
+"""CONDITIONING: a list of [text [1, tokens, width], options such as pooled_output and control]."""
+Latent = dict[str, Any]
+"""LATENT: ``samples`` [N, 4, h, w], and what else a node has put beside them."""
+Residuals = dict[str, list[Any]]
+"""What a ControlNet adds: ``input``, ``middle`` and ``output``, each a list of [N, C, h, w] or None."""
+
+
+@runtime_checkable
+class BaseModel(Protocol):
+    """``comfy.model_base.BaseModel``: the module around a U-Net, shared by all clones of a MODEL."""
+
+    diffusion_model: torch.nn.Module
+    current_patcher: Model | None
+    """While it is sampled, the MODEL that is."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def state_dict_for_saving(
+        self, unet: Mapping[str, torch.Tensor], clip: Mapping[str, torch.Tensor], vae: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]: ...
+
+
+@runtime_checkable
+class Patcher(Protocol):
+    """``comfy.model_patcher.ModelPatcher``, around any module."""
+
+    model: Any
+    patches: dict[str, list[Any]]
+    load_device: torch.device
+
+
+@runtime_checkable
+class Model(Protocol):
+    """MODEL: a ``comfy.model_patcher.ModelPatcher`` around a ``BaseModel``."""
+
+    model: BaseModel
+    model_options: dict[str, Any]
+    load_device: torch.device
+    patches: dict[str, list[Any]]
+    patches_uuid: Any
+    object_patches: dict[str, Any]
+    weight_wrapper_patches: dict[str, list[Any]]
+    force_cast_weights: bool
+    callbacks: dict[str, dict[Any, list[Any]]]
+    wrappers: dict[str, dict[Any, list[Any]]]
+    additional_models: dict[str, list[Model]]
+    attachments: dict[str, Any]
+    injections: dict[str, list[Any]]
+    forced_hooks: Any
+    current_hooks: Any
+
+    def clone(self) -> Model: ...
+
+    def model_dtype(self) -> torch.dtype: ...
+
+    def model_size(self) -> int: ...
+
+    def get_model_object(self, name: str) -> Any: ...
+
+    def add_patches(
+        self, patches: Mapping[str, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[str]: ...
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable[..., Any]) -> None: ...
+
+    def set_model_compute_dtype(self, dtype: torch.dtype) -> None: ...
+
+    def get_attachment(self, key: str) -> Any: ...
+
+    def set_attachments(self, key: str, attachment: Any) -> None: ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What turns a text into tokens, and back."""
+
+    def untokenize(self, token_weight_pair: list[tuple[Any, ...]]) -> list[tuple[Any, str]]: ...
+
+
+@runtime_checkable
+class Clip(Protocol):
+    """CLIP: a ``comfy.sd.CLIP``."""
+
+    patcher: Patcher
+    cond_stage_model: torch.nn.Module
+    tokenizer: Tokenizer
+
+    def clone(self) -> Clip: ...
+
+    def load_model(self) -> Patcher: ...
+
+    def add_patches(
+        self, patches: Mapping[str, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[str]: ...
+
+    def tokenize(self, text: str, **options: Any) -> dict[str, list[list[tuple[Any, ...]]]]: ...
+
+    def encode_from_tokens_scheduled(self, tokens: Mapping[str, Any]) -> Conditioning: ...
+
+
+@runtime_checkable
+class Vae(Protocol):
+    """VAE: a ``comfy.sd.VAE``."""
+
+    device: torch.device
+    decode: Callable[..., torch.Tensor]
+    decode_tiled: Callable[..., torch.Tensor]
+    encode: Callable[..., torch.Tensor]
+    encode_tiled: Callable[..., torch.Tensor]
+
+    def get_sd(self) -> dict[str, torch.Tensor]: ...
+
+
+@runtime_checkable
+class ControlNet(Protocol):
+    """CONTROL_NET: a ``comfy.controlnet.ControlBase``."""
+
+    previous_controlnet: ControlNet | None
+
+    def copy(self) -> ControlNet: ...
+
+    def pre_run(self, model: BaseModel, percent_to_timestep_function: Callable[[float], float]) -> None: ...
+
+    def get_control(self, *arguments: Any, **further: Any) -> Residuals | None: ...
+
+
+@runtime_checkable
+class Hooks(Protocol):
+    """HOOKS: a ``comfy.hooks.HookGroup``."""
+
+    def clone_and_combine(self, other: Hooks) -> Hooks: ...
+
+
+@runtime_checkable
+class Guider(Protocol):
+    """What samples a MODEL: a ``comfy.samplers.CFGGuider``."""
+
+    model_patcher: Model
+    model_options: dict[str, Any]
+    cfg: float

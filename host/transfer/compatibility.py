@@ -1,0 +1,173 @@
+"""Patches on a KOALA MODEL that have no effect or target the wrong layers, because they go by SDXL's numbers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ...koala.architecture.layout import Layout, name
+from ...koala.architecture.lineage import Lineage
+from ..model import is_koala, model_facts
+from ..protocols import Conditioning, Model
+from .attention import ATTENTION_PATCHES, BLOCK_PATCHES, Remapped, places, unmatched
+from .control import is_adapted, takes_other_residuals
+
+REMAP = "put KOALA Attention Patches behind the node that set it"
+
+
+@dataclass(frozen=True)
+class IncompatibleNode:
+    """A stock node that does not do on a KOALA what it does on SDXL.
+
+    ``node``: the class whose functions it leaves on a MODEL. ``applies``: whether that is so for a layout and the
+    function's own variables. ``reason``: why, and what to do.
+    """
+
+    node: str
+    title: str
+    applies: Callable[[Layout, Mapping[str, Any]], bool]
+    reason: str
+
+
+_NO_MIDDLE = "it works on the middle block's attention, and {model} has no middle block: {effect}; remove it"
+_DEEP_SHRINK = "PatchModelAddDownscale"
+
+INCOMPATIBLE_NODES = (
+    IncompatibleNode(
+        "SelfAttentionGuidance",
+        "Self-Attention Guidance",
+        lambda layout, _: layout.middle is None,
+        _NO_MIDDLE.replace("{effect}", "sampling stops with an error"),
+    ),
+    IncompatibleNode(
+        "PerturbedAttentionGuidance",
+        "Perturbed-Attention Guidance",
+        lambda layout, _: layout.middle is None,
+        _NO_MIDDLE.replace("{effect}", "each step costs an extra pass and nothing changes"),
+    ),
+    IncompatibleNode(
+        "TomePatchModel",
+        "Tome Patch Model",
+        lambda layout, _: not any(layout.down[0]),
+        "it merges tokens at full resolution only, where {model}, like SDXL, has no attention: nothing is merged; "
+        "remove it",
+    ),
+    IncompatibleNode(
+        "HyperTile",
+        "HyperTile",
+        lambda layout, variables: not any(layout.down[0]) and variables.get("max_depth") == 0,
+        "max_depth 0 tiles full resolution only, where {model}, like SDXL, has no attention: nothing is tiled; set "
+        "max_depth to 1 or remove it",
+    ),
+    IncompatibleNode(
+        _DEEP_SHRINK,
+        "PatchModelAddDownscale (Kohya Deep Shrink)",
+        lambda _, variables: "block_number" in variables,
+        "it uses SDXL's block number, and {model} numbers its blocks differently ({numbers}); " + REMAP,
+    ),
+)
+
+
+def incompatible_patches(model: Model) -> list[str]:
+    """A line for each patch on a KOALA MODEL that has no effect or targets the wrong layers: what, why, and what to do.
+
+    Raises ValueError for a MODEL that is not a KOALA model.
+    """
+    lineage = model_facts(model).lineage
+    layout, functions = lineage.student, list(_functions(model))
+    lines = []
+    for known in INCOMPATIBLE_NODES:
+        left = [function for function in functions if _node(function) == known.node]
+        if any(known.applies(layout, inspect.getclosurevars(function).nonlocals) for function in left):
+            reason = known.reason.format(model=name(layout), numbers=_numbers(lineage, "input"))
+            lines.append(f"{known.title}: {reason}")
+    if stray := unmatched(model.model_options["transformer_options"], lineage):
+        lines.append(
+            f"{len(stray)} attention patches (from IP-Adapter or similar) are on blocks that {name(layout)} lacks "
+            f"({places(stray)}), so they use SDXL's numbers; {REMAP}"
+        )
+    return [*lines, *_weight_patches(model, lineage)]
+
+
+def require_compatible(model: Model, *conditionings: Conditioning) -> None:
+    """Check, before a KOALA is sampled, that nothing would silently act on the wrong layers.
+
+    Raises ValueError for attention patches or ControlNets that still go by SDXL's numbers.
+    """
+    if not is_koala(model):
+        return
+    lineage = model_facts(model).lineage
+    koala = name(lineage.student)
+    stray = unmatched(model.model_options["transformer_options"], lineage)
+    if stray and all(place[0] == "middle" for place in stray):
+        raise ValueError(
+            f"this MODEL has attention patches on the middle block, which {koala} lacks; expected none. Remove the "
+            f"node that set them (Self-Attention Guidance or similar)."
+        )
+    if stray:
+        raise ValueError(
+            f"this MODEL has {len(stray)} attention patches on blocks that {koala} lacks ({places(stray)}), so they "
+            f"use SDXL's numbers; expected KOALA's. Put KOALA Attention Patches behind the node that set them "
+            f"(IP-Adapter or similar)."
+        )
+    entries = (entry[1] for conditioning in conditionings for entry in conditioning)
+    controls = [entry["control"] for entry in entries if "control" in entry]
+    if takes_other_residuals(lineage) and not all(map(is_adapted, controls)):
+        raise ValueError(
+            f"the conditioning has a ControlNet with SDXL's residuals; {koala} has other layers. Put KOALA ControlNet "
+            f"between the ControlNet's loader and Apply ControlNet."
+        )
+
+
+def _functions(model: Model) -> Iterator[Any]:
+    """Every function that nodes have left on a MODEL, without what was remapped and so is right."""
+    options = model.model_options
+    patches = options["transformer_options"].get("patches", {})
+    candidates = [patch for kind in (*ATTENTION_PATCHES, *BLOCK_PATCHES) for patch in patches.get(kind, ())]
+    for option in options.values():
+        candidates.extend(option if isinstance(option, list) else [option])
+    for candidate in candidates:
+        function = candidate.patch if isinstance(candidate, Remapped) else candidate
+        is_right = isinstance(candidate, Remapped) and inspect.isfunction(function) and _node(function) == _DEEP_SHRINK
+        if inspect.isfunction(function) and not is_right:
+            yield function
+
+
+def _node(function: Callable[..., Any]) -> str:
+    return function.__qualname__.partition(".")[0]
+
+
+def _numbers(lineage: Lineage, part: str) -> str:
+    """SDXL's and KOALA's numbers of one part's blocks, where they differ."""
+    pairs = [(sdxl[1], own[1]) for own, sdxl in lineage.blocks.items() if own[0] == part and own != sdxl]
+    return f"SDXL's {part} " + ", ".join(f"{sdxl} is its {own}" for sdxl, own in pairs)
+
+
+def _weight_patches(model: Model, lineage: Lineage) -> Iterator[str]:
+    """Weight patches that cannot have been made for this KOALA."""
+    shapes = {key: tuple(weight.shape) for key, weight in model.model.state_dict().items() if key in model.patches}
+    misfits, ratios = [], set()
+    for key, listed in model.patches.items():
+        in_block = re.match(r"diffusion_model\.(input_blocks|output_blocks)\.\d+\.", key)
+        for strength, value, strength_model, *_ in listed:
+            pair: Any = getattr(value, "weights", None)
+            if getattr(value, "name", "") == "lora" and pair[0].shape[0] * prod(pair[1].shape[1:]) != prod(shapes[key]):
+                misfits.append(key)
+            if isinstance(value, list) and in_block:
+                ratios.add((strength, strength_model))
+    if misfits:
+        yield (
+            f"a LoRA with {len(misfits)} modules of another shape than {name(lineage.student)}'s (first: "
+            f"{misfits[0]}): an SDXL LoRA from the stock Load LoRA, which also changed wrong layers; load it with "
+            f"KOALA LoRA Loader"
+        )
+    if len(ratios) > 1:
+        yield (
+            f"a merge with a ratio for each block: the merge node's blocks are SDXL's, and {name(lineage.student)} "
+            f"numbers its blocks differently ({_numbers(lineage, 'input')}; {_numbers(lineage, 'output')}); merge with "
+            f"one ratio"
+        )
