@@ -1,4 +1,4 @@
-"""What is known of a loaded model: the facts that travel with a MODEL and that nodes show and follow."""
+"""What is known of a loaded model: the facts that travel with a MODEL and that nodes follow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .architecture.keys import parameters
-from .architecture.layout import KOALA_TINY, SDXL, Layout, name
+from .architecture.layout import SDXL, Layout
 from .architecture.lineage import Kept, Lineage, lineage
 from .files.inspect import Model
 from .releases import BASE, SCHEDULER_CONFIG, SIZES, Identity, Settings
@@ -54,32 +54,3 @@ def assumed_facts(layout: Layout, dtype: str, size: int) -> ModelFacts:
     """The facts of a KOALA that another loader built: its layout is seen, its variant only assumed."""
     identity = Identity(BASE, "loaded by another node, which does not say; base is assumed", certain=False)
     return ModelFacts("another loader", layout, dtype, size, identity, SCHEDULER_CONFIG)
-
-
-def badge(facts: ModelFacts) -> str:
-    """The model in a few words, to be shown on a node."""
-    millions = parameters(facts.layout) / 1e6
-    return f"{name(facts.layout)} {facts.identity.variant.name} · {millions:,.0f}M · {_percent(facts)} of SDXL"
-
-
-def report(facts: ModelFacts, kept_dtype: str, kept_bytes: int) -> str:
-    """A short text for a person: one fact a line. ``kept_...``: how the host keeps the U-Net's weights in memory."""
-    settings = facts.settings
-    sure = "" if facts.identity.certain else " (assumed)"
-    return "\n".join(
-        (
-            f"{name(facts.layout)} from {facts.source}",
-            f"U-Net: {parameters(facts.layout):,} parameters, {_percent(facts)} of SDXL's {parameters(SDXL):,}",
-            f"weights: {facts.dtype}, {_megabytes(facts.bytes)}; in memory {kept_dtype}, {_megabytes(kept_bytes)}",
-            f"variant: {facts.identity.variant.name}{sure}: {facts.identity.evidence}",
-            f"recommended: {settings}, sampler euler, {facts.side} x {facts.side} px",
-        )
-    )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
-
-
-def _percent(facts: ModelFacts) -> str:
-    return f"{facts.percent_of_sdxl:.{1 if facts.layout == KOALA_TINY else 0}f} %"

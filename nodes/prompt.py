@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..koala.releases import STYLES
+from ..koala.styles import STYLES
 from .base import CATEGORY, SHOWS, shown
 
 Conditioning = list[list[Any]]

@@ -6,7 +6,7 @@ Whatever the kind of adapter, a new module name carries it over.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,6 @@ from .origin import Origin, TrainedOn, origin_of
 Outcome = Literal["applied", "removed", "folded", "mismatch", "unknown"]
 """``removed``: its layer is one that KOALA lacks. ``folded``: the same, and its change went to the layer's neighbour.
 ``mismatch``: the layer is there, in another shape."""
-
-TEXT_STAGE = "text encoders"
 
 
 @dataclass(frozen=True)
@@ -97,43 +95,6 @@ def inspect_lora(
             f"{made.count('unknown')} are unknown, first: {next(iter(unet))}). Leave this LoRA out, or use it on SDXL."
         )
     return made
-
-
-def summary(plan: Plan, text: str) -> str:
-    """What became of a LoRA, for a person, in a few lines. ``text`` tells of its text part."""
-    lines = [plan.file]
-    if plan.origin:
-        lines.append(f"trained on {plan.origin.model}: {plan.origin.evidence}")
-        lines.append(f"U-Net on {name(plan.target)}: {_counts(Counter(module.outcome for module in plan.modules))}")
-    unknown = [module.name for module in plan.modules if module.outcome == "unknown"]
-    if unknown:
-        lines.append(f"unknown modules: {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}")
-    return "\n".join((*lines, f"{TEXT_STAGE}: {text}"))
-
-
-def report(plan: Plan, text: str) -> str:
-    """The summary, and a line for each stage."""
-    stages = (f"  {stage}: {_counts(found)}" for stage, found in coverage(plan).items())
-    return "\n".join((summary(plan, text), *stages))
-
-
-def coverage(plan: Plan) -> dict[str, dict[Outcome, int]]:
-    """How many modules of each stage had which outcome, in the order of a forward pass."""
-    stages = sorted({module.stage for module in plan.modules}, key=STAGES.index)
-    return {stage: {outcome: count for outcome in WORDS if (count := plan.count(outcome, stage))} for stage in stages}
-
-
-WORDS: dict[Outcome, str] = {
-    "applied": "applied",
-    "folded": "folded into a neighbour",
-    "removed": "removed with KOALA's missing layers",
-    "mismatch": "of another shape",
-    "unknown": "unknown",
-}
-
-
-def _counts(found: Mapping[Outcome, int]) -> str:
-    return ", ".join(f"{found[outcome]} {words}" for outcome, words in WORDS.items() if found.get(outcome))
 
 
 STAGES = ("ends", "down 1", "down 2", "down 3", "middle", "up 1", "up 2", "up 3", "unknown")

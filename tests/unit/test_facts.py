@@ -8,7 +8,8 @@ import pytest
 
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
 from koala_sdxl.koala.files.inspect import inspect_model
-from koala_sdxl.koala.model_info import assumed_facts, facts_of, report
+from koala_sdxl.koala.model_info import assumed_facts, facts_of
+from koala_sdxl.koala.model_report import report
 from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files
 

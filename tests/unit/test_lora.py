@@ -23,7 +23,8 @@ from koala_sdxl.koala.architecture.layout import (
 from koala_sdxl.koala.architecture.lineage import at_widths_of, lineage
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.names import aliases, renamed
-from koala_sdxl.koala.lora.plan import Plan, inspect_lora, report
+from koala_sdxl.koala.lora.plan import Plan, inspect_lora
+from koala_sdxl.koala.lora.report import report
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL, State
 

@@ -10,12 +10,12 @@ from koala_sdxl.koala.releases import (
     LIGHTNING,
     RELEASES,
     SCHEDULER_CONFIG,
-    STYLES,
     VARIANTS,
     Variant,
     identify,
     release_for,
 )
+from koala_sdxl.koala.styles import STYLES
 
 
 @pytest.mark.parametrize(
