@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from koala_sdxl.host.accelerate.plan import FIRST, full_steps
 from koala_sdxl.koala.schedule import schedule
 from tools import commands
 from tools.harness.errors import UserError
+from tools.measure import history
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import published, readings, report, search, sections, store
-from tools.measure.bench.process import Worker
-from tools.measure.bench.sections import FEWER, OURS, RIVALS, SECTIONS, SIZES, WHOLE, Bench, Run, Survey
+from tools.measure.bench.process import NO_ENGINE, Worker
+from tools.measure.bench.sections import ALL, FEWER, OURS, RIVALS, SECTIONS, SIZES, Bench, Run, Survey
 from tools.measure.bench.stats import Spread, at_cost, bracket, is_met, ratio, spread
 from tools.measure.bench.targets import TARGETS, judge
 from tools.measure.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
@@ -51,9 +53,9 @@ class FakeWorker:
     def __exit__(self, *_: object) -> None:
         self.open[self.engine] -= 1
 
-    def ask(self, order: str, **given: Any) -> Any:
-        self.asked.append((self.engine, order, given))
-        return getattr(self, order)(**given)
+    def ask(self, task: str, **given: Any) -> Any:
+        self.asked.append((self.engine, task, given))
+        return getattr(self, task)(**given)
 
     def machine(self) -> dict[str, Any]:
         gpu = "a GPU" if self.device == "cuda" else ""
@@ -69,7 +71,7 @@ class FakeWorker:
 
     def macs(self, sizes: list[int]) -> dict[str, Any]:
         at = {str(px): {"convolution": 10**9 * px, "linear": 10**9 * px, "attention": 0} for px in sizes}
-        unet = {"sizes": at, "blocks": {"input_blocks.0": 1.0}, "head": 0.04}
+        unet = {"sizes": at, "blocks": {"input_blocks.0": 1.0}, "shallow": 0.04}
         return {"unets": {"KOALA-700M": unet, "SDXL": unet}, "vae": at}
 
     def load(self, what: str, folder: str) -> dict[str, Any]:
@@ -83,22 +85,22 @@ class FakeWorker:
 
     decode = step
 
-    def studio(self, folder: str) -> dict[str, Any]:
+    def load_models(self, folder: str) -> dict[str, Any]:
         return {}
 
     def sample(self, way: str, **_: Any) -> dict[str, Any]:
         reused = way.startswith(("balanced", "fast"))
         return {"seconds": 1.0 if reused else 2.0, "said": "12 of 25" if reused else ""}
 
-    def gallery(self, prompts: int) -> dict[str, float]:
-        return {"head": 0.04}
+    def load_prompts(self, prompts: int) -> dict[str, float]:
+        return {"shallow": 0.04}
 
     def quality(self, patch: str, value: Any, run: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
         cost = run["steps"] / reference["steps"]
         if patch:
             cost = 0.5 if patch != OURS or value.startswith(("balanced", "fast")) else 1.0
         psnr = 100.0 if cost == 1 else 40.0 if patch == OURS else 60 * cost
-        return {"cost": cost, "psnr": psnr, "fidelity": 90.0, "trunk": 1.0, "head": 1.0}
+        return {"cost": cost, "psnr": psnr, "fidelity": 90.0, "deep": 1.0, "shallow": 1.0}
 
     def seconds(self) -> float:
         return {"pack": 1.0, "stock": 2.0}.get(self.engine, 4.0)
@@ -149,18 +151,22 @@ def test_a_bound_is_met_from_its_side() -> None:
     assert not is_met(1.8, 1.9, at_most=False)
 
 
-def test_a_section_is_kept_beside_others_and_replaces_itself(tmp_path: Path) -> None:
+def test_a_section_is_added_and_its_newest_entry_counts(tmp_path: Path) -> None:
     folder = tmp_path / "docs"
-    store.keep(folder, "cpu", "load", {}, {"a": 1})
-    store.keep(folder, "cpu", "step", {}, {"a": 2})
-    store.keep(folder, "cpu", "load", {}, {"a": 3})
+    store.add(folder, "cpu", "load", {}, {"a": 1})
+    store.add(folder, "cpu", "step", {}, {"a": 2})
+    store.add(folder, "cpu", "load", {}, {"a": 3})
     found = store.read(folder)["cpu"]
     assert {name: entry["figures"] for name, entry in found.items()} == {"load": {"a": 3}, "step": {"a": 2}}
+    entries = history.read(folder / store.NAME)
+    assert [(entry["section"], entry["figures"]["a"]) for entry in entries] == [("load", 1), ("step", 2), ("load", 3)]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", entry["date"]) for entry in entries)
     assert [file.name for file in folder.iterdir()] == [store.NAME]
 
 
-def test_results_that_are_no_json_are_named(tmp_path: Path) -> None:
-    (tmp_path / store.NAME).write_text("{", "utf-8")
+@pytest.mark.parametrize("text", ["{", '{"cpu": {}}', '[{"figures": {}}]'])
+def test_results_that_are_not_dated_measurements_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / store.NAME).write_text(text, "utf-8")
     with pytest.raises(UserError, match=store.NAME):
         report.write(tmp_path)
 
@@ -176,9 +182,9 @@ def test_all_sections_make_a_report_that_judges_every_target(
     assert [str(one.target.what) for one in verdicts if one.figure is None] == []
     assert "not measured" not in text
     titles = [line for line in text.splitlines() if line.startswith("### ")]
-    wanted = ["Targets", "Machine", "Multiplications", "Loading", "A step", "VAE decode", "A whole run", "Memory"]
+    wanted = ["Targets", "Machine", "Multiplications", "Loading", "A step", "VAE decode", "Sampling", "Memory"]
     wanted += ["Quality"] if device == "cpu" else []
-    assert titles == [f"### {title}" for title in (*wanted, "What bounds it")]
+    assert titles == [f"### {title}" for title in (*wanted, "What limits the speed")]
     plots = sorted(file.name for file in tmp_path.glob("*.png"))
     assert len(plots) == (3 if device == "cpu" else 2)
     for plot in plots:
@@ -192,13 +198,13 @@ TARGETS_OF = {"cpu": TARGETS["ram"], "cuda": TARGETS["gpu"]}
 def test_verdicts_follow_the_figures(fake: type[FakeWorker]) -> None:
     bench = Bench(repeats=2, survey=SMALL)
     found = {
-        name: {"about": FakeWorker("lab", "cpu").machine(), "figures": SECTIONS[name](bench)}
+        name: {"machine": FakeWorker(NO_ENGINE, "cpu").machine(), "figures": SECTIONS[name](bench)}
         for name in ("load", "step", "quality")
     }
     verdicts = {one.target.what: one for one in (judge(target, found, "ram") for target in TARGETS["ram"])}
     assert verdicts["loading, time over stock DiffusersLoader"].figure == 0.5
     assert str(verdicts["loading, time over stock DiffusersLoader"]) == "met"
-    assert str(verdicts['loading the same files again, time over the first ("costs nothing")']) == "**not met**"
+    assert str(verdicts["loading the same files again, time over the first"]) == "**not met**"
     assert verdicts["a step at 512 px, pack, exact: time over stock"].figure == 0.25
     assert verdicts["balanced, fp32: above fewer steps at the same cost"].figure == pytest.approx(10, abs=1.5)
     assert str(verdicts["balanced: speed, 25 steps at 512 px, over stock KSampler"]) == "not measured"
@@ -217,9 +223,7 @@ def test_engines_take_turns_and_no_more_than_three_are_there_at_once(fake: type[
     assert fake.most_open == 3
     assert fake.open.total() == 0
     asked = [
-        (engine, given["routines"])
-        for engine, order, given in fake.asked
-        if order == "step" and given["px"] == SIZES[0]
+        (engine, given["routines"]) for engine, task, given in fake.asked if task == "step" and given["px"] == SIZES[0]
     ]
     turn = [("pack", "exact"), ("pack", "bf16"), ("stock", ""), ("diffusers", "")]
     assert asked[:12] == 3 * turn  # the first turn does not count
@@ -299,7 +303,7 @@ def test_a_search_begins_with_a_table_that_the_pack_keeps_to(full: int) -> None:
     table = search.start(full, SIGMAS)
     assert len(table) == full
     assert table[:FIRST] == tuple(range(FIRST))
-    assert search.is_whole(table, SIGMAS)
+    assert search.is_exact(table, SIGMAS)
 
 
 def test_a_search_begins_with_a_known_table() -> None:
@@ -325,36 +329,36 @@ def test_a_search_climbs_by_single_steps_to_where_no_move_is_better() -> None:
     assert [top for _, top in found] == sorted(top for _, top in found)
     for (before, _), (after, _) in pairwise(found):
         assert len(set(before) - set(after)) == 1
-        assert search.is_whole(after, SIGMAS)
+        assert search.is_exact(after, SIGMAS)
 
 
 @pytest.mark.slow
 def test_multiplications_are_counted_by_block() -> None:
-    with Worker("lab", "cpu") as lab:
-        found = lab.ask("macs", sizes=[256])["unets"]
+    with Worker(NO_ENGINE, "cpu") as worker:
+        found = worker.ask("macs", sizes=[256])["unets"]
     assert found["KOALA-700M"]["sizes"]["256"] != found["SDXL"]["sizes"]["256"]
     blocks = found["KOALA-700M"]["blocks"]
     assert list(blocks) == [f"{kind}_blocks.{i}" for kind in ("input", "output") for i in range(6)]
     assert 0.9 < sum(blocks.values()) <= 1
-    assert found["KOALA-700M"]["head"] == pytest.approx(0.04, abs=0.005)
+    assert found["KOALA-700M"]["shallow"] == pytest.approx(0.04, abs=0.005)
     assert "middle_block" in found["SDXL"]["blocks"]
 
 
 @pytest.mark.slow
 def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, Any]) -> None:
-    assert survey["head"] == pytest.approx(0.036, abs=0.005)  # what speed.plan's tables were weighed with
-    found = {"quality": {"about": {}, "figures": survey}}
-    (whole,) = readings.rows(found, WHOLE)
-    assert (whole["cost"], whole["psnr"]) == (1, 100)
-    assert whole["trunk"] == whole["head"] == 2 * 25  # prompt and negative prompt
+    assert survey["shallow"] == pytest.approx(0.036, abs=0.005)  # what speed.plan's tables were weighed with
+    found = {"quality": {"machine": {}, "figures": survey}}
+    (reference,) = readings.rows(found, ALL)
+    assert (reference["cost"], reference["psnr"]) == (1, 100)
+    assert reference["deep"] == reference["shallow"] == 2 * 25  # prompt and negative prompt
     assert readings.preset(found, "exact")["psnr"] > 60
     assert readings.preset(found, "bf16 alone")["psnr"] < 60  # on every processor
-    full = {name: readings.preset(found, name)["trunk"] / 2 for name in REUSE_ALONE}
+    full = {name: readings.preset(found, name)["deep"] / 2 for name in REUSE_ALONE}
     assert full == {"balanced, fp32": 12, "fast, fp32": 9}
     for name in REUSE_ALONE:
         row = readings.preset(found, name)
-        assert row["head"] == 2 * 25  # every step runs the last layers
-        assert row["cost"] == pytest.approx((row["trunk"] * (1 - survey["head"]) + 50 * survey["head"]) / 50)
+        assert row["shallow"] == 2 * 25  # every step runs the last layers
+        assert row["cost"] == pytest.approx((row["deep"] * (1 - survey["shallow"]) + 50 * survey["shallow"]) / 50)
     for family in (FEWER, *RIVALS):
         assert all(0.1 < row["cost"] < 1 for row in readings.rows(found, family))
         assert all(5 < row["psnr"] < 60 for row in readings.rows(found, family))
@@ -363,13 +367,13 @@ def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, An
 
 @pytest.mark.slow
 def test_a_real_survey_makes_a_report(survey: dict[str, Any], tmp_path: Path) -> None:
-    about = FakeWorker("lab", "cpu").machine()
-    store.keep(tmp_path, "cpu", "quality", about, json.loads(json.dumps(survey)))
+    machine = FakeWorker(NO_ENGINE, "cpu").machine()
+    store.add(tmp_path, "cpu", "quality", machine, json.loads(json.dumps(survey)))
     text = report.write(tmp_path).read_text("utf-8")
     assert "2 prompts" in text
-    assert "Not of today" not in text
-    store.keep(tmp_path, "cpu", "quality", about, survey | {"model": "another"})
-    assert "Not of today" in report.write(tmp_path).read_text("utf-8")
+    assert "Out of date" not in text
+    store.add(tmp_path, "cpu", "quality", machine, survey | {"model": "another"})
+    assert "Out of date" in report.write(tmp_path).read_text("utf-8")
     assert f"| {SMALL.others[0]} |" in text
     assert (tmp_path / "benchmarks-quality.png").stat().st_size > 5000
 

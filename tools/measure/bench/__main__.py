@@ -15,7 +15,7 @@ from tools.commands import REPORT, SEARCH
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 from tools.measure.bench import report, search, store
-from tools.measure.bench.process import Worker
+from tools.measure.bench.process import NO_ENGINE, Worker
 from tools.measure.bench.sections import SECTIONS, Bench
 
 CPU_ONLY = ("quality",)
@@ -30,10 +30,10 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
     if names:
         if bench.device == "cuda":
             require_gpu()
-        with Worker("lab", bench.device) as lab:
-            about = lab.ask("machine")
+        with Worker(NO_ENGINE, bench.device) as worker:
+            machine = worker.ask("machine")
         for name in names:
-            store.keep(folder, bench.device, name, about, SECTIONS[name](bench))
+            store.add(folder, bench.device, name, machine, SECTIONS[name](bench))
     return report.write(folder)
 
 

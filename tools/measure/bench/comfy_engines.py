@@ -139,7 +139,7 @@ def conditioning(todo: Job, row: int) -> list[Any]:
 
 ENGINES: dict[str, Callable[[], Any]] = {
     "pack": Pack,
-    "pack, weights kept fp16": lambda: Pack("fp16"),
+    "pack, fp16 weights": lambda: Pack("fp16"),
     "stock": Stock,
     "SDXL": RandomSDXL,
     "pack, compiled": lambda: Compiled(Pack()),

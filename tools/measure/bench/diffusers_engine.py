@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
-from tools.measure.bench.engines import CFG, SCALE, Job
+from tools.measure.bench.engines import CFG, Job
 
 
 class Diffusers:
@@ -53,7 +54,7 @@ class Diffusers:
             both = scheduler.scale_model_input(torch.cat([x, x]), time)
             without, towards = self.unet(both, time, context, added_cond_kwargs=added).sample.chunk(2)
             x = scheduler.step(without + CFG * (towards - without), time, x).prev_sample
-        return x.cpu() / SCALE
+        return x.cpu() / LATENT_SCALE
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         picture = self.vae.to(torch.float32).decode(latent.to(self.device)).sample

@@ -22,12 +22,12 @@ from tools.synthetic import random_weights
 NAMES = {SDXL: "SDXL"}
 LAYERS = {"input_blocks": 2, "middle_block": 1, "output_blocks": 2}
 """Numbers in the name of a layer of a block."""
-SHARED_AT = 512  # px at which the blocks' shares are told
+SHARED_AT = 512  # px at which the shares of the blocks are counted
 
 
 def counted(sizes: list[int]) -> dict[str, Any]:
-    """For each U-Net and size in pixels: multiplications of one unguided picture's pass, by operation; the blocks'
-    shares and that of the head; and the VAE decoder's."""
+    """For each U-Net and size in pixels: multiplications of one unguided image's pass, by operation; the shares of
+    the blocks, and of the shallow branch; and the VAE decoder's."""
     unets = {}
     for layout in (KOALA_700M, KOALA_1B, SDXL):
         unet = network(layout)
@@ -35,7 +35,7 @@ def counted(sizes: list[int]) -> dict[str, Any]:
         unets[NAMES.get(layout, name(layout))] = {
             "sizes": {str(px): at[px]["by_operation"] for px in sizes},
             "blocks": at[SHARED_AT]["blocks"],
-            "head": head_share(unet, layout),
+            "shallow": shallow_share(unet, layout),
         }
     return {"unets": unets, "vae": {str(px): _count(partial(_decode, px))["by_operation"] for px in sizes}}
 
@@ -46,13 +46,13 @@ def network(layout: Layout) -> UNetModel:
     return UNetModel(**config, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
 
 
-def head_share(unet: UNetModel, layout: Layout) -> float:
-    """Multiplications of a step that goes on with a foretold feature, as a share of a full one's."""
+def shallow_share(unet: UNetModel, layout: Layout) -> float:
+    """Multiplications of a step on extrapolated features, as a share of a full step's."""
     call = _call(layout, SHARED_AT)
     halves = Halves(unet)
     feature, _ = halves.whole(call, {})
-    whole = _count(partial(_run, unet, layout, SHARED_AT))["total"]
-    return _count(lambda: halves.head(call, feature, {}))["total"] / whole
+    full = _count(partial(_run, unet, layout, SHARED_AT))["total"]
+    return _count(lambda: halves.head(call, feature, {}))["total"] / full
 
 
 def _call(layout: Layout, px: int) -> Call:

@@ -41,7 +41,7 @@ def draw(folder: Path, device: str, sections: Sections) -> dict[str, str]:
         figure = pyplot.figure(figsize=(9, 4), layout="constrained")
         try:
             plot(figure, sections)
-        except KeyError:  # its section was not measured
+        except readings.NotMeasured:
             continue
         finally:
             pyplot.close(figure)
@@ -64,7 +64,7 @@ def _quality(figure: Any, sections: Sections) -> None:
     for row in ours:
         at = (1 / row["cost"], row["psnr"])
         axes.annotate(row["value"], at, xytext=(10, 0), textcoords="offset points", va="center")
-    axes.set(xlabel="times fewer U-Net multiplications", ylabel="PSNR to the whole run, dB")
+    axes.set(xlabel="times fewer U-Net multiplications", ylabel="PSNR against all steps, dB")
     _finish(axes)
 
 
@@ -82,11 +82,11 @@ def _size(figure: Any, sections: Sections) -> None:
 
 
 def _batch(figure: Any, sections: Sections) -> None:
-    """Seconds a step for each picture against batch, 256 px."""
+    """Seconds a step against batch, 256 px."""
     found = readings.figures(sections, "step")["batches"]
     axes = figure.subplots()
     _engines(axes, BATCHES, found, lambda runs: spread(readings.seconds(runs)).median)
-    axes.set(xlabel="pictures at once, 256 px", ylabel="seconds a step", xticks=BATCHES)
+    axes.set(xlabel="batch, 256 px", ylabel="seconds a step", xticks=BATCHES)
     _finish(axes)
 
 
@@ -105,7 +105,7 @@ def _finish(axes: Any) -> None:
 
 def memory_kind(sections: Sections) -> str:
     """Which memory is scarce where these sections were measured: the GPU's, where there was one."""
-    return "gpu" if any(entry["about"]["gpu"] for entry in sections.values()) else "ram"
+    return "gpu" if any(entry["machine"]["gpu"] for entry in sections.values()) else "ram"
 
 
 PLOTS = {"quality": _quality, "size": _size, "batch": _batch}

@@ -1,4 +1,4 @@
-"""One worker process as the command line's process sees it: orders go in, figures come back, one JSON line each."""
+"""One worker process as the command line's process sees it: tasks go in, figures come back, one JSON line each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tools.harness.errors import UserError
 from tools.harness.testhost import OPENMP, ROOT
 
 TAIL = 2000  # characters of a failed worker's log that are shown
+NO_ENGINE = "no engine"
+"""Name of a worker for what needs the pack but none of the engines that are compared."""
 
 
 class Worker:
@@ -43,12 +45,12 @@ class Worker:
         self._process.communicate()
         self._log.close()
 
-    def ask(self, order: str, **arguments: Any) -> Any:
-        """Have one thing done and return what the worker found. Raises UserError with its log where it failed."""
+    def ask(self, task: str, **arguments: Any) -> Any:
+        """Have one task done; returns its figures. Raises UserError with the end of the worker's log if it failed."""
         assert self._process.stdin
         assert self._process.stdout
         try:
-            self._process.stdin.write(json.dumps([order, arguments]) + "\n")
+            self._process.stdin.write(json.dumps([task, arguments]) + "\n")
             self._process.stdin.flush()
             reply = self._process.stdout.readline()
         except BrokenPipeError:
@@ -59,6 +61,6 @@ class Worker:
         self._log.seek(0)
         why = "killed, as for want of memory" if status == -9 else f"exit status {status}"
         raise UserError(
-            f"bench: {self.engine} failed at {order} {arguments} ({why}); expected figures. Its last words:\n"
+            f"bench: {self.engine} failed at {task} {arguments} ({why}); expected figures. The end of its log:\n"
             + self._log.read()[-TAIL:]
         )

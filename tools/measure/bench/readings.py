@@ -1,20 +1,26 @@
-"""Figures read out of the results of sections: each function takes one device's sections and raises KeyError where one
-that it needs was not measured."""
+"""Figures read out of the results of sections: each function takes one device's sections, and raises NotMeasured where
+one that it needs is not there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tools.measure.bench.sections import FEWER, OURS, WHOLE
+from tools.measure.bench.sections import ALL, FEWER, OURS
 from tools.measure.bench.stats import Spread, at_cost, ratio, spread
 
 Sections = Mapping[str, Mapping[str, Any]]
 Row = Mapping[str, Any]
 
 
+class NotMeasured(Exception):
+    """A section that a figure is read from was not measured."""
+
+
 def figures(sections: Sections, section: str) -> Any:
     """One section's figures."""
+    if section not in sections:
+        raise NotMeasured(section)
     return sections[section]["figures"]
 
 
@@ -28,7 +34,7 @@ def most(runs: list[Row], kind: str = "ram", key: str = "peak") -> float:
     return max(run[key][kind] for run in runs)
 
 
-def load_ratio(sections: Sections, other: str, what: str = "whole") -> Spread:
+def load_ratio(sections: Sections, other: str, what: str = "everything") -> Spread:
     """The pack's loading time over another engine's."""
     found = figures(sections, "load")[what]
     return ratio(seconds(found["pack"]), seconds(found[other]))
@@ -43,7 +49,7 @@ def load_peak(sections: Sections, what: str, kind: str) -> float:
 def load_again(sections: Sections) -> Spread:
     """The pack's second loading of the same files over its first."""
     found = figures(sections, "load")
-    return ratio(seconds(found["again"]["pack"]), seconds(found["whole"]["pack"]))
+    return ratio(seconds(found["again"]["pack"]), seconds(found["everything"]["pack"]))
 
 
 def life_peak(sections: Sections, engine: str, kind: str) -> float:
@@ -68,7 +74,7 @@ def ours(sections: Sections) -> str:
 
 
 def speed_up(sections: Sections, way: str, over: str = "stock") -> Spread:
-    """How many times faster a whole run is."""
+    """How many times faster sampling is."""
     runs = figures(sections, "sample")["runs"]
     return ratio(runs[over], runs[way])
 
@@ -96,15 +102,15 @@ def above(sections: Sections, name: str, rival: str = FEWER, run: str | None = N
     """A preset's dB above a rival's at the same cost."""
     ours = preset(sections, name, run)
     points = [(row["cost"], row["psnr"]) for row in rows(sections, rival, run)]
-    if rival == FEWER:  # as many steps are the same picture
-        points += [(row["cost"], row["psnr"]) for row in rows(sections, WHOLE, run)]
+    if rival == FEWER:  # with as many steps it is the same image
+        points += [(row["cost"], row["psnr"]) for row in rows(sections, ALL, run)]
     return ours["psnr"] - at_cost(points, ours["cost"])
 
 
 def fidelity_change(sections: Sections, name: str) -> float:
-    """Points of prompt fidelity that a preset takes, negative where it adds some."""
-    (whole,) = rows(sections, WHOLE)
-    return whole["fidelity"] - preset(sections, name)["fidelity"]
+    """Points of prompt fidelity that a preset loses, negative where it gains some."""
+    (reference,) = rows(sections, ALL)
+    return reference["fidelity"] - preset(sections, name)["fidelity"]
 
 
 def runs_surveyed(sections: Sections) -> list[str]:

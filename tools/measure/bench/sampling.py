@@ -25,7 +25,7 @@ STOCK_NODES: Any = import_module("nodes")  # ComfyUI's: the checkout has a folde
 _models: dict[str, Any] = {}
 
 
-def open_studio(folder: str) -> dict[str, str]:
+def load_models(folder: str) -> dict[str, str]:
     """Load what ``run`` samples: a folder's U-Net, or koala-tiny's (which no stock loader knows)."""
     _models.clear()
     if folder == TINY:

@@ -1,4 +1,4 @@
-"""Better tables for KOALA Accelerate: which steps of 25 are computed in full, by local search on koala-tiny's pictures.
+"""Better tables for KOALA Accelerate: which of 25 steps are full steps, by local search on koala-tiny's images.
 
 Usage: python3 dev.py bench search --full N [--sampler NAME]. Every better table is printed, as steps and as sigmas for
 host/accelerate/plan.py. Noise and prompts are others than the quality section's.
@@ -33,12 +33,12 @@ def start(full: int, sigmas: Sequence[float], tables: Sequence[Sequence[float]] 
         raise UserError(f"bench search: --full {full}; expected {len(found)} to {len(sigmas)} steps of {len(sigmas)}.")
     while len(found) < full:
         later = sorted(set(range(len(sigmas))) - set(found), key=lambda step: -min(abs(step - at) for at in found))
-        found = next(table for step in later if is_whole(table := tuple(sorted({*found, step})), sigmas))
+        found = next(table for step in later if is_exact(table := tuple(sorted({*found, step})), sigmas))
     return found
 
 
-def is_whole(table: Table, sigmas: Sequence[float]) -> bool:
-    """Whether these steps are computed in full and no others, whatever else the pack's rules ask for."""
+def is_exact(table: Table, sigmas: Sequence[float]) -> bool:
+    """Whether the full steps are these and no others, whatever else the pack's rules ask for."""
     return full_steps(sigmas, [sigmas[step] for step in table]) == frozenset(table)
 
 
@@ -55,7 +55,7 @@ def better(table: Table, sigmas: Sequence[float], score: Callable[[Table], float
                 if moving in tried or to not in range(len(sigmas)) or len(moving) < len(table):
                     continue
                 tried.add(moving)
-                if is_whole(moving, sigmas) and (found := score(moving)) > top + WORTH:
+                if is_exact(moving, sigmas) and (found := score(moving)) > top + WORTH:
                     table, top, moved = moving, found, True
                     yield table, top
                     break
@@ -71,7 +71,7 @@ def run(full: int, sampler: str) -> None:
 
 
 def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:
-    """A function from a table to its pictures' mean PSNR, in dB, to those of the whole run; starts ComfyUI here."""
+    """A function from a table to the mean PSNR of its images, in dB, to those with all steps; starts ComfyUI here."""
     from tools.measure.bench import engines
 
     engines.activate("cpu")
@@ -79,19 +79,19 @@ def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:
     import torch
 
     from koala_sdxl.host.accelerate.patch import accelerate
-    from tools.measure.bench.gallery import Gallery, psnr
+    from tools.measure.bench.image_quality import Prompts, psnr
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     run: dict[str, Any] = {"sampler": sampler, "steps": STEPS, "cfg": 7.5, "spacing": "leading"}
     with torch.inference_mode():
-        gallery = Gallery(PROMPTS, NOISE)
-        whole = gallery.make(gallery.model, **run)
+        prompts = Prompts(PROMPTS, NOISE)
+        reference = prompts.make(prompts.model, **run)
 
     def score(table: Table) -> float:
         levels = tuple(sigmas[step] for step in table)
         with torch.inference_mode():
             settings = Acceleration(OFF, Reuse(levels, levels))
-            made = gallery.make(accelerate(gallery.model, settings, lambda _: None).model, **run)
-            return psnr(made.pictures, whole.pictures)
+            made = prompts.make(accelerate(prompts.model, settings, lambda _: None).model, **run)
+            return psnr(made.images, reference.images)
 
     return score

@@ -1,4 +1,4 @@
-"""The sections of the benchmark: each has workers do something in turn, and returns figures that JSON can hold."""
+"""The sections of the benchmark: each gives workers tasks in turn, and returns figures that JSON can hold."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy
 
+from tools.harness.assets import SHIPPED
 from tools.measure.bench import published
-from tools.measure.bench.process import Worker
+from tools.measure.bench.process import NO_ENGINE, Worker
 from tools.measure.bench.stats import bracket
 from tools.measure.bench.variants import PRESETS, REUSE_ALONE, ROUTINES, VARIANTS
-from tools.tiny import SHIPPED
 
 Figures = dict[str, Any]
 
 ENGINES = ("pack", "stock", "diffusers")
-LOW_MEMORY = "pack, weights kept fp16"
+LOW_MEMORY = "pack, fp16 weights"
 COMPILED = ("pack, compiled", "stock, compiled")
 SIZES = (256, 512, 768, 1024)
 BATCHES = (1, 2, 4)
@@ -36,7 +36,7 @@ OVERHEAD_STEPS = 4
 
 @dataclass(frozen=True)
 class Run:
-    """How pictures are sampled."""
+    """How images are sampled."""
 
     sampler: str = "euler"
     steps: int = 25
@@ -92,29 +92,29 @@ class Bench:
 
 def machine(bench: Bench) -> Figures:
     """The machine's rates."""
-    with Worker("lab", bench.device) as lab:
-        return {**lab.ask("rates"), "faster": lab.ask("probes")}
+    with Worker(NO_ENGINE, bench.device) as worker:
+        return {**worker.ask("rates"), "faster": worker.ask("probes")}
 
 
 def macs(bench: Bench) -> Figures:
     """Multiplications of a pass, by size, operation and block."""
-    with Worker("lab", "cpu") as lab:
-        return lab.ask("macs", sizes=list(SIZES))
+    with Worker(NO_ENGINE, "cpu") as worker:
+        return worker.ask("macs", sizes=list(SIZES))
 
 
 def load(bench: Bench) -> Figures:
     """Loading, every time in a new process, the files in the page cache."""
-    found: Figures = {what: defaultdict(list) for what in ("whole", "unet", "again")}
+    found: Figures = {what: defaultdict(list) for what in ("everything", "unet", "again")}
     with _folder() as folder:
         published.read_once(folder)
         for _ in range(bench.repeats):
             for engine in ENGINES:
                 with Worker(engine, bench.device) as worker:
-                    found["whole"][engine].append(worker.ask("load", what="whole", folder=str(folder)))
-                    found["again"][engine].append(worker.ask("load", what="whole", folder=str(folder)))
+                    found["everything"][engine].append(worker.ask("load", what="everything", folder=str(folder)))
+                    found["again"][engine].append(worker.ask("load", what="everything", folder=str(folder)))
                 with Worker(engine, bench.device) as worker:
                     found["unet"][engine].append(worker.ask("load", what="unet", folder=str(folder)))
-                say("load", engine, found["whole"][engine][-1]["seconds"])
+                say("load", engine, found["everything"][engine][-1]["seconds"])
     return found
 
 
@@ -122,13 +122,13 @@ def step(bench: Bench) -> Figures:
     """Seconds a guided step by size and by batch, engines in turn; then SDXL's U-Net alone, for the ratio."""
     with _folder() as folder, ExitStack() as stack:
         ways = _ways(bench.ways, bench, stack, folder, "unet")
-        order = {"folder": str(folder), "steps": bench.steps}
-        sizes = {str(px): _in_turn(bench, ways, "step", {**order, "px": px}) for px in SIZES}
-        batches = {str(n): _in_turn(bench, ways, "step", {**order, "px": 256, "batch": n}) for n in BATCHES}
-        difference = _differences(ways, "step", {**order, "px": 256})
+        given = {"folder": str(folder), "steps": bench.steps}
+        sizes = {str(px): _in_turn(bench, ways, "step", {**given, "px": px}) for px in SIZES}
+        batches = {str(n): _in_turn(bench, ways, "step", {**given, "px": 256, "batch": n}) for n in BATCHES}
+        difference = _differences(ways, "step", {**given, "px": 256})
         stack.close()  # SDXL needs the memory
         sdxl_ways = _ways(("SDXL",), bench, stack, folder, "unet")
-        sdxl = {str(px): _in_turn(bench, sdxl_ways, "step", {**order, "px": px})["SDXL"] for px in (256, 512)}
+        sdxl = {str(px): _in_turn(bench, sdxl_ways, "step", {**given, "px": px})["SDXL"] for px in (256, 512)}
         stack.close()
     return {"sizes": sizes, "batches": batches, "sdxl": sdxl, "difference": difference}
 
@@ -144,26 +144,26 @@ def decode(bench: Bench) -> Figures:
 
 def sample(bench: Bench) -> Figures:
     """Whole runs, ways in turn: 25 steps at 512 px; and many short ones for what KOALA Sampler adds to KSampler."""
-    with _folder() as folder, Worker("lab", bench.device) as lab:
+    with _folder() as folder, Worker(NO_ENGINE, bench.device) as worker:
         runs: dict[str, list[float]] = defaultdict(list)
         said = {}
-        lab.ask("studio", folder=str(folder))
-        lab.ask("sample", way="KOALA Sampler", folder=str(folder), px=512, steps=1)  # the first is slower
+        worker.ask("load_models", folder=str(folder))
+        worker.ask("sample", way="KOALA Sampler", folder=str(folder), px=512, steps=1)  # the first is slower
         for _ in range(bench.repeats):
             for way in bench.sampled:
-                made = lab.ask("sample", way=way, folder=str(folder), px=512, steps=25)
+                made = worker.ask("sample", way=way, folder=str(folder), px=512, steps=25)
                 runs[way].append(made["seconds"])
                 said[way] = made["said"]
                 say("sample", way, made["seconds"])
         overhead = {}
         for pairs, name, px in reversed(OVERHEAD):  # the large model is there already
             model = name if name == "koala-tiny" else str(folder)
-            lab.ask("studio", folder=model)
+            worker.ask("load_models", folder=model)
             times: dict[str, list[float]] = defaultdict(list)
             for i in range(1 + pairs * bench.repeats):
                 ways = ("KSampler", "KOALA Sampler") if i % 2 else ("KOALA Sampler", "KSampler")
                 for way in ways:
-                    made = lab.ask("sample", way=way, folder=model, px=px, steps=OVERHEAD_STEPS)
+                    made = worker.ask("sample", way=way, folder=model, px=px, steps=OVERHEAD_STEPS)
                     times[way] += [made["seconds"]] if i else []
             overhead[f"{name}, {px} px, {OVERHEAD_STEPS} steps"] = times
             say("sample", name, times["KOALA Sampler"][-1])
@@ -178,7 +178,7 @@ def memory(bench: Bench) -> Figures:
         for _ in range(bench.repeats):
             for engine in ("pack", LOW_MEMORY, "stock", "diffusers"):
                 with Worker(engine, bench.device) as worker:
-                    loading = worker.ask("load", what="whole", folder=str(folder))
+                    loading = worker.ask("load", what="everything", folder=str(folder))
                     steps = worker.ask("step", folder=str(folder), px=512, steps=2)
                     decoding = worker.ask("decode", px=512)
                 parts = {"load": loading["peak"], "step": steps["peak"], "decode": decoding["peak"]}
@@ -188,18 +188,18 @@ def memory(bench: Bench) -> Figures:
 
 
 def judged_model() -> str:
-    """The koala-tiny whose pictures are judged: the beginning of its file's SHA-256."""
+    """The koala-tiny whose images are judged: the beginning of its file's SHA-256."""
     return hashlib.sha256(SHIPPED.read_bytes()).hexdigest()[:12]
 
 
 def quality(bench: Bench) -> Figures:
-    """koala-tiny's pictures with work left out, against those of the whole run: always on the CPU."""
+    """koala-tiny's images with work left out, against those with all steps: always on the CPU."""
     survey = bench.survey
-    with Worker("lab", "cpu") as lab:
+    with Worker(NO_ENGINE, "cpu") as worker:
 
         def judge(family: str, value: Any, run: Run, base: Run) -> Figures:
-            patch = "" if family in (WHOLE, FEWER) else family
-            found = lab.ask("quality", patch=patch, value=value, run=asdict(run), reference=asdict(base))
+            patch = "" if family in (ALL, FEWER) else family
+            found = worker.ask("quality", patch=patch, value=value, run=asdict(run), reference=asdict(base))
             say("quality", f"{base}: {family} {value}", found["psnr"], "dB")
             return {"run": str(base), "family": family, "value": value, **found}
 
@@ -207,22 +207,23 @@ def quality(bench: Bench) -> Figures:
             ours = [judge(OURS, variant, base, base) for variant in variants]
             fewer = {*steps, *(step for row in ours for step in bracket(base.steps, row["cost"]))} - {base.steps}
             return [
-                judge(WHOLE, base.steps, base, base),
+                judge(ALL, base.steps, base, base),
                 *ours,
                 *(judge(FEWER, steps, replace(base, steps=steps), base) for steps in sorted(fewer)),
             ]
 
-        head = lab.ask("gallery", prompts=survey.prompts)["head"]
+        shallow = worker.ask("load_prompts", prompts=survey.prompts)["shallow"]
         rows = compare(Run(), VARIANTS, survey.steps)
         rows += [judge(rival, value, Run(), Run()) for rival, value in _rivals(survey)]
-        lab.ask("gallery", prompts=survey.prompts_of_others)
+        worker.ask("load_prompts", prompts=survey.prompts_of_others)
         for base in survey.others:
             rows += compare(base, REUSE_ALONE, ())
     prompts = {"prompts": survey.prompts, "prompts_of_others": survey.prompts_of_others}
-    return {"model": judged_model(), "head": head, **prompts, "base": str(Run()), "rows": rows}
+    return {"model": judged_model(), "shallow": shallow, **prompts, "base": str(Run()), "rows": rows}
 
 
-WHOLE, OURS, FEWER = "whole", "KOALA Accelerate", "fewer steps"
+ALL, OURS, FEWER = "all steps", "KOALA Accelerate", "fewer steps"
+"""Families of settings that the quality section compares; ``RIVALS`` are the others."""
 RIVALS = ("EasyCache", "LazyCache", "CFGOverride")
 SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
     section.__name__: section for section in (machine, macs, load, step, decode, sample, memory, quality)
@@ -242,7 +243,7 @@ def _folder() -> Iterator[Path]:
 
 
 Ways = Mapping[str, tuple[Worker, Figures]]
-"""Who does it: a worker, and what it is told beside the order."""
+"""Who does it: a worker, and what it is told beside the task's own arguments."""
 
 
 def _ways(names: Iterable[str], bench: Bench, stack: ExitStack, folder: Path, part: str) -> Ways:
@@ -258,28 +259,28 @@ def _ways(names: Iterable[str], bench: Bench, stack: ExitStack, folder: Path, pa
     return ways
 
 
-def _in_turn(bench: Bench, ways: Ways, order: str, arguments: Figures) -> Figures:
+def _in_turn(bench: Bench, ways: Ways, task: str, arguments: Figures) -> Figures:
     """Each way once more for every repeat; up to ``LARGE`` px a first time does not count."""
     found: Figures = defaultdict(list)
     first = int(arguments["px"] <= LARGE)
     for i in range(first + bench.repeats):
         for way, (worker, further) in ways.items():
-            made = worker.ask(order, **arguments, **further)
+            made = worker.ask(task, **arguments, **further)
             if i >= first:
                 found[way].append(made)
     for way, made in found.items():
-        say(order, f"{way} {arguments['px']} px, batch {arguments.get('batch', 1)}", made[-1]["seconds"])
+        say(task, f"{way} {arguments['px']} px, batch {arguments.get('batch', 1)}", made[-1]["seconds"])
     return found
 
 
-def _differences(ways: Ways, order: str, arguments: Figures) -> dict[str, float]:
+def _differences(ways: Ways, task: str, arguments: Figures) -> dict[str, float]:
     """Largest difference of what the others make from what stock makes, for steps over the largest value in it."""
     with TemporaryDirectory(prefix="bench-") as temporary:
         made = {}
         for way, (worker, further) in ways.items():
-            worker.ask(order, **arguments, **further, out=f"{temporary}/made.npy")
+            worker.ask(task, **arguments, **further, out=f"{temporary}/made.npy")
             made[way] = numpy.load(f"{temporary}/made.npy")
-    unit = 1.0 if order == "decode" else float(numpy.abs(made["stock"]).max())
+    unit = 1.0 if task == "decode" else float(numpy.abs(made["stock"]).max())
     return {way: float(numpy.abs(array - made["stock"]).max()) / unit for way, array in made.items()}
 
 

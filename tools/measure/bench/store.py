@@ -1,38 +1,25 @@
-"""What was measured, in docs/benchmarks.json: device -> section -> when, where and what."""
+"""The benchmark's measurements, in docs/benchmarks.json: every one that was made, with its date."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
-from tools.harness.errors import UserError
+from tools.measure import history
 
 NAME = "benchmarks.json"
-Results = dict[str, dict[str, dict[str, Any]]]
+Results = dict[str, dict[str, history.Entry]]
 
 
 def read(folder: Path) -> Results:
-    """All that is kept, empty before the first measurement. Raises UserError for a file that is no JSON."""
-    file = folder / NAME
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file}: no JSON ({error}); expected what `dev.py bench` wrote. Restore or remove it."
-        ) from None
+    """Device -> section -> its newest entry, in the order in which sections were first measured. Raises UserError."""
+    results: Results = {}
+    for (device, section), entry in history.newest(history.read(folder / NAME), "device", "section").items():
+        results.setdefault(device, {})[section] = entry
+    return results
 
 
-def keep(folder: Path, device: str, section: str, about: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Put one section's figures in place of its older ones; the file is replaced whole or not at all."""
-    results = read(folder)
-    entry = {"measured": time.strftime("%Y-%m-%d"), "about": about, "figures": figures}
-    results.setdefault(device, {})[section] = entry
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{NAME}.part"
-    aside.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    os.replace(aside, folder / NAME)
+def add(folder: Path, device: str, section: str, machine: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Add one section's figures, measured today. Raises UserError."""
+    entry = {"device": device, "section": section, "machine": machine, "figures": figures}
+    history.add(folder / NAME, entry)

@@ -1,4 +1,4 @@
-"""What was to be reached, as data, and whether it was."""
+"""The benchmark's targets, as data, and whether they are met."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Verdict(NamedTuple):
 
 
 def judge(target: Target, sections: Sections, memory: str) -> Verdict:
-    """Hold a target against what was measured."""
+    """Compare a target with what was measured."""
     try:
         return Verdict(target, target.figure(sections, memory))
-    except KeyError:
+    except readings.NotMeasured:
         return Verdict(target, None)
 
 
@@ -61,7 +61,7 @@ def _of_variant(name: str, speed: float, quality: float, margin: float) -> tuple
     return (
         _speed(name, speed),
         _at_least(
-            f"{name}: mean PSNR to the whole run", quality, "dB", lambda found, _: readings.preset(found, name)["psnr"]
+            f"{name}: mean PSNR against all steps", quality, "dB", lambda found, _: readings.preset(found, name)["psnr"]
         ),
         _at_least(
             f"{name}: above fewer steps at the same cost",
@@ -98,7 +98,7 @@ def _of_routines(way: str) -> tuple[Target, ...]:
             for px in DECODED
         ),
         _at_most(
-            f"VAE decode, {way}: largest difference from stock's picture",
+            f"VAE decode, {way}: largest difference from stock's image",
             1.0,
             "of 255",
             lambda found, _: readings.decode_difference(found, way),
@@ -109,18 +109,18 @@ def _of_routines(way: str) -> tuple[Target, ...]:
 EVERYWHERE = (
     _at_most("loading, time over stock DiffusersLoader", 0.6, "x", lambda s, _: readings.load_ratio(s, "stock").median),
     _at_most("loading, time over diffusers", 0.3, "x", lambda s, _: readings.load_ratio(s, "diffusers").median),
-    _at_most("loading, memory over the weights", 1.1, "x", lambda s, kind: readings.load_peak(s, "whole", kind)),
+    _at_most("loading, memory over the weights", 1.1, "x", lambda s, kind: readings.load_peak(s, "everything", kind)),
     _at_most(
         "loading, memory over the weights, U-Net alone", 1.1, "x", lambda s, kind: readings.load_peak(s, "unet", kind)
     ),
     _at_most(
-        'loading the same files again, time over the first ("costs nothing")',
+        "loading the same files again, time over the first",
         0.05,
         "x",
         lambda s, _: readings.load_again(s).median,
     ),
     _at_most(
-        "weights kept fp16: peak of load, 2 steps at 512 px and decode",
+        "fp16 weights: peak of loading, 2 steps at 512 px and decoding",
         4.5,
         "GB",
         lambda s, kind: readings.life_peak(s, LOW_MEMORY, kind) / 1e9,
@@ -139,7 +139,7 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
         *_of_variant(REUSE_ALONE[1], 2.3, 33.0, 2.5),
         *_of_variant("balanced", 1.9, 39.0, 6.0),
         *_of_variant("fast", 2.3, 33.0, 2.5),
-        _at_least("moonshot: speed of fast", 3.0, "x", lambda s, _: readings.speed_up(s, "fast").median),
+        _at_least("stretch goal: speed of fast", 3.0, "x", lambda s, _: readings.speed_up(s, "fast").median),
         *(target for way in ROUTINES for target in _of_routines(way)),
     ),
     "gpu": (*EVERYWHERE, _speed("balanced", 1.9), _speed("fast", 2.3), *_of_routines("pack")),

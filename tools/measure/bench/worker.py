@@ -1,7 +1,7 @@
 """The other side of ``process.Worker``: python -m tools.measure.bench.worker ENGINE DEVICE.
 
-Reads an order a line on stdin, [name, arguments], and answers with a line of JSON on stdout. It ends with stdin, or
-with a traceback on stderr at the first order that fails.
+Reads a task a line on stdin, [name, arguments], and answers with a line of JSON on stdout. It ends with stdin, or
+with a traceback on stderr at the first task that fails.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import sys
 
 import torch
 
-from tools.measure.bench import engines
+from tools.measure.bench.tasks import tasks
 
 
 def main(engine: str, device: str) -> None:
-    """Serve orders until there are no more."""
+    """Do tasks until there are no more."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    orders = engines.orders(engine, device)
+    functions = tasks(engine, device)
     with torch.inference_mode():  # as ComfyUI runs its nodes
         for line in sys.stdin:
             name, arguments = json.loads(line)
-            print(json.dumps(orders[name](**arguments)), file=replies, flush=True)
+            print(json.dumps(functions[name](**arguments)), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of koala-tiny on many prompts, whole and with work left out: how far apart they are, and what each cost."""
+"""Images of koala-tiny on many prompts, with all steps and with work left out: how they differ, and what each cost."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ PATCHES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class Made(NamedTuple):
-    """Pictures (prompts, height, width, 3) in 0..1; passes through the U-Net's deepest part and through its last layer
-    for one picture, prompt and negative each counting; the multiplications of these in whole passes."""
+    """Images (prompts, height, width, 3) in 0..1; passes through the U-Net's deep branch and through its last layer for
+    one image, prompt and negative each counting; the multiplications of these, in passes through the whole U-Net."""
 
-    pictures: torch.Tensor
-    trunk: float
-    head: float
+    images: torch.Tensor
+    deep: float
+    shallow: float
     passes: float
 
 
-class Gallery:
-    """koala-tiny, the prompts and the pictures that others are held against. All prompts are sampled at once."""
+class Prompts:
+    """koala-tiny and the prompts, all of which are sampled at once; ``references``: the images of runs without a patch,
+    by their settings."""
 
     def __init__(self, prompts: Sequence[int], seed: int = SEED) -> None:
         """``prompts``: which of ``evaluate.grid_prompts``, by number; ``seed``: the noise's."""
@@ -55,34 +56,34 @@ class Gallery:
         encoded = [KoalaPrompt.execute(clip, text, "", "no style", "reference").result for text in texts]
         self.positive, self.negative = (_joined([pair[side] for pair in encoded]) for side in (0, 1))
         self.unet = self.model.model.diffusion_model
-        self.head = macs.head_share(macs.network(KOALA_700M), KOALA_700M)
-        self.whole: dict[str, Made] = {}
+        self.shallow = macs.shallow_share(macs.network(KOALA_700M), KOALA_700M)
+        self.references: dict[str, Made] = {}
 
     def make(self, model: Any, sampler: str, steps: int, cfg: float, spacing: str) -> Made:
-        """A picture for each prompt."""
+        """An image for each prompt."""
         latent = {"samples": torch.zeros(len(self.asked.colour), 4, SIDE, SIDE)}
         preset = {"preset": "custom", "steps": steps, "cfg": cfg, "spacing": spacing}
         with self.counted() as rows:
             made = KoalaSampler.execute(model, self.positive, self.negative, latent, self.seed, preset, sampler, 1.0)
-        pictures = torch.cat([self.vae.decode(part) for part in made.result[0]["samples"].split(36)])
-        trunk, head = (rows[kind] / len(pictures) for kind in ("trunk", "head"))
-        return Made(pictures, trunk, head, trunk * (1 - self.head) + head * self.head)
+        images = torch.cat([self.vae.decode(latents) for latents in made.result[0]["samples"].split(36)])
+        deep, shallow = (rows[branch] / len(images) for branch in ("deep", "shallow"))
+        return Made(images, deep, shallow, deep * (1 - self.shallow) + shallow * self.shallow)
 
     @contextmanager
     def counted(self) -> Iterator[dict[str, int]]:
-        """Rows that went through the U-Net's deepest part and through its last layer, prompts and negatives."""
-        rows = {"trunk": 0, "head": 0}
+        """Rows that went through the U-Net's deep branch and through its last layer, prompts and negatives."""
+        rows = {"deep": 0, "shallow": 0}
 
-        def count(kind: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        def count(branch: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
             def add(_: Any, given: tuple[Any, ...], __: Any) -> None:
-                rows[kind] += given[0].shape[0]
+                rows[branch] += given[0].shape[0]
 
             return add
 
-        # the modules that both halves and the whole U-Net share, so that a pass counts whoever asked for it
+        # modules that the branches share with the whole U-Net, so that a pass counts whoever asked for it
         hooks = [
-            self.unet.input_blocks[-1][0].register_forward_hook(count("trunk")),
-            self.unet.out.register_forward_hook(count("head")),
+            self.unet.input_blocks[-1][0].register_forward_hook(count("deep")),
+            self.unet.out.register_forward_hook(count("shallow")),
         ]
         try:
             yield rows
@@ -91,43 +92,44 @@ class Gallery:
                 hook.remove()
 
 
-_open: list[Gallery] = []
+_loaded: list[Prompts] = []
 
 
-def open_gallery(prompts: int) -> dict[str, Any]:
-    """Load and encode; the share of a full step that a step on a foretold feature costs, KOALA-700M's."""
-    _open[:] = [Gallery(range(prompts))]
-    return {"head": _open[0].head}
+def load_prompts(prompts: int) -> dict[str, Any]:
+    """Load the model and encode prompts; ``shallow``: the share of a full step that a step on extrapolated features
+    costs, KOALA-700M's."""
+    _loaded[:] = [Prompts(range(prompts))]
+    return {"shallow": _loaded[0].shallow}
 
 
-def judged(patch: str, value: Any, run: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Pictures of ``run`` (sampler, steps, cfg, spacing) with a patch, against those of ``reference`` without any.
+def compare(patch: str, value: Any, run: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Images of ``run`` (sampler, steps, cfg, spacing) with a patch, against those of ``reference`` without any.
 
-    ``cost``: U-Net multiplications over the reference's. ``psnr``: mean of the pictures', in dB (100 for the same
-    picture). ``fidelity``: percent of the prompts drawn right. ``trunk`` and ``head``: as in ``Made``.
+    ``cost``: U-Net multiplications over the reference's. ``psnr``: mean of the images', in dB (100 for the same
+    image). ``fidelity``: percent of the prompts drawn right. ``deep`` and ``shallow``: as in ``Made``.
 
     What a preset computes in bf16 where that is faster is computed in bf16 here on every processor: it is judged by its
-    pictures, and those of a slow bf16 are the same but for rounding.
+    images, and those of a slow bf16 are the same but for rounding.
     """
-    (gallery,) = _open
+    (prompts,) = _loaded
     key = str(sorted(reference.items()))
-    if key not in gallery.whole:
-        gallery.whole[key] = gallery.make(gallery.model, **reference)
+    if key not in prompts.references:
+        prompts.references[key] = prompts.make(prompts.model, **reference)
     with mock.patch.object(kernels, "bf16_is_faster", return_value=True):
-        model = PATCHES[patch](gallery.model, value)
-    whole, made = gallery.whole[key], gallery.make(model, **run)
+        model = PATCHES[patch](prompts.model, value)
+    compared, made = prompts.references[key], prompts.make(model, **run)
     return {
-        "cost": made.passes / whole.passes,
-        "psnr": psnr(made.pictures, whole.pictures),
-        "fidelity": evaluate.score(made.pictures.permute(0, 3, 1, 2) * 2 - 1, gallery.asked).all,
-        "trunk": made.trunk,
-        "head": made.head,
+        "cost": made.passes / compared.passes,
+        "psnr": psnr(made.images, compared.images),
+        "fidelity": evaluate.score(made.images.permute(0, 3, 1, 2) * 2 - 1, prompts.asked).all,
+        "deep": made.deep,
+        "shallow": made.shallow,
     }
 
 
-def psnr(made: torch.Tensor, whole: torch.Tensor) -> float:
-    """Mean over pictures in 0..1 of each one's PSNR to the other's, in dB; 100 for the same picture."""
-    error = (made - whole).square().flatten(1).mean(1).clamp(min=1e-10)
+def psnr(made: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean over images in 0..1 of each one's PSNR to its reference, in dB; 100 for the same image."""
+    error = (made - reference).square().flatten(1).mean(1).clamp(min=1e-10)
     return float((-10 * error.log10()).mean())
 
 

@@ -1,0 +1,158 @@
+"""The report's sections on seconds and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tools.measure.bench import readings
+from tools.measure.bench.formats import ratio, table, times
+from tools.measure.bench.readings import Sections
+from tools.measure.bench.sections import BATCHES, DECODED, SIZES
+from tools.measure.bench.stats import spread
+from tools.measure.bench.variants import VARIANTS
+
+KOALA = "KOALA-700M"
+WAY_NAMES = {
+    "stock": "KSampler, stock loader",
+    "KOALA Sampler": "KOALA Sampler",
+    **{variant: f"KOALA Accelerate: {variant}" for variant in VARIANTS},
+}
+
+
+def load(sections: Sections, kind: str) -> Iterator[str]:
+    found = readings.figures(sections, "load")
+    yield from (
+        "### Loading",
+        "",
+        "A diffusers folder, its files read before: KOALA Checkpoint Loader, DiffusersLoader, "
+        "`StableDiffusionXLPipeline.from_pretrained`. Memory: the peak while loading, mapped files "
+        "included, above what the process used before.",
+        "",
+    )
+    titles = {"everything": "everything", "unet": "U-Net alone", "again": "everything, again"}
+    yield from table(
+        ("what", "engine", "seconds", "over stock", "memory, GB", "weights, GB"),
+        (
+            (
+                titles[what],
+                engine,
+                times(readings.seconds(runs)),
+                ratio(readings.ratio(readings.seconds(runs), readings.seconds(engines["stock"]))),
+                f"{readings.most(runs, kind, 'above') / 1e9:.2f}",
+                f"{runs[0]['weights'] / 1e9:.2f}",
+            )
+            for what, engines in found.items()
+            for engine, runs in engines.items()
+        ),
+    )
+
+
+def step(sections: Sections, kind: str) -> Iterator[str]:
+    found = readings.figures(sections, "step")
+    yield from ("### A step", "", "One guided step (prompt and negative prompt), the U-Net alone in the process.", "")
+    yield from _turns(found["sizes"], SIZES, "px", kind)
+    yield from ("By batch size, 256 px:", "")
+    yield from _turns(found["batches"], BATCHES, "batch", kind)
+    apart = ", ".join(f"{engine} {apart:.1g}" for engine, apart in found["difference"].items() if engine != "stock")
+    way = readings.ours(sections)
+    ours = {px: readings.step_seconds(sections, way, int(px)).median for px in found["sdxl"]}
+    sdxl = ", ".join(
+        f"{spread(readings.seconds(runs)).median:.2f} s at {px} px ({KOALA}, {way}: {ours[px]:.2f} s, "
+        f"{ours[px] / spread(readings.seconds(runs)).median:.2f} of it)"
+        for px, runs in found["sdxl"].items()
+    )
+    yield from (
+        f"Largest difference from stock's latent, over the largest value in it: {apart}.",
+        "",
+        f"SDXL's U-Net (random weights, core's classes, measured after these, alone): {sdxl}.",
+        "",
+    )
+
+
+def decode(sections: Sections, kind: str) -> Iterator[str]:
+    found = readings.figures(sections, "decode")
+    yield from ("### VAE decode", "")
+    yield from _turns(found["sizes"], DECODED, "px", kind)
+    apart = "; ".join(
+        f"{px} px: "
+        + ", ".join(f"{engine} {255 * apart:.2g}" for engine, apart in engines.items() if engine != "stock")
+        for px, engines in found["difference"].items()
+    )
+    yield from (f"Largest difference from stock's image, of 255: {apart}.", "")
+
+
+def sample(sections: Sections, kind: str) -> Iterator[str]:
+    found = readings.figures(sections, "sample")
+    yield from (
+        "### Sampling",
+        "",
+        "Euler, 25 steps at 512 px, cfg 7.5, the same sigmas, all in one process. *balanced* and *fast* reuse features "
+        "and, on a CPU that is faster in bf16, compute in bf16; *fp32* is their reuse alone, with the routines "
+        "of *exact*, and *bf16 alone* is bf16 without reuse.",
+        "",
+    )
+    yield from table(
+        ("way", "seconds", "faster than stock", "faster than KOALA Sampler", "message"),
+        (
+            (
+                WAY_NAMES[way],
+                times(found["runs"][way]),
+                ratio(readings.speed_up(sections, way)),
+                ratio(readings.speed_up(sections, way, "KOALA Sampler")),
+                found["said"][way],
+            )
+            for way in found["runs"]
+        ),
+    )
+    yield from ("What KOALA Sampler adds to KSampler on the same MODEL with the same sigmas:", "")
+    yield from table(
+        ("runs", "KSampler, s", "KOALA Sampler, s", "added"),
+        (
+            (
+                name,
+                times(seconds["KSampler"], 3),
+                times(seconds["KOALA Sampler"], 3),
+                "{:+.1f} % ({:+.1f}..{:+.1f})".format(*readings.overhead(sections, name)),
+            )
+            for name, seconds in found["overhead"].items()
+        ),
+    )
+
+
+def memory(sections: Sections, kind: str) -> Iterator[str]:
+    found = readings.figures(sections, "memory")
+    yield from (
+        "### Memory",
+        "",
+        "Peak memory, GB, of a process that loads everything, samples 2 steps at 512 px and decodes.",
+        "",
+    )
+    yield from table(
+        ("engine", "loading", "steps", "decoding", "all"),
+        (
+            (
+                engine,
+                *(f"{max(run[part][kind] for run in runs) / 1e9:.2f}" for part in ("load", "step", "decode")),
+                f"{readings.life_peak(sections, engine, kind) / 1e9:.2f}",
+            )
+            for engine, runs in found.items()
+        ),
+    )
+
+
+def _turns(found: Mapping[str, Any], places: Iterable[int], unit: str, kind: str) -> list[str]:
+    return table(
+        (unit, "engine", "seconds", "over stock", "peak of the process, GB"),
+        (
+            (
+                at,
+                engine,
+                times(readings.seconds(runs)),
+                ratio(readings.ratio(readings.seconds(runs), readings.seconds(found[str(at)]["stock"]))),
+                f"{readings.most(runs, kind) / 1e9:.2f}",
+            )
+            for at in places
+            for engine, runs in found[str(at)].items()
+        ),
+    )

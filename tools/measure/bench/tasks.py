@@ -1,0 +1,82 @@
+"""What a worker can be told to do, by the name of its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
+from koala_sdxl.koala.files.inspect import inspect_unet
+from tools.measure.bench import meter
+from tools.measure.bench.engines import UNET, Engine, activate, job
+from tools.measure.bench.process import NO_ENGINE
+
+Tasks = Mapping[str, Callable[..., Any]]
+
+
+def make(name: str, device: str) -> Engine:
+    """The engine of that name. A worker imports ComfyUI or diffusers, whichever it needs, and not the other."""
+    if name == "diffusers":
+        from tools.measure.bench.diffusers_engine import Diffusers
+
+        return Diffusers(device)
+    activate(device)
+    from tools.measure.bench import comfy_engines
+
+    return comfy_engines.ENGINES[name]()
+
+
+def tasks(name: str, device: str) -> Tasks:
+    """What a worker of that name can be told to do: the functions by the names of the tasks."""
+    if name == NO_ENGINE:
+        activate(device)
+        from koala_sdxl.host.accelerate import cpu_routines as kernels
+        from tools.measure.bench import image_quality, macs, rates, sampling
+
+        return {
+            "machine": lambda: meter.machine(device),
+            "rates": lambda: rates.measured(device),
+            "probes": lambda: {"oneDNN": kernels.one_dnn_is_faster(), "bf16": kernels.bf16_is_faster()},
+            "macs": macs.counted,
+            "load_prompts": image_quality.load_prompts,
+            "quality": image_quality.compare,
+            "load_models": sampling.load_models,
+            "sample": sampling.run,
+        }
+    engine: Any = make(name, device)
+
+    def load(what: str, folder: str) -> dict[str, Any]:
+        """Load once; ``above`` is how far memory rose over what the process had before."""
+        work = {"everything": engine.load, "unet": engine.load_unet, "vae": engine.load_vae}[what]
+        before = meter.forget_peak()
+        seconds, _ = meter.timed(lambda: work(Path(folder)))
+        most = meter.peak()
+        above = {kind: most[kind] - before[kind] for kind in most}
+        return {"seconds": seconds, "peak": most, "above": above, "weights": engine.weights()}
+
+    def by(routines: str) -> Engine:
+        return engine.by(routines) if routines else engine
+
+    def step(folder: str, px: int, batch: int = 1, steps: int = 1, out: str = "", routines: str = "") -> dict[str, Any]:
+        """Seconds a step."""
+        todo, chosen = job(inspect_unet(Path(folder, UNET)).layout, px, batch, steps), by(routines)
+        return measured(lambda: chosen.denoise(todo), out, steps)
+
+    def decode(px: int, out: str = "", routines: str = "") -> dict[str, Any]:
+        latent, chosen = torch.randn(1, 4, px // 8, px // 8, generator=torch.Generator().manual_seed(3)), by(routines)
+        return measured(lambda: chosen.decode(latent / LATENT_SCALE), out)
+
+    return {"load": load, "step": step, "decode": decode, "peak": meter.peak}
+
+
+def measured(work: Callable[[], torch.Tensor], out: str, times: int = 1) -> dict[str, Any]:
+    """Seconds for one of ``times``, and peak; with ``out`` what was made is written there as an array."""
+    meter.forget_peak()
+    seconds, made = meter.timed(work)
+    if out:
+        numpy.save(out, made.float().cpu().numpy())
+    return {"seconds": seconds / times, "peak": meter.peak()}
