@@ -15,28 +15,33 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..koala.architecture import keys
-from ..koala.architecture.components import LATENT_SCALE, TextEncoder, read_autoencoder, read_text_encoder
+from ..koala.architecture.components import (
+    LATENT_SCALE,
+    PROMPT_TOKENS,
+    TextEncoder,
+    read_autoencoder,
+    read_text_encoder,
+)
+from ..koala.architecture.detection import read_layout
 from ..koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from ..koala.files.export import unet_config
 from ..koala.releases import SCHEDULER_CONFIG
 
-TOKENS = 77
-"""Length of a tokenised prompt."""
 State = dict[str, torch.Tensor]
 
 
-def pipeline(checkpoint: Path, tokenizer: Path, network: Any = None) -> StableDiffusionXLPipeline:
+def pipeline(checkpoint: Path, tokenizer: Path, with_unet: bool = True) -> StableDiffusionXLPipeline:
     """The checkpoint's pipeline, fp32 on the CPU.
 
     Args:
         checkpoint: a .safetensors file with ComfyUI's names.
         tokenizer: a folder with CLIP's vocabulary, as transformers reads it.
-        network: the U-Net to put in, in place of the file's own, which is then not read.
+        with_unet: False leaves the U-Net out, and does not read it.
 
     Raises KeyError with the name of a tensor that the text encoders or the VAE lack.
     """
     with safe_open(checkpoint, framework="pt") as file:
-        wanted = (name for name in file.keys() if network is None or not name.startswith(UNET_PREFIX))  # noqa: SIM118
+        wanted = (name for name in file.keys() if with_unet or not name.startswith(UNET_PREFIX))  # noqa: SIM118
         state = {name: file.get_tensor(name).float() for name in wanted}
     first, second = tokenizers(tokenizer)
     made = StableDiffusionXLPipeline(
@@ -45,7 +50,7 @@ def pipeline(checkpoint: Path, tokenizer: Path, network: Any = None) -> StableDi
         text_encoder_2=_clip_g(_under(state, f"{CLIP_PREFIXES[1]}model.")),
         tokenizer=first,
         tokenizer_2=second,
-        unet=unet(_under(state, UNET_PREFIX)) if network is None else network,
+        unet=unet(_under(state, UNET_PREFIX)) if with_unet else None,
         scheduler=EulerDiscreteScheduler.from_config(dict(SCHEDULER_CONFIG)),
         add_watermarker=False,
     )
@@ -56,14 +61,14 @@ def pipeline(checkpoint: Path, tokenizer: Path, network: Any = None) -> StableDi
 def tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """CLIP's tokenizer as SDXL uses it twice: padded with the end token for CLIP-L and with "!" (id 0) for CLIP-G."""
     return (
-        CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS),
-        CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token="!"),
+        CLIPTokenizer.from_pretrained(folder, model_max_length=PROMPT_TOKENS),
+        CLIPTokenizer.from_pretrained(folder, model_max_length=PROMPT_TOKENS, pad_token="!"),
     )
 
 
 def unet(state: State) -> UNet2DConditionModel:
     """diffusers' U-Net, fp32, from tensors under any names."""
-    layout, numbering = keys.read_layout(keys.shapes_of(state))
+    layout, numbering = read_layout(keys.shapes_of(state))
     names = keys.renaming(layout, numbering, "diffusers")
     with torch.device("meta"):
         model = UNet2DConditionModel(**unet_config(layout))

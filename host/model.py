@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ..koala.architecture import keys, layout
+from ..koala.architecture import layout
+from ..koala.architecture.detection import find_layout
+from ..koala.architecture.keys import shapes_of
 from ..koala.architecture.layout import SDXL, Layout
 from ..koala.architecture.lineage import Lineage, lineage
 from ..koala.files.dtypes import TORCH_DTYPES, dtype_name
@@ -75,7 +77,5 @@ def sampled_lineage(model: BaseModel) -> Lineage | None:
 
 
 def _layout(network: torch.nn.Module | None) -> Layout | None:
-    try:
-        return keys.read_layout(keys.shapes_of(network.state_dict() if network is not None else {}))[0]
-    except (KeyError, ValueError, IndexError):
-        return None
+    found = find_layout(shapes_of(network.state_dict())) if network is not None else None
+    return found[0] if found else None

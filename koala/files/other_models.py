@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..architecture.keys import Shape, find_layout
+from ..architecture.detection import find_layout
+from ..architecture.keys import Shape
 from ..architecture.layout import KOALA_NAMES, SDXL, SSD_1B, VEGA, Layout
 from .conventions import UNET_PREFIX
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..architecture.keys import NUMBERINGS, Numbering, Shape, coverage, find_layout, names
+from ..architecture.detection import find_layout
+from ..architecture.keys import NUMBERINGS, Numbering, Shape, coverage, names
 from ..architecture.layout import KOALA_NAMES, Layout, is_subnetwork, name
 from ..releases import release_for
 from . import other_models

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..architecture.keys import coverage, names, read_layout
+from ..architecture.detection import find_layout
+from ..architecture.keys import coverage, names
 from ..architecture.layout import Layout
 from . import other_models
 from .conventions import WEIGHT_NAMES, label
@@ -60,12 +61,12 @@ def open_unet(path: Path, wanted: str) -> UNetWeights:
             f"Hugging Face folder."
         ) from None
     found = header.under(header.unet_prefix)
-    try:
-        layout, numbering = read_layout(found)
-    except (KeyError, ValueError, IndexError):
+    read = find_layout(found)
+    if read is None:
         raise CheckpointError(
             f"{label(file)} is {other_models.describe(header.shapes)}; expected {wanted}'s U-Net. Give another file."
-        ) from None
+        )
+    layout, numbering = read
     cover = coverage(layout, numbering, found)  # tensors beside the U-Net's do no harm
     if faults := (*cover.missing, *cover.misshapen):
         raise CheckpointError(

@@ -10,13 +10,12 @@ from itertools import permutations
 import pytest
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
+from koala_sdxl.koala.architecture.detection import guess_numbering, read_layout
 from koala_sdxl.koala.architecture.keys import (
     NUMBERINGS,
     Numbering,
     coverage,
-    guess_numbering,
     names,
-    read_layout,
     renaming,
     tensors,
 )
