@@ -1,1 +1,1 @@
-"""A compact U-Net distilled out of an SDXL: ``python3 dev.py distill CONFIG.toml``. README.md says how."""
+"""Trains a compact U-Net to do what SDXL's does, by distillation. README.md says how to install and run it."""

@@ -1,4 +1,4 @@
-"""Aspect ratio buckets: the sizes that pictures are brought to, and batches of one size each."""
+"""Aspect ratio buckets: the sizes to which images are cropped, and batches of one size each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from .errors import UserError
 
 LATENT = 8
-"""Pixels along the side of a latent's cell."""
+"""Pixels per side of one latent cell."""
 
 Size = tuple[int, int]
 """Width and height, pixels."""
@@ -25,18 +25,19 @@ Size = tuple[int, int]
 def buckets(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
     """Sizes of about ``resolution`` squared, from the tallest to the widest, sides in multiples of ``step``.
 
-    They are those where neither side can grow by a step without more area than that, and the square, which is there
-    whatever ``resolution`` is. Raises UserError where not even that fits, or where latents have no whole size.
+    A size is a bucket where neither side can grow by a step without exceeding that area; the square always is one.
+
+    Raises UserError where the square has no room for one step, or ``step`` is not a multiple of ``LATENT``.
     """
     if step % LATENT:
         raise UserError(
-            f"data.bucket_step = {step} is no multiple of {LATENT}; expected one, as a latent's cell has {LATENT} "
-            f"pixels a side. Set it to {LATENT * math.ceil(step / LATENT)}."
+            f"data.bucket_step = {step} is not a multiple of {LATENT}; expected one, as a latent cell is {LATENT} "
+            f"pixels wide. Set it to {LATENT * math.ceil(step / LATENT)}."
         )
     if resolution < step:
         raise UserError(
-            f"data.resolution = {resolution} is less than data.bucket_step = {step}; expected room for one step. "
-            f"Raise the resolution or lower the step."
+            f"data.resolution = {resolution} is less than data.bucket_step = {step}; expected at least as "
+            f"much. Raise the resolution or lower the step."
         )
 
     def longest(side: int) -> int:
@@ -50,17 +51,17 @@ def buckets(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
 
 
 def nearest(width: int, height: int, choices: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio differs by the smallest factor."""
+    """The bucket whose aspect ratio differs by the smallest factor from that of an image."""
     return min(choices, key=lambda size: abs(math.log(width / height) - math.log(size[0] / size[1])))
 
 
 def fit(
     image: Image.Image, bucket: Size, crop: Literal["center", "random"], generator: torch.Generator
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Scale an RGB picture until it just covers the bucket, and cut off what stands out.
+    """Scale an RGB image until it just covers the bucket, and crop it.
 
-    Returns float32 [3, height, width] in [-1, 1], and what SDXL is told of the cut: the pixels gone at the top and at
-    the left, counted after scaling. ``generator`` is drawn from for a random cut only.
+    Returns float32 [3, height, width] in [-1, 1], and SDXL's crop conditioning: the pixels cropped at the top and at
+    the left, counted after scaling. ``generator`` is used for a random crop only.
     """
     width, height = bucket
     scale = max(width / image.width, height / image.height)
@@ -78,20 +79,20 @@ def fit(
 
 @dataclass(frozen=True, eq=False)
 class Batches(Sampler[list[int]]):
-    """``count`` batches of a dataset's indices, from batch number ``start`` on; each is of one bucket and full.
+    """``count`` batches of a dataset's indices, from batch number ``start`` on; each is full and of one bucket.
 
-    Batch i depends on the seed, the data and i alone, so that a run can be taken up anywhere. An epoch has every index;
-    where a bucket's last batch is not full, the first indices of the bucket's epoch come again.
+    Batch i depends only on the seed, the data and i, so that a run can resume anywhere. An epoch contains every index;
+    where a bucket's last batch is not full, the first indices of the bucket's epoch are repeated.
     """
 
     bucket_of: Sequence[int]
-    """The bucket of each index; any numbers. Not empty."""
+    """The bucket of each index; any integers. Not empty."""
     batch_size: int
     seed: int
     count: int
     start: int = 0
     drop_last: ClassVar[bool] = True
-    """For accelerate, which would fill up the last round of several processes from other buckets otherwise."""
+    """For accelerate, which would otherwise fill the last round of several processes from other buckets."""
 
     def __len__(self) -> int:
         return self.count
@@ -99,13 +100,13 @@ class Batches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         number, end = self.start, self.start + self.count
         while number < end:
-            epoch, first = divmod(number, self.an_epoch)
+            epoch, first = divmod(number, self.per_epoch)
             batches = self._epoch(epoch)[first : first + end - number]
             yield from (batch.tolist() for batch in batches)
             number += len(batches)
 
     @cached_property
-    def an_epoch(self) -> int:
+    def per_epoch(self) -> int:
         """Batches in an epoch."""
         return sum(math.ceil(len(indices) / self.batch_size) for indices in self._indices)
 
@@ -116,10 +117,12 @@ class Batches(Sampler[list[int]]):
         return [np.flatnonzero(which == bucket) for bucket in np.unique(which)]
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """An epoch's batches: [batches, batch size]."""
+        """An epoch's batches, int64 [batches, batch size]."""
         random = np.random.default_rng((self.seed % 2**64, epoch))
-        parts = []
+        batches_of_buckets = []
         for indices in self._indices:
             batches = math.ceil(len(indices) / self.batch_size)
-            parts.append(np.resize(random.permutation(indices), (batches, self.batch_size)))  # repeats from the start
-        return random.permutation(np.concatenate(parts))
+            batches_of_buckets.append(
+                np.resize(random.permutation(indices), (batches, self.batch_size))
+            )  # repeats from the start
+        return random.permutation(np.concatenate(batches_of_buckets))

@@ -1,4 +1,4 @@
-"""What a run is told: a TOML file, read into frozen models. The one place that has every key, default and unit."""
+"""A run's configuration: a TOML file, read into frozen models. The one place with every key, default and unit."""
 
 from __future__ import annotations
 
@@ -24,34 +24,37 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Table(BaseModel):
-    """A table of the file: unknown keys and values of another type are errors, paths count from the file's folder."""
+    """A table of the file. Unknown keys and values of another type are errors; paths are relative to its folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def key(default: Any, description: str) -> Any:
-    """A key with its default and what it means, unit included."""
+    """A key with its default and its meaning, unit included."""
     return Field(default, description=description)
 
 
 class TeacherTable(Table):
-    model: Path = key(..., "SDXL: a Hugging Face folder or a single .safetensors file, LoRAs merged into it or not")
-    tokenizer: Literal["teacher"] | Path = key(
-        "teacher", "folder of CLIP's tokenizer; a single file as model needs one, a Hugging Face folder has its own"
+    model: Path = key(
+        ..., "SDXL: a Hugging Face folder or a single .safetensors file, with or without LoRAs merged into it"
     )
-    loras: tuple[Path, ...] = key((), "LoRA files to merge into it at full strength, U-Net and text encoders")
+    tokenizer: Literal["teacher"] | Path = key(
+        "teacher",
+        "folder with CLIP's tokenizer: required where model is a single file; a Hugging Face folder has its own",
+    )
+    loras: tuple[Path, ...] = key((), "LoRA files to merge into the model at strength 1, U-Net and text encoders")
     variant: Literal["base", "lightning"] = key(
         "base", "lightning for a step-distilled teacher; the student is then sampled as KOALA-Lightning"
     )
-    dtype: Literal["fp32", "bf16", "fp16"] = key("bf16", "type in which the teacher computes")
+    dtype: Literal["fp32", "bf16", "fp16"] = key("bf16", "data type in which the teacher computes")
 
 
 class CustomLayout(Table):
-    """A layout that nobody has published, at the teacher's widths: numbers of ``koala.layout.Layout``."""
+    """An unpublished layout at the teacher's widths: the fields of ``koala.architecture.layout.Layout``."""
 
-    down: tuple[tuple[Count, ...], ...] = key(..., "transformer depth of each layer of each stage on the way down")
-    up: tuple[tuple[Count, ...], ...] = key(..., "the same on the way up, deepest stage first")
-    middle: Count | None = key(None, "transformer depth of the middle block; without this key there is none")
+    down: tuple[tuple[Count, ...], ...] = key(..., "transformer depth of each layer of each stage of the down blocks")
+    up: tuple[tuple[Count, ...], ...] = key(..., "the same for the up blocks, deepest stage first")
+    middle: Count | None = key(None, "transformer depth of the middle block; without this key there is no middle block")
 
 
 STARTS = ("teacher", "random")
@@ -64,10 +67,11 @@ class StudentTable(Table):
     transformers: Literal["first", "even"] | dict[str, tuple[int, ...]] = key(
         "first",
         "which of the teacher's transformer blocks are kept: the first n, n spread evenly from the first to the last, "
-        "or a table of attention module (diffusers name) = [teacher's indices]",
+        "or a table of attention module (diffusers name) = [indices in the teacher]",
     )
     start: Literal["teacher", "random"] | Path = key(
-        "teacher", "first weights: cut out of the teacher, random, or an earlier student (folder or .safetensors file)"
+        "teacher",
+        "initial weights: cut out of the teacher, random, or an earlier student (folder or .safetensors file)",
     )
 
 
@@ -75,16 +79,18 @@ class DataTable(Table):
     kind: Literal["folder", "webdataset", "huggingface"] = key(
         "folder", "images with captions in a folder, WebDataset shards (.tar), or a Hugging Face dataset on disk"
     )
-    path: Path = key(..., "the folder; for webdataset also one file or a pattern such as shards/{000..031}.tar")
+    path: Path = key(..., "the folder; for webdataset also one file, or a pattern such as shards/{000..031}.tar")
     image: str = key("image", "column of the image (huggingface)")
     caption: str = key("caption", "column of the caption (huggingface), or field of a .json or .jsonl caption")
     cache: Path = key(..., "folder for latents and text embeddings, which are computed once")
-    resolution: PositiveInt = key(1024, "side of a square picture, pixels; other aspect ratios have about its area")
+    resolution: PositiveInt = key(1024, "side of a square image, pixels; other aspect ratios have about the same area")
     bucket_step: PositiveInt = key(64, "sides of aspect buckets are multiples of this, pixels")
-    max_aspect: Annotated[float, Field(ge=1)] = key(2.0, "longest side over shortest of the longest bucket; 1: squares")
-    upscale: bool = key(False, "take images smaller than their bucket, enlarged; else they are skipped and counted")
-    crop: Literal["center", "random"] = key("center", "where a picture is cut to its bucket; fixed when it is cached")
-    caption_dropout: Share = key(0.1, "share of captions replaced by zeros, SDXL's empty prompt")
+    max_aspect: Annotated[float, Field(ge=1)] = key(2.0, "largest ratio of a bucket's sides; 1: squares only")
+    upscale: bool = key(
+        False, "enlarge images that are smaller than their bucket; otherwise they are skipped and counted"
+    )
+    crop: Literal["center", "random"] = key("center", "how an image is cropped to its bucket; fixed when it is cached")
+    caption_dropout: Share = key(0.1, "share of captions replaced by zeros, which is SDXL's empty prompt")
     workers: Count = key(2, "processes that read the cache while training")
 
 
@@ -93,44 +99,45 @@ class LossTable(Table):
     output: NotNegative = key(1.0, "weight of the error against the teacher's output")
     feature: NotNegative = key(1.0, "weight of the error against the teacher's features")
     place: Place = key(
-        "self-attention", "where features are taken: output of every such layer, or the last of each stage (BK-SDM)"
+        "self-attention",
+        "which features are compared: the output of every such layer, or the last of each stage (BK-SDM)",
     )
     stages: tuple[str, ...] = key(
         ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"),
-        "stages of the student whose features count (diffusers names); those it has not are passed over",
+        "stages whose features are compared (diffusers names); those that the student lacks are ignored",
     )
-    stage_weights: dict[str, NotNegative] = key({}, "stage = factor of its features' error; 1 where not given")
+    stage_weights: dict[str, NotNegative] = key({}, "stage = factor of its features' error; default 1")
     normalise: bool = key(False, "divide each layer's error by the mean square of the teacher's feature (LAPTOP-Diff)")
     weighting: Literal["none", "min-snr", "velocity"] = key(
-        "none", "of task and output error by time step: as it is, min-SNR, or as if velocity was predicted"
+        "none", "of task and output error by time step: none, min-SNR, or as if velocity were predicted"
     )
     gamma: PositiveFloat = key(5.0, "min-snr: the signal-to-noise ratio above which errors count less")
-    most_weight: PositiveFloat = key(15.0, "velocity: the largest weight, before they are scaled to a mean of 1")
+    most_weight: PositiveFloat = key(15.0, "velocity: the largest weight, before all are scaled to a mean of 1")
 
 
 class TrainingTable(Table):
     steps: PositiveInt = key(..., "optimiser steps")
-    batch: PositiveInt = key(4, "images a process in one forward pass")
-    accumulate: PositiveInt = key(1, "forward passes before an optimiser step")
+    batch: PositiveInt = key(4, "images per process in one forward pass")
+    accumulate: PositiveInt = key(1, "forward passes per optimiser step")
     learning_rate: PositiveFloat = key(5e-5, "of AdamW, after warm-up")
-    final_rate: Share = key(0.0, "learning rate at the last step as a share of learning_rate; cosine in between")
+    final_rate: Share = key(0.0, "learning rate at the last step as a share of learning_rate; cosine decay")
     warmup: Count = key(500, "optimiser steps over which the learning rate rises from 0")
     betas: tuple[Share, Share] = key((0.9, 0.999), "of AdamW")
     weight_decay: NotNegative = key(0.01, "of AdamW")
     clip: PositiveFloat = key(1.0, "largest norm of the gradient")
     ema: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.9999, "decay of the averaged weights, which are the result; 0: off"
+        0.9999, "decay of the averaged weights, which become the result; 0: no averaging"
     )
-    precision: Literal["no", "bf16", "fp16"] = key("bf16", "mixed precision of the student; its weights stay fp32")
-    gradient_checkpointing: bool = key(False, "compute activations twice, keep few of them")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(0, "of everything random")
+    precision: Literal["no", "bf16", "fp16"] = key("bf16", "mixed precision of the student; its weights stay in fp32")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(0, "of all random numbers")
     checkpoint_every: PositiveInt = key(500, "optimiser steps between checkpoints")
-    keep: PositiveInt = key(2, "checkpoints kept")
+    keep: PositiveInt = key(2, "number of checkpoints kept")
 
 
 class LogTable(Table):
     every: PositiveInt = key(10, "optimiser steps between rows of metrics")
-    to: tuple[Literal["csv", "tensorboard"], ...] = key(("csv",), "where metrics go, inside the output folder")
+    to: tuple[Literal["csv", "tensorboard"], ...] = key(("csv",), "formats of the metrics in the output folder")
     samples_every: Count = key(0, "optimiser steps between sample grids; 0: none")
     prompts: tuple[str, ...] = key((), "prompts of the sample grid")
     sample_steps: PositiveInt = key(25, "sampling steps of a sample")
@@ -138,7 +145,7 @@ class LogTable(Table):
 
 
 class Config(Table):
-    """A whole file."""
+    """A complete configuration."""
 
     output: Path = key(..., "folder of the run: checkpoints, metrics, samples and the result")
     teacher: TeacherTable
@@ -158,20 +165,22 @@ PATHS = (
     ("data", "path"),
     ("data", "cache"),
 )
-"""Keys whose values are paths, which count from the file's folder."""
+"""Keys whose values are paths, relative to the file's folder."""
 
 
 def read(path: Path) -> Config:
-    """Read a file; relative paths in it count from its folder.
+    """Read a configuration file; relative paths in it are resolved against its folder.
 
-    Raises UserError naming the key for anything that is no valid configuration.
+    Raises UserError with one line for each fault, which begins with the key.
     """
     try:
         found = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a distillation's TOML file.") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); expected a TOML file. distill/example.toml is one."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no TOML file: {error}. distill/example.toml shows how one looks.") from None
+        raise UserError(f"{path} is not a TOML file: {error}. See distill/example.toml.") from None
     for *tables, name in PATHS:
         table: Any = found
         for outer in tables:
@@ -185,7 +194,7 @@ def read(path: Path) -> Config:
 
 
 def _from(folder: Path, value: Any) -> Any:
-    """A path, or each of a list, as it counts from a folder; anything else as it is."""
+    """A path, or each path of a list, resolved against a folder; any other value unchanged."""
     if isinstance(value, list):
         return [_from(folder, one) for one in value]
     return str(folder / Path(value).expanduser()) if isinstance(value, str) and value not in STARTS else value
@@ -199,19 +208,19 @@ EITHER: dict[tuple[str, ...], type[Table]] = {
 
 
 def _faults(error: ValidationError, found: dict[str, Any]) -> Iterator[str]:
-    """Each fault in a sentence that begins with the key."""
+    """Each fault as a sentence that begins with the key."""
     for fault in error.errors():
         where = [str(part) for part in fault["loc"]]
         either = EITHER.get(tuple(where[:2]))
         if either and len(where) > 2:
             if isinstance(found[where[0]][where[1]], dict) == (fault["type"] == "literal_error"):
-                continue  # of a table what is wrong in it, of all else which words there are
+                continue  # for a table report what is wrong in it, for any other value which words are known
             del where[2]
         known = keys_of(*where[:-1])
         near = get_close_matches(where[-1], known, 1) if where else []
         if fault["type"] == "extra_forbidden":
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}."
-            yield f"{'.'.join(where)} is no key of a distillation; {hint}"
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
+            yield f"{'.'.join(where)} is not a known key; {hint}"
         elif fault["type"] == "missing":
             yield f"{'.'.join(where)} is missing; it has no default. Add it."
         else:
@@ -221,7 +230,7 @@ def _faults(error: ValidationError, found: dict[str, Any]) -> Iterator[str]:
 
 
 def keys_of(*tables: str) -> tuple[str, ...]:
-    """The keys of a table of the file, named by its path; none for what is no table."""
+    """The keys of a table, which is named by its path; none where there is no such table."""
     model: Any = Config
     for name in tables:
         field = getattr(model, "model_fields", {}).get(name)

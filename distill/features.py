@@ -1,4 +1,4 @@
-"""Features on the way through teacher and student: which modules' outputs are compared, and how they are taken."""
+"""Features inside teacher and student: which modules' outputs are compared, and how they are recorded."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ PATTERNS: dict[Place, re.Pattern[str] | None] = {
     "last": re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block"),
     "none": None,
 }
-"""Where features are taken -> the modules, by their diffusers names, whose output they are. KOALA's ablation has the
-first four; the last is BK-SDM's: what a stage hands on."""
+"""Key ``loss.place`` -> diffusers names of the modules whose outputs are compared. KOALA's ablation has the first four;
+the last is BK-SDM's: the output of each stage."""
 
 
 class Pair(NamedTuple):
-    """A module of the student and the teacher's that it came from (diffusers names), and its stage."""
+    """A module of the student and the teacher's module from which it came (diffusers names), and its stage."""
 
     stage: str
     student: str
     teacher: str
 
 
-def pairs(line: Lineage, table: LossTable) -> tuple[Pair, ...]:
+def pairs(lineage: Lineage, table: LossTable) -> tuple[Pair, ...]:
     """The modules whose outputs are compared, in the order of the student's tensors.
 
-    Raises UserError for a stage that no U-Net of SDXL's family has, and where nothing is left to compare.
+    Raises UserError for a stage that the teacher does not have, and where nothing is left to compare.
     """
     pattern = PATTERNS[table.place]
     if pattern is None or not table.feature:
         return ()
-    stages = dict.fromkeys(_stage(tensor.diffusers) for tensor in tensors(line.teacher))
+    stages = dict.fromkeys(_stage(tensor.diffusers) for tensor in tensors(lineage.teacher))
     for key, named in (("stages", table.stages), ("stage_weights", table.stage_weights)):
         if unknown := [stage for stage in named if stage not in stages]:
             known = ", ".join(stage for stage in stages if stage)
             raise UserError(
-                f"loss.{key}: {unknown[0]} is no stage of the teacher; expected some of {known}. Change it."
+                f"loss.{key}: {unknown[0]} is not a stage of the teacher; expected some of {known}. Change it."
             )
-    found = (matched for tensor in tensors(line.student) if (matched := _owner(pattern, tensor.diffusers)))
+    modules = (module for tensor in tensors(lineage.student) if (module := _module(pattern, tensor.diffusers)))
     chosen = tuple(
-        Pair(_stage(module), module, line.ancestor(module))
-        for module in dict.fromkeys(found)
+        Pair(_stage(module), module, lineage.ancestor(module))
+        for module in dict.fromkeys(modules)
         if _stage(module) in table.stages
     )
     if not chosen:
@@ -64,41 +64,42 @@ def pairs(line: Lineage, table: LossTable) -> tuple[Pair, ...]:
     return chosen
 
 
-def _owner(pattern: re.Pattern[str], tensor: str) -> str | None:
-    """The longest module around a tensor that the pattern matches as a whole."""
-    parts = tensor.split(".")
-    names = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+def _module(pattern: re.Pattern[str], tensor: str) -> str | None:
+    """The innermost module around a tensor whose full name matches the pattern."""
+    words = tensor.split(".")
+    names = (".".join(words[:length]) for length in range(len(words) - 1, 0, -1))
     return next((name for name in names if pattern.fullmatch(name)), None)
 
 
 def _stage(module: str) -> str:
-    found = re.match(r"(down_blocks|up_blocks)\.\d+|mid_block", module)
-    return found[0] if found else ""
+    match = re.match(r"(down_blocks|up_blocks)\.\d+|mid_block", module)
+    return match[0] if match else ""
 
 
-class Taps:
-    """Takes what the named modules of a network put out, while it is asked to.
+class FeatureRecorder:
+    """Records the outputs of named modules of a network while ``recording`` is active.
 
-    Outside ``taking`` nothing is kept, so that the second pass of gradient checkpointing leaves the first one's alone.
+    Outside of it nothing is kept, so that the second forward pass of gradient checkpointing leaves the first one's
+    features alone.
     """
 
     def __init__(self, network: nn.Module, names: Iterable[str]) -> None:
-        self._taken: dict[str, torch.Tensor] | None = None
+        self._outputs: dict[str, torch.Tensor] | None = None
         for name in names:
             network.get_submodule(name).register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
-        def take(_: nn.Module, __: Any, output: Any) -> None:
-            if self._taken is not None:  # a stage on the way down hands on its skips, too
-                self._taken[name] = output[0] if isinstance(output, tuple) else output
+        def record(_: nn.Module, __: Any, output: Any) -> None:
+            if self._outputs is not None:  # a down stage also returns its skip connections
+                self._outputs[name] = output[0] if isinstance(output, tuple) else output
 
-        return take
+        return record
 
     @contextmanager
-    def taking(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What the modules put out meanwhile, by name."""
-        self._taken = {}
+    def recording(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield a dict that fills with the modules' outputs, by name."""
+        self._outputs = {}
         try:
-            yield self._taken
+            yield self._outputs
         finally:
-            self._taken = None
+            self._outputs = None

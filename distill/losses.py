@@ -1,7 +1,7 @@
-"""What a student is trained for: the noise itself, the teacher's answer, and the teacher's features.
+"""The losses: error against the true noise, against the teacher's output, and against the teacher's features.
 
-Sources: KOALA (arXiv 2312.04005), which adds up squared errors of features over layers, as BK-SDM (arXiv 2305.15798)
-does over stages; LAPTOP-Diff (arXiv 2404.11098) for dividing each by its magnitude; min-SNR (arXiv 2303.09556).
+Sources: KOALA (arXiv 2312.04005), which sums squared errors of features over layers, as BK-SDM (arXiv 2305.15798) does
+over stages; LAPTOP-Diff (arXiv 2404.11098) for dividing each by its magnitude; min-SNR (arXiv 2303.09556).
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from .features import Pair
 
 
 def time_steps(batch: int, total: int, generator: torch.Generator) -> torch.Tensor:
-    """int64 [batch], one from each of as many equal stretches: uniform as plain draws are, with less variance."""
+    """int64 [batch], stratified: one from each of ``batch`` equal intervals of 0 to ``total`` - 1. Uniform, with less
+    variance than independent samples."""
     return ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * total).long()
 
 
 def time_weights(table: LossTable, noise: object, time: torch.Tensor) -> torch.Tensor:
     """The weight of task and output error at time steps [n]; float32 [n].
 
-    velocity: error of the noise / alpha_bar, which is the error of the velocity; at most ``most_weight``, and with a
-    mean of 1 over all time steps.
+    velocity: 1 / alpha_bar, which turns the noise's error into the velocity's; at most ``most_weight``, then scaled to
+    a mean of 1 over all time steps.
     """
     if table.weighting == "none":
         return torch.ones(time.shape, device=time.device)
@@ -41,7 +42,7 @@ def feature_error(
     student: Mapping[str, torch.Tensor],
     teacher: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    """Mean squared errors of the student's features, weighted by stage and added up; a scalar."""
+    """Sum of the mean squared errors of the student's features, weighted by stage; a scalar."""
     total = torch.zeros(())
     for pair in pairs:
         wanted = teacher[pair.teacher].float()
@@ -60,7 +61,15 @@ def terms(
     teacher: torch.Tensor,
     features: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Each term before its factor, scalars. noise, student's and teacher's answer: [n, 4, h, w]; weights: [n]."""
+    """Each term before its factor, as scalars.
+
+    Args:
+        table: the table of the configuration.
+        weights: of each sample, [n].
+        noise: the true noise, [n, 4, h, w].
+        student, teacher: their outputs, [n, 4, h, w].
+        features: ``feature_error``.
+    """
 
     def error(wanted: torch.Tensor) -> torch.Tensor:
         return ((student.float() - wanted.float()).square().mean(dim=(1, 2, 3)) * weights).mean()
@@ -68,6 +77,6 @@ def terms(
     return {"task": error(noise), "output": error(teacher), "feature": features}
 
 
-def total(table: LossTable, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The sum that is trained on."""
-    return table.task * found["task"] + table.output * found["output"] + table.feature * found["feature"]
+def total(table: LossTable, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The weighted sum that is minimised."""
+    return table.task * terms["task"] + table.output * terms["output"] + table.feature * terms["feature"]

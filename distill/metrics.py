@@ -1,4 +1,4 @@
-"""Metrics of a run: means between two rows, and a CSV file that a continued run goes on with."""
+"""Metrics of a run: means between two rows, and a CSV file that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 
 
 class Means:
-    """Means over all processes of what was added since the last row; part of a checkpoint."""
+    """Means over all processes of the values added since the last row; saved with each checkpoint."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -25,10 +25,10 @@ class Means:
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """The means, and begin anew."""
-        found = {name: total / self.count for name, total in self.sums.items()}
+        """Return the means and reset them."""
+        means = {name: total / self.count for name, total in self.sums.items()}
         self.sums, self.count = {}, 0
-        return found
+        return means
 
     def state_dict(self) -> dict[str, object]:
         return {"sums": dict(self.sums), "count": self.count}
@@ -38,7 +38,7 @@ class Means:
 
 
 class CsvTracker(GeneralTracker):
-    """accelerate's tracker for a CSV file: one row a call, the first column is the step."""
+    """A tracker for accelerate that writes a CSV file: one row per call, the first column is the step."""
 
     name = "csv"
     requires_logging_directory = False
@@ -52,8 +52,8 @@ class CsvTracker(GeneralTracker):
         return self.path
 
     @on_main_process
-    def go_on_from(self, step: int) -> None:
-        """Drop the rows that a run wrote after the checkpoint from which it goes on."""
+    def resume_from(self, step: int) -> None:
+        """Drop the rows that were written after the checkpoint from which a run resumes."""
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = [row for row in csv.reader(file) if row[0] == "step" or int(row[0]) <= step]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-DESCRIPTION = "Distils a compact U-Net out of an SDXL (README.md)."
+DESCRIPTION = "Distil a compact U-Net from an SDXL model."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the trainer's arguments."""
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="distill/example.toml has every key")
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="distill/example.toml lists every key")

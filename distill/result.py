@@ -1,76 +1,92 @@
-"""What a run leaves: a diffusers folder and a single file that say what they were made of, by the pack's own saver."""
+"""What a run leaves: a diffusers folder and a single file, both with metadata that says how they were made."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from tools.harness import inprocess
-
+from ..koala.architecture.keys import parameters
 from ..koala.architecture.layout import name
 from ..koala.architecture.lineage import Lineage
-from ..koala.files import atomic_write as disk
-from ..koala.files.conventions import DISTILLATION_KEY, KEPT_KEY, VARIANT_KEY
+from ..koala.files.atomic_write import written_whole
+from ..koala.files.conventions import DISTILLATION_KEY
 from ..koala.files.export import unet_config
+from ..koala.files.write import TextAndVAE, cast_state, stored_dtypes, write_checkpoint, write_folder
+from ..koala.model_info import ModelFacts
+from ..koala.releases import SCHEDULER_CONFIG, VARIANTS, Identity
+from . import tokenizer
 from .config import Config
 from .errors import UserError
 from .teacher import Teacher
 
-ANEW = "Begin anew in another output folder, with a lower training.learning_rate."
+DTYPE = "fp16"
+"""Of the U-Net and the text encoders; the VAE stays in fp32, as SDXL's own overflows in fp16."""
+ADVICE = "Start again in another output folder, with a lower training.learning_rate."
 
 
-def metadata(config: Config, teacher: Teacher, line: Lineage) -> dict[str, str]:
-    """What the result says of itself: variant, layout, teacher, steps, losses, and the transformer blocks it kept."""
-    told = {
-        "layout": name(line.student),
-        "teacher": teacher.name,
-        "loras": [path.name for path in config.teacher.loras],
-        "start": Path(config.student.start).name,
-        "steps": config.training.steps,
-        "images_a_step": config.training.batch * config.training.accumulate,
-        "loss": config.loss.model_dump(mode="json"),
-    }
-    return {
-        VARIANT_KEY: config.teacher.variant,
-        KEPT_KEY: json.dumps(dict(line.transformers)),
-        DISTILLATION_KEY: json.dumps(told),
-    }
+def distillation(config: Config, teacher: Teacher, lineage: Lineage) -> str:
+    """The metadata ``DISTILLATION_KEY``: how the student was trained, as JSON."""
+    return json.dumps(
+        {
+            "layout": name(lineage.student),
+            "teacher": teacher.name,
+            "loras": [path.name for path in config.teacher.loras],
+            "start": Path(config.student.start).name,
+            "steps": config.training.steps,
+            "images_a_step": config.training.batch * config.training.accumulate,
+            "loss": config.loss.model_dump(mode="json"),
+        }
+    )
 
 
-def unet(line: Lineage, weights: dict[str, torch.Tensor]) -> UNet2DConditionModel:
+def unet(lineage: Lineage, weights: dict[str, torch.Tensor]) -> UNet2DConditionModel:
     """A U-Net of the student's layout with these weights."""
     with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(unet_config(line.student))
+        network = UNet2DConditionModel.from_config(unet_config(lineage.student))
     network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
 
-def write(config: Config, teacher: Teacher, line: Lineage, weights: dict[str, torch.Tensor], target: Path) -> None:
-    """Write ``target`` / ``NAME`` (a diffusers folder) and ``NAME.safetensors``, fp16; NAME is the output folder's.
+def write(config: Config, teacher: Teacher, lineage: Lineage, weights: dict[str, torch.Tensor], target: Path) -> None:
+    """Write the folder ``target`` with NAME (a diffusers folder) and NAME.safetensors (ComfyUI's names).
 
-    Raises UserError where it cannot be written, or where weights are no numbers of fp16; the checkpoint is still there.
+    NAME is that of the output folder. ``weights`` are the student's, by diffusers' names.
+
+    Raises UserError where it cannot be written, or a weight is not finite or beyond fp16's range; the last checkpoint
+    is not changed.
     """
-    if odd := next((name for name, weight in weights.items() if not weight.isfinite().all()), None):
-        raise UserError(f"the result was not written: {odd} of the student holds what is no finite number. {ANEW}")
+    if bad := next((key for key, weight in weights.items() if not weight.isfinite().all()), None):
+        raise UserError(f"the result was not written: {bad} of the student is not finite. {ADVICE}")
     title = config.output.resolve().name
-    said = metadata(config, teacher, line)
-    inprocess.activate()
-    from .. import koala_loader
-    from ..host import saver as koala_saver
-
+    made = teacher.pipeline()
+    variant = config.teacher.variant
+    facts = ModelFacts(
+        source=title,
+        layout=lineage.student,
+        dtype=DTYPE,
+        bytes=2 * parameters(lineage.student),
+        identity=Identity(VARIANTS[variant], f'teacher.variant = "{variant}"'),
+        scheduler={**SCHEDULER_CONFIG, **json.loads(made.scheduler.to_json_string())},
+        kept=lineage.transformers,
+    )
+    extra = {DISTILLATION_KEY: distillation(config, teacher, lineage)}
+    dtypes = stored_dtypes(DTYPE)
     try:
-        with tempfile.TemporaryDirectory(dir=config.output) as folder, disk.written_whole(target, 0) as aside:
-            raw = Path(folder) / title
-            teacher.pipeline(unet(line, weights)).save_pretrained(raw, safe_serialization=True)
-            aside.mkdir()
-            loaded = koala_loader.load_folder(raw)
-            koala_saver.save_folder(aside / title, *loaded, "fp16", said)
-            koala_saver.save_checkpoint(aside / f"{title}.safetensors", *loaded, "fp16", said)
+        student = cast_state(weights, dtypes)
+        others = TextAndVAE(
+            text_encoder=cast_state(made.text_encoder.state_dict(), dtypes.text),
+            text_encoder_2=cast_state(made.text_encoder_2.state_dict(), dtypes.text),
+            vae=made.vae.state_dict(),
+        )
+        with written_whole(target, 0) as unfinished:
+            unfinished.mkdir()
+            vocabulary = tokenizer.read_files(teacher.tokenizer)
+            write_folder(unfinished / title, facts, student, others, vocabulary, extra)
+            write_checkpoint(unfinished / f"{title}.safetensors", facts, student, others, extra)
     except OSError as error:
         raise UserError(f"the result could not be written: {error} The last checkpoint holds it; run again.") from None
     except ValueError as error:  # beyond the range of fp16
-        raise UserError(f"the result was not written: {error} {ANEW}") from None
+        raise UserError(f"the result was not written: {error} {ADVICE}") from None

@@ -1,4 +1,4 @@
-"""The grid of samples that a run draws now and then."""
+"""The grid of sample images that a run draws at intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .teacher import Encoder
 
 @dataclass(frozen=True)
 class Grid:
-    """Prompts' embeddings and the VAE: what is needed of the teacher's other parts while training."""
+    """What drawing samples needs while training: the prompts' embeddings, the VAE and the scheduler."""
 
     vae: Any
     scheduler: EulerDiscreteScheduler
@@ -30,7 +30,7 @@ class Grid:
 
     @classmethod
     def of(cls, config: Config, encoder: Encoder) -> Grid:
-        """Encode the configuration's prompts, or the empty one."""
+        """Encode the configuration's prompts, or the empty prompt."""
         context, pooled = encoder.texts(list(config.log.prompts) or [""])
         return cls(
             vae=encoder.pipeline.vae,
@@ -46,7 +46,7 @@ class Grid:
 
     @torch.no_grad()
     def save(self, step: int, unet: UNet2DConditionModel) -> None:
-        """Draw every prompt with a U-Net, each from its own noise, and write one PNG, up to eight a row."""
+        """Draw every prompt with a U-Net, each from its own noise, and write one PNG, up to eight images per row."""
         device = self.vae.device
         pipeline = StableDiffusionXLPipeline(
             vae=self.vae,
@@ -59,7 +59,7 @@ class Grid:
             add_watermarker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
-        made = [
+        images = [
             pipeline(
                 prompt_embeds=context[None].to(device),
                 pooled_prompt_embeds=pooled[None].to(device),
@@ -74,4 +74,4 @@ class Grid:
             ).images
             for number, (context, pooled) in enumerate(zip(self.context, self.pooled, strict=True))
         ]
-        sheet.save(torch.cat(made).cpu() * 2 - 1, min(8, len(made)), self.folder / f"step-{step:07d}.png")
+        sheet.save(torch.cat(images).cpu() * 2 - 1, min(8, len(images)), self.folder / f"step-{step:07d}.png")

@@ -1,4 +1,4 @@
-"""The compact U-Net before its training: which layers of the teacher's it keeps, and their weights."""
+"""The compact U-Net before training: which of the teacher's layers it keeps, and its initial weights."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ from .config import NAMED_LAYOUTS, StudentTable
 from .errors import UserError
 
 RULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
-    "first": lambda depth, whole: tuple(range(depth)),
-    "even": lambda depth, whole: tuple(index * (whole - 1) // max(1, depth - 1) for index in range(depth)),
+    "first": lambda depth, full: tuple(range(depth)),
+    "even": lambda depth, full: tuple(index * (full - 1) // max(1, depth - 1) for index in range(depth)),
 }
+"""Key ``student.transformers`` -> function of the student's and the teacher's depth: the teacher's indices."""
 
 
 def plan(table: StudentTable, teacher: Layout) -> Lineage:
-    """How the student of the configuration is cut out of a teacher with SDXL's layers.
+    """Which layer of a teacher with SDXL's layers each layer of the configuration's student comes from.
 
-    Raises UserError naming the tensor or module where it is no sub-network of the teacher.
+    Raises UserError naming the tensor or module where it is not a sub-network of the teacher.
     """
     chosen = table.layout
     layout = NAMED_LAYOUTS[chosen] if isinstance(chosen, str) else Layout(**chosen.model_dump())
     if not (layout.down and all((*layout.down, *layout.up))):
         raise UserError(
-            "student.layout: a stage has no layers; expected three stages each way, with layers. Give them."
+            "student.layout: a stage has no layers; expected three stages down and up, each with layers. Add them."
         )
     try:
-        unet_config(layout)  # what diffusers cannot describe it cannot train
+        unet_config(layout)  # diffusers cannot train what it cannot describe
         return cut_out(at_widths_of(teacher, layout), table.transformers)
     except ValueError as error:
         raise UserError(
@@ -53,51 +54,53 @@ def plan(table: StudentTable, teacher: Layout) -> Lineage:
 
 
 def cut_out(layout: Layout, transformers: str | Kept) -> Lineage:
-    """The lineage of a sub-network of SDXL, at any width; ``transformers`` is one of ``RULES``, or the table itself.
+    """The lineage of a sub-network of SDXL, at any width; ``transformers`` is a key of ``RULES``, or the table itself.
 
-    Raises ValueError naming the tensor or module where the layout is no sub-network, or the table does not fit it.
+    Raises ValueError naming the tensor or module where the layout is not a sub-network, or the table does not fit it.
     """
     for direction, fewer in KEPT_LAYERS.items():
         counts, full = ([len(stage) for stage in getattr(which, direction)] for which in (layout, SDXL))
         if len(counts) != len(full) or any(n not in (len(fewer), all_) for n, all_ in zip(counts, full, strict=True)):
-            raise ValueError(f"on the way {direction} its stages have {counts} layers; expected {len(fewer)} or {full}")
-    depths, wholes = attention_depths(layout), depths_in_teacher(layout)
+            raise ValueError(f"its {direction} stages have {counts} layers; expected {len(fewer)} or {full}")
+    depths, teacher_depths = attention_depths(layout), depths_in_teacher(layout)
     for module, depth in depths.items():
-        if depth > wholes[module]:
-            block = f"{module}.transformer_blocks.{wholes[module]}."
+        if depth > teacher_depths[module]:
+            block = f"{module}.transformer_blocks.{teacher_depths[module]}."
             first = next(one.diffusers for one in tensors(layout) if one.diffusers.startswith(block))
             ancestor = Lineage(layout, {}).ancestor(module)
             raise ValueError(
-                f"{first} would come from block {wholes[module]} of the teacher's {ancestor}, which has "
-                f"{wholes[module]} of them"
+                f"{first} would come from block {teacher_depths[module]} of the teacher's {ancestor}, which has only "
+                f"{teacher_depths[module]}"
             )
     if isinstance(transformers, str):
-        transformers = {module: RULES[transformers](depth, wholes[module]) for module, depth in depths.items()}
+        transformers = {module: RULES[transformers](depth, teacher_depths[module]) for module, depth in depths.items()}
     check_kept(layout, transformers)
-    line = Lineage(layout, dict(transformers))
-    for tensor, origin in line.tensors:
+    lineage = Lineage(layout, dict(transformers))
+    for tensor, origin in lineage.tensors:
         if tensor.shape != origin.shape:
             raise ValueError(f"{tensor.diffusers} is {list(tensor.shape)}, {origin.diffusers} {list(origin.shape)}")
-    return line
+    return lineage
 
 
-def build(line: Lineage, start: str | Path, teacher: UNet2DConditionModel, seed: int) -> UNet2DConditionModel:
-    """The student in fp32, with its first weights: ``start`` as the configuration has it.
+def build(lineage: Lineage, start: str | Path, teacher: UNet2DConditionModel, seed: int) -> UNet2DConditionModel:
+    """The student in fp32 with its initial weights; ``start`` is the configuration's key.
 
-    Raises UserError where ``start`` is a file or folder that holds no U-Net of the student's layout.
+    Raises UserError where ``start`` is a file or folder without a U-Net of the student's layout.
     """
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_config(unet_config(line.student))
+    unet = UNet2DConditionModel.from_config(unet_config(lineage.student))
     if start == "teacher":
-        unet.load_state_dict({key: value.float() for key, value in line.cut(teacher.state_dict(), "diffusers").items()})
+        unet.load_state_dict(
+            {key: value.float() for key, value in lineage.cut(teacher.state_dict(), "diffusers").items()}
+        )
     elif start != "random":
         try:
             earlier = open_unet(Path(start), "a student")
         except CheckpointError as error:
             raise UserError(f"student.start: {error}") from None
-        if earlier.layout != line.student:
+        if earlier.layout != lineage.student:
             raise UserError(
-                f"student.start: {start} is a {name(earlier.layout)}; expected a {name(line.student)}, as "
+                f"student.start: {start} is a {name(earlier.layout)}; expected a {name(lineage.student)}, as "
                 f"student.layout says. Give a student of the same layout."
             )
         unet.load_state_dict(earlier.weights(torch.float32))

@@ -1,4 +1,4 @@
-"""SDXL as the teacher: its U-Net from a folder or a single file, and, when they are needed, the parts beside it."""
+"""SDXL as the teacher: its U-Net from a folder or a single file and, when needed, its text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
 from ..koala.architecture.layout import Layout, name
 from ..koala.architecture.lineage import is_teacher
+from ..koala.files.conventions import CLIP_PREFIXES, VAE_PREFIX
 from ..koala.files.export import unet_config
 from ..koala.files.header import CheckpointError, read_header
 from ..koala.files.unet_weights import UNetWeights, open_unet
@@ -24,10 +25,10 @@ from .errors import UserError
 
 TEXT = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-BESIDE = (*TEXT, *TOKENIZERS, "scheduler", "vae")
-"""Folders of SDXL's parts but the U-Net."""
+OTHERS = (*TEXT, *TOKENIZERS, "scheduler", "vae")
+"""Subfolders of SDXL's folder beside that of the U-Net."""
 PREDICTION_MARKS = {"v_pred": "v_prediction", "edm_vpred.sigma_max": "v_prediction", "edm_mean": "edm"}
-"""Tensors by which a single file says, to ComfyUI too, that its U-Net predicts something else than the noise."""
+"""Tensors by which a single file says, to ComfyUI as well, that its U-Net does not predict the noise."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +49,7 @@ class Teacher:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells one teacher's latents and text embeddings from another's."""
+        """What distinguishes one teacher's latents and text embeddings from another's."""
         files = {path.name: f"{path.stat().st_size} bytes" for path in (self.file.path, *self.table.loras)}
         return {"teacher": self.name, "files": json.dumps(files)}
 
@@ -60,7 +61,7 @@ class Teacher:
 
     @cached_property
     def noise(self) -> DDPMScheduler:
-        """The noise schedule that it was trained with."""
+        """The noise schedule with which it was trained."""
         folder = self.table.model / "scheduler"
         if folder.is_dir():
             return DDPMScheduler.from_pretrained(folder)
@@ -71,21 +72,21 @@ class Teacher:
         return DDPMScheduler.from_config({**SCHEDULER_CONFIG, "prediction_type": [*told, "epsilon"][0]})
 
     def unet(self) -> UNet2DConditionModel:
-        """Its U-Net with its LoRAs merged, frozen, in the type that the configuration names; read tensor by tensor."""
+        """Its U-Net with the LoRAs merged, frozen, in the configured data type; read tensor by tensor."""
         unet = self._empty()
-        kept = DTYPES[self.table.dtype]
-        # merged in fp32, in which no small change is rounded away before all are in
-        weights = self.file.weights(torch.float32 if self.table.loras else kept)
+        dtype = DTYPES[self.table.dtype]
+        # merged in fp32, so that small changes are not rounded away one by one
+        weights = self.file.weights(torch.float32 if self.table.loras else dtype)
         unet.load_state_dict(weights, strict=True, assign=True)
         for state, alphas, metadata in self.loras():
             StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
             unet.fuse_lora()
             unet.unload_lora()
-        return unet.to(kept).eval().requires_grad_(False)
+        return unet.to(dtype).eval().requires_grad_(False)
 
     def loras(self) -> list[tuple[dict[str, torch.Tensor], Any, Any]]:
         """Each LoRA as diffusers reads it: tensors, alphas, metadata. Raises UserError for one that it cannot read."""
-        config, found = self._empty().config, []
+        config, loras = self._empty().config, []
         for path in self.table.loras:
             try:
                 read_header(path, "a LoRA")
@@ -93,18 +94,18 @@ class Teacher:
                     str(path), unet_config=config, return_lora_metadata=True
                 )
                 if not all("lora" in key for key in read[0]):
-                    raise ValueError("it is no LoRA, or of a kind that diffusers does not know")
+                    raise ValueError("it is not a LoRA, or of a kind that diffusers does not know")
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(
                     f"teacher.loras: {path} cannot be merged ({error}); expected an SDXL LoRA that diffusers reads. "
                     f"Merge it with another tool, and give the merged model."
                 ) from None
-            found.append(read)
-        return found
+            loras.append(read)
+        return loras
 
-    def pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
-        """diffusers' pipeline of the teacher's other parts, LoRAs merged, in fp32, around a U-Net or none."""
-        made = self._pipeline(unet)
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """diffusers' pipeline of its text encoders and VAE without the U-Net: LoRAs merged, fp32, on the CPU."""
+        made = self._pipeline()
         for state, alphas, metadata in self.loras():
             for part in TEXT:
                 made.load_lora_into_text_encoder(state, alphas, getattr(made, part), prefix=part, metadata=metadata)
@@ -114,21 +115,21 @@ class Teacher:
         return made
 
     def _empty(self) -> UNet2DConditionModel:
-        """Its U-Net without contents."""
+        """Its U-Net on the meta device."""
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(unet_config(self.layout))
 
-    def _pipeline(self, unet: UNet2DConditionModel | None) -> StableDiffusionXLPipeline:
+    def _pipeline(self) -> StableDiffusionXLPipeline:
         folder = self.table.model
         if not folder.is_dir():
-            return single_file.pipeline(folder, self.tokenizer, unet)
-        own = {"unet": unet}
+            return single_file.pipeline(folder, self.tokenizer, with_unet=False)
+        own: dict[str, Any] = {"unet": None}
         if self.table.tokenizer != "teacher":
             own |= dict(zip(TOKENIZERS, single_file.tokenizers(self.tokenizer), strict=True))
-        absent = [part for part in BESIDE if part not in own and not (folder / part).is_dir()]
+        absent = [part for part in OTHERS if part not in own and not (folder / part).is_dir()]
         half = any((folder / "text_encoder").glob("*.fp16.safetensors"))
         try:
-            if absent:  # without a tokenizer's folder transformers makes one that knows no words
+            if absent:  # without a tokenizer's folder transformers makes one without a vocabulary
                 raise OSError(f"it has no {' and no '.join(absent)}.")
             made = StableDiffusionXLPipeline.from_pretrained(
                 folder,
@@ -140,34 +141,36 @@ class Teacher:
             )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"teacher.model: {folder} is no whole SDXL folder: {str(error).splitlines()[0]} Expected text "
-                f"encoders, tokenizers, scheduler and VAE beside the U-Net. Fetch it again, or give a single file."
+                f"teacher.model: {folder} is not a complete SDXL folder: {str(error).splitlines()[0]} Expected "
+                f"text encoders, tokenizers, scheduler and VAE beside the U-Net. Fetch it again, or give a single file."
             ) from None
         made.set_progress_bar_config(disable=True)
         return made
 
 
 def open_teacher(table: TeacherTable) -> Teacher:
-    """Look at the headers of a teacher's files. Raises UserError for anything that has not SDXL's layers."""
+    """Read the headers of a teacher's files. Raises UserError for anything without SDXL's layers, or incomplete."""
     model = ("model", table.model, "SDXL, a folder or a .safetensors file")
     for key, path, wanted in (model, *(("loras", path, "a .safetensors file") for path in table.loras)):
         if not path.exists():
-            raise UserError(f"teacher.{key}: {path} is not there; expected {wanted}.")
+            raise UserError(f"teacher.{key}: {path} does not exist; expected {wanted}.")
     try:
         file = open_unet(table.model, "SDXL")
     except CheckpointError as error:
         raise UserError(f"teacher.model: {error}") from None
     if not is_teacher(file.layout):
         raise UserError(
-            f"teacher.model: {table.model} is a {name(file.layout)}; expected SDXL's own layers, of which the student "
-            f"keeps some. Give an SDXL model, with or without merged LoRAs."
+            f"teacher.model: {table.model} is a {name(file.layout)}; expected all of SDXL's layers, of which the "
+            f"student keeps some. Give an SDXL model, with or without merged LoRAs."
         )
     teacher = Teacher(table, file)
     if (kind := teacher.noise.config.prediction_type) != "epsilon":
         raise UserError(
-            f"teacher.model: {table.model} predicts {kind}, as it says itself; expected epsilon, as SDXL and every "
-            f"KOALA does. Give an SDXL that predicts epsilon."
+            f"teacher.model: {table.model} says that it predicts {kind}; expected epsilon, as SDXL and every KOALA "
+            f"do. Give an SDXL that predicts epsilon."
         )
+    if table.model.is_file():
+        _require_other_models(table.model)
     if table.model.is_file() and table.tokenizer == "teacher":
         raise UserError(
             f"teacher.tokenizer: {table.model} is a single file, which holds no tokenizer; expected a folder with "
@@ -179,8 +182,19 @@ def open_teacher(table: TeacherTable) -> Teacher:
     return teacher
 
 
+def _require_other_models(path: Path) -> None:
+    """Check that a single file has text encoders and a VAE. Raises UserError where one is missing."""
+    header = read_header(path)
+    prefixes = {"CLIP-L": CLIP_PREFIXES[0], "CLIP-G": CLIP_PREFIXES[1], "VAE": VAE_PREFIX}
+    if absent := [model for model, prefix in prefixes.items() if not header.under(prefix)]:
+        raise UserError(
+            f"teacher.model: {path} has no {' and no '.join(absent)}; expected an SDXL checkpoint with text encoders "
+            f"and VAE. Give such a file, or a Hugging Face folder."
+        )
+
+
 class Encoder:
-    """Pictures and captions into what the U-Nets see, by the teacher's parts."""
+    """Encodes images and captions with the teacher's VAE and text encoders."""
 
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         self.pipeline = pipeline
@@ -189,11 +203,11 @@ class Encoder:
             part.to(device)
 
     @torch.no_grad()
-    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Latents [n, 4, h/8, w/8], scaled, of pictures [n, 3, h, w] in [-1, 1]; fp32 on the CPU. The mean of the
-        encoder's distribution: it is computed once, and SDXL's varies little around it."""
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents [n, 4, h/8, w/8], scaled, of images [n, 3, h, w] in [-1, 1]; fp32 on the CPU. They are the means of
+        the encoder's distributions: computed once, and SDXL's variances are small."""
         vae = self.pipeline.vae
-        return (vae.encode(pictures.to(self.device)).latent_dist.mode() * vae.config.scaling_factor).cpu()
+        return (vae.encode(images.to(self.device)).latent_dist.mode() * vae.config.scaling_factor).cpu()
 
     @torch.no_grad()
     def texts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ from ...koala.architecture.keys import parameters, tensors
 from ...koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
 from ...koala.files.export import unet_config
 from ..config import LossTable
-from ..features import Taps, pairs
+from ..features import FeatureRecorder, pairs
 from ..losses import feature_error
 from ..student import cut_out
 
@@ -203,7 +203,7 @@ def activations(layout: Layout) -> Activations:
         for weight in unet.parameters():
             weights.add(weight)
         unet.enable_gradient_checkpointing(checkpointed)
-        with Taps(unet, (pair.student for pair in chosen)).taking() as taken, outside.hooks():
+        with FeatureRecorder(unet, (pair.student for pair in chosen)).recording() as taken, outside.hooks():
             _forward(unet, layout, "cuda")
         wanted = {pair.teacher: torch.empty_like(taken[pair.student]) for pair in chosen}
         with loss.hooks():

@@ -28,6 +28,7 @@ from koala_sdxl.distill import cache, config, features, losses, result, student,
 from koala_sdxl.distill.buckets import Batches
 from koala_sdxl.distill.config import Config
 from koala_sdxl.distill.errors import UserError
+from koala_sdxl.distill.objective import Objective
 from koala_sdxl.distill.teacher import open_teacher
 from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture.keys import renaming, tensors
@@ -202,17 +203,17 @@ def test_the_result_is_finite_and_moved_from_the_teacher(place: Path, whole: Pat
     assert 1e-4 < max(float((unet[name].float() - first[name].float()).abs().max()) for name in unet) < 0.1
 
 
-def objective(table: config.Config, network: torch.nn.Module) -> train.Objective:
+def objective(table: config.Config, network: torch.nn.Module) -> Objective:
     teacher = open_teacher(table.teacher)
     master, pairs = teacher.unet(), features.pairs(LINE, table.loss)
-    return train.Objective(
+    return Objective(
         table=table.loss,
         dropout=table.data.caption_dropout,
         noise=teacher.noise,
         teacher=master,
         pairs=pairs,
-        teacher_taps=features.Taps(master, (pair.teacher for pair in pairs)),
-        student_taps=features.Taps(network, (pair.student for pair in pairs)),
+        teacher_features=features.FeatureRecorder(master, (pair.teacher for pair in pairs)),
+        student_features=features.FeatureRecorder(network, (pair.student for pair in pairs)),
     )
 
 
@@ -291,7 +292,7 @@ def test_the_built_in_models_file_would_say_it_too(whole: Path) -> None:
 
 def test_a_finished_run_is_left_as_it_is(place: Path, whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert run(place, "whole", **LONG) == [f"{whole / 'result'} is there already; nothing to do."]
+    assert run(place, "whole", **LONG) == [f"{whole / 'result'} exists already; nothing to do."]
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -319,7 +320,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(place: Path, whole: Path) -
     again = process("tools.run", "koala_sdxl.distill", str(path))
     said, complained = again.communicate()
     assert again.returncode == 0, complained
-    assert f"going on from step {int(last.removeprefix('step-'))}" in said.splitlines()
+    assert f"resuming from step {int(last.removeprefix('step-'))}" in said.splitlines()
     assert rows(folder) == rows(whole)
     assert checkpoints(folder) == checkpoints(whole)
     for file in ("checkpoints/step-0000010/model.safetensors", "result/{}.safetensors"):
@@ -328,7 +329,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(place: Path, whole: Path) -
 
 def test_a_run_that_missed_its_result_alone_writes_it(place: Path, whole: Path) -> None:
     folder = begun(place, whole, "missed", "step-0000010")
-    assert run(place, "missed", **LONG) == ["going on from step 10", f"finished: {folder / 'result'}"]
+    assert run(place, "missed", **LONG) == ["resuming from step 10", f"finished: {folder / 'result'}"]
     assert rows(folder) == rows(whole)
     assert same(saved(folder), saved(whole))
 
@@ -359,7 +360,7 @@ def test_a_damaged_checkpoint_is_named(place: Path, whole: Path, file: str) -> N
     os.truncate(damaged / file, (damaged / file).stat().st_size // 2)
     said = refused(place, folder.name, **LONG)
     assert said.startswith(f"{damaged} cannot be loaded (")
-    assert said.endswith("Delete that folder: the run then goes on from the one before.")
+    assert said.endswith("Delete that folder: the run then resumes from the checkpoint before it.")
     shutil.rmtree(folder / "checkpoints")
 
 
@@ -387,24 +388,20 @@ def test_a_poisoned_picture_ends_the_run_with_step_and_term(place: Path, whole: 
     }
     said = refused(place, "poisoned", **tables)
     last = place / "poisoned" / "checkpoints" / "step-0000004"
-    assert said.startswith(
-        "step 5: the task error is no finite number; training has stopped and the last good state is "
-    )
+    assert said.startswith("step 5: the task error is not finite; training has stopped and the last good state is ")
     assert f"the last good state is {last}. Lower training.learning_rate" in said
     assert checkpoints(place / "poisoned") == ["step-0000002", "step-0000004"]
     assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
     assert [row["step"] for row in rows(place / "poisoned")] == ["1", "2", "3", "4"]
     shutil.rmtree(place / "poisoned-cache")
     shutil.copytree(place / "cache", place / "poisoned-cache")
-    assert run(place, "poisoned", **tables)[0] == "going on from step 4"
+    assert run(place, "poisoned", **tables)[0] == "resuming from step 4"
     assert [row["step"] for row in rows(place / "poisoned")] == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_a_learning_rate_beyond_reason_ends_the_run(place: Path, whole: Path) -> None:
     said = refused(place, "leap", training={"learning_rate": 1e30, "steps": 3})
-    assert said.startswith(
-        "step 2: the task error is no finite number; training has stopped and there is no checkpoint"
-    )
+    assert said.startswith("step 2: the task error is not finite; training has stopped and there is no checkpoint")
 
 
 def test_weights_beyond_the_files_range_are_no_result(place: Path, whole: Path) -> None:
@@ -419,7 +416,7 @@ def test_weights_that_are_no_numbers_are_no_result(place: Path, whole: Path, tmp
     table = config.read(place / "whole.toml")
     weights = load_file(whole / "checkpoints" / "step-0000010" / "model.safetensors")
     weights["mid"] = weights.pop("conv_out.bias").fill_(torch.nan)
-    with pytest.raises(UserError, match=r"^the result was not written: mid of the student holds what is no finite"):
+    with pytest.raises(UserError, match=r"^the result was not written: mid of the student is not finite"):
         result.write(table, open_teacher(table.teacher), LINE, weights, tmp_path / "result")
     assert not any(tmp_path.iterdir())
 
@@ -592,7 +589,7 @@ def test_a_loras_text_part_is_merged_too(place: Path, tmp_path: Path) -> None:
     plain, changed = (
         open_teacher(table.model_copy(update={"loras": loras})) for loras in ((), (tmp_path / "text.safetensors",))
     )
-    before, after = (teacher.pipeline(None).text_encoder.state_dict() for teacher in (plain, changed))
+    before, after = (teacher.pipeline().text_encoder.state_dict() for teacher in (plain, changed))
     assert before.keys() == after.keys()
     odd = [key for key in before if not torch.equal(before[key], after[key])]
     assert len(odd) == 1
@@ -604,7 +601,7 @@ def test_a_loras_text_part_is_merged_too(place: Path, tmp_path: Path) -> None:
 def test_what_is_no_lora_is_named(place: Path, tmp_path: Path) -> None:
     save_file(adapters.lora(SDXL_TINY, "LoHa", only=adapters.in_attention), tmp_path / "loha.safetensors")
     for path, why in (
-        (tmp_path / "nowhere.safetensors", "is not there; expected a .safetensors file"),
+        (tmp_path / "nowhere.safetensors", "does not exist; expected a .safetensors file"),
         (tmp_path / "loha.safetensors", "cannot be merged"),
         (place / "sdxl-tiny" / "unet" / "diffusion_pytorch_model.fp16.safetensors", "cannot be merged"),
     ):
@@ -615,13 +612,13 @@ def test_what_is_no_lora_is_named(place: Path, tmp_path: Path) -> None:
 
 def test_a_student_is_no_teacher(place: Path) -> None:
     assert refused_teacher(place, SHIPPED).startswith(
-        f"teacher.model: {SHIPPED} is a koala-tiny; expected SDXL's own layers"
+        f"teacher.model: {SHIPPED} is a koala-tiny; expected all of SDXL's layers"
     )
 
 
 def test_what_is_no_teacher_is_named(place: Path, tmp_path: Path) -> None:
     said = refused_teacher(place, tmp_path / "nowhere")
-    assert said.startswith(f"teacher.model: {tmp_path / 'nowhere'} is not there; expected SDXL")
+    assert said.startswith(f"teacher.model: {tmp_path / 'nowhere'} does not exist; expected SDXL")
     (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
     assert "page.safetensors is a web page" in refused_teacher(place, tmp_path / "page.safetensors")
     (tmp_path / "words.safetensors").write_text("these are the weights")
@@ -639,7 +636,7 @@ def test_a_teacher_without_its_other_parts_is_named(place: Path, tmp_path: Path,
         if path.name != missing:
             (folder / path.name).symlink_to(path)
     said = refused_teacher(place, folder)
-    assert said.startswith(f"teacher.model: {folder} is no whole SDXL folder: ")
+    assert said.startswith(f"teacher.model: {folder} is not a complete SDXL folder: ")
     assert not (place / "cache-of-none").exists()
 
 
@@ -647,7 +644,9 @@ def test_a_teacher_that_predicts_velocity_is_named(place: Path, tmp_path: Path) 
     shutil.copytree(place / "sdxl-tiny", tmp_path / "velocity")
     path = tmp_path / "velocity" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    assert f"{tmp_path / 'velocity'} predicts v_prediction" in refused_teacher(place, tmp_path / "velocity")
+    assert f"{tmp_path / 'velocity'} says that it predicts v_prediction" in refused_teacher(
+        place, tmp_path / "velocity"
+    )
 
 
 @pytest.mark.parametrize(("mark", "metadata"), [("v_pred", {}), ("", {"modelspec.predict_key": "v"})])
@@ -656,7 +655,7 @@ def test_a_single_file_that_predicts_velocity_is_named(
 ) -> None:
     state = load_file(place / "sdxl-tiny" / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     save_file(state | ({mark: torch.zeros(0)} if mark else {}), path := tmp_path / "velocity.safetensors", metadata)
-    assert f"{path} predicts v_prediction" in refused_teacher(place, path)
+    assert f"{path} says that it predicts v_prediction" in refused_teacher(place, path)
 
 
 def test_the_command_ends_with_one_line(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -664,7 +663,7 @@ def test_the_command_ends_with_one_line(place: Path, capsys: pytest.CaptureFixtu
     assert command.main([str(path)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("distill: teacher.model: ")
+    assert err.startswith("koala-distill: teacher.model: ")
     assert len(err.splitlines()) == 1
 
 

@@ -19,7 +19,7 @@ from accelerate.data_loader import BatchSamplerShard
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
-from koala_sdxl.distill import cache, sources
+from koala_sdxl.distill import build_cache, cache, sources
 from koala_sdxl.distill.buckets import Batches, buckets, fit, nearest
 from koala_sdxl.distill.config import DataTable
 from koala_sdxl.distill.errors import UserError
@@ -137,9 +137,9 @@ def test_each_broken_picture_is_reported_and_skipped(tmp_path: Path, monkeypatch
     ]
     assert all(line.endswith("; skipped") for line in reported)
     said = "\n".join(reported)
-    assert "a cut.png: the picture cannot be decoded (image file is truncated" in said
+    assert "a cut.png: the image cannot be decoded (image file is truncated" in said
     assert "e empty.jpg: the file is empty" in said
-    assert "f page.png: this is no picture" in said
+    assert "f page.png: this is not an image" in said
     assert "there is no caption, neither in g alone.txt nor in metadata.jsonl" in said
     assert "h blank.txt is missing or empty" in said
     assert "i binary.txt is not UTF-8 text" in said
@@ -186,14 +186,14 @@ def test_a_picture_is_turned_as_its_exif_says() -> None:
 
 
 def test_a_folder_that_gives_nothing_is_a_problem(tmp_path: Path) -> None:
-    assert "nowhere is not there; expected a folder with pictures" in refused(table(tmp_path / "nowhere"))
+    assert "nowhere does not exist; expected a folder with images" in refused(table(tmp_path / "nowhere"))
     (tmp_path / "file").touch()
-    assert "file is a file; expected a folder with pictures" in refused(table(tmp_path / "file"))
+    assert "file is a file; expected a folder with images" in refused(table(tmp_path / "file"))
     write(tmp_path / "texts", {"a.txt": "caption"})
-    assert "texts has no pictures in it" in refused(table(tmp_path / "texts"))
+    assert "texts contains no images" in refused(table(tmp_path / "texts"))
     write(tmp_path / "alone", {"a.png": encoded(picture()), "b.png": b""})
     said = refused(table(tmp_path / "alone"))
-    assert "no picture that can be used with a caption: 2 times something was skipped, first a.png: there is" in said
+    assert "no usable image with a caption: 2 entries were skipped (first: a.png: there is" in said
     assert len(said.splitlines()) == 1
 
 
@@ -241,12 +241,12 @@ def test_each_broken_member_is_reported_and_skipped(tmp_path: Path) -> None:
     found, reported = read(table(path, kind="webdataset"))
     assert list(found.values()) == list(CAPTIONS.values())
     said = [
-        "0.tar/cut.png: the picture cannot be decoded (image file is truncated",
+        "0.tar/cut.png: the image cannot be decoded (image file is truncated",
         "0.tar/alone.png: there is no caption, neither .txt nor .json",
-        "0.tar/words: there is no picture, only .txt; expected one of .png",
+        "0.tar/words: there is no image, only .txt; expected one of .png",
         "0.tar/number.png: the caption (caption in its .json) is int, not text",
         "0.tar/other.png: there is no caption (caption in its .json is missing or empty)",
-        "0.tar/list.png: its .json is no JSON object",
+        "0.tar/list.png: its .json is not a JSON object",
         "0.tar/broken.png: its .json cannot be read (Expecting property name",
     ]
     assert all(line.startswith(start) for line, start in zip(reported, said, strict=True))
@@ -274,8 +274,8 @@ def test_a_damaged_shard_is_named_and_what_comes_before_the_damage_is_kept(tmp_p
     assert reported.pop(2) == "1.tar/b.png: there is no caption, neither .txt nor .json; skipped"
     assert [line.split(":")[0] for line in reported] == [f"{number}.tar" for number in range(7)]
     said = dict(line.split(": ", 1) for line in reported)
-    assert said["0.tar"] == "the shard is damaged (unexpected end of data); skipped from there on"
-    assert said["2.tar"] == said["6.tar"] == "the shard is damaged (it has no proper end); skipped from there on"
+    assert said["0.tar"] == "the shard is damaged (unexpected end of data); the rest is skipped"
+    assert said["2.tar"] == said["6.tar"] == "the shard is damaged (it has no end marker); the rest is skipped"
     assert said["3.tar"].startswith("the shard is damaged (")
     assert said["5.tar"] == "the shard cannot be read (No such file or directory); skipped"
 
@@ -289,13 +289,13 @@ def test_a_compressed_shard_is_read_too(tmp_path: Path) -> None:
 
 def test_shards_that_give_nothing_are_a_problem(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "0.tar is not there; expected a folder with .tar files" in refused(
+    assert "0.tar does not exist; expected a folder with .tar files" in refused(
         table(tmp_path / "0.tar", kind="webdataset")
     )
-    assert "empty has no .tar files in it" in refused(table(tmp_path / "empty", kind="webdataset"))
-    assert "braces that do not match" in refused(table(tmp_path / "{0..1.tar", kind="webdataset"))
+    assert "empty contains no .tar files" in refused(table(tmp_path / "empty", kind="webdataset"))
+    assert "unbalanced braces" in refused(table(tmp_path / "{0..1.tar", kind="webdataset"))
     said = refused(table(tmp_path / "{0..1}.tar", kind="webdataset"))
-    assert "no picture that can be used with a caption: 2 times something was skipped, first 0.tar: the shard" in said
+    assert "no usable image with a caption: 2 entries were skipped (first: 0.tar: the shard" in said
 
 
 # --- Hugging Face ------------------------------------------------------------------------------------------------
@@ -325,8 +325,8 @@ def test_a_dataset_is_read_with_what_is_broken_reported(tmp_path: Path) -> None:
     found, reported = read(table(path, kind="huggingface", image="photo", caption="words"))
     assert found == {"data, row 0": "one", "data, row 4": "five"}
     said = [
-        "data, row 1: the picture cannot be decoded (image file is truncated",
-        "data, row 2: there is no picture in column photo; skipped",
+        "data, row 1: the image cannot be decoded (image file is truncated",
+        "data, row 2: there is no image in column photo; skipped",
         "data, row 3: there is no caption (column words is missing or empty); skipped",
         f"data, row 5: {tmp_path / 'gone.png'} cannot be read (No such file or directory); skipped",
     ]
@@ -344,9 +344,9 @@ def test_other_columns_of_pictures_are_read_too(tmp_path: Path) -> None:
 
 def test_what_is_no_such_dataset_is_a_problem(tmp_path: Path) -> None:
     data = saved(tmp_path / "data", {"image": [encoded(picture())], "caption": ["of it"], "length": [5]})
-    assert "nowhere is not there" in refused(table(tmp_path / "nowhere", kind="huggingface"))
+    assert "nowhere does not exist" in refused(table(tmp_path / "nowhere", kind="huggingface"))
     (tmp_path / "empty").mkdir()
-    assert "empty is no Hugging Face dataset" in refused(table(tmp_path / "empty", kind="huggingface"))
+    assert "empty is not a readable Hugging Face dataset" in refused(table(tmp_path / "empty", kind="huggingface"))
     said = refused(table(data, kind="huggingface", caption="text"))
     assert "data has no column 'text'; it has image, caption, length. Set data.caption" in said
     assert "has no column 'picture'" in refused(table(data, kind="huggingface", image="picture"))
@@ -356,7 +356,7 @@ def test_what_is_no_such_dataset_is_a_problem(tmp_path: Path) -> None:
     assert "splits holds several datasets (train)" in refused(table(tmp_path / "splits", kind="huggingface"))
     assert read(table(tmp_path / "splits" / "train", kind="huggingface"))[1] == []
     (next(data.glob("*.arrow"))).write_bytes(b"ARROW1 no more")
-    assert "data is no Hugging Face dataset that can be read" in refused(table(data, kind="huggingface"))
+    assert "data is not a readable Hugging Face dataset" in refused(table(data, kind="huggingface"))
 
 
 # --- buckets -----------------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def test_no_side_of_a_bucket_has_room_to_grow(resolution: int, step: int, aspect
 
 
 def test_buckets_that_cannot_be_are_a_problem() -> None:
-    with pytest.raises(UserError, match=r"data\.bucket_step = 20 is no multiple of 8.*Set it to 24"):
+    with pytest.raises(UserError, match=r"data\.bucket_step = 20 is not a multiple of 8.*Set it to 24"):
         buckets(64, 20, 2.0)
     with pytest.raises(UserError, match=r"data\.resolution = 48 is less than data\.bucket_step = 64"):
         buckets(48, 64, 2.0)
@@ -507,10 +507,12 @@ def folder_of(path: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[s
     return write(path, files)
 
 
-def built(data: DataTable, encoder: cache.Encoder | None, **identity: str) -> tuple[cache.Cache, list[str], list[str]]:
+def built(
+    data: DataTable, encoder: build_cache.Encoder | None, **identity: str
+) -> tuple[cache.Cache, list[str], list[str]]:
     said: list[str] = []
     reported: list[str] = []
-    return cache.build(data, encoder, IDENTITY | identity, said.append, reported.append), said, reported
+    return build_cache.build(data, encoder, IDENTITY | identity, said.append, reported.append), said, reported
 
 
 @pytest.fixture
@@ -525,8 +527,8 @@ def data(tmp_path: Path) -> DataTable:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "PER_SHARD", 4)
-    monkeypatch.setattr(cache, "AT_ONCE", 3)
+    monkeypatch.setattr(build_cache, "PER_SHARD", 4)
+    monkeypatch.setattr(build_cache, "AT_ONCE", 3)
 
 
 def names(folder: Path) -> list[str]:
@@ -539,7 +541,7 @@ def test_a_cache_is_built_once(data: DataTable) -> None:
     first, said, reported = built(data, encoder)
     assert encoder.pictures == 13
     assert sorted(encoder.captions) == ["a koala", "as it is", "wide", "wider"]
-    assert said[-1] == f"{data.cache}: 13 pictures cached, 2 skipped."
+    assert said[-1] == f"{data.cache}: 13 images cached, 2 skipped."
     assert reported == [
         "013.png: 63 x 64 is smaller than its bucket, 64 x 64; skipped",
         "014.png: the file is empty; skipped",
@@ -556,7 +558,7 @@ def test_a_cache_is_built_once(data: DataTable) -> None:
     assert names(data.cache) == sorted(["index.json", *(one["file"] for one in index["shards"])])
     assert names(data.cache.parent) == ["cache", "data"]
     second, said, reported = built(data, None)
-    assert (said, reported) == ([f"{data.cache}: 13 pictures, cached earlier."], [])
+    assert (said, reported) == ([f"{data.cache}: 13 images, cached earlier."], [])
     assert second.index == first.index
     found = cache.ready(data, IDENTITY)
     assert found is not None
@@ -712,19 +714,17 @@ def test_what_the_encoder_spoils_is_skipped(data: DataTable) -> None:
 
 
 def test_nothing_to_cache_is_a_problem(data: DataTable) -> None:
-    with pytest.raises(
-        UserError, match=r"no picture of .* can be cached: 15 were skipped, the first as 000\.png: 100 x"
-    ):
+    with pytest.raises(UserError, match=r"no image of .* can be cached: 15 were skipped \(first: 000\.png: 100 x"):
         built(data.model_copy(update={"resolution": 1024}), Averages())
     assert names(data.cache.parent) == ["data"]
-    with pytest.raises(UserError, match="nowhere is not there"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         built(data.model_copy(update={"path": data.path.parent / "nowhere"}), Averages())
     assert names(data.cache.parent) == ["data"]
 
 
 def test_only_so_many_problems_are_listed_and_captions_kept(data: DataTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "LISTED", 1)
-    monkeypatch.setattr(cache, "MEMO", 1)
+    monkeypatch.setattr(build_cache, "LISTED", 1)
+    monkeypatch.setattr(build_cache, "MEMO", 1)
     encoder = Averages()
     found = built(data, encoder)[0]
     assert (found.index.skipped, len(found.index.problems)) == (2, 1)

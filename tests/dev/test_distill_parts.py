@@ -21,6 +21,7 @@ from koala_sdxl.distill import config, features, losses, student, train
 from koala_sdxl.distill.config import Config, LossTable, StudentTable, TrainingTable
 from koala_sdxl.distill.errors import UserError
 from koala_sdxl.distill.metrics import CsvTracker, Means
+from koala_sdxl.distill.objective import Objective
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, SDXL
 from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, Lineage, at_widths_of, lineage
 from koala_sdxl.koala.files.export import unet_config
@@ -137,9 +138,9 @@ def test_a_layout_and_its_transformers_may_be_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "said"),
     [
-        ({"training": "learning_rat = 1.0"}, "training.learning_rat is no key of a distillation; did you mean lear"),
-        ({"top": "outputs = 1"}, "outputs is no key of a distillation; did you mean output?"),
-        ({"loss": "qqq = 1"}, "loss.qqq is no key of a distillation; known here: task, output, feature, "),
+        ({"training": "learning_rat = 1.0"}, "training.learning_rat is not a known key; did you mean lear"),
+        ({"top": "outputs = 1"}, "outputs is not a known key; did you mean output?"),
+        ({"loss": "qqq = 1"}, "loss.qqq is not a known key; known keys: task, output, feature, "),
         ({"data": "resolution = 'big'"}, "data.resolution = 'big' cannot be used: Input should be a valid integer"),
         ({"training": "batch = '4'"}, "training.batch = '4' cannot be used: Input should be a valid integer"),
         ({"training": "batch = true"}, "training.batch = True cannot be used: Input should be a valid integer"),
@@ -161,7 +162,7 @@ def test_a_layout_and_its_transformers_may_be_tables(tmp_path: Path) -> None:
         ({"student": "layout = { down = [[0], [1], [2]] }"}, "student.layout.up is missing; it has no default."),
         (
             {"student": "layout = { down = [[0], [1], [2]], up = [[2, 2], [1, 1], [0, 0]], mid = 2 }"},
-            "student.layout.mid is no key of a distillation; did you mean middle?",
+            "student.layout.mid is not a known key; did you mean middle?",
         ),
         (
             {"student": "layout = { down = [[0], [-1], [2]], up = [[2, 2], [1, 1], [0, 0]] }"},
@@ -173,7 +174,7 @@ def test_a_layout_and_its_transformers_may_be_tables(tmp_path: Path) -> None:
             {"student": "transformers = { 'mid_block.attentions.0' = ['a'] }"},
             "student.transformers.mid_block.attentions.0.0 = 'a' cannot be used: Input should be a valid integer",
         ),
-        ({"student": "start = 3"}, "student.start = 3 cannot be used: Input should be 'teacher' or 'random' (first "),
+        ({"student": "start = 3"}, "student.start = 3 cannot be used: Input should be 'teacher' or 'random' (initial "),
         ({"student": "start = { path = 'x' }"}, "student.start = {'path': 'x'} cannot be used: Input should be a "),
     ],
 )  # fmt: skip
@@ -201,7 +202,7 @@ def test_every_fault_is_told(tmp_path: Path) -> None:
 def test_what_is_no_toml_is_named(tmp_path: Path) -> None:
     for content in (b"output = ", b"\xff\xfe"):
         (tmp_path / "run.toml").write_bytes(content)
-        with pytest.raises(UserError, match=r"run\.toml is no TOML file: .*example\.toml shows how one looks"):
+        with pytest.raises(UserError, match=r"run\.toml is not a TOML file: .*See distill/example\.toml"):
             config.read(tmp_path / "run.toml")
     with pytest.raises(UserError, match=r"nowhere\.toml cannot be read \(No such file or directory\)"):
         config.read(tmp_path / "nowhere.toml")
@@ -312,10 +313,10 @@ def test_a_student_may_keep_all_layers(teacher: UNet2DConditionModel, weights: S
             {"down": [[1], [2], [5]], "up": [[5, 5], [2, 2], [1, 1]]},
             "down_blocks.0.attentions.0.transformer_blocks.0.",
         ),
-        ({"down": [[0] * 3, [2] * 3, [5] * 3], "up": [[5] * 4, [2] * 4, [0] * 4]}, "on the way down its stages have"),
+        ({"down": [[0] * 3, [2] * 3, [5] * 3], "up": [[5] * 4, [2] * 4, [0] * 4]}, "its down stages have"),
         ({"down": [], "up": []}, "a stage has no layers"),
         ({"down": [[0], [], [2]], "up": [[2, 2], [1, 1], [0, 0]]}, "a stage has no layers"),
-        ({"down": [[0], [2]], "up": [[2, 2], [0, 0]]}, "on the way down its stages have [1, 1] layers; expected 1 or"),
+        ({"down": [[0], [2]], "up": [[2, 2], [0, 0]]}, "its down stages have [1, 1] layers; expected 1 or"),
         ({"down": [[0], [2], [5]], "up": [[5, 5, 5], [2, 2], [0, 0]]}, "diffusers' configuration cannot describe"),
         ({"down": [[0], [2], [5]], "up": [[5, 5], [2, 2], [0, 0]], "middle": 4}, "diffusers' configuration cannot"),
     ],
@@ -407,7 +408,7 @@ def test_stages_choose_and_unknown_ones_are_named() -> None:
     assert len(found) == 4
     for table in (LossTable(stages=("up_blocks.3",)), LossTable(stage_weights={"up_blocks.3": 1.0})):
         with pytest.raises(
-            UserError, match=r"up_blocks\.3 is no stage of the teacher; expected some of down_blocks\.0,"
+            UserError, match=r"up_blocks\.3 is not a stage of the teacher; expected some of down_blocks\.0,"
         ):
             features.pairs(line, table)
     for stages in (("mid_block",), ("down_blocks.0",), ()):
@@ -424,16 +425,16 @@ def batch(count: int = 2) -> State:
     return drawn | {"ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * count)}
 
 
-def objective(teacher: UNet2DConditionModel, network: nn.Module, line: Lineage, table: LossTable) -> train.Objective:
+def objective(teacher: UNet2DConditionModel, network: nn.Module, line: Lineage, table: LossTable) -> Objective:
     pairs = features.pairs(line, table)
-    return train.Objective(
+    return Objective(
         table=table,
         dropout=0.5,
         noise=DDPMScheduler.from_config(dict(reference.SCHEDULER_CONFIG)),
         teacher=teacher,
         pairs=pairs,
-        teacher_taps=features.Taps(teacher, (pair.teacher for pair in pairs)),
-        student_taps=features.Taps(network, (pair.student for pair in pairs)),
+        teacher_features=features.FeatureRecorder(teacher, (pair.teacher for pair in pairs)),
+        student_features=features.FeatureRecorder(network, (pair.student for pair in pairs)),
     )
 
 
@@ -459,16 +460,16 @@ def test_gradient_checkpointing_changes_no_gradient(teacher: UNet2DConditionMode
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_taps_keep_nothing_outside_of_taking() -> None:
+def test_a_recorder_keeps_nothing_outside_of_recording() -> None:
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    taps = features.Taps(network, ["0"])
-    with taps.taking() as taken:
+    recorder = features.FeatureRecorder(network, ["0"])
+    with recorder.recording() as taken:
         network(torch.ones(1, 2))
     first = taken["0"]
     network(torch.zeros(1, 2))
     assert taken["0"] is first
     assert list(taken) == ["0"]
-    with pytest.raises(ZeroDivisionError), taps.taking():
+    with pytest.raises(ZeroDivisionError), recorder.recording():
         1 / 0  # noqa: B018
     network(torch.zeros(1, 2))
     assert taken["0"] is first
@@ -604,7 +605,7 @@ def accelerator() -> Iterator[Accelerator]:
     GradientState._reset_state()
 
 
-def test_means_begin_anew_after_a_row_and_go_on_from_a_checkpoint(accelerator: Accelerator) -> None:
+def test_means_begin_anew_after_a_row_and_resume_from_a_checkpoint(accelerator: Accelerator) -> None:
     means, later = Means(), Means()
     for value in (1.0, 2.0, 6.0):
         means.add({"loss": torch.tensor(value), "task": torch.tensor(2 * value)}, accelerator)
@@ -618,14 +619,14 @@ def test_means_begin_anew_after_a_row_and_go_on_from_a_checkpoint(accelerator: A
 
 def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:
     path = tmp_path / "metrics.csv"
-    CsvTracker(path).go_on_from(0)
+    CsvTracker(path).resume_from(0)
     assert not path.exists()
     for step in (1, 2, 9, 10):
         CsvTracker(path).log({"loss": step / 2, "rate": 1}, step=step)
     assert path.read_text().splitlines() == ["step,loss,rate", "1,0.5,1", "2,1.0,1", "9,4.5,1", "10,5.0,1"]
-    CsvTracker(path).go_on_from(9)
+    CsvTracker(path).resume_from(9)
     assert path.read_text().splitlines() == ["step,loss,rate", "1,0.5,1", "2,1.0,1", "9,4.5,1"]
-    CsvTracker(path).go_on_from(0)
+    CsvTracker(path).resume_from(0)
     CsvTracker(path).log({"loss": 3.0, "rate": 1}, step=1)
     assert path.read_text().splitlines() == ["step,loss,rate", "1,3.0,1"]
 
@@ -633,6 +634,6 @@ def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path: Path, 
 def test_metrics_that_a_killed_run_left_empty_are_begun_anew(tmp_path: Path, accelerator: Accelerator) -> None:
     path = tmp_path / "metrics.csv"
     path.touch()
-    CsvTracker(path).go_on_from(4)
+    CsvTracker(path).resume_from(4)
     CsvTracker(path).log({"loss": 3.0}, step=5)
     assert path.read_text().splitlines() == ["step,loss", "5,3.0"]

@@ -17,9 +17,9 @@ from tools.harness import testhost
 __all__ = ["SCHEDULER_CONFIG", "pipeline", "unet"]
 
 
-def pipeline(checkpoint: Path, network: Any = None) -> Any:
+def pipeline(checkpoint: Path) -> Any:
     """diffusers' ``StableDiffusionXLPipeline`` with a single-file checkpoint's weights, fp32 on the CPU.
 
-    CLIP's vocabulary is the test host's. With a ``network``, that is the U-Net, and the file's own is not read.
+    CLIP's vocabulary is the test host's.
     """
-    return single_file.pipeline(checkpoint, testhost.test_host().tokenizer, network)
+    return single_file.pipeline(checkpoint, testhost.test_host().tokenizer)

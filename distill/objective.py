@@ -1,0 +1,70 @@
+"""What the student is trained on: one forward pass of student and teacher, and the terms of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from . import losses
+from .config import LossTable
+from .features import FeatureRecorder, Pair
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Computes the terms of the loss for a batch."""
+
+    table: LossTable
+    dropout: float
+    """Share of captions replaced by zeros."""
+    noise: DDPMScheduler
+    teacher: UNet2DConditionModel | None
+    """None where only the error against the true noise counts."""
+    pairs: tuple[Pair, ...]
+    teacher_features: FeatureRecorder
+    student_features: FeatureRecorder
+
+    def errors(
+        self, network: torch.nn.Module, batch: Mapping[str, torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Each term of the loss before its factor, as scalars.
+
+        Args:
+            network: the student.
+            batch: samples of the cache, stacked.
+            generator: on the CPU; draws noise, time steps and dropped captions.
+        """
+        latents = batch["latents"]
+        count, device = len(latents), latents.device
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        time = losses.time_steps(count, self.noise.config.num_train_timesteps, generator).to(device)
+        with_caption = (torch.rand(count, generator=generator) >= self.dropout).float().to(device)
+        noisy = self.noise.add_noise(latents, noise, time)
+        conditions = {
+            "encoder_hidden_states": batch["context"] * with_caption.view(count, 1, 1),
+            "added_cond_kwargs": {
+                "text_embeds": batch["pooled"] * with_caption.view(count, 1),
+                "time_ids": batch["ids"],
+            },
+        }
+        teacher_output, wanted = None, {}
+        if self.teacher is not None:
+            dtype = self.teacher.dtype
+            with torch.no_grad(), self.teacher_features.recording() as wanted:
+                teacher_output = self.teacher(noisy.to(dtype), time, **_cast(conditions, dtype)).sample
+        with self.student_features.recording() as found:
+            output = network(noisy, time, **conditions).sample
+        feature_error = losses.feature_error(self.table, self.pairs, found, wanted).to(device)
+        weights = losses.time_weights(self.table, self.noise, time)
+        teacher_output = output.detach() if teacher_output is None else teacher_output
+        return losses.terms(self.table, weights, noise, output, teacher_output, feature_error)
+
+
+def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        key: _cast(value, dtype) if isinstance(value, dict) else value.to(dtype) for key, value in conditions.items()
+    }
