@@ -2,12 +2,14 @@
 
 from comfy_api.latest import io
 
-from .adapt import KoalaAttentionPatches, KoalaControlNet, KoalaHookLora, KoalaLoraLoader, KoalaUNetSwap
+from .adapt import KoalaAttentionPatches, KoalaControlNet
 from .load import KoalaCheckpointLoader, KoalaModelInfo
+from .lora import KoalaHookLora, KoalaLoraLoader
 from .prompt import KoalaPrompt
 from .sample import KoalaSampler, KoalaScheduler
 from .save import KoalaCheckpointSave
 from .speed import KoalaAccelerate
+from .swap import KoalaUNetSwap
 
 NODES: list[type[io.ComfyNode]] = [
     KoalaCheckpointLoader,

@@ -1,4 +1,4 @@
-"""What all nodes share: their place in the menu, and what is shown on a node after it ran."""
+"""What the nodes share: their place in the menu, common inputs, and what is shown on a node after it ran."""
 
 from __future__ import annotations
 
@@ -11,43 +11,49 @@ from comfy_api.latest import io
 from ..host.model import WEIGHT_DTYPES
 
 CATEGORY = "KOALA"
+ADD_ONS = f"{CATEGORY}/SDXL add-ons"
 DRAWING = "koala"
-"""Under this name a node's output for the canvas holds what web/ draws on the node."""
-
+"""Key of a node's output for the canvas that holds what web/ draws on the node."""
 
 SHOWS: dict[str, Any] = (
     {"has_intermediate_output": True} if "has_intermediate_output" in io.Schema.__dataclass_fields__ else {}
 )
-"""For the schema of a node that is shown something: a host that can (0.19 on) sends it again when the node's result
-comes from its cache."""
+"""Schema options of a node that shows something: hosts from 0.19 on send it again when the result comes from the
+cache."""
 
 
 def shown(text: str, *outputs: object, **drawing: object) -> io.NodeOutput:
     """The node's outputs together with what the canvas shows on it: ``text`` (also in the run's history), and
     ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws."""
-    seen: dict[str, object] = {"text": (text,)} if text else {}
-    return io.NodeOutput(*outputs, ui={**seen, DRAWING: (drawing,)})
+    texts: dict[str, object] = {"text": (text,)} if text else {}
+    return io.NodeOutput(*outputs, ui={**texts, DRAWING: (drawing,)})
 
 
 def unet_input(**further: Any) -> io.Combo.Input:
-    """The choice of a KOALA U-Net's file."""
+    """The choice of a KOALA U-Net file."""
     return io.Combo.Input(
         "unet_name",
         options=folder_paths.get_filename_list("diffusion_models"),
-        tooltip="KOALA's U-Net alone, as published in unet/, from models/diffusion_models.",
+        tooltip="A file with KOALA's U-Net alone, as published in unet/, from models/diffusion_models.",
         **further,
     )
 
 
 def weight_dtype_input() -> io.Combo.Input:
-    """The choice of the type in which a U-Net's weights are kept."""
+    """The choice of the data type of a U-Net's weights in memory."""
     return io.Combo.Input(
         "weight_dtype",
         options=list(WEIGHT_DTYPES),
         default="default",
         advanced=True,
-        tooltip="Type in which the U-Net's weights are kept. default: as ComfyUI chooses for this device.",
+        tooltip="Data type of the U-Net's weights in memory. default: ComfyUI's choice for this device.",
     )
+
+
+def paths_of(folder: str, file: str) -> list[Path]:
+    """The path of a file that an input names, of ComfyUI's folder key ``folder``; empty where it does not exist."""
+    path = folder_paths.get_full_path(folder, file) if file else None
+    return [Path(path)] if path else []
 
 
 def fingerprint(*paths: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where a graph begins: KOALA Checkpoint Loader and KOALA Model Info."""
+"""The start of a graph: KOALA Checkpoint Loader and KOALA Model Info."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNET_AND_PARTS = "U-Net + text encoders + VAE"
 
 
 class KoalaCheckpointLoader(io.ComfyNode):
-    """Loads a KOALA from wherever its weights lie."""
+    """Loads a KOALA model from any published form of it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -36,7 +36,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
             display_name="KOALA Checkpoint Loader",
             category=CATEGORY,
             description="Loads a KOALA model in one step: a Hugging Face folder, a single file, or a U-Net together "
-            "with SDXL's text encoders and VAE. Says exactly what is wrong with a file that is no KOALA.",
+            "with SDXL's text encoders and VAE. Explains exactly what is wrong with a file that is not a KOALA model.",
             search_aliases=["koala", "load koala", "sdxl lite", "fast sdxl", "compact sdxl", "koala 700m", "koala 1b"],
             inputs=[
                 io.DynamicCombo.Input(
@@ -60,7 +60,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
                                 io.Combo.Input(
                                     "ckpt_name",
                                     options=folder_paths.get_filename_list("checkpoints"),
-                                    tooltip="A KOALA in one file, with text encoders and VAE, from models/checkpoints.",
+                                    tooltip="A KOALA model with text encoders and VAE, from models/checkpoints.",
                                 )
                             ],
                         ),
@@ -87,7 +87,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
                                 io.Combo.Input(
                                     "clip_name2",
                                     options=folder_paths.get_filename_list("text_encoders"),
-                                    tooltip="The other one of SDXL's text encoders.",
+                                    tooltip="SDXL's other text encoder.",
                                 ),
                                 io.Combo.Input(
                                     "vae_name",
@@ -101,9 +101,11 @@ class KoalaCheckpointLoader(io.ComfyNode):
                 weight_dtype_input(),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The U-Net; its variant and settings travel with it."),
+                io.Model.Output(
+                    display_name="MODEL", tooltip="The U-Net, with its variant and published settings attached."
+                ),
                 io.Clip.Output(display_name="CLIP", tooltip="Both text encoders."),
-                io.Vae.Output(display_name="VAE", tooltip="The autoencoder between latents and pictures."),
+                io.Vae.Output(display_name="VAE", tooltip="The autoencoder between latents and images."),
             ],
             **SHOWS,
         )
@@ -137,7 +139,7 @@ def _load(source: dict[str, str], weight_dtype: str) -> koala_loader.Loaded:
 
 
 class KoalaModelInfo(io.ComfyNode):
-    """Shows what is known of a MODEL."""
+    """Shows what is known about a MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -145,13 +147,12 @@ class KoalaModelInfo(io.ComfyNode):
             node_id="KoalaModelInfo",
             display_name="KOALA Model Info",
             category=CATEGORY,
-            description="Shows a KOALA model's layout, size against SDXL, weight type, variant and how it was told, "
-            "and the settings that it was published with. Names add-ons on it that do nothing on a KOALA, or the wrong "
-            "thing.",
+            description="Shows a KOALA model's layout, size relative to SDXL, weight type, variant and how it was "
+            "detected, and its published settings. Lists patches on it that have no effect or target the wrong layers.",
             search_aliases=["koala info", "model details", "koala parameters", "which koala"],
             is_output_node=True,
             inputs=[io.Model.Input("model", tooltip="A KOALA model, from this pack's loader or a stock one.")],
-            outputs=[io.String.Output(display_name="info", tooltip="The text that is shown, one fact a line.")],
+            outputs=[io.String.Output(display_name="info", tooltip="Model details, one per line.")],
             **SHOWS,
         )
 
@@ -172,7 +173,7 @@ def diffusers_folders() -> dict[str, Path]:
         for folder, inner, files in os.walk(root, followlinks=True):
             if "model_index.json" in files:
                 found.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
-                inner.clear()  # its parts are no models of their own
+                inner.clear()  # its subfolders are not models of their own
     return found
 
 

@@ -22,33 +22,33 @@ class KoalaPrompt(io.ComfyNode):
             node_id="KoalaPrompt",
             display_name="KOALA Prompt",
             category=CATEGORY,
-            description="Turns a prompt and a negative prompt into conditioning. The mode reference does what "
-            "diffusers does: 77 tokens, brackets as written, an empty negative becomes zeros.",
+            description="Encodes a prompt and a negative prompt. The mode reference matches diffusers: 77 tokens, "
+            "literal brackets, zeros for an empty negative prompt.",
             search_aliases=["koala prompt", "koala text encode", "sdxl prompt", "style prompt", "negative prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="CLIP of a KOALA or SDXL checkpoint."),
                 io.String.Input(
-                    "positive", multiline=True, dynamic_prompts=True, tooltip="What the picture should show."
+                    "positive", multiline=True, dynamic_prompts=True, tooltip="What the image should show."
                 ),
                 io.String.Input(
                     "negative",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the picture should not show; may stay empty.",
+                    tooltip="What the image should not show. Optional.",
                 ),
                 io.Combo.Input(
                     "style",
                     options=list(STYLES),
                     default=next(iter(STYLES)),
-                    tooltip="Adds a style's words around the prompt and in front of the negative prompt.",
+                    tooltip="Adds a style's words around the prompt and before the negative prompt.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=["reference", "comfy"],
                     default="reference",
                     advanced=True,
-                    tooltip="reference: as diffusers, cut after 77 tokens, brackets literal, empty negative as zeros. "
-                    "comfy: (word:1.2) weights, embeddings and prompts of any length.",
+                    tooltip="reference: as in diffusers, with prompts cut after 77 tokens, literal brackets and zeros "
+                    "for an empty negative prompt. comfy: (word:1.2) weights, embeddings and prompts of any length.",
                 ),
             ],
             outputs=[

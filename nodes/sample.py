@@ -26,7 +26,7 @@ def _steps_input() -> io.Int.Input:
         default=BASE.steps,
         min=1,
         max=1000,
-        tooltip="Steps of the whole schedule. With denoise below 1, steps x denoise are run, as in diffusers.",
+        tooltip="Steps of the full schedule. With denoise below 1, only steps x denoise of them run, as in diffusers.",
     )
 
 
@@ -37,7 +37,7 @@ def _denoise_input() -> io.Float.Input:
         min=0.01,
         max=1.0,
         step=0.01,
-        tooltip="1 starts from noise alone; lower keeps more of the given latent (image to image).",
+        tooltip="1 starts from pure noise; lower values keep more of the input latent (image to image).",
     )
 
 
@@ -54,17 +54,17 @@ class KoalaScheduler(io.ComfyNode):
             "SamplerCustomAdvanced.",
             search_aliases=["koala sigmas", "25 steps", "leading", "trailing", "koala schedule", "diffusers scheduler"],
             inputs=[
-                io.Model.Input("model", tooltip="A KOALA model: its own scheduler settings are used."),
+                io.Model.Input("model", tooltip="A KOALA model; its own scheduler settings are used."),
                 _steps_input(),
                 io.Combo.Input(
                     "spacing",
                     options=[AUTO, *SPACINGS],
                     default=AUTO,
-                    tooltip="Where the steps lie. auto: as the model was published (base leading, Lightning trailing).",
+                    tooltip="How the steps are spaced. auto: as published (base leading, Lightning trailing).",
                 ),
                 _denoise_input(),
             ],
-            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="Noise levels, one more than steps are run.")],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="The noise levels: steps + 1 of them.")],
             **SHOWS,
         )
 
@@ -76,7 +76,7 @@ class KoalaScheduler(io.ComfyNode):
 
 
 def _curve(model: Any, sigmas: Any, title: str) -> dict[str, Any]:
-    """A schedule to be drawn before the one that the model was published with, or SDXL's if it is no KOALA."""
+    """A schedule to be drawn in front of the published one, or of SDXL's for a model that is not a KOALA."""
     facts = attached_facts(model)
     published = facts.settings if facts is not None else BASE
     reference = _schedule(model, published.steps, published.spacing, 1.0).sigmas
@@ -84,7 +84,7 @@ def _curve(model: Any, sigmas: Any, title: str) -> dict[str, Any]:
 
 
 class KoalaSampler(io.ComfyNode):
-    """Samples as the KOALA at hand was published."""
+    """Samples with the settings that the KOALA model was published with."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -93,13 +93,13 @@ class KoalaSampler(io.ComfyNode):
             display_name="KOALA Sampler",
             category=CATEGORY,
             essentials_category="Image Generation",
-            description="Makes a picture's latent with the steps, guidance and schedule that the model was published "
-            "with; shows which these were. Gives what diffusers gives from the same noise.",
+            description="Samples with the steps, guidance and schedule that the model was published with, and shows "
+            "them. From the same noise, the result matches diffusers.",
             search_aliases=["koala ksampler", "25 steps", "10 steps", "sdxl lite", "fast sdxl", "lightning"],
             inputs=[
-                io.Model.Input("model", tooltip="A KOALA model, with LoRAs and patches as you like."),
-                io.Conditioning.Input("positive", tooltip="What the picture should show."),
-                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.Model.Input("model", tooltip="A KOALA model. LoRAs and patches are supported."),
+                io.Conditioning.Input("positive", tooltip="What the image should show."),
+                io.Conditioning.Input("negative", tooltip="What the image should not show."),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from."),
                 io.Int.Input(
                     "seed",
@@ -107,11 +107,11 @@ class KoalaSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The same seed gives the same picture.",
+                    tooltip="The same seed gives the same image.",
                 ),
                 io.DynamicCombo.Input(
                     "preset",
-                    tooltip="auto follows the model; base and lightning are the published settings; custom is yours.",
+                    tooltip="auto follows the model. base and lightning: their published settings. custom: your own.",
                     options=[
                         io.DynamicCombo.Option(AUTO, []),
                         *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
@@ -126,13 +126,14 @@ class KoalaSampler(io.ComfyNode):
                                     max=100.0,
                                     step=0.1,
                                     round=0.01,
-                                    tooltip="Guidance scale: how strongly the prompt pulls. 1 ignores the negative.",
+                                    tooltip="Guidance scale: how closely the image follows the prompt. 1 ignores "
+                                    "the negative prompt.",
                                 ),
                                 io.Combo.Input(
                                     "spacing",
                                     options=list(SPACINGS),
                                     default=BASE.spacing,
-                                    tooltip="Where the steps lie: leading for base models, trailing for Lightning.",
+                                    tooltip="How the steps are spaced: leading for base, trailing for Lightning.",
                                 ),
                             ],
                         ),
@@ -179,7 +180,7 @@ class KoalaSampler(io.ComfyNode):
 
 
 def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:
-    """The settings that a preset stands for, and why these."""
+    """The settings that a preset stands for, and where they come from."""
     chosen = preset["preset"]
     if chosen == CUSTOM:
         return Settings(preset["steps"], preset["cfg"], preset["spacing"]), "custom settings"
@@ -190,7 +191,7 @@ def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:
 
 
 def _schedule(model: Any, steps: int, spacing: Spacing, denoise: float) -> Schedule:
-    """The schedule under the model's own scheduler config, or SDXL's where the MODEL carries none."""
+    """The schedule under the model's own scheduler config, or SDXL's where the MODEL has none."""
     facts = attached_facts(model)
     config = facts.scheduler if facts is not None else SCHEDULER_CONFIG
     return schedule(steps, spacing, denoise, config)

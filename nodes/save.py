@@ -1,4 +1,4 @@
-"""Where a graph may end: KOALA Checkpoint Save."""
+"""A KOALA model to disk: KOALA Checkpoint Save."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _prefix_input(default: str, tooltip: str) -> io.String.Input:
 
 
 class KoalaCheckpointSave(io.ComfyNode):
-    """Writes a KOALA with its patches to disk."""
+    """Writes a KOALA model to disk, its patches baked in."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,8 +31,8 @@ class KoalaCheckpointSave(io.ComfyNode):
             node_id="KoalaCheckpointSave",
             display_name="KOALA Checkpoint Save",
             category=CATEGORY,
-            description="Saves a KOALA, LoRAs and merges baked in, as one .safetensors file or as a diffusers folder. "
-            "What is known of it (variant, schedule) is saved with it. Never overwrites a file.",
+            description="Saves a KOALA model, LoRAs and merges baked in, as one .safetensors file or as a diffusers "
+            "folder, together with its variant and schedule. Never overwrites a file.",
             search_aliases=["save koala", "export koala", "save model", "save checkpoint", "bake lora", "diffusers"],
             is_output_node=True,
             inputs=[
@@ -46,8 +46,8 @@ class KoalaCheckpointSave(io.ComfyNode):
                             [
                                 _prefix_input(
                                     "checkpoints/KOALA",
-                                    "Name below the output folder; a number is added. output/checkpoints is one of the "
-                                    "loaders' folders. For a U-Net alone take diffusion_models/KOALA.",
+                                    "Path below the output folder; a number is added. Loaders also look in "
+                                    "output/checkpoints. For a U-Net alone use diffusion_models/KOALA.",
                                 )
                             ],
                         ),
@@ -65,18 +65,20 @@ class KoalaCheckpointSave(io.ComfyNode):
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="Type of the saved weights. default: as ComfyUI holds them in memory. fp8_e4m3fn is for "
-                    "the U-Net's matrices, the rest and the text encoders are then fp16. The VAE always keeps its "
-                    "own type.",
+                    tooltip="Data type of the saved weights. default: as ComfyUI keeps them in memory. fp8_e4m3fn "
+                    "applies to the U-Net's matrices; the rest of it and the text encoders are then fp16. The VAE "
+                    "always keeps its own type.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Text encoders. A checkpoint without CLIP and VAE is the U-Net alone; a folder needs both.",
+                    tooltip="Text encoders. Without CLIP and VAE a checkpoint is the U-Net alone; a folder needs both.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Autoencoder; connect it together with CLIP."),
             ],
-            outputs=[io.String.Output(display_name="name", tooltip="What was written, below the output folder.")],
+            outputs=[
+                io.String.Output(display_name="name", tooltip="Path of what was written, below the output folder.")
+            ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 

@@ -1,4 +1,4 @@
-"""Fewer and cheaper passes through the U-Net: KOALA Accelerate."""
+"""Faster sampling: KOALA Accelerate."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..koala.schedule import schedule
 from .base import CATEGORY, SHOWS, shown
 
 CUSTOM = "custom"
-NO_VAE = "KOALA Accelerate has no VAE to give: nothing is connected to its vae input. Connect the loader's VAE to it."
+NO_VAE = "KOALA Accelerate: the VAE output is used but no VAE is connected. Connect the loader's VAE to the vae input."
 
 
 class KoalaAccelerate(io.ComfyNode):
-    """A KOALA that samples faster."""
+    """A KOALA model that samples faster."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,9 +31,10 @@ class KoalaAccelerate(io.ComfyNode):
             node_id="KoalaAccelerate",
             display_name="KOALA Accelerate",
             category=CATEGORY,
-            description="Samples faster. exact: the same picture, by faster routines on the CPU. balanced and fast: "
-            "most steps run a small part of the U-Net only and foretell the rest from the steps before; a CPU that is "
-            "faster in bf16 computes in bf16. For any sampler node; put it last on the MODEL wire.",
+            description="Speeds up sampling. exact: identical image, faster routines on the CPU. balanced and fast: "
+            "most steps run only a small part of the U-Net and reuse cached features, extrapolated from earlier steps; "
+            "a CPU that is faster in bf16 computes in bf16. Works with any sampler node; connect it last, right before "
+            "the sampler.",
             search_aliases=[
                 "speed",
                 "faster",
@@ -45,11 +46,11 @@ class KoalaAccelerate(io.ComfyNode):
                 "cfg interval",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="A KOALA model, with LoRAs and patches as you like."),
+                io.Model.Input("model", tooltip="A KOALA model. LoRAs and patches are supported."),
                 io.DynamicCombo.Input(
                     "preset",
-                    tooltip="exact: no change of the picture. balanced: hardly any. fast: details, now and then a "
-                    "shape. custom: yours.",
+                    tooltip="exact: identical image. balanced: nearly identical. fast: details and occasionally shapes "
+                    "differ. custom: your own settings.",
                     options=[
                         *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
                         io.DynamicCombo.Option(
@@ -59,28 +60,26 @@ class KoalaAccelerate(io.ComfyNode):
                                     "reuse",
                                     options=list(REUSE),
                                     default="balanced",
-                                    tooltip="How many steps go by foretold features. off: none.",
+                                    tooltip="How many steps reuse cached features. off: none.",
                                 ),
-                                _percent_input("guidance_start", WHOLE[0], "Before this part of the schedule"),
-                                _percent_input("guidance_end", WHOLE[1], "After this part of the schedule"),
+                                _percent_input("guidance_start", WHOLE[0], "Before this point of the schedule"),
+                                _percent_input("guidance_end", WHOLE[1], "After this point of the schedule"),
                                 io.Combo.Input(
                                     "cpu_routines",
                                     options=list(ROUTINES),
                                     default=EXACT,
-                                    tooltip="On the CPU only. exact: faster routines for the same sums. bf16: "
+                                    tooltip="CPU only. exact: faster routines for the same arithmetic. bf16: "
                                     "computes in bf16 where this processor is faster in it.",
                                 ),
                             ],
                         ),
                     ],
                 ),
-                io.Vae.Input(
-                    "vae", optional=True, tooltip="The VAE, to decode faster on the CPU, too. May be left open."
-                ),
+                io.Vae.Input("vae", optional=True, tooltip="Optional. The VAE, to decode faster on the CPU as well."),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The same model, for any sampler."),
-                io.Vae.Output(display_name="VAE", tooltip="The VAE that came in, for VAE Decode."),
+                io.Model.Output(display_name="MODEL", tooltip="The accelerated model, for any sampler."),
+                io.Vae.Output(display_name="VAE", tooltip="The VAE, faster on the CPU, for VAE Decode."),
             ],
             **SHOWS,
         )
@@ -102,7 +101,7 @@ def _percent_input(name: str, default: float, when: str) -> io.Float.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip=f"{when} (0: its beginning, 1: its end) the negative prompt is left out, as with cfg 1.",
+        tooltip=f"{when} (0: start, 1: end) the negative prompt is skipped, as with cfg 1.",
     )
 
 

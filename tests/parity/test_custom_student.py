@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 
 from koala_sdxl import koala_loader
 from koala_sdxl.koala.architecture.layout import Layout, compact
-from koala_sdxl.koala.architecture.lineage import Kept, Lineage, attention_depths
-from koala_sdxl.koala.files.conventions import KEPT_KEY
+from koala_sdxl.koala.architecture.lineage import KeptTransformers, Lineage, attention_depths
+from koala_sdxl.koala.files.conventions import KEPT_TRANSFORMERS_KEY
 from koala_sdxl.koala.files.inspect import inspect_model
-from koala_sdxl.nodes.adapt import KoalaAttentionPatches, KoalaControlNet, KoalaLoraLoader, KoalaUNetSwap
+from koala_sdxl.nodes.adapt import KoalaAttentionPatches, KoalaControlNet
 from koala_sdxl.nodes.load import KoalaModelInfo
+from koala_sdxl.nodes.lora import KoalaLoraLoader
 from koala_sdxl.nodes.sample import KoalaSampler
+from koala_sdxl.nodes.swap import KoalaUNetSwap
 from tools.measure import transfer
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL
@@ -45,7 +47,7 @@ students = pytest.mark.parametrize("which", STUDENTS)
 told_or_not = pytest.mark.parametrize("told", [True, False], ids=["says what it kept", "says nothing"])
 
 
-def kept(layout: Layout) -> Kept:
+def kept(layout: Layout) -> KeptTransformers:
     return {module: KEPT_OF_TEN.get(depth, (0, 1)) for module, depth in attention_depths(layout).items()}
 
 
@@ -53,7 +55,7 @@ def write(folder: Path, layout: Layout, told: bool = True) -> Path:
     """A student that is cut out of the small SDXL, as the trainer would write it."""
     path = folder / "student.safetensors"
     weights = Lineage(layout, kept(layout)).cut(transfer.sdxl_weights(), "comfy")
-    save_file(weights, path, {KEPT_KEY: json.dumps(kept(layout))} if told else None)
+    save_file(weights, path, {KEPT_TRANSFORMERS_KEY: json.dumps(kept(layout))} if told else None)
     return path
 
 

@@ -18,7 +18,7 @@ from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_TINY, SDXL
 from koala_sdxl.koala.architecture.lineage import lineage
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.names import aliases
-from koala_sdxl.nodes.adapt import KoalaHookLora, KoalaLoraLoader
+from koala_sdxl.nodes.lora import KoalaHookLora, KoalaLoraLoader
 from tools.measure import parity, transfer
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL, State

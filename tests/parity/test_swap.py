@@ -25,9 +25,9 @@ from koala_sdxl.host.transfer.lora import apply_lora
 from koala_sdxl.host.transfer.swap import swap
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
 from koala_sdxl.koala.architecture.lineage import Lineage, attention_depths, lineage
-from koala_sdxl.koala.files.conventions import KEPT_KEY
+from koala_sdxl.koala.files.conventions import KEPT_TRANSFORMERS_KEY
 from koala_sdxl.koala.files.inspect import inspect_model
-from koala_sdxl.nodes.adapt import KoalaUNetSwap
+from koala_sdxl.nodes.swap import KoalaUNetSwap
 from tools.measure import transfer
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL
@@ -62,7 +62,11 @@ def test_a_student_gets_the_changes_of_the_blocks_that_its_file_names(tmp_path: 
     own = transfer.small(KOALA_700M)
     kept = {module: (0, 2, 4, 6, 9) if depth == 5 else (0, 1) for module, depth in attention_depths(own).items()}
     even = Lineage(own, kept)
-    save_file(even.cut(transfer.sdxl_weights(), "comfy"), tmp_path / "even.safetensors", {KEPT_KEY: json.dumps(kept)})
+    save_file(
+        even.cut(transfer.sdxl_weights(), "comfy"),
+        tmp_path / "even.safetensors",
+        {KEPT_TRANSFORMERS_KEY: json.dumps(kept)},
+    )
     student = koala_loader.load_unet(inspect_model(tmp_path / "even.safetensors"), "even")
     changed, _ = comfy.sd.load_lora_for_models(transfer.pair(KOALA_700M)[0], None, attention_lora(), 0.7, 0.0)
     wanted = even.cut(transfer.baked(changed), "comfy")
@@ -70,7 +74,7 @@ def test_a_student_gets_the_changes_of_the_blocks_that_its_file_names(tmp_path: 
         loaded = apply_lora(student, transfer.clip(), path, 0.7, 0.0).model
     for found in (loaded, swap(changed, student).model):
         assert transfer.difference(transfer.baked(found), wanted) < 1e-6
-        assert model_facts(found).kept == kept
+        assert model_facts(found).kept_transformers == kept
 
 
 def test_neither_model_is_changed() -> None:

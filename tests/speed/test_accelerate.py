@@ -30,7 +30,8 @@ from koala_sdxl.host.accelerate.plan import BF16, EXACT, OFF, PRESETS, REUSE, Ac
 from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, Layout, name
 from koala_sdxl.koala.schedule import schedule
-from koala_sdxl.nodes.adapt import KoalaControlNet, KoalaHookLora, KoalaLoraLoader
+from koala_sdxl.nodes.adapt import KoalaControlNet
+from koala_sdxl.nodes.lora import KoalaHookLora, KoalaLoraLoader
 from koala_sdxl.nodes.prompt import KoalaPrompt
 from koala_sdxl.nodes.sample import KoalaSampler
 from koala_sdxl.nodes.speed import KoalaAccelerate
