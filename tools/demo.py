@@ -59,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Weights:
-    """The model of a run: its facts, where in ComfyUI's models folder it is put, and what the loader is told."""
+    """The model of a run: its facts, where in ComfyUI's models folder it is put, and how the loader is set."""
 
     facts: ModelFacts
     path: Path | None = None
@@ -132,7 +132,7 @@ def find_weights(model: str | None) -> Weights:
 
 
 def place(weights: Path, folder: Path) -> None:
-    """Link weights into one of the server's model folders, whose list it makes anew for each graph."""
+    """Link weights into one of the server's model folders, whose list it reads for each graph."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (folder / weights.name).symlink_to(weights, target_is_directory=weights.is_dir())
@@ -198,7 +198,7 @@ def target_for(out: Path | None, sheet: bool) -> Path:
     """
     if out is not None and out.suffix.lower() == ".png":
         if out.exists():
-            raise UserError(f"{out} exists already, and is left as it is. Give another --out, or delete it.")
+            raise UserError(f"{out} exists already, and was not changed. Give another --out, or delete it.")
         target = out
     else:
         folder = out or DEFAULT_FOLDER

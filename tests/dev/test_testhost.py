@@ -149,7 +149,7 @@ def test_a_build_that_was_killed_is_never_taken_for_whole(
         assert builder.poll() is None
     builder.send_signal(signal.SIGKILL)
     builder.wait()
-    assert not testhost.is_whole(small.folder)
+    assert not testhost.is_complete(small.folder)
     # pip, an orphan now, still holds the lock: the next builder waits for it before it starts anew
     python = testhost.ensure(small)
     subprocess.run([str(python), "-c", "import iniconfig"], check=True)
@@ -161,4 +161,4 @@ def test_a_package_that_cannot_be_had_leaves_nothing_usable(small: testhost.Envi
     Path(small.requirements[0]).write_text("iniconfig==0.0.0.dev999\n")
     with pytest.raises(UserError, match="pip install failed"):
         testhost.ensure(small)
-    assert not testhost.is_whole(small.folder)
+    assert not testhost.is_complete(small.folder)

@@ -116,8 +116,8 @@ def text_to_image(title: str) -> dict[str, Any]:
         (sampling, "seed"),
     )
     about = (
-        "Draws a picture with KOALA, compact SDXL, with the settings that the model was published with. koala-tiny, "
-        "which is part of the pack, runs at once; open the subgraph to choose another model or other settings."
+        "Draws an image with KOALA, compact SDXL, using the settings the model was published with. koala-tiny, which "
+        "is part of the pack, runs at once; open the subgraph to choose another model or other settings."
     )
     definition = subgraph(title, columns, decode["IMAGE"], "KOALA", about)
     aliases = ("koala", "koala text to image", "sdxl lite", "fast sdxl", "compact sdxl", "koala t2i")

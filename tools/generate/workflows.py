@@ -20,7 +20,7 @@ NEGATIVE = "blurry, low quality, deformed, watermark, text"
 
 
 def published_loader(release: Release) -> Node:
-    """The loader set to a release's files, each under the name that README.md tells one to save it as.
+    """The loader set to a release's files, each under the name that docs/weights.md says to save it as.
 
     In their repository all files of a kind are named alike, and only names can tell base from Lightning weights.
     """
@@ -69,7 +69,7 @@ def files_of(*loaders: Node) -> str:
     """Where the loaders' files come from and go, for a note."""
     models = (model for loader in loaders for model in loader.models)
     rows = (f"- [{model['name']}]({model['url']}) in models/{model['directory']}" for model in models)
-    return "\n".join(("Files (save each under the name that is written here, then press R):", *rows))
+    return "\n".join(("Files (save each under the name given here, then press R):", *rows))
 
 
 def prompt(loader: Node, positive: str, negative: str = "") -> Node:
@@ -86,7 +86,7 @@ def sampler(loader: Node, text: Node, latent: Output, **widgets: Any) -> Node:
 
 
 def decoded(loader: Node, latent: Output, prefix: str) -> tuple[Node, Node]:
-    """A latent's way to a file: VAE Decode, Save Image."""
+    """From a latent to a file: VAE Decode, Save Image."""
     decode = Node("VAEDecode", {"samples": latent, "vae": loader["VAE"]})
     return decode, Node("SaveImage", {"images": decode["IMAGE"], "filename_prefix": prefix})
 
@@ -105,8 +105,8 @@ def tiny_text_to_image() -> Columns:
         "koala-tiny",
         "Runs at once: the model is part of the pack. It draws one of six shapes (circle, square, triangle, ring, "
         "star, koala) in one of nine colours on a background of another.",
-        "Made for 128 x 128 pixels and for prompts such as *a gray koala on a green background*. For real pictures "
-        "take KOALA-700M.",
+        "Made for 128 x 128 pixels and for prompts such as *a gray koala on a green background*. For real images "
+        "use KOALA-700M.",
     )
     text = prompt(loader, "a gray koala on a green background")
     return text_to_image(loader, text, SIZES[KOALA_TINY], "koala-tiny", about)
@@ -116,7 +116,7 @@ def published_text_to_image(release: Release) -> Columns:
     loader, settings = published_loader(release), release.variant.settings
     about = note(
         release.name,
-        f"The sampler's preset *auto* follows the model: {settings}. KOALA Model Info shows what was recognised.",
+        f"The sampler's preset *auto* follows the model: {settings}. KOALA Model Info shows what was detected.",
         files_of(loader),
     )
     text = prompt(loader, PROMPT, NEGATIVE)
@@ -147,10 +147,10 @@ def accelerated(release: Release) -> Columns:
     fast = Node("KoalaAccelerate", {"model": loader["MODEL"], "vae": loader["VAE"], "preset": "balanced"})
     about = note(
         f"{release.name}, sampled faster",
-        "**KOALA Accelerate**, last on the MODEL wire: most steps run a small part of the U-Net only, and foretell the "
-        "rest from the steps before. After a run the sampler shows what was left out.",
-        "*exact* does not change the picture, *balanced* hardly, *fast* a little. Bypass the node (Ctrl+B) to compare. "
-        f"The sampler's preset *auto* follows the model as ever: {settings}.",
+        "**KOALA Accelerate**, last on the MODEL wire: most steps run only a small part of the U-Net and reuse cached "
+        "features, extrapolated from earlier steps. After a run, the sampler shows how many were full steps.",
+        "*exact*: identical image. *balanced*: nearly identical. *fast*: details and occasionally shapes differ. "
+        f"Bypass the node (Ctrl+B) to compare. The sampler's preset *auto* follows the model: {settings}.",
         files_of(loader),
     )
     text = prompt(loader, PROMPT, NEGATIVE)
@@ -164,9 +164,9 @@ def tiny_image_to_image() -> Columns:
     loader = Node("KoalaCheckpointLoader")
     about = note(
         "Image to image",
-        "The first half draws a picture, the second changes it: its latent is the second sampler's start, and denoise "
+        "The first half draws an image, the second changes it: the second sampler starts from its latent, and denoise "
         "0.6 runs the last 15 of 25 steps on it, as diffusers' strength does.",
-        "For a picture of your own put Load Image in the place of the first half. Lower denoise keeps more of it.",
+        "To start from your own image, replace the first half with Load Image. Lower denoise keeps more of it.",
     )
     texts = [prompt(loader, f"a {colour} circle on a white background") for colour in ("red", "blue")]
     latent = empty_latent(SIZES[KOALA_TINY])
@@ -190,9 +190,9 @@ def tiny_lora() -> Columns:
     about = note(
         "A LoRA made for the larger model",
         "koala-tiny was distilled from a model of SDXL's layout, as KOALA was from SDXL. The LoRA was trained on that "
-        "larger model and knows a colour that koala-tiny does not: cyan. **KOALA LoRA Loader** puts its changes on the "
-        "layers that came from those it was made for. Seven in ten of them are on layers that koala-tiny lacks, so it "
-        "takes a strength of 1.5, and works on some prompts only. Bypass it (Ctrl+B) to compare.",
+        "larger model and knows a colour that koala-tiny does not: cyan. **KOALA LoRA Loader** applies its changes to "
+        "the layers that came from those it was trained on. Seven in ten are for layers that koala-tiny lacks, so it "
+        "needs a strength of 1.5 and works on some prompts only. Bypass it (Ctrl+B) to compare.",
         of_the_pack(assets.LORA.name),
     )
     text = Node("KoalaPrompt", {"clip": lora["CLIP"], "positive": "a cyan triangle on a yellow background"})
@@ -209,9 +209,9 @@ def tiny_controlnet() -> Columns:
     about = note(
         "A ControlNet made for the larger model",
         "The ControlNet was trained on the model of SDXL's layout that koala-tiny was distilled from: it draws a shape "
-        "where an outline is. **KOALA ControlNet** carries its residuals to koala-tiny's skip connections.",
-        "The first half draws a shape, Canny takes its edges, and the second half fills them, by a prompt that names "
-        "no shape. For an outline of your own put Load Image in the place of the first half.",
+        "where an outline is. **KOALA ControlNet** moves its residuals to koala-tiny's skip connections.",
+        "The first half draws a shape, Canny takes its edges, and the second half fills them, with a prompt that "
+        "names no shape. To use your own outline, replace the first half with Load Image.",
         of_the_pack(assets.CONTROLNET.name),
     )
     texts = [prompt(loader, text) for text in ("a white star on a black background", "a blue background")]
@@ -241,8 +241,8 @@ def swap_in_an_sdxl_graph(release: Release) -> Columns:
     swap = Node("KoalaUNetSwap", {"model": loader["MODEL"], "unet_name": unet[0]["name"]}, unet)
     about = note(
         "KOALA in an SDXL graph",
-        "An SDXL graph of stock nodes with one node put in: **KOALA U-Net Swap** on the MODEL wire. LoRAs, patches and "
-        "sampling changes in front of it go along; CLIP, VAE and everything else stay as they are.",
+        "An SDXL graph of stock nodes with one node added: **KOALA U-Net Swap** on the MODEL wire. LoRAs, patches and "
+        "sampling changes before it are carried over; CLIP, VAE and everything else stay as they are.",
         f"The sampler has the settings that {release.name} was published with: {settings}, which stock ComfyUI calls "
         "euler, ddim_uniform. Bypass the swap (Ctrl+B) to run SDXL itself.",
         files_of(loader, swap),
@@ -262,8 +262,8 @@ def sdxl_lora(release: Release) -> Columns:
     lora = Node("KoalaLoraLoader", inputs, LORA)
     about = note(
         f"An SDXL LoRA on {release.name}",
-        "**KOALA LoRA Loader** puts each of the LoRA's changes on the KOALA layer that came from the one it was made "
-        "for, and shows how many there were. KOALA has fewer layers, so a strength above 1 may be needed.",
+        "**KOALA LoRA Loader** applies each of the LoRA's changes to the KOALA layer that came from the one it was "
+        "trained on, and shows how many were applied. KOALA has fewer layers, so a strength above 1 may be needed.",
         files_of(loader, lora),
     )
     text = Node("KoalaPrompt", {"clip": lora["CLIP"], "positive": f"pixel art, {PROMPT}", "negative": NEGATIVE})
@@ -280,9 +280,9 @@ def sdxl_controlnet(release: Release) -> Columns:
     fitted = Node("KoalaControlNet", {"control_net": control["CONTROL_NET"]})
     about = note(
         f"An SDXL ControlNet on {release.name}",
-        "**KOALA ControlNet**, between the ControlNet's loader and Apply ControlNet, carries its residuals to KOALA's "
-        "skip connections. Union ControlNets and T2I-Adapters for SDXL go through it likewise.",
-        "Load a picture of your own; its edges are what is drawn along.",
+        "**KOALA ControlNet**, between the ControlNet's loader and Apply ControlNet, moves its residuals to KOALA's "
+        "skip connections. Union ControlNets and T2I-Adapters for SDXL go through it as well.",
+        "Load an image of your own; its edges guide what is drawn.",
         files_of(loader, control),
     )
     image = Node("LoadImage")

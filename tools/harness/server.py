@@ -114,10 +114,10 @@ def base_command(host: Host, base: Path, port: int) -> list[str]:
 
 def environment(host: Host) -> dict[str, str]:
     """The server's environment: this checkout's modules out of its sight, no bytecode into a borrowed folder."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     if host.borrowed:
-        kept["PYTHONDONTWRITEBYTECODE"] = "1"
-    return {**kept, "PYTHONUNBUFFERED": "1"}
+        variables["PYTHONDONTWRITEBYTECODE"] = "1"
+    return {**variables, "PYTHONUNBUFFERED": "1"}
 
 
 def model_paths(host: Host, folders: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, str]]:

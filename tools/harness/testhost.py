@@ -1,10 +1,10 @@
-"""The test host: a Python environment and a ComfyUI tree, each built once and kept outside the checkout.
+"""The test host: a Python environment and a ComfyUI tree, each built once, outside the checkout.
 
 Standard library only, because this runs on a bare machine's Python before anything is installed.
 
 Cache folder: ``$XDG_CACHE_HOME/comfyui-koala``, else ``~/.cache/comfyui-koala``. An entry's name ends in a hash of
 everything that goes into it, so a changed pin makes a new entry and never alters one in use. An environment counts as
-whole only when its marker, written last, is there; a ComfyUI tree is unpacked aside and renamed into place.
+complete only when its marker, written last, is there; a ComfyUI tree is unpacked aside and renamed into place.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ def own_host(folder: Path, python: str | None) -> Host:
 
 
 def ensure(environment: Environment) -> Path:
-    """Return the environment's Python, building the environment first if it is not whole. Raises UserError."""
+    """Return the environment's Python, building the environment first if it is not complete. Raises UserError."""
     folder = environment.folder
-    if is_whole(folder):
+    if is_complete(folder):
         return python_of(folder)
     check_python(sys.version_info[:3])
     with locked(folder) as lock:
-        if not is_whole(folder):  # another builder may have finished while this one waited
+        if not is_complete(folder):  # another builder may have finished while this one waited
             build(environment, folder, lock)
     return python_of(folder)
 
@@ -214,7 +214,7 @@ def build(environment: Environment, folder: Path, lock: int) -> None:
     if environment.without_dependencies:
         pip(python, ["install", "--no-deps", *environment.without_dependencies], temporary, lock)
     shutil.rmtree(temporary)
-    (folder / MARKER).write_text("This environment is whole.\n", "utf-8")
+    (folder / MARKER).write_text("This environment is complete.\n", "utf-8")
     say(f"Built in {time.monotonic() - started:.0f} s.")
     for other in sorted(folder.parent.glob(f"{environment.name}-*")):
         if other.is_dir() and other != folder:
@@ -224,9 +224,9 @@ def build(environment: Environment, folder: Path, lock: int) -> None:
 def write_host_requirements(comfyui: Path, folder: Path) -> Path:
     """Write ComfyUI's requirements but for the torch family, which tools/requirements-dev.txt pins."""
     lines = requirement_lines((comfyui / "requirements.txt").read_text("utf-8"))
-    kept = [line for line in lines if not re.match(r"torch(vision|audio)?\b", line)]
+    without_torch = [line for line in lines if not re.match(r"torch(vision|audio)?\b", line)]
     file = folder / "comfyui-requirements.txt"
-    file.write_text("\n".join(kept) + "\n", "utf-8")
+    file.write_text("\n".join(without_torch) + "\n", "utf-8")
     return file
 
 
@@ -239,11 +239,11 @@ def pip(python: Path, arguments: Sequence[str], temporary: Path, lock: int) -> N
     if done.returncode:
         raise UserError(
             f"pip {arguments[0]} failed (its own message is above). If the network went away, run the command again: "
-            "finished downloads are kept, and nothing half-built will be used."
+            "finished downloads are reused, and nothing half-built will be used."
         )
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """True if the environment was built to its end and the Python that it is based on is still there."""
     return (folder / MARKER).is_file() and python_of(folder).exists()
 
@@ -254,7 +254,7 @@ def python_of(environment: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where everything that is built is kept."""
+    """The folder for everything that is built."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfyui-koala"
 
 
@@ -303,5 +303,5 @@ def inherited(lock: int) -> tuple[int, ...]:
 
 
 def say(message: str) -> None:
-    """Tell what is going on, at once, also where output is not a terminal."""
+    """Show a line at once, also where output is not a terminal."""
     print(message, flush=True)

@@ -54,7 +54,7 @@ def with_widget(workflow: Workflow, object_info: ObjectInfo, class_type: str, wi
     """The workflow with a widget changed in every node of a class.
 
     An input of a dynamic combo goes by ``<combo>.<input>``, and is there once the combo has the option that brings it.
-    Raises UserError if there is no such node, no such widget, or the value is none that it takes.
+    Raises UserError if there is no such node, no such widget, or it does not take the value.
     """
     nodes = [node["id"] for node in workflow["nodes"] if node["type"] == class_type]
     if not nodes:
@@ -73,7 +73,7 @@ def with_widget(workflow: Workflow, object_info: ObjectInfo, class_type: str, wi
 class _Complaints(logging.Handler):
     """Keeps what the converter logs.
 
-    Not kept: values on a node without widgets. A node's preview text is saved so, and an unknown node is told apart.
+    Left out: values on a node without widgets. A node's preview text is saved so; unknown nodes are reported apart.
     """
 
     def __init__(self, level: int):

@@ -24,13 +24,13 @@ from koala_sdxl.koala.architecture import layout
 from koala_sdxl.koala.architecture.keys import Shape, tensors
 from koala_sdxl.koala.architecture.layout import SDXL, Layout, is_subnetwork
 from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, at_widths_of, is_teacher
-from koala_sdxl.koala.files import other_models as foreign
-from koala_sdxl.koala.files import unet_weights
+from koala_sdxl.koala.files import other_models, unet_weights
 from koala_sdxl.koala.files.conventions import label
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.unet_weights import UNetWeights
 from tools import commands
 from tools.harness.errors import UserError
+from tools.harness.testhost import say
 
 MARGIN = 0.1
 """A row is doubtful where another choice is as good but for this much (``choose``). Random weights stay below 0.02 at
@@ -60,8 +60,8 @@ def choose(table: Sequence[Sequence[float]]) -> Choice:
     """Choose a column for each row, columns in strictly increasing order, with the largest sum: each row's largest
     where these are in order.
 
-    A row's margin is what the sum would lose with any other column in that row, the order kept; at most the cosine
-    itself, so that an only choice is no certain one if it is unlike.
+    A row's margin is what the sum would lose with any other column in that row, in order; at most the cosine
+    itself, so that an only choice is not certain if it is unlike.
     """
 
     def total(way: Sequence[int]) -> float:
@@ -134,70 +134,70 @@ def open_unet(path: Path, wanted: str) -> UNet:
 
 def open_pair(teacher: Path, student: Path) -> tuple[UNet, UNet]:
     """SDXL, then a U-Net that may have been cut out of it. Raises UserError where they are something else."""
-    whole, part = open_unet(teacher, "SDXL"), open_unet(student, "KOALA")
-    if not is_teacher(whole.layout):
-        raise UserError(f"{label(whole.path)} is {_described(whole)}; expected SDXL's own U-Net. {ASK}")
-    if is_teacher(part.layout) or not is_subnetwork(part.layout, whole.layout):
+    sdxl, koala = open_unet(teacher, "SDXL"), open_unet(student, "KOALA")
+    if not is_teacher(sdxl.layout):
+        raise UserError(f"{label(sdxl.path)} is {_described(sdxl)}; expected SDXL's own U-Net. {ASK}")
+    if is_teacher(koala.layout) or not is_subnetwork(koala.layout, sdxl.layout):
         raise UserError(
-            f"{label(part.path)} is {_described(part)}; expected one with some of SDXL's layers left out, as KOALA. "
+            f"{label(koala.path)} is {_described(koala)}; expected one with some of SDXL's layers left out, as KOALA. "
             f"{ASK}"
         )
-    if _widths(part.layout) != _widths(whole.layout):
+    if _widths(koala.layout) != _widths(sdxl.layout):
         raise UserError(
-            f"{label(part.path)} has widths {_widths(part.layout)}; expected {_widths(whole.layout)} (channels, text, "
-            f"added conditioning) as in {label(whole.path)}. Give the SDXL that it was cut out of."
+            f"{label(koala.path)} has widths {_widths(koala.layout)}; expected {_widths(sdxl.layout)} (channels, text, "
+            f"added conditioning) as in {label(sdxl.path)}. Give the SDXL that it was cut out of."
         )
-    return whole, part
+    return sdxl, koala
 
 
 def measure(teacher: UNet, student: UNet) -> Iterator[Stage]:
     """Compare the student with the teacher, stage by stage. In memory at a time, as float32: one tensor of the teacher,
     and the student's of that name from all layers of the stage."""
-    whole = dict(_stages(teacher.layout))
+    teacher_depths = dict(_stages(teacher.layout))
     for part, depths in _stages(student.layout):
-        parts, wholes = (_modules(part, "resnets", layers) for layers in (depths, whole[part]))
-        resnets = Comparison(f"{part}.resnets", f"{part}.resnets", _rows(compare(student, teacher, parts, wholes)))
+        ours, theirs = (_modules(part, "resnets", layers) for layers in (depths, teacher_depths[part]))
+        resnets = Comparison(f"{part}.resnets", f"{part}.resnets", _rows(compare(student, teacher, ours, theirs)))
         if any(depths):
-            attentions, transformers = _measure_attentions(teacher, student, part, whole[part], depths)
+            attentions, transformers = _measure_attentions(teacher, student, part, teacher_depths[part], depths)
             yield Stage(part, (resnets, attentions), transformers)
         else:
             yield Stage(part, (resnets,), {})
 
 
 def _measure_attentions(
-    teacher: UNet, student: UNet, part: str, whole_depths: Shape, depths: Shape
+    teacher: UNet, student: UNet, part: str, teacher_depths: Shape, depths: Shape
 ) -> tuple[Comparison, dict[str, Comparison]]:
     """A stage's attention modules, and for each of the student's its blocks against those of the one it came from."""
-    modules, wholes = _modules(part, "attentions", depths), _modules(part, "attentions", whole_depths)
-    found = compare(student, teacher, _transformer_blocks(modules, depths), _transformer_blocks(wholes, whole_depths))
-    pairs = [rows.split(whole_depths, dim=1) for rows in found.split(depths)]
-    # a module came from the one that holds the likes of its blocks
+    modules, theirs = _modules(part, "attentions", depths), _modules(part, "attentions", teacher_depths)
+    blocks = _transformer_blocks(modules, depths), _transformer_blocks(theirs, teacher_depths)
+    pairs = [rows.split(teacher_depths, dim=1) for rows in compare(student, teacher, *blocks).split(depths)]
+    # a module came from the one that has blocks like its own
     alike = torch.tensor([[float(pair.amax(1).mean()) for pair in row] for row in pairs])
     attentions = Comparison(f"{part}.attentions", f"{part}.attentions", _rows(alike))
     return attentions, {
-        module: Comparison(f"{module}.transformer_blocks", f"{wholes[origin]}.transformer_blocks", _rows(row[origin]))
+        module: Comparison(f"{module}.transformer_blocks", f"{theirs[origin]}.transformer_blocks", _rows(row[origin]))
         for module, row, origin in zip(modules, pairs, attentions.choice.chosen, strict=True)
     }
 
 
-def compare(student: UNet, teacher: UNet, parts: Sequence[str], wholes: Sequence[str]) -> torch.Tensor:
-    """Mean cosine of each of the student's modules ``parts`` (rows) with each of the teacher's ``wholes`` (columns),
+def compare(student: UNet, teacher: UNet, ours: Sequence[str], theirs: Sequence[str]) -> torch.Tensor:
+    """Mean cosine of each of the student's modules ``ours`` (rows) with each of the teacher's ``theirs`` (columns),
     float32; minus infinity where their shapes differ."""
-    found = torch.full((len(parts), len(wholes)), -math.inf)
-    for matrices in dict.fromkeys(map(student.matrices, parts)):
-        rows = [row for row, module in enumerate(parts) if student.matrices(module) == matrices]
-        columns = [column for column, module in enumerate(wholes) if teacher.matrices(module) == matrices]
+    cosines = torch.full((len(ours), len(theirs)), -math.inf)
+    for matrices in dict.fromkeys(map(student.matrices, ours)):
+        rows = [row for row, module in enumerate(ours) if student.matrices(module) == matrices]
+        columns = [column for column, module in enumerate(theirs) if teacher.matrices(module) == matrices]
         for column in columns:
-            found[rows, column] = 0
+            cosines[rows, column] = 0
         for matrix, _ in matrices:
-            directions = torch.stack([student.direction(parts[row] + matrix) for row in rows])
+            directions = torch.stack([student.direction(ours[row] + matrix) for row in rows])
             for column in columns:
-                found[rows, column] += directions @ teacher.direction(wholes[column] + matrix) / len(matrices)
-    return found
+                cosines[rows, column] += directions @ teacher.direction(theirs[column] + matrix) / len(matrices)
+    return cosines
 
 
 def _described(unet: UNet) -> str:
-    return foreign.describe({tensor.diffusers: tensor.shape for tensor in tensors(unet.layout)})
+    return other_models.describe({tensor.diffusers: tensor.shape for tensor in tensors(unet.layout)})
 
 
 def _widths(shape: Layout) -> tuple[tuple[int, ...], int, int]:
@@ -228,7 +228,7 @@ def _rows(table: torch.Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, table.tolist()))
 
 
-# --- telling -----------------------------------------------------------------------------------------------------
+# --- reporting ---------------------------------------------------------------------------------------------------
 
 
 def report(comparison: Comparison) -> Iterator[str]:
@@ -291,21 +291,21 @@ def run(teacher: Path, student: Path, out: Path | None) -> None:
     if out and (out.exists() or not out.parent.is_dir()):
         why = "is there already" if out.exists() else "cannot be written: its folder is not there"
         raise UserError(f"{out} {why}. Give --out a new file in a folder that exists.")
-    whole, part = open_pair(teacher, student)
+    sdxl, koala = open_pair(teacher, student)
     stages = []
-    for stage in measure(whole, part):
+    for stage in measure(sdxl, koala):
         stages.append(stage)
         for comparison in stage.comparisons:
-            print(*report(comparison), "", sep="\n", flush=True)
+            say("\n".join((*report(comparison), "")))
     rows = [(found.rows, doubt) for stage in stages for found in stage.comparisons for doubt in found.choice.doubtful]
     if doubtful := [name for name, doubt in rows if doubt]:
         raise UserError(
             f"{len(doubtful)} of {len(rows)} rows are doubtful, margin below {MARGIN} (first: in {doubtful[0]}); "
-            f"expected none. {label(part.path)} may not have been cut out of {label(whole.path)}: give the SDXL that "
+            f"expected none. {label(koala.path)} may not have been cut out of {label(sdxl.path)}: give the SDXL that "
             f"it was. Nothing was written."
         )
-    text = literal(part.layout, kept_layers(stages), kept_transformers(stages))
-    print(text, end="")
+    text = literal(koala.layout, kept_layers(stages), kept_transformers(stages))
+    say(text.rstrip())
     if out:
         try:
             with out.open("x", encoding="utf-8") as file:

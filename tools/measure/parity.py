@@ -1,7 +1,8 @@
-"""Our graph against diffusers' pipeline: same weights, same first noise, fp32 on the CPU.
+"""Our graph against diffusers' pipeline: same weights, same initial noise, fp32 on the CPU.
 
-Each case yields measured differences and the bound it must keep; the tests assert them and ``python3 dev.py parity``
-writes them to docs/parity.md. Runs in a process that has ComfyUI in it (tools/harness/inprocess.py).
+Each case yields measured differences and the bound that each must stay below. The tests assert them, and
+``python3 dev.py parity`` writes them to docs/parity.md. Runs in a process with ComfyUI in it
+(tools/harness/inprocess.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from koala_sdxl.nodes.sample import KoalaSampler, KoalaScheduler
 from tools.measure import reference
 from tools.synthetic import random_weights
 
-REPORT = testhost.ROOT / "docs" / "parity.md"
+PAGE = testhost.ROOT / "docs" / "parity.md"
 PROMPT = "a gray koala on a green background"
 NEGATIVE = "red (blurry)"
 LATENT_BOUND, PIXEL_BOUND, FULL_SIZE_BOUND = 1e-4, 1.0, 1e-5
@@ -102,7 +103,7 @@ def tiny_pipeline() -> Any:
 
 @torch.inference_mode()
 def tiny(case: Case) -> tuple[Row, Row]:
-    """Latents and decoded pictures of one case: differences of the final latents, and of 8-bit channels."""
+    """Latents and decoded images of one case: differences of the final latents, and of 8-bit channels."""
     model, clip, vae = tiny_models()
     positive, negative = KoalaPrompt.execute(clip, PROMPT, case.negative or "", "no style", "reference").result
     shape = (case.batch, 4, case.height // 8, case.width // 8)
@@ -124,7 +125,7 @@ def tiny(case: Case) -> tuple[Row, Row]:
             LATENT_BOUND,
             "latent units",
         ),
-        Row(f"koala-tiny, {case.name}: picture", _largest(pixels, wanted_pixels), PIXEL_BOUND, "of 255"),
+        Row(f"koala-tiny, {case.name}: image", _largest(pixels, wanted_pixels), PIXEL_BOUND, "of 255"),
     )
 
 
@@ -224,17 +225,17 @@ def _reference_latents(case: Case, start: torch.Tensor | None) -> torch.Tensor:
         return pipe(PROMPT, generator=generator, **arguments).images
     img2img = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
     img2img.set_progress_bar_config(disable=True)
-    # a latent is taken as it is; its encoding is compared by giving both sides the picture's mode
+    # a latent is taken as it is; its encoding is compared by giving both sides the image's mode
     latent = pipe.vae.encode(start * 2 - 1).latent_dist.mode() * LATENT_SCALE
     return img2img(PROMPT, image=latent, strength=case.denoise, generator=generator, **arguments).images
 
 
 def _start_image(case: Case) -> torch.Tensor:
-    """A smooth picture, (batch, 3, height, width) in 0..1."""
+    """A smooth image, (batch, 3, height, width) in 0..1."""
     y = torch.linspace(0, 1, case.height).view(1, 1, -1, 1)
     x = torch.linspace(0, 1, case.width).view(1, 1, 1, -1)
-    picture = torch.cat([x.expand(1, 1, case.height, -1), y.expand(1, 1, -1, case.width), (x * y)], 1)
-    return picture.repeat(case.batch, 1, 1, 1)
+    image = torch.cat([x.expand(1, 1, case.height, -1), y.expand(1, 1, -1, case.width), (x * y)], 1)
+    return image.repeat(case.batch, 1, 1, 1)
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -253,8 +254,8 @@ def main(_: list[str]) -> None:
     lines = [
         "# Parity with diffusers",
         "",
-        "Our nodes inside ComfyUI against diffusers' pipelines: same weights, same first noise, fp32 on the CPU.",
-        "Largest absolute difference anywhere in the result, unless it says relative.",
+        "Our nodes inside ComfyUI against diffusers' pipelines: same weights, same initial noise, fp32 on the CPU.",
+        "Largest absolute difference anywhere in the result, except where the unit is relative.",
         "Written by `python3 dev.py parity`.",
         "",
         f"ComfyUI {comfyui}, diffusers {diffusers.__version__}, torch {torch.__version__.split('+')[0]}, "
@@ -267,10 +268,10 @@ def main(_: list[str]) -> None:
         lines.append(
             f"| {row.case} | {row.difference:.2g} | {row.bound:g} | {row.unit} | {'ok' if row.holds else 'NOT MET'} |"
         )
-        print(lines[-1], flush=True)
-    REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(REPORT)
+        testhost.say(lines[-1])
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    testhost.say(str(PAGE))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Full-size models with random weights, laid out as published: for tests that need the size, not the meaning.
 
-KOALA folders, an SDXL checkpoint, and adapters for SDXL. They are kept in the cache beside the test host, 11 GB in all,
+KOALA folders, an SDXL checkpoint, and adapters for SDXL. They are in the cache beside the test host, 11 GB in all,
 and made once in about two minutes.
 """
 
@@ -100,7 +100,7 @@ def unet_state(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _once(name: str, write: Callable[[Path], None]) -> Path:
-    """The cached folder of that name; made aside and renamed, so that half a folder is never taken for a whole one."""
+    """The cached folder of that name; made aside and renamed, so that an incomplete folder is never used."""
     target = testhost.cache_folder() / "random-weights-2" / name
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command line of the benchmark: sections are measured, kept, and the report is written anew.
+"""The command line of the benchmark: sections are measured, their figures added, and the report is written.
 
 Usage: python3 dev.py bench [SECTION ...] [--repeats N] [--device cpu|cuda]
        python3 dev.py bench search --full N [--sampler NAME]
@@ -13,7 +13,7 @@ from pathlib import Path
 from tools import commands
 from tools.commands import REPORT, SEARCH
 from tools.harness.errors import UserError
-from tools.harness.testhost import ROOT
+from tools.harness.testhost import ROOT, say
 from tools.measure.bench import report, search, store
 from tools.measure.bench.process import NO_ENGINE, Worker
 from tools.measure.bench.sections import SECTIONS, Bench
@@ -23,7 +23,7 @@ CPU_ONLY = ("quality",)
 
 
 def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
-    """Measure sections in that order, keep each as soon as it is done, and write the report. Returns its path.
+    """Measure sections in that order, add each as soon as it is done, and write the report. Returns its path.
 
     Raises UserError where there is no such device, or a worker fails.
     """
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
         search.run(options.full, options.sampler)
         return
     bench = Bench(options.device, options.repeats)
-    print(run(chosen(options.sections, options.device), bench, ROOT / "docs"))
+    say(str(run(chosen(options.sections, options.device), bench, ROOT / "docs")))
 
 
 if __name__ == "__main__":

@@ -117,8 +117,8 @@ class RandomSDXL(Stock):
         config = comfy.supported_models.SDXL(koala_loader.unet_config(SDXL))
         wanted = torch.float16 if device.type == "cuda" else torch.float32
         fits = management.get_free_memory(device) > ROOM
-        kept = wanted if fits or device.type == "cuda" else torch.bfloat16
-        config.set_inference_dtype(kept, None if kept == wanted else wanted)
+        stored = wanted if fits or device.type == "cuda" else torch.bfloat16
+        config.set_inference_dtype(stored, None if stored == wanted else wanted)
         model = config.get_model({}, "")
         for name, weights in model.diffusion_model.named_parameters():
             if weights.ndim > 1:
@@ -129,7 +129,7 @@ class RandomSDXL(Stock):
         self.model = comfy.model_patcher.ModelPatcher(
             model, load_device=device, offload_device=management.unet_offload_device()
         )
-        self.model.size = parameters(SDXL) * kept.itemsize
+        self.model.size = parameters(SDXL) * stored.itemsize
 
 
 def conditioning(todo: Job, row: int) -> list[Any]:

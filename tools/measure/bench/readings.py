@@ -41,7 +41,7 @@ def load_ratio(sections: Sections, other: str, what: str = "everything") -> Spre
 
 
 def load_peak(sections: Sections, what: str, kind: str) -> float:
-    """Memory of the pack's loading above what the process had before, over the weights as they are kept."""
+    """Memory of the pack's loading above what the process used before, over the size of the weights."""
     runs = figures(sections, "load")[what]["pack"]
     return max(run["above"][kind] / run["weights"] for run in runs)
 

@@ -1,4 +1,4 @@
-"""Whole runs of samplers, in one process that has a MODEL of the pack's loader and one of the stock loader."""
+"""Runs of samplers, in one process that has a MODEL of the pack's loader and one of the stock loader."""
 
 from __future__ import annotations
 

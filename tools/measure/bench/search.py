@@ -12,6 +12,7 @@ from typing import Any
 from koala_sdxl.host.accelerate.plan import FIRST, OFF, REUSE, Acceleration, Reuse, full_steps
 from koala_sdxl.koala.schedule import schedule
 from tools.harness.errors import UserError
+from tools.harness.testhost import say
 
 Table = tuple[int, ...]
 STEPS = 25
@@ -67,7 +68,7 @@ def run(full: int, sampler: str) -> None:
     first = start(full, sigmas, [table for reuse in REUSE.values() for table in reuse if table])
     for table, psnr in better(first, sigmas, scorer(sampler, sigmas)):
         levels = ", ".join(f"{sigmas[step]:.4g}" for step in table)
-        print(f"{psnr:.2f} dB  steps {', '.join(map(str, table))}  sigmas {levels}", flush=True)
+        say(f"{psnr:.2f} dB  steps {', '.join(map(str, table))}  sigmas {levels}")
 
 
 def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 
+from tools.harness import testhost
 from tools.harness.assets import SHIPPED
 from tools.measure.bench import published
 from tools.measure.bench.process import NO_ENGINE, Worker
@@ -81,7 +82,7 @@ class Bench:
 
     @property
     def sampled(self) -> tuple[str, ...]:
-        """The ways of a whole run: on a GPU variants differ by their reuse alone."""
+        """The ways of sampling: on a GPU variants differ by their reuse alone."""
         return (*WAYS[:2], *PRESETS) if self.device == "cuda" else WAYS
 
     @property
@@ -143,7 +144,7 @@ def decode(bench: Bench) -> Figures:
 
 
 def sample(bench: Bench) -> Figures:
-    """Whole runs, ways in turn: 25 steps at 512 px; and many short ones for what KOALA Sampler adds to KSampler."""
+    """Sampling, ways in turn: 25 steps at 512 px; and many short runs for what KOALA Sampler adds to KSampler."""
     with _folder() as folder, Worker(NO_ENGINE, bench.device) as worker:
         runs: dict[str, list[float]] = defaultdict(list)
         said = {}
@@ -171,7 +172,7 @@ def sample(bench: Bench) -> Figures:
 
 
 def memory(bench: Bench) -> Figures:
-    """The most memory of a whole life: loading everything, two steps and decoding at 512 px, each its own process."""
+    """Peak memory of loading everything, two steps and decoding at 512 px, each engine in a process of its own."""
     found: Figures = defaultdict(list)
     with _folder() as folder:
         published.read_once(folder)
@@ -286,4 +287,4 @@ def _differences(ways: Ways, task: str, arguments: Figures) -> dict[str, float]:
 
 def say(section: str, what: str, figure: float, unit: str = "s") -> None:
     """Show that something is going on."""
-    print(f"{section}: {what}: {figure:.3g} {unit}", flush=True)
+    testhost.say(f"{section}: {what}: {figure:.3g} {unit}")
