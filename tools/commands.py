@@ -63,6 +63,13 @@ def demo_options(parser: argparse.ArgumentParser) -> None:
     host_options(parser)
 
 
+def test_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py test``."""
+    parser.add_argument(
+        "--all", action="store_true", help="the tests marked nightly, too: older ComfyUI releases, fresh environments"
+    )
+
+
 def generate_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py generate``."""
     parser.add_argument(
@@ -140,8 +147,9 @@ COMMANDS = {
     "serve": Command("start ComfyUI with the pack and leave it running", "tools.demo:serve_main", host_options),
     "test": Command(
         "ruff, mypy, imports, generated files, the registry's checks, then pytest",
-        "tools.check.checks:run",
-        epilog="All arguments go to pytest, such as: dev.py test tests/unit -k lineage",
+        "tools.check.checks:main",
+        test_options,
+        epilog="All other arguments go to pytest, such as: dev.py test tests/unit -k lineage",
         passes_on="pytest",
     ),
     "check": Command("show packages, their imports and circles; check the layers", "tools.check.structure:main"),
@@ -193,7 +201,7 @@ def _declare(command: Command, parser: argparse.ArgumentParser) -> argparse.Argu
     parser.description = command.help[0].upper() + command.help[1:] + "."
     parser.epilog = command.epilog
     if command.passes_on:
-        parser.usage = f"%(prog)s [-h] [argument of {command.passes_on} ...]"
+        parser.usage = f"%(prog)s [-h] [options] [argument of {command.passes_on} ...]"
     command.add_options(parser)
     return parser
 

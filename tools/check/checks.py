@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tools import PACK
+from tools import PACK, commands
 from tools.check import gates, structure
 from tools.harness.testhost import ROOT, say
 
@@ -17,10 +17,17 @@ PROCESSES = 2  # of pytest; more would be full-size models twice at a time
 CONFIG = str(ROOT / "pyproject.toml")
 
 
-def run(pytest_arguments: Sequence[str]) -> int:
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status."""
+    options, further = commands.parser("test").parse_known_args(arguments)
+    return run(further, options.all)
+
+
+def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     """Run the checks, then the tests; stops at the first that fails and returns its exit status.
 
-    The last line of output is pytest's summary, if it comes to that.
+    Without ``everything`` the tests marked nightly are left out. The last line of output is pytest's summary, if it
+    comes to that.
     """
     for title, check in (
         ("ruff check", lint),
@@ -39,7 +46,8 @@ def run(pytest_arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
     # tests/conftest.py shares folders out; in the order of their names both processes end at about the same time
     sharing = [f"--numprocesses={PROCESSES}", "--dist=loadscope", "--no-loadscope-reorder"]
-    return pytest.main([*sharing, *pytest_arguments])
+    marked = [] if everything else ["-m", "not nightly"]
+    return pytest.main([*sharing, *marked, *pytest_arguments])
 
 
 def lint() -> int:
