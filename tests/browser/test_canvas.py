@@ -4,50 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from playwright.sync_api import Browser, Page
 
-from koala_sdxl.koala.releases import BASE, LIGHTNING
 from koala_sdxl.koala.schedule import schedule
+from tests.browser.canvas import FOLDER, Shoot, add, click_title, connect, overlaps, workflow
 from tools.harness import browser
 from tools.harness.client import Client
 from tools.harness.server import Server
 from tools.harness.testhost import ROOT
 
-FOLDER = ROOT / "example_workflows"
 WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
 NODES = sorted(
     found for path in (ROOT / "nodes").glob("*.py") for found in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))
 )
-Shoot = Callable[[str], Any]
-SWAP = "Swap U-Net for KOALA"
-
-
-def workflow(title: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((FOLDER / f"{title}.json").read_text("utf-8"))
-    return loaded
-
-
-def without_swap() -> dict[str, Any]:
-    """The shipped SDXL graph as it was before the swap, with SDXL's usual settings."""
-    saved = workflow("KOALA-700M in an SDXL graph")
-    by_type = {node["type"]: node for node in saved["nodes"]}
-    loader, swap, sampler = (by_type[kind] for kind in ("CheckpointLoaderSimple", "KoalaUNetSwap", "KSampler"))
-    into, out = (next(link for link in saved["links"] if swap["id"] == link[end]) for end in (3, 1))
-    out[1:3] = [loader["id"], 0]
-    saved["links"].remove(into)
-    saved["nodes"].remove(swap)
-    loader["outputs"][0]["links"] = [out[0]]
-    assert out[3] == sampler["id"]
-    sampler["widgets_values"][2:6] = [30, 6.0, "dpmpp_2m", "karras"]
-    return saved
-
-
-def one(page: Page, kind: str) -> dict[str, Any]:
-    (found,) = [node for node in browser.nodes(page) if node["type"] == kind]
-    return found
 
 
 # --- find ---------------------------------------------------------------------------------------------------------
@@ -112,33 +83,6 @@ def test_koala_tiny_draws_from_the_canvas_and_its_picture_brings_the_graph_back(
     assert [node["type"] for node in browser.nodes(page)] == [node["type"] for node in before]
     browser.run(page)
     assert page.evaluate("() => window.koalaDone") == "execution_success"
-
-
-def add(page: Page, kind: str, **values: Any) -> int:
-    """Put a node on the canvas and set its widgets; returns its id."""
-    number: int = page.evaluate(
-        """([kind, values]) => {
-            const node = LiteGraph.createNode(kind);
-            const nodes = window.app.rootGraph.nodes;
-            node.pos = [nodes.length ? Math.max(...nodes.map((known) => known.pos[0] + known.size[0])) + 60 : 200, 200];
-            window.app.rootGraph.add(node);
-            for (const [name, value] of Object.entries(values)) {
-                const widget = node.widgets.find((known) => known.name === name);
-                widget.value = value;
-                widget.callback?.(value);
-            }
-            return node.id; }""",
-        [kind, values],
-    )
-    return number
-
-
-def connect(page: Page, source: int, output: int, target: int, name: str) -> None:
-    page.evaluate(
-        """([source, output, target, name]) => { const graph = window.app.rootGraph;
-            graph.getNodeById(source).connect(output, graph.getNodeById(target), name); }""",
-        [source, output, target, name],
-    )
 
 
 def test_curve_bars_and_badge_are_drawn_with_the_right_numbers(page: Page, shoot: Shoot, nodes_2: bool) -> None:
@@ -239,120 +183,6 @@ def test_an_error_is_read_in_the_error_panel(page: Page, shoot: Shoot) -> None:
     message = page.get_by_text("koala-700m.fp16.safetensors is empty; expected a .safetensors file of KOALA weights")
     message.first.wait_for()
     shoot("error")
-
-
-# --- swap ---------------------------------------------------------------------------------------------------------
-
-
-def overlaps(page: Page) -> list[list[str]]:
-    """Pairs of nodes that stand on each other."""
-    found: list[list[str]] = page.evaluate(
-        """() => { const nodes = window.app.rootGraph.nodes; const on = (a, b) =>
-                a.pos[0] < b.pos[0] + b.size[0] && b.pos[0] < a.pos[0] + a.size[0] &&
-                a.pos[1] - 30 < b.pos[1] + b.size[1] && b.pos[1] - 30 < a.pos[1] + a.size[1];
-            const others = (a, at) => nodes.slice(at + 1).filter((b) => on(a, b));
-            return nodes.flatMap((a, at) => others(a, at).map((b) => [a.type, b.type])); }"""
-    )
-    return found
-
-
-def start_history(page: Page) -> None:
-    """What is on the canvas now is what undo comes back to."""
-    page.evaluate(
-        """() => { const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker;
-            tracker.checkState(); tracker.reset(); tracker.undoQueue.length = 0; }"""
-    )
-
-
-def undo(page: Page, key: str = "z") -> None:
-    page.evaluate(
-        "(redo) => window.app.extensionManager.command.execute(redo ? 'Comfy.Redo' : 'Comfy.Undo')", key != "z"
-    )
-    page.wait_for_timeout(700)
-
-
-def test_swap_from_the_nodes_menu_undo_redo(page: Page, shoot: Shoot) -> None:
-    browser.open_workflow(page, without_swap())
-    start_history(page)
-    before = browser.nodes(page)
-    click_title(page, "KSampler", button="right")
-    assert page.get_by_text(SWAP, exact=True).count() == 0
-    page.keyboard.press("Escape")
-    click_title(page, "CheckpointLoaderSimple", button="right")
-    shoot("swap-menu")
-    page.get_by_text(SWAP, exact=True).last.click()
-    page.wait_for_timeout(700)
-    browser.see_all(page)
-    shoot("swapped")
-    swapped = browser.nodes(page)
-    swap, sampler = one(page, "KoalaUNetSwap"), one(page, "KSampler")
-    assert overlaps(page) == []
-    assert swap["inputs"]["model"] == one(page, "CheckpointLoaderSimple")["id"]
-    assert sampler["inputs"]["model"] == swap["id"]
-    assert swap["widgets"]["unet_name"] == "koala-700m.fp16.safetensors"
-    base = BASE.settings
-    assert [sampler["widgets"][name] for name in ("steps", "cfg", "sampler_name", "scheduler")] == [
-        base.steps, base.cfg, "euler", "ddim_uniform",
-    ]  # fmt: skip
-    others = {"KoalaUNetSwap", "KSampler"}
-    assert [node for node in swapped if node["type"] not in others] == [
-        node for node in before if node["type"] not in others
-    ]
-    undo(page)
-    assert browser.nodes(page) == before
-    undo(page, "y")
-    assert {node["type"] for node in browser.nodes(page)} == {node["type"] for node in swapped}
-    assert one(page, "KSampler")["widgets"]["scheduler"] == "ddim_uniform"
-
-
-def click_title(page: Page, kind: str, button: Any = "left") -> None:
-    """Click a node's title."""
-    x, y = page.evaluate(
-        """(kind) => { const node = window.app.rootGraph.nodes.find((known) => known.type === kind);
-            return window.app.canvasPosToClientPos([node.pos[0] + 60, node.pos[1] - 12]); }""",
-        kind,
-    )
-    page.mouse.click(x, y, button=button)
-    page.wait_for_timeout(600)
-
-
-def test_swap_by_the_selections_toolbox(page: Page, shoot: Shoot) -> None:
-    browser.open_workflow(page, without_swap())
-    click_title(page, "KSampler")
-    assert page.get_by_role("button", name=SWAP).count() == 0
-    click_title(page, "CheckpointLoaderSimple")
-    shoot("swap-toolbox")
-    page.get_by_role("button", name=SWAP).click()
-    page.wait_for_timeout(500)
-    assert one(page, "KSampler")["inputs"]["model"] == one(page, "KoalaUNetSwap")["id"]
-    # a second time there is nothing left to swap, and that is said
-    page.evaluate("() => window.app.extensionManager.command.execute('KOALA.SwapUNet')")
-    page.get_by_text("is already followed by KOALA U-Net Swap").wait_for()
-    assert len([node for node in browser.nodes(page) if node["type"] == "KoalaUNetSwap"]) == 1
-
-
-def test_lightnings_settings_come_with_its_file(client: Client, files: None) -> None:
-    inputs = client.object_info()["KoalaUNetSwap"]["input"]["required"]
-    published = inputs["unet_name"][1]["koala_published"]
-    fast = LIGHTNING.settings
-    wanted = {"steps": fast.steps, "cfg": fast.cfg, "sampler_name": "euler", "scheduler": "simple"}
-    assert published["koala-lightning-700m.fp16.safetensors"] == wanted
-
-
-def test_a_text_to_image_graph_is_inserted_and_runs(page: Page, shoot: Shoot) -> None:
-    start_history(page)
-    page.evaluate("() => window.app.extensionManager.command.execute('KOALA.InsertTextToImage')")
-    page.wait_for_function("() => window.app.rootGraph.nodes.length > 5")
-    page.wait_for_timeout(500)
-    types = [node["type"] for node in workflow("KOALA-tiny text to image")["nodes"]]
-    assert [node["type"] for node in browser.nodes(page)] == types
-    undo(page)
-    assert browser.nodes(page) == []
-    undo(page, "y")
-    browser.see_all(page)
-    shoot("inserted")
-    browser.run(page)
-    assert page.evaluate("() => window.koalaDone") == "execution_success"
 
 
 # --- templates and help --------------------------------------------------------------------------------------------

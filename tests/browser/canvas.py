@@ -1,0 +1,69 @@
+"""What the tests of the canvas share: saved workflows, and what a person does with nodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from playwright.sync_api import Page
+
+from tools.harness.testhost import ROOT
+
+FOLDER = ROOT / "example_workflows"
+Shoot = Callable[[str], Any]
+
+
+def workflow(title: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((FOLDER / f"{title}.json").read_text("utf-8"))
+    return loaded
+
+
+def add(page: Page, kind: str, **values: Any) -> int:
+    """Put a node on the canvas and set its widgets; returns its id."""
+    number: int = page.evaluate(
+        """([kind, values]) => {
+            const node = LiteGraph.createNode(kind);
+            const nodes = window.app.rootGraph.nodes;
+            node.pos = [nodes.length ? Math.max(...nodes.map((known) => known.pos[0] + known.size[0])) + 60 : 200, 200];
+            window.app.rootGraph.add(node);
+            for (const [name, value] of Object.entries(values)) {
+                const widget = node.widgets.find((known) => known.name === name);
+                widget.value = value;
+                widget.callback?.(value);
+            }
+            return node.id; }""",
+        [kind, values],
+    )
+    return number
+
+
+def connect(page: Page, source: int, output: int, target: int, name: str) -> None:
+    page.evaluate(
+        """([source, output, target, name]) => { const graph = window.app.rootGraph;
+            graph.getNodeById(source).connect(output, graph.getNodeById(target), name); }""",
+        [source, output, target, name],
+    )
+
+
+def overlaps(page: Page) -> list[list[str]]:
+    """Pairs of nodes that stand on each other."""
+    found: list[list[str]] = page.evaluate(
+        """() => { const nodes = window.app.rootGraph.nodes; const on = (a, b) =>
+                a.pos[0] < b.pos[0] + b.size[0] && b.pos[0] < a.pos[0] + a.size[0] &&
+                a.pos[1] - 30 < b.pos[1] + b.size[1] && b.pos[1] - 30 < a.pos[1] + a.size[1];
+            const others = (a, at) => nodes.slice(at + 1).filter((b) => on(a, b));
+            return nodes.flatMap((a, at) => others(a, at).map((b) => [a.type, b.type])); }"""
+    )
+    return found
+
+
+def click_title(page: Page, kind: str, button: Any = "left") -> None:
+    """Click a node's title."""
+    x, y = page.evaluate(
+        """(kind) => { const node = window.app.rootGraph.nodes.find((known) => known.type === kind);
+            return window.app.canvasPosToClientPos([node.pos[0] + 60, node.pos[1] - 12]); }""",
+        kind,
+    )
+    page.mouse.click(x, y, button=button)
+    page.wait_for_timeout(600)
