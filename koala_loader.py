@@ -45,7 +45,7 @@ from .koala.model_info import facts_of
 
 BUILT_IN = Path(__file__).parent / "assets" / "koala-tiny.safetensors"
 TILES = (64, 32, 16)
-"""Sides of the tiles, in latents, in which a picture is decoded that is too large to be decoded whole."""
+"""Sides, in latents, of the tiles in which an image is decoded that is too large to be decoded at once."""
 
 Loaded = tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]
 
@@ -60,8 +60,15 @@ class Vae(comfy.sd.VAE):
     """The host's VAE, which also decodes in tiles on a CPU, where no error tells that memory is short."""
 
     def decode(self, samples_in: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        """A latent [N, 4, h, w] as a picture [N, 8h, 8w, 3] in 0..1; in tiles where the host's estimate of the memory
-        that the whole takes is more than the machine has free."""
+        """Decode latents.
+
+        In tiles where the host's estimate of the memory that the full size takes is more than the machine has free.
+
+        Args:
+            samples_in: (N, 4, h, w).
+
+        Returns: an image (N, 8h, 8w, 3) in 0..1.
+        """
         tile = None
         if comfy.model_management.is_device_cpu(self.device):
             height, width = samples_in.shape[-2:]
@@ -71,17 +78,21 @@ class Vae(comfy.sd.VAE):
         if tile is None:
             return super().decode(samples_in, *arguments, **options)
         logging.info(
-            f"KOALA: decoding {8 * width}x{8 * height} pixels in tiles of {8 * tile}: the whole may take "
+            f"KOALA: decoding {8 * width}x{8 * height} pixels in tiles of {8 * tile}: the full size may take "
             f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB."
         )
         return self.decode_tiled(samples_in, tile_x=tile, tile_y=tile, overlap=tile // 4)
 
 
 def decode_tile(height: int, width: int, need: float, free: float) -> int | None:
-    """Side of the tiles in which to decode a latent of this size, None to decode it whole.
+    """Side, in latents, of the tiles in which to decode a latent; None to decode it at once.
 
-    ``need`` is what the whole takes, ``free`` what there is, in bytes; of the tiles that fit the largest is taken, or
-    else the smallest. A tile takes as much of ``need`` as it has of the area.
+    The largest tile that fits is taken, or else the smallest. A tile takes as much of ``need`` as it has of the area.
+
+    Args:
+        height, width: of the latent.
+        need: bytes that decoding it at once takes.
+        free: bytes of free memory.
     """
     if need <= free:
         return None
@@ -166,7 +177,7 @@ def _shared(
     """The patcher that was built of the same sources, where anyone still has a clone of it, or else a new one.
 
     A file that was replaced since is another source; and what was made in PyTorch's inference mode, in which nodes run,
-    is of no use to who trains outside it.
+    is of no use for training outside it.
     """
     files = [source.path.stat() for source in sources]
     places = ((source.path, source.prefix) for source in sources)
@@ -202,20 +213,20 @@ def _unet_patcher(
     management = comfy.model_management
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     config = comfy.supported_models.SDXL(unet_config(unet.layout))
-    kept = dtype or management.unet_dtype(
+    weight_dtype = dtype or management.unet_dtype(
         model_params=keys.parameters(unet.layout),
         supported_dtypes=config.supported_inference_dtypes,
         weight_dtype=TORCH_DTYPES[unet.dtype],
     )
-    cast = management.unet_manual_cast(kept, device, config.supported_inference_dtypes)
-    config.set_inference_dtype(kept, cast)
+    cast = management.unet_manual_cast(weight_dtype, device, config.supported_inference_dtypes)
+    config.set_inference_dtype(weight_dtype, cast)
     model = config.get_model({}, "")
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     names = keys.renaming(unet.layout, unet.numbering, "comfy")
-    weights = read(unet, kept)
+    weights = read(unet, weight_dtype)
     _fill(model.diffusion_model, {names[name]: tensor for name, tensor in weights.items()}, patcher)
     patcher.cached_patcher_init = (_unet_patcher, (unet, dtype))
     return patcher
@@ -305,7 +316,7 @@ def _fill(
 
 
 def _read_text(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A text encoder's tensors under transformers' names, wherever they lie."""
+    """A text encoder's tensors under transformers' names, from a file of its own or a checkpoint."""
     weights = read(source, dtype)
     if source.prefix == CLIP_PREFIXES[1]:  # open_clip's names
         weights = {key.removeprefix("model."): tensor for key, tensor in weights.items()}

@@ -13,15 +13,21 @@ def badge(facts: ModelFacts) -> str:
     return f"{name(facts.layout)} {facts.identity.variant.name} · {millions:,.0f}M · {_percent(facts)} of SDXL"
 
 
-def report(facts: ModelFacts, kept_dtype: str, kept_bytes: int) -> str:
-    """A short text for a person: one fact a line. ``kept_...``: how the host keeps the U-Net's weights in memory."""
+def report(facts: ModelFacts, memory_dtype: str, memory_bytes: int) -> str:
+    """One fact a line.
+
+    Args:
+        facts: of the model.
+        memory_dtype: our name of the type that its U-Net's weights have in memory.
+        memory_bytes: bytes that they take.
+    """
     settings = facts.settings
     sure = "" if facts.identity.certain else " (assumed)"
     return "\n".join(
         (
             f"{name(facts.layout)} from {facts.source}",
             f"U-Net: {parameters(facts.layout):,} parameters, {_percent(facts)} of SDXL's {parameters(SDXL):,}",
-            f"weights: {facts.dtype}, {_megabytes(facts.bytes)}; in memory {kept_dtype}, {_megabytes(kept_bytes)}",
+            f"weights: {facts.dtype}, {_megabytes(facts.bytes)}; in memory {memory_dtype}, {_megabytes(memory_bytes)}",
             f"variant: {facts.identity.variant.name}{sure}: {facts.identity.evidence}",
             f"recommended: {settings}, sampler euler, {facts.side} x {facts.side} px",
         )

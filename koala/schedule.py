@@ -29,9 +29,13 @@ def schedule(
 ) -> Schedule:
     """Sigmas of diffusers' ``EulerDiscreteScheduler`` for any number of steps, and how it scales the first noise.
 
-    ``denoise`` below 1 keeps the last ``int(steps * denoise)`` steps, as the image-to-image pipeline's ``strength``
-    does, and noise is then scaled by the first sigma (``add_noise``). A whole schedule scales it by
-    ``init_noise_sigma``: sqrt(sigma^2 + 1) for leading, sigma for trailing and linspace.
+    Args:
+        steps: of a full schedule.
+        spacing: which timesteps it takes.
+        denoise: below 1 it keeps the last ``int(steps * denoise)`` steps, as the image-to-image pipeline's
+            ``strength`` does, and noise is then scaled by the first sigma (``add_noise``). A full schedule scales it by
+            ``init_noise_sigma``: sqrt(sigma^2 + 1) for leading, sigma for trailing and linspace.
+        config: the model's scheduler_config.json.
 
     Raises:
         ValueError: ``denoise`` leaves no step.
@@ -41,13 +45,13 @@ def schedule(
 
     scheduler = EulerDiscreteScheduler.from_config(dict(config), timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    kept = min(int(steps * denoise), steps)
-    if kept < 1:
+    remaining = min(int(steps * denoise), steps)
+    if remaining < 1:
         least = ceil(100 / steps) / 100  # the nodes' inputs have two decimals
         raise ValueError(
             f"denoise {denoise:g} of {steps} steps leaves no step to run: raise denoise to at least {least:g}, "
             f"or take more steps."
         )
-    sigmas = scheduler.sigmas[steps - kept :].float().cpu()
-    whole = kept == steps
-    return Schedule(sigmas, whole and bool(scheduler.init_noise_sigma > sigmas[0]))
+    sigmas = scheduler.sigmas[steps - remaining :].float().cpu()
+    is_full = remaining == steps
+    return Schedule(sigmas, is_full and bool(scheduler.init_noise_sigma > sigmas[0]))

@@ -70,5 +70,5 @@ def hook_lora(
 
 def _read(model: Model, path: Path, trained_on: TrainedOn, fold: bool) -> tuple[Plan, dict[str, Any]]:
     facts = model_facts(model)
-    plan = inspect_lora(path, facts.layout, trained_on, fold, facts.kept)
+    plan = inspect_lora(path, facts.layout, trained_on, fold, facts.kept_transformers)
     return plan, comfy.utils.load_torch_file(str(path), safe_load=True)

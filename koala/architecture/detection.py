@@ -13,7 +13,7 @@ _ENDS: dict[str, tuple[str, str, str]] = {
     "diffusers": ("conv_in.weight", "conv_out.weight", "add_embedding.linear_1.weight"),
     "comfy": ("input_blocks.0.0.weight", "out.2.weight", "label_emb.0.0.weight"),
 }
-"""The tensors that tell the input, output and added channels: their names in each numbering."""
+"""Names, in each numbering, of the tensors from which input, output and added channels are read."""
 
 
 def read_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
@@ -27,7 +27,7 @@ def read_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
     conv_in, conv_out, added = _ENDS[numbering]
     stages = _read_diffusers(found) if numbering == "diffusers" else _read_comfy(found)
     if not all(stages.down) or [len(s) for s in stages.up] != [len(s) + 1 for s in reversed(stages.down)]:
-        raise ValueError("the way up does not mirror the way down")
+        raise ValueError("its up blocks do not mirror its down blocks")
     context = next((shape[1] for name, shape in found.items() if name.endswith("attn2.to_k.weight")), None)
     if context is None:
         raise ValueError("no cross-attention")
@@ -57,7 +57,7 @@ def find_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering] | None:
 
 
 def guess_numbering(found: Iterable[str]) -> Numbering:
-    """``diffusers`` or ``comfy`` by the block names alone (``script`` can only be told from the layout).
+    """``diffusers`` or ``comfy`` by the block names alone (``script`` can only be recognised by the layout).
 
     Raises ValueError where neither is found.
     """

@@ -37,6 +37,7 @@ class Layout:
 
     @property
     def time_width(self) -> int:
+        """Width of the timestep embedding."""
         return 4 * self.channels[0]
 
     @property
@@ -92,7 +93,7 @@ KOALA_NAMES: dict[Layout, str] = {
 def blocks(layout: Layout) -> Iterator[Block]:
     """Yield the layout's residual layers and resamplers with their channel counts, in forward order.
 
-    Mirrors the U-Net's skip connections: every output of the way down is concatenated once on the way up.
+    Mirrors the U-Net's skip connections: every output of the down blocks is concatenated once in the up blocks.
     """
     skips = [layout.channels[0]]
     width, n, last = layout.channels[0], 1, len(layout.channels) - 1
@@ -121,9 +122,9 @@ def blocks(layout: Layout) -> Iterator[Block]:
             yield Block("upsample", "up", stage, 0, n - 1, width, width)
 
 
-def is_subnetwork(part: Layout, whole: Layout = SDXL) -> bool:
-    """True if ``part`` can be cut out of ``whole`` by dropping layers and transformer blocks; widths may differ, but
-    not the latent's channels."""
+def is_subnetwork(student: Layout, teacher: Layout = SDXL) -> bool:
+    """Whether ``student`` can be cut out of ``teacher`` by removing layers and transformer blocks; widths may differ,
+    but not the latent's channels."""
 
     def fits(small: tuple[tuple[int, ...], ...], big: tuple[tuple[int, ...], ...]) -> bool:
         return len(small) == len(big) and all(
@@ -132,10 +133,10 @@ def is_subnetwork(part: Layout, whole: Layout = SDXL) -> bool:
         )
 
     return (
-        (part.in_channels, part.out_channels) == (whole.in_channels, whole.out_channels)
-        and fits(part.down, whole.down)
-        and fits(part.up, whole.up)
-        and (part.middle or 0) <= (whole.middle or 0)
+        (student.in_channels, student.out_channels) == (teacher.in_channels, teacher.out_channels)
+        and fits(student.down, teacher.down)
+        and fits(student.up, teacher.up)
+        and (student.middle or 0) <= (teacher.middle or 0)
     )
 
 

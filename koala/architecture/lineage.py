@@ -50,7 +50,7 @@ KEPT_TRANSFORMERS: dict[Layout, dict[str, tuple[int, ...]]] = {
 """SDXL's index of each transformer block that an attention module kept. That 700M and 1B kept the FIRST five and six of
 ten is an assumption: shapes cannot tell. `python3 dev.py lineage` measures it on real weights and writes this table."""
 
-Kept = Mapping[str, tuple[int, ...]]
+KeptTransformers = Mapping[str, tuple[int, ...]]
 """Attention module of a student (diffusers name) -> the teacher's index of each of its transformer blocks."""
 BlockId = tuple[str, int]
 """A block as ComfyUI names it while it runs: ("input", 4), ("middle", 0), ("output", 2)."""
@@ -65,23 +65,23 @@ class Lineage:
     """A compact U-Net as it was cut out of one with SDXL's layers and the same widths.
 
     The layout alone determines ``teacher``, ``blocks``, ``depths``, ``attention_order`` and ``skips``. All else needs
-    ``kept``, and raises ValueError where that is None: unknown.
+    ``kept_transformers``, and raises ValueError where that is None: unknown.
     """
 
     student: Layout
-    kept: Kept | None = None
+    kept_transformers: KeptTransformers | None = None
 
     @property
-    def transformers(self) -> Kept:
+    def transformers(self) -> KeptTransformers:
         """The teacher's index of each transformer block, by attention module. Raises ValueError where it is unknown."""
-        if self.kept is None:
+        if self.kept_transformers is None:
             known = ", ".join(map(name, KEPT_TRANSFORMERS))
             raise ValueError(
                 f"no table says which of SDXL's transformer blocks the {name(self.student)} kept; expected one of "
                 f"{known}, or a file whose metadata koala.transformers says it. Without that, LoRAs and attention "
                 f"patches made for SDXL cannot be applied to this model; ControlNets can."
             )
-        return self.kept
+        return self.kept_transformers
 
     @property
     def teacher(self) -> Layout:
@@ -93,8 +93,8 @@ class Lineage:
             lambda at: f"{at[1]}_blocks.{at[2]}.{at[3]}.{self._layer(at[1], int(at[2]), int(at[4]))}", module
         )
         if inner := _TRANSFORMER.match(module):
-            kept = self.transformers[inner[1]][int(inner[2])]
-            origin = re.sub(r"transformer_blocks\.\d+", f"transformer_blocks.{kept}", origin)
+            index = self.transformers[inner[1]][int(inner[2])]
+            origin = re.sub(r"transformer_blocks\.\d+", f"transformer_blocks.{index}", origin)
         return origin
 
     def _layer(self, part: str, stage: int, layer: int) -> int:
@@ -114,7 +114,7 @@ class Lineage:
 
     def cut(self, weights: Mapping[str, Item], numbering: Numbering) -> dict[str, Item]:
         """The student's weights out of the teacher's, same numbering, nothing copied."""
-        return {kept: weights[whole] for whole, kept in self.names(numbering).items()}
+        return {student: weights[teacher] for teacher, student in self.names(numbering).items()}
 
     @cached_property
     def neighbours(self) -> dict[str, str]:
@@ -170,15 +170,17 @@ class Lineage:
         return tuple(whole_last - takers[last - skip] for skip in range(len(takers)))
 
 
-def lineage(layout: Layout, kept: Kept | None = None) -> Lineage:
+def lineage(layout: Layout, kept_transformers: KeptTransformers | None = None) -> Lineage:
     """The lineage of a U-Net, at SDXL's widths or at any other.
 
-    ``kept``: which transformer blocks its file says that it kept; without it the table is asked, and where that does
-    not have the layout either, ``Lineage.kept`` is None. Raises ValueError for a layout that cannot be cut out of SDXL.
+    ``kept_transformers``: which transformer blocks its file says that it kept. Without it ``KEPT_TRANSFORMERS`` is
+    looked up; a layout that is not there either has a ``Lineage`` whose ``kept_transformers`` is None.
+
+    Raises ValueError for a layout that cannot be cut out of SDXL.
     """
     if not is_subnetwork(layout):
         raise ValueError(f"the {name(layout)} cannot be cut out of SDXL; expected SDXL's layers or fewer.")
-    return Lineage(layout, kept or KEPT_TRANSFORMERS.get(at_widths_of(SDXL, layout)))
+    return Lineage(layout, kept_transformers or KEPT_TRANSFORMERS.get(at_widths_of(SDXL, layout)))
 
 
 def is_teacher(layout: Layout) -> bool:
@@ -203,7 +205,7 @@ def depths_in_teacher(layout: Layout) -> dict[str, int]:
     return {module: wholes.get(bare.ancestor(module), 0) for module in attention_depths(layout)}
 
 
-def check_kept(layout: Layout, kept: Kept) -> None:
+def check_kept(layout: Layout, kept: KeptTransformers) -> None:
     """Check that ``kept`` has for each attention module of a student as many of the teacher's blocks as it has itself,
     in order. Raises ValueError naming the first that does not fit."""
     depths, wholes = attention_depths(layout), depths_in_teacher(layout)

@@ -1,4 +1,4 @@
-"""What a saved model says of itself: ModelSpec metadata, and the configurations of a diffusers folder.
+"""What is written with a model: ModelSpec metadata, and the configurations of a diffusers folder.
 
 A folder is what ``StableDiffusionXLPipeline.save_pretrained`` makes of the published models.
 """
@@ -14,7 +14,7 @@ from ..architecture.components import LATENT_SCALE, PROMPT_TOKENS, Autoencoder, 
 from ..architecture.layout import Layout, name
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG
-from .conventions import KEPT_KEY, SCHEDULER_KEY, VARIANT_KEY
+from .conventions import KEPT_TRANSFORMERS_KEY, SCHEDULER_KEY, VARIANT_KEY
 
 TEXT_MODELS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
@@ -34,9 +34,15 @@ MODEL_INDEX = {
 
 
 def metadata(facts: ModelFacts, title: str, implementation: str) -> dict[str, str]:
-    """ModelSpec 1.0.1's fields, and what the pack reads back: the variant and the kept transformer blocks where they
-    are known, the schedule where it is not SDXL's. ``implementation``: "sgm" for ComfyUI's names, "diffusers" for
-    diffusers'."""
+    """Metadata of a weights file: ModelSpec 1.0.1's fields, and what the pack reads back.
+
+    That is the variant and the kept transformer blocks where they are known, and the schedule where it is not SDXL's.
+
+    Args:
+        facts: of the model.
+        title: its name.
+        implementation: whose tensor names the file has: "sgm" for ComfyUI's, "diffusers" for diffusers'.
+    """
     found = {
         "format": "pt",  # transformers refuses a file without
         "modelspec.sai_model_spec": "1.0.1",
@@ -50,8 +56,8 @@ def metadata(facts: ModelFacts, title: str, implementation: str) -> dict[str, st
     }
     if facts.identity.certain:
         found[VARIANT_KEY] = facts.identity.variant.name
-    if facts.kept:
-        found[KEPT_KEY] = json.dumps(dict(facts.kept))
+    if facts.kept_transformers:
+        found[KEPT_TRANSFORMERS_KEY] = json.dumps(dict(facts.kept_transformers))
     if dict(facts.scheduler) != dict(SCHEDULER_CONFIG):
         found[SCHEDULER_KEY] = json.dumps(dict(facts.scheduler))
     return found
@@ -65,8 +71,8 @@ def scheduler_config(facts: ModelFacts) -> dict[str, object]:
 def unet_config(layout: Layout, side: int = 1024) -> dict[str, object]:
     """diffusers' ``UNet2DConditionModel`` arguments for a layout; ``side`` is the picture's, in pixels.
 
-    Raises ValueError for a layout that these cannot say: one whose layers differ within a stage, or whose way up does
-    not mirror its way down.
+    Raises ValueError for a layout that these cannot describe: one whose layers differ within a stage, or whose up
+    blocks do not mirror its down blocks.
     """
     depths = [stage[0] for stage in layout.down]
     layers = len(layout.down[0])
@@ -75,8 +81,8 @@ def unet_config(layout: Layout, side: int = 1024) -> dict[str, object]:
     )
     if not mirrored or layout.middle not in (None, depths[-1]):
         raise ValueError(
-            f"diffusers' configuration cannot describe the {name(layout)}: expected layers alike within a stage, and "
-            f"alike on the way down and up. Save it as a checkpoint."
+            f"diffusers' configuration cannot describe the {name(layout)}: expected the same layers within a stage, "
+            f"and in its down and up blocks. Save it as a checkpoint."
         )
     cross = [depth > 0 for depth in depths]
     return {

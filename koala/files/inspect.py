@@ -16,9 +16,9 @@ from typing import Literal
 from ..architecture.components import Autoencoder, TextEncoder, read_autoencoder, read_text_encoder
 from ..architecture.keys import Numbering, names
 from ..architecture.layout import KOALA_NAMES, Layout, name
-from ..architecture.lineage import Kept, check_kept
+from ..architecture.lineage import KeptTransformers, check_kept
 from ..releases import SCHEDULER_CONFIG, Identity, identify, release_for
-from .conventions import CLIP_PREFIXES, FOLDER_PARTS, KEPT_KEY, SCHEDULER_KEY, VAE_PREFIX, label
+from .conventions import CLIP_PREFIXES, FOLDER_PARTS, KEPT_TRANSFORMERS_KEY, SCHEDULER_KEY, VAE_PREFIX, label
 from .dtypes import BY_STORED_NAME
 from .header import CheckpointError, Header, Source, read_header
 from .other_models import describe
@@ -53,7 +53,7 @@ class Model:
     unet: UNetFile
     identity: Identity
     scheduler: Mapping[str, object] = field(default_factory=lambda: SCHEDULER_CONFIG)
-    kept: Kept | None = None
+    kept_transformers: KeptTransformers | None = None
     """Which of SDXL's transformer blocks it kept, where its file says so."""
 
 
@@ -252,12 +252,12 @@ def _text_and_vae(header: Header) -> tuple[Source, Source, VAEFile]:
         ) from None
 
 
-def _kept(unet: UNetFile) -> Kept | None:
+def _kept(unet: UNetFile) -> KeptTransformers | None:
     """The transformer blocks that the file says it kept of SDXL's; None where it says nothing."""
-    if KEPT_KEY not in unet.metadata:
+    if KEPT_TRANSFORMERS_KEY not in unet.metadata:
         return None
-    place = f"{label(unet.path)}: the metadata {KEPT_KEY}"
-    stated = _parse_json(unet.metadata[KEPT_KEY], place)
+    place = f"{label(unet.path)}: the metadata {KEPT_TRANSFORMERS_KEY}"
+    stated = _parse_json(unet.metadata[KEPT_TRANSFORMERS_KEY], place)
     kept = {module: tuple(indices) for module, indices in stated.items() if isinstance(indices, list)}
     try:
         if len(kept) < len(stated) or any(type(index) is not int for indices in kept.values() for index in indices):

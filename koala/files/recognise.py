@@ -74,9 +74,12 @@ def _most_alike(unet: Mapping[str, Shape], read: tuple[Layout, Numbering] | None
     candidates = [(layout, numbering) for layout in KOALA_NAMES for numbering in NUMBERINGS]
     if read:
         candidates.insert(0, read)
-    return max(
-        candidates, key=lambda candidate: (_likeness(candidate, unet), -len(coverage(*candidate, unet).misshapen))
-    )
+
+    def closeness(candidate: tuple[Layout, Numbering]) -> tuple[float, int]:
+        layout, numbering = candidate
+        return _likeness(candidate, unet), -len(coverage(layout, numbering, unet).misshapen)
+
+    return max(candidates, key=closeness)
 
 
 def _likeness(candidate: tuple[Layout, Numbering], unet: Mapping[str, Shape]) -> float:

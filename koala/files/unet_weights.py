@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,12 +32,13 @@ class UNetWeights:
     """diffusers' name of a tensor -> its name in the file."""
 
     @cached_property
-    def _file(self) -> safe_open:
+    def _file(self) -> Any:
         return safe_open(self.path, framework="pt")
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor with this diffusers name, in the file's type, on the CPU."""
-        return self._file.get_tensor(self.names[name])
+        tensor: torch.Tensor = self._file.get_tensor(self.names[name])
+        return tensor
 
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Every tensor in this type, on the CPU, by diffusers' names."""

@@ -184,10 +184,10 @@ def _renamed_unet(facts: ModelFacts, unet: Mapping[str, torch.Tensor]) -> State:
 def _require_layout(facts: ModelFacts, unet: Mapping[str, torch.Tensor]) -> None:
     cover = coverage(facts.layout, "diffusers", shapes_of(unet))
     if not cover.exact:
-        odd = (*cover.missing, *cover.extra, *cover.misshapen)
+        faults = (*cover.missing, *cover.extra, *cover.misshapen)
         raise ValueError(
-            f"this U-Net does not match the {name(facts.layout)} layout: {len(odd)} tensors differ (first: {odd[0]}); "
-            f"expected every tensor of the layout and no other."
+            f"this U-Net does not match the {name(facts.layout)} layout: {len(faults)} tensors differ (first: "
+            f"{faults[0]}); expected every tensor of the layout and no other."
         )
 
 
@@ -195,14 +195,14 @@ def _text_encoder(part: str, encoder: Mapping[str, torch.Tensor]) -> TextEncoder
     try:
         return read_text_encoder(shapes_of(encoder))
     except KeyError as missing:
-        raise ValueError(f"{part} lacks {missing.args[0]}; expected a whole CLIP text encoder.") from None
+        raise ValueError(f"{part} lacks {missing.args[0]}; expected a complete CLIP text encoder.") from None
 
 
 def _autoencoder(vae: Mapping[str, torch.Tensor]) -> Autoencoder:
     try:
         return read_autoencoder(shapes_of(vae))
     except KeyError as missing:
-        raise ValueError(f"the VAE lacks {missing.args[0]}; expected a whole AutoencoderKL.") from None
+        raise ValueError(f"the VAE lacks {missing.args[0]}; expected a complete AutoencoderKL.") from None
 
 
 def _prefixed(prefix: str, state: Mapping[str, torch.Tensor]) -> State:

@@ -1,6 +1,6 @@
-"""LoRA files: what they call the modules of a U-Net, what a module's tensors are, and which weight they are made for.
+"""LoRA files: their names of a U-Net's modules, the tensors of a module, and which weight these are made for.
 
-"LoRA" stands for every kind of adapter file: LoRA and LoCon, LoHa, LoKr, GLoRA, OFT, DoRA, whole differences, norms and
+"LoRA" stands for every kind of adapter file: LoRA and LoCon, LoHa, LoKr, GLoRA, OFT, DoRA, full differences, norms and
 biases. All of them are a module's name and a suffix.
 """
 
@@ -29,11 +29,11 @@ MAGNITUDE = ".lora_magnitude_vector"  # PEFT's name, and a flat shape, for what 
 TEXT = re.compile(r"^(?:lora_te\d?_|lora_prior_te_|text_encoders?(?:_\d)?\.|conditioner\.)")
 
 Groups = Mapping[str, Mapping[str, str]]
-"""Module's name in the file -> suffix -> the tensor's whole name."""
+"""Module's name in the file -> suffix -> the tensor's full name."""
 
 
 def split(key: str) -> tuple[str, str]:
-    """Module and suffix of a LoRA's tensor; the suffix is empty where it is none of a LoRA's."""
+    """Module and suffix of a LoRA's tensor; the suffix is empty for a tensor of another kind."""
     found = SUFFIX.search(key)
     return (key[: found.start()], found[0]) if found else (key, "")
 
@@ -74,54 +74,60 @@ def _upright(weights: Mapping[str, Tensor], magnitude: str) -> Tensor:
     return weights[magnitude].reshape(-1, *[1] * ((2 if down is None else down.ndim) - 1))
 
 
-def fits(parts: Mapping[str, str], shapes: Mapping[str, Shape], wanted: Shape) -> bool:
-    """Whether a module's tensors are for a weight of the ``wanted`` shape, or of a kind that does not tell."""
-    made = size({suffix: shapes[key] for suffix, key in parts.items()})
-    return made is None or made == (wanted[0], prod(wanted[1:]))
+def fits(suffixes: Mapping[str, str], shapes: Mapping[str, Shape], weight: Shape) -> bool:
+    """Whether a module's tensors are made for a weight of this shape; True for kinds that do not show it.
+
+    Args:
+        suffixes: the module's, each with the tensor's full name.
+        shapes: of every tensor in the file, by full name.
+        weight: shape of the weight to change.
+    """
+    found = size({suffix: shapes[key] for suffix, key in suffixes.items()})
+    return found is None or found == (weight[0], prod(weight[1:]))
 
 
-def size(parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-    """Rows and columns of the weight that an adapter is for, None for kinds that do not tell.
+def size(module: Mapping[str, Shape]) -> tuple[int, int] | None:
+    """Rows and columns of the weight that a module's tensors are made for; None for kinds that do not show it.
 
-    Mirrors how ComfyUI's weight adapters put the matrices of each kind together.
+    ``module``: suffix -> shape. Mirrors how ComfyUI's weight adapters multiply the matrices of each kind.
     """
     try:
-        return _size_of(parts)
-    except IndexError:  # a scalar or vector where a matrix is due: fits nowhere
+        return _size_of(module)
+    except IndexError:  # a scalar or vector in place of a matrix: fits no weight
         return 0, 0
 
 
-def _size_of(parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-    if diff := parts.get(".diff") or parts.get(".w_norm") or parts.get(".set_weight"):
+def _size_of(module: Mapping[str, Shape]) -> tuple[int, int] | None:
+    if diff := module.get(".diff") or module.get(".w_norm") or module.get(".set_weight"):
         return diff[0], prod(diff[1:])
-    if ".hada_w1_a" in parts:
-        return _product(parts, ".hada_w1_a", ".hada_w1_b", ".hada_t1")
-    if any(suffix.startswith(".lokr_") for suffix in parts):
+    if ".hada_w1_a" in module:
+        return _product(module, ".hada_w1_a", ".hada_w1_b", ".hada_t1")
+    if any(suffix.startswith(".lokr_") for suffix in module):
         first, second = (
-            _whole(parts[f".lokr_w{n}"])
-            if f".lokr_w{n}" in parts
-            else _product(parts, f".lokr_w{n}_a", f".lokr_w{n}_b", f".lokr_t{n}")
+            _matrix(module[f".lokr_w{n}"])
+            if f".lokr_w{n}" in module
+            else _product(module, f".lokr_w{n}_a", f".lokr_w{n}_b", f".lokr_t{n}")
             for n in (1, 2)
         )
         return first[0] * second[0], first[1] * second[1]
-    up = _one(parts, r"lora_up|lora_B|lora\.up|linear_layer\.up")
-    down = _one(parts, r"lora_down|lora_A|lora\.down|linear_layer\.down")
+    up = _one(module, r"lora_up|lora_B|lora\.up|linear_layer\.up")
+    down = _one(module, r"lora_down|lora_A|lora\.down|linear_layer\.down")
     if up and down:
-        return up[0], prod(down[1:]) * prod(parts.get(".lora_mid.weight", ())[2:])
+        return up[0], prod(down[1:]) * prod(module.get(".lora_mid.weight", ())[2:])
     return None
 
 
-def _one(parts: Mapping[str, Shape], pattern: str) -> Shape | None:
-    return next((shape for suffix, shape in parts.items() if re.search(pattern, suffix)), None)
+def _one(module: Mapping[str, Shape], pattern: str) -> Shape | None:
+    return next((shape for suffix, shape in module.items() if re.search(pattern, suffix)), None)
 
 
-def _whole(shape: Shape) -> tuple[int, int]:
+def _matrix(shape: Shape) -> tuple[int, int]:
     return shape[0], prod(shape[1:])
 
 
-def _product(parts: Mapping[str, Shape], first: str, second: str, core: str) -> tuple[int, int]:
+def _product(module: Mapping[str, Shape], first: str, second: str, core: str) -> tuple[int, int]:
     """Rows and columns of a product of two matrices, or of a Tucker core with both."""
-    a, b = parts.get(first, ()), parts.get(second, ())
-    if core in parts:
-        return a[1], b[1] * prod(parts[core][2:])
+    a, b = module.get(first, ()), module.get(second, ())
+    if core in module:
+        return a[1], b[1] * prod(module[core][2:])
     return a[0], prod(b[1:])

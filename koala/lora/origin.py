@@ -20,7 +20,7 @@ TrainedOn = Literal["auto", "SDXL", "KOALA"]
 
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 
-# What the modules of other families are called, dots and underscores alike. Looked through from the top.
+# What the modules of other families are called, with underscores for dots. Searched from the top.
 _FAMILIES: tuple[tuple[str, str], ...] = (
     ("Stable Diffusion 1.x or 2.x", r"(down_blocks_0_attentions|up_blocks_3_attentions|input_blocks_1_1_)"),
     ("HunyuanVideo", r"double_blocks_\d+_img_attn_qkv.*token_refiner|individual_token_refiner"),
@@ -59,12 +59,20 @@ def origin_of(
 ) -> Origin:
     """Tell SDXL's LoRAs from KOALA's own by the transformer blocks that they name.
 
+    Args:
+        file: its name, for messages.
+        groups: its modules of the U-Net.
+        shapes: of its tensors.
+        metadata: of the file.
+        target: layout of the model that it is to be applied to.
+        trained_on: what the person chose.
+
     Raises CheckpointError for a LoRA of another model, saying which.
     """
     _refuse_other_family(file, groups, shapes, target)
-    whole, own = at_widths_of(target, SDXL), name(target)
+    sdxl, own = at_widths_of(target, SDXL), name(target)
     if trained_on != "auto":
-        return Origin(whole, "SDXL", "as chosen") if trained_on == "SDXL" else Origin(target, own, "as chosen")
+        return Origin(sdxl, "SDXL", "as chosen") if trained_on == "SDXL" else Origin(target, own, "as chosen")
     for layout, relative in _RELATIVES.items():
         if not _is_for(groups, at_widths_of(target, layout)):
             continue
@@ -74,10 +82,10 @@ def origin_of(
             f"{file} is a LoRA for {relative} (it has exactly its transformer blocks); expected one for SDXL or "
             f"for {own}. Use it with that model."
         )
-    only_own = next((module for module in groups if module in aliases(target) and module not in aliases(whole)), None)
+    only_own = next((module for module in groups if module in aliases(target) and module not in aliases(sdxl)), None)
     if only_own:
         return Origin(target, own, f"it has layers by {own}'s own numbers, such as {only_own}")
-    return Origin(whole, "SDXL", _evidence_of_sdxl(groups, shapes, metadata, target))
+    return Origin(sdxl, "SDXL", _evidence_of_sdxl(groups, shapes, metadata, target))
 
 
 def _evidence_of_sdxl(groups: Groups, shapes: Mapping[str, Shape], metadata: Mapping[str, str], target: Layout) -> str:
@@ -87,23 +95,27 @@ def _evidence_of_sdxl(groups: Groups, shapes: Mapping[str, Shape], metadata: Map
     )
     if absent:
         return f"it has layers that {own} lacks, such as {absent}"
-    odd = [
-        module for module, parts in groups.items() if module in known and not fits(parts, shapes, known[module].shape)
-    ]
-    if odd:
-        return f"its {odd[0]} has the shape of SDXL's"
+    misshapen = (
+        module
+        for module, suffixes in groups.items()
+        if module in known and not fits(suffixes, shapes, known[module].shape)
+    )
+    if first := next(misshapen, None):
+        return f"its {first} has the shape of SDXL's"
     base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture")
-    said = f' (its metadata says "{base}")' if base else ""
-    return f"assumed{said}, as {own} has all of its layers, too; choose KOALA if that is wrong"
+    stated = f' (its metadata says "{base}")' if base else ""
+    return f"assumed{stated}, as {own} has all of its layers, too; choose KOALA if that is wrong"
 
 
 def _is_for(groups: Groups, layout: Layout) -> bool:
     """True for a LoRA with exactly the transformer blocks of ``layout`` and no module that it lacks."""
-    return _reached(groups, layout) == _transformers(layout) and all(module in aliases(layout) for module in groups)
+    return _changed_transformers(groups, layout) == _transformers(layout) and all(
+        module in aliases(layout) for module in groups
+    )
 
 
-def _reached(groups: Groups, layout: Layout) -> set[str]:
-    """The transformer blocks that a LoRA's modules lie in, by their names in ``layout``."""
+def _changed_transformers(groups: Groups, layout: Layout) -> set[str]:
+    """The transformer blocks that a LoRA changes, by their names in ``layout``."""
     known = aliases(layout)
     return _blocks_of(known[module].diffusers for module in groups if module in known)
 
@@ -122,8 +134,8 @@ def _refuse_other_family(file: str, groups: Groups, shapes: Mapping[str, Shape],
     expected = f"expected a LoRA for SDXL or for {name(target)}. Use it with a model of its own kind."
     widths = Counter(
         found[1]
-        for module, parts in groups.items()
-        if _CONTEXT.search(module) and (found := size({suffix: shapes[key] for suffix, key in parts.items()}))
+        for module, suffixes in groups.items()
+        if _CONTEXT.search(module) and (found := size({suffix: shapes[key] for suffix, key in suffixes.items()}))
     )
     if widths and target.context not in widths:
         width = widths.most_common(1)[0][0]

@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
+from safetensors import safe_open
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host import reader as koala_reader
@@ -54,11 +55,10 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How many times each file was opened for its header."""
     found = Counter[Path]()
-    library = header.safe_open
 
     def counted(path: Path, **options: Any) -> Any:
         found[path] += 1
-        return library(path, **options)
+        return safe_open(path, **options)
 
     monkeypatch.setattr(header, "safe_open", counted)
     return found
@@ -90,7 +90,7 @@ def test_one_load_of_four_files_reads_each_header_once(tmp_path: Path, opened: C
     assert opened == dict.fromkeys((unet, vae, *encoders), 1)
     opened.clear()
     model = inspect_model(unet)
-    load_parts(model, *encoders, vae)
+    load_parts(model, encoders[0], encoders[1], vae)
     koala_loader.load_unet(model, "it")
     assert opened == dict.fromkeys((unet, vae, *encoders), 1)
 

@@ -1,5 +1,5 @@
-"""A catalogue of files that are no KOALA: ``BAD[name].make(path)`` writes one, ``says`` and ``do`` are what the error
-about it must contain: what the file is, and what loads it or what to do.
+"""A catalogue of files that are not KOALA models: ``BAD[name].make(path)`` writes one, ``says`` and ``do`` are what the
+error about it must contain: what the file is, and what loads it or what to do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from koala_sdxl.koala.architecture.layout import KOALA_700M
 from tests.unit import files
-from tests.unit.others import FOREIGN, PUBLISHED
+from tests.unit.others import OTHER_MODELS, PUBLISHED
 from tests.unit.reference import Shapes
 
 
@@ -164,7 +164,7 @@ def _tensors(make: Callable[[], Shapes], dtype: str = "F16") -> Callable[[Path],
 
 
 BAD: dict[str, BadFile] = {
-    **{name: BadFile(_tensors(make), says, do) for name, (make, says, do) in FOREIGN.items()},
+    **{name: BadFile(_tensors(make), says, do) for name, (make, says, do) in OTHER_MODELS.items()},
     **{name: BadFile(_tensors(make, dtype), says, do) for name, (make, dtype, says, do) in BROKEN.items()},
     **UNREADABLE,
 }

@@ -1,4 +1,4 @@
-"""Models that are no KOALA, as tensor names and shapes: ``FOREIGN`` lists them with what they are and what loads them.
+"""Models that are not KOALA, as tensor names and shapes: ``OTHER_MODELS`` says what each is and what loads it.
 
 The names of the tensors are the real ones. They come from diffusers' and transformers' own classes where these have
 them, else from the published files' formats as ComfyUI reads them.
@@ -98,7 +98,7 @@ def network(make: Callable[[], object]) -> Callable[[], Shapes]:
 CHECKPOINT, UNET = "CheckpointLoaderSimple", "UNETLoader"
 PUBLISHED = "huggingface.co/etri-vilab/koala-"
 
-FOREIGN: dict[str, tuple[Callable[[], Shapes], str, str]] = {
+OTHER_MODELS: dict[str, tuple[Callable[[], Shapes], str, str]] = {
     "sd1-diffusers": (lambda: unet(SD1), "a Stable Diffusion 1.x model", UNET),
     "sd1-checkpoint": (lambda: checkpoint(SD1), "a Stable Diffusion 1.x model", CHECKPOINT),
     "sd2-diffusers": (lambda: unet(SD2), "a Stable Diffusion 2.x model", UNET),

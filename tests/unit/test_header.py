@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.files import header
@@ -30,11 +31,10 @@ from tools.tiny import SHIPPED
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How many times each file was opened for its header."""
     found = Counter[Path]()
-    library = header.safe_open
 
     def counted(path: Path, **options: Any) -> Any:
         found[path] += 1
-        return library(path, **options)
+        return safe_open(path, **options)
 
     monkeypatch.setattr(header, "safe_open", counted)
     return found

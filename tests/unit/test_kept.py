@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.architecture.layout import KOALA_TINY, Layout, compact, name
 from koala_sdxl.koala.architecture.lineage import Lineage, at_widths_of, attention_depths, lineage
-from koala_sdxl.koala.files.conventions import KEPT_KEY
+from koala_sdxl.koala.files.conventions import KEPT_TRANSFORMERS_KEY
 from koala_sdxl.koala.files.export import metadata
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.inspect import inspect_model
@@ -28,13 +28,13 @@ MINE_KEPT = {module: (1, 4, 8) if depth == 3 else (0, 1) for module, depth in at
 
 
 def told(path: Path, layout: Layout, text: str | None) -> ModelFacts:
-    said = {} if text is None else {KEPT_KEY: text}
+    said = {} if text is None else {KEPT_TRANSFORMERS_KEY: text}
     return facts_of(inspect_model(files.write(path / "mine.safetensors", files.unet(layout), metadata=said)), "mine")
 
 
 def test_a_file_that_says_nothing_goes_by_the_table(tmp_path: Path) -> None:
     facts = told(tmp_path, KOALA_TINY, None)
-    assert facts.kept is None
+    assert facts.kept_transformers is None
     assert facts.lineage == lineage(KOALA_TINY)
 
 
@@ -43,8 +43,8 @@ def test_what_the_file_says_counts(tmp_path: Path, layout: Layout, kept: dict[st
     facts = told(tmp_path, layout, json.dumps(kept))
     assert facts.lineage == Lineage(layout, kept)
     assert facts.lineage.tensors  # complete: every tensor has an origin
-    again = told(tmp_path, layout, metadata(facts, "again", "sgm")[KEPT_KEY])
-    assert again.kept == kept
+    again = told(tmp_path, layout, metadata(facts, "again", "sgm")[KEPT_TRANSFORMERS_KEY])
+    assert again.kept_transformers == kept
 
 
 def test_an_own_layout_that_says_nothing_has_a_lineage_by_blocks_only(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_an_own_layout_that_says_nothing_has_a_lineage_by_blocks_only(tmp_path: 
 
 def test_an_sdxl_lora_goes_to_the_blocks_that_the_file_names(tmp_path: Path) -> None:
     save_file(adapters.lora(SMALL_SDXL, only=adapters.in_attention), tmp_path / "lora.safetensors")
-    plan = inspect_lora(tmp_path / "lora.safetensors", KOALA_TINY, kept=EVEN)
+    plan = inspect_lora(tmp_path / "lora.safetensors", KOALA_TINY, kept_transformers=EVEN)
     by_table = inspect_lora(tmp_path / "lora.safetensors", KOALA_TINY)
     wanted = {part.comfy: whole.diffusers for part, whole in Lineage(KOALA_TINY, EVEN).tensors}
     assert plan.count("applied") == by_table.count("applied") == sum(map(adapters.in_attention, tensors(KOALA_TINY)))
@@ -86,7 +86,7 @@ def test_an_sdxl_lora_goes_to_the_blocks_that_the_file_names(tmp_path: Path) -> 
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"mine.safetensors: the metadata {KEPT_KEY}"):
+    with pytest.raises(CheckpointError, match=rf"mine.safetensors: the metadata {KEPT_TRANSFORMERS_KEY}"):
         told(tmp_path, KOALA_TINY, text)
 
 

@@ -178,8 +178,8 @@ def test_numbering_is_told_from_block_names() -> None:
     ("drop", "fault"),
     [
         ("attn2.", "no cross-attention"),
-        ("up_blocks.1.", "does not mirror"),
-        ("down_blocks.0.resnets.", "does not mirror|resnets"),
+        ("up_blocks.1.", "do not mirror"),
+        ("down_blocks.0.resnets.", "do not mirror|resnets"),
         ("conv_in.", "conv_in.weight"),
         ("add_embedding.", "add_embedding.linear_1.weight"),
     ],

@@ -288,4 +288,4 @@ def test_nothing_to_apply_is_an_error(write: Write) -> None:
         SMALL_SDXL, only=lambda tensor: tensor.diffusers.startswith("mid_block") and adapters.in_attention(tensor)
     )
     said = refused(gone, write)
-    assert said.startswith("some.safetensors: none of its 102 modules reaches a layer of koala-tiny (102 belong to")
+    assert said.startswith("some.safetensors: none of its 102 modules matches a layer of koala-tiny (102 belong to")

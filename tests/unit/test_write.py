@@ -78,7 +78,7 @@ def test_koala_tiny_is_written_as_it_is(
     assert {key: tensor.dtype for key, tensor in written.items()} == {k: tensor.dtype for k, tensor in shipped.items()}
     assert [key for key, tensor in written.items() if not torch.equal(tensor, shipped[key])] == []
     again = inspect_checkpoint(tmp_path / "a.safetensors").model
-    assert (again.identity.variant, again.kept) == (facts.identity.variant, facts.kept)
+    assert (again.identity.variant, again.kept_transformers) == (facts.identity.variant, facts.kept_transformers)
     assert again.unet.metadata["author"] == "someone"
 
 
@@ -103,9 +103,11 @@ def test_a_folder(facts: ModelFacts, unet: State, text_and_vae: TextAndVAE, tmp_
 def test_names_of_either_transformers_give_the_same_file(
     facts: ModelFacts, unet: State, text_and_vae: TextAndVAE, tmp_path: Path
 ) -> None:
-    bare = [{key.removeprefix("text_model."): tensor for key, tensor in part.items()} for part in text_and_vae[:2]]
+    first, second = (
+        {key.removeprefix("text_model."): tensor for key, tensor in part.items()} for part in text_and_vae[:2]
+    )
     write_checkpoint(tmp_path / "4.safetensors", facts, unet, text_and_vae)
-    write_checkpoint(tmp_path / "5.safetensors", facts, unet, TextAndVAE(*bare, text_and_vae.vae))
+    write_checkpoint(tmp_path / "5.safetensors", facts, unet, TextAndVAE(first, second, text_and_vae.vae))
     with safe_open(tmp_path / "4.safetensors", "pt") as four, safe_open(tmp_path / "5.safetensors", "pt") as five:
         assert set(four.keys()) == set(five.keys())
 
@@ -147,7 +149,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
         write_folder(target, assumed_facts(KOALA_700M, "fp16", 0), unet, text_and_vae, VOCABULARY)
     query = "text_model.encoder.layers.0.self_attn.q_proj.weight"
     half = {key: tensor for key, tensor in text_and_vae.text_encoder_2.items() if not key.endswith(query[10:])}
-    with pytest.raises(ValueError, match=r"^text_encoder_2 lacks .*q_proj\.weight; expected a whole CLIP text encoder"):
+    with pytest.raises(ValueError, match=r"^text_encoder_2 lacks .*q_proj\.weight; expected a complete CLIP"):
         write_checkpoint(target, facts, unet, text_and_vae._replace(text_encoder_2=half))
     with pytest.raises(ValueError, match=r"^the VAE lacks encoder"):
         write_folder(target, facts, unet, text_and_vae._replace(vae={}), VOCABULARY)
