@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from ..koala.files.atomic_write import replace_file
 from .config import Config
 from .errors import UserError
 
@@ -93,9 +93,7 @@ def require_same_run(config: Config) -> None:
     path = config.output / "config.json"
     now = config.model_dump(mode="json")
     if not path.exists():
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # every process writes it; none sees half of it
-        unfinished.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
-        unfinished.replace(path)
+        replace_file(path, json.dumps(now, indent=2) + "\n")  # by every process; none may see half of it
         return
     begun = json.loads(path.read_text("utf-8"))
     for table, values in now.items():

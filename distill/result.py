@@ -70,7 +70,7 @@ def write(config: Config, teacher: Teacher, lineage: Lineage, weights: dict[str,
         bytes=2 * parameters(lineage.student),
         identity=Identity(VARIANTS[variant], f'teacher.variant = "{variant}"'),
         scheduler={**SCHEDULER_CONFIG, **json.loads(made.scheduler.to_json_string())},
-        kept=lineage.transformers,
+        kept_transformers=lineage.transformers,
     )
     extra = {DISTILLATION_KEY: distillation(config, teacher, lineage)}
     dtypes = stored_dtypes(DTYPE)

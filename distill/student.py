@@ -12,7 +12,7 @@ from ..koala.architecture.keys import tensors
 from ..koala.architecture.layout import SDXL, Layout, name
 from ..koala.architecture.lineage import (
     KEPT_LAYERS,
-    Kept,
+    KeptTransformers,
     Lineage,
     at_widths_of,
     attention_depths,
@@ -53,7 +53,7 @@ def plan(table: StudentTable, teacher: Layout) -> Lineage:
         ) from None
 
 
-def cut_out(layout: Layout, transformers: str | Kept) -> Lineage:
+def cut_out(layout: Layout, transformers: str | KeptTransformers) -> Lineage:
     """The lineage of a sub-network of SDXL, at any width; ``transformers`` is a key of ``RULES``, or the table itself.
 
     Raises ValueError naming the tensor or module where the layout is not a sub-network, or the table does not fit it.

@@ -1,1 +1,1 @@
-"""Distillation tried out on the small family: what docs/distillation.md is made of."""
+"""Measures distillation on the small models and writes docs/distillation.md."""

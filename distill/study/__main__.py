@@ -1,9 +1,9 @@
-"""Distillation tried out on the small family: runs what the study lacks, writes docs/distillation.md and its plots.
+"""Distillation on the small models: runs what is missing, then writes docs/distillation.md and its plots.
 
 Usage: python3 dev.py distill-study [--work DIR] [--jobs 2] [--only GROUP ...]
 
-Several hours on two CPU cores, without the teacher, which is for a GPU. Stopped at any time, it goes on with the same
-command.
+Several hours on two CPU cores, not counting the teacher, which needs a GPU. An interrupted study resumes with the same
+command. `--jobs 0` runs nothing and writes the page from the stored figures and whatever the work folder adds.
 """
 
 import sys

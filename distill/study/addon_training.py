@@ -1,6 +1,6 @@
-"""A LoRA and a ControlNet for sdxl-tiny, trained and saved as those for SDXL are.
+"""A LoRA and a ControlNet for sdxl-tiny, trained and saved like those for SDXL.
 
-At 128 px, or at 64 for a teacher and a student that draw well at that size.
+At 128 px, or at 64 for a teacher and a student that work well at that size.
 """
 
 import math
@@ -24,22 +24,22 @@ from ..koala.files.atomic_write import write_safetensors, written_whole
 from .addon_pictures import in_cyan, outlines, saying_cyan
 
 SEED = 0
-LORA_STAGE, CONTROLNET_STAGE = 4, 5  # of tools.tiny's random numbers
+LORA_STAGE, CONTROLNET_STAGE = 4, 5  # stages of tools.tiny's random numbers
 LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-"""Attention: what diffusers' own script for SDXL's LoRAs trains, with a rank of 4, too."""
-CYAN = 0.6  # share of the captions with a shape's colour that name cyan instead, and show it; the others keep theirs
+"""The attention layers, as in diffusers' own training script for SDXL LoRAs, which has rank 4, too."""
+CYAN = 0.6  # share of the captions with a shape's colour in which it becomes cyan, in text and image
 CONTROLNET_LAYOUT = adapters.shallow(adapters.SMALL_SDXL)
 SHAPELESS = "a {background} background"
 
 Log = Callable[[str], None]
 Loss = Callable[[torch.Generator], torch.Tensor]
-"""The loss of one step's examples, which the generator draws."""
+"""The loss of one step; the generator draws the examples."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an add-on is trained: on `drawings` drawings of `size` pixels, captions dropped to zeros at the rate `drop`.
-    rank: a LoRA's."""
+    """How an add-on is trained: on `drawings` drawings of `size` pixels; `drop` is the share of captions replaced by
+    zeros, `rank` that of a LoRA."""
 
     steps: int
     learning_rate: float
@@ -56,14 +56,14 @@ CONTROLNET = Recipe(steps=500, learning_rate=2e-3)
 
 
 def at_size(recipe: Recipe, size: int) -> Recipe:
-    """The recipe for pictures of another size: the smaller they are, the more a step takes."""
+    """The recipe for images of another size: the smaller they are, the larger the batch."""
     return replace(recipe, size=size, batch=recipe.batch * recipe.size // size)
 
 
 def train_lora(
     teacher: StableDiffusionXLPipeline, path: Path, log: Log, recipe: Recipe = LORA, seed: int = SEED
 ) -> None:
-    """Train the LoRA that knows cyan and write it to `path`; the teacher keeps it, too."""
+    """Train the LoRA for cyan and write it to `path`; the teacher keeps it as well."""
     parameters = add_lora(teacher, recipe.rank, seed)
     minimise(lora_loss(teacher, recipe, seed), parameters, recipe, LORA_STAGE, seed, lambda line: log(f"LoRA {line}"))
     _save(convert_state_dict_to_kohya(_under("unet.", get_peft_model_state_dict(teacher.unet))), path)
@@ -80,27 +80,27 @@ def train_controlnet(
 
 
 def new_controlnet(teacher: StableDiffusionXLPipeline, seed: int) -> ControlNetModel:
-    """A ControlNet that changes nothing yet, of the size of SDXL's published middle ones: the teacher's way down and
-    middle with hardly any transformers."""
+    """An untrained ControlNet that changes nothing, like SDXL's published medium ones: the teacher's down and middle
+    blocks with few transformer blocks."""
     torch.manual_seed(seed)
-    trunk, weights = denoiser.new_unet(CONTROLNET_LAYOUT), teacher.unet.state_dict()
-    trunk.load_state_dict({name: weights[name] for name in trunk.state_dict()})
-    control = ControlNetModel.from_unet(trunk)
+    unet, weights = denoiser.new_unet(CONTROLNET_LAYOUT), teacher.unet.state_dict()
+    unet.load_state_dict({name: weights[name] for name in unet.state_dict()})
+    control = ControlNetModel.from_unet(unet)
     open_hint(control)
     return control.to(teacher.unet.device)
 
 
 def open_hint(control: ControlNetModel) -> None:
-    """Let the hint arrive in its full size, in place. As diffusers starts them, its eight convolutions lose nearly all
-    of it and the last is zero, so that the first hundreds of steps see no hint; the zero convolutions behind the
-    ControlNet are enough for a start that changes nothing."""
+    """Initialise the hint's convolutions, in place, so that its magnitude is preserved. With diffusers' initialisation
+    the eight convolutions shrink it to almost nothing and the last is zero, so that hundreds of steps pass without a
+    hint; the zero convolutions behind the ControlNet are enough for a start that changes nothing."""
     for module in control.controlnet_cond_embedding.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
 
 
 def add_lora(teacher: StableDiffusionXLPipeline, rank: int, seed: int) -> list[Parameter]:
-    """Put a LoRA that changes nothing yet on the teacher's U-Net; returns its parameters."""
+    """Add an untrained LoRA to the teacher's U-Net; returns its parameters."""
     torch.manual_seed(seed)
     teacher.unet.requires_grad_(False)
     teacher.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_MODULES)))
@@ -108,8 +108,7 @@ def add_lora(teacher: StableDiffusionXLPipeline, rank: int, seed: int) -> list[P
 
 
 def lora_loss(teacher: StableDiffusionXLPipeline, recipe: Recipe, seed: int) -> Loss:
-    """The loss of the teacher's U-Net, as it is when the loss is asked for, on drawings in cyan and in their own
-    colours, each under its caption."""
+    """The loss of the teacher's U-Net, with its LoRA, on captioned drawings in cyan and in their own colours."""
     drawings = random_drawings(recipe.drawings, checkpoints.step_generator(seed, LORA_STAGE, 10**7))
     known, new = (autoencoder.encode(teacher.vae, made(drawings, recipe.size)) for made in (draw, in_cyan))
 
@@ -128,8 +127,8 @@ def lora_loss(teacher: StableDiffusionXLPipeline, recipe: Recipe, seed: int) -> 
 
 
 def controlnet_loss(teacher: StableDiffusionXLPipeline, control: ControlNetModel, recipe: Recipe, seed: int) -> Loss:
-    """The loss of the teacher's frozen U-Net with a ControlNet that sees outlines, under captions that name no shape:
-    only the outline tells it."""
+    """The loss of the teacher's frozen U-Net with a ControlNet that sees outlines; the captions name no shape, so that
+    only the outline determines it."""
     drawings = random_drawings(recipe.drawings, checkpoints.step_generator(seed, CONTROLNET_STAGE, 10**7))
     latents = autoencoder.encode(teacher.vae, draw(drawings, recipe.size))
     teacher.unet.requires_grad_(False)
@@ -176,7 +175,7 @@ def _noise_loss(
 
 
 def minimise(loss: Loss, parameters: Iterable[Parameter], recipe: Recipe, stage: int, seed: int, log: Log) -> None:
-    """Change the parameters in place, over the recipe's steps, so that the loss falls."""
+    """Minimise the loss over the recipe's steps, in place."""
     held = list(parameters)
     optimizer = torch.optim.AdamW(held, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     running = None
@@ -196,7 +195,8 @@ def minimise(loss: Loss, parameters: Iterable[Parameter], recipe: Recipe, stage:
 
 
 def save_controlnet(control: ControlNetModel, path: Path) -> None:
-    """Write a ControlNet of sdxl-tiny under ComfyUI's names: its loader knows diffusers' only at SDXL's own widths."""
+    """Write a ControlNet of sdxl-tiny under ComfyUI's names: its loader accepts diffusers' only at SDXL's own
+    widths."""
     theirs, ours = (adapters.controlnet(CONTROLNET_LAYOUT, numbering=names) for names in ("diffusers", "comfy"))
     names = dict(zip(theirs, ours, strict=True))
     _save({names[name]: tensor for name, tensor in control.state_dict().items()}, path)
@@ -207,7 +207,7 @@ def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _save(state: dict[str, torch.Tensor], path: Path) -> None:
-    """In fp16, whole or not at all: written beside, then renamed."""
+    """Write fp16 weights to a temporary file, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, replace=True) as aside:
         write_safetensors(aside, {name: tensor.detach().half() for name, tensor in state.items()}, {})

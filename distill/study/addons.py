@@ -1,10 +1,10 @@
-"""Do a LoRA and a ControlNet of sdxl-tiny do the same on a koala-tiny? Trains both, samples with both, counts.
+"""Do a LoRA and a ControlNet of sdxl-tiny have the same effect on a koala-tiny? Trains both, samples, counts.
 
 Usage: python -m tools.run koala_sdxl.distill.study.addons --teacher DIR --student FOLDER_OR_FILE --work DIR
                                    [--size PIXELS] [--prompts N] [--out JSON]
 
-Everything is sampled by ComfyUI in this process, at KOALA's published base settings, the same prompts and first noise
-in every row. The add-ons are trained once, into the work folder; a sheet of pictures for each student goes there, too.
+Everything is sampled by ComfyUI in this process, at KOALA's published base settings, with the same prompts and initial
+noise in every row. The add-ons are trained once, into the work folder, where the contact sheets go as well.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from .addon_training import CONTROLNET, LORA, SHAPELESS, at_size, train_controln
 PROMPTS = 96
 COLUMNS = 12  # of the sheets
 STEPS, CFG, BATCH = 25, 7.5, 48
-FOLLOWED = 0.7  # least intersection over union of a shape that is where the outline is
+FOLLOWED = 0.7  # least intersection over union of a shape that follows its outline
 FOLDS, GAINS = (0.5, 1.0), (1.5, 2.0)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A model as its loader gives it."""
+    """A model as its loader returns it."""
 
     model: Any
     clip: Any
@@ -64,8 +64,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class LoraRow:
-    """Shares of pictures in percent: with a cyan shape, and right in background, in shape, in all three at once. share:
-    mean share of cyan in what stands out."""
+    """Percentages of images: with a cyan shape, the correct background, the correct shape, and all three. share: mean
+    share of cyan in the foreground."""
 
     row: str
     n: int
@@ -78,8 +78,8 @@ class LoraRow:
 
 @dataclass(frozen=True)
 class ControlRow:
-    """Mean intersection over union with the drawing, and shares of pictures in percent: with at least FOLLOWED of it,
-    of the drawing's shape, of the prompt's background, all three at once."""
+    """overlap: mean intersection over union with the drawing. Percentages of images: with an overlap of at least
+    FOLLOWED, the drawing's shape, the prompt's background, and all three."""
 
     row: str
     n: int
@@ -91,7 +91,7 @@ class ControlRow:
 
 
 def load(path: Path) -> Parts:
-    """A diffusers folder or a single-file checkpoint through the pack's loader, which takes SDXL's layout, too, at this
+    """Load a diffusers folder or a single-file checkpoint with the pack's loader, which accepts SDXL's layout at this
     width."""
     return Parts(*(koala_loader.load_folder(path) if path.is_dir() else koala_loader.load_checkpoint(path)))
 
@@ -100,13 +100,21 @@ def load(path: Path) -> Parts:
 def sampled(
     parts: Parts, model: Any, prompts: Sequence[str], size: int, control: Any = None, hints: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One picture a prompt, float32 [n, 3, size, size] in [-1, 1]; picture i starts from noise of SEED + i. ``model``:
-    the parts' own, or one with a LoRA; ``hints``: a ControlNet's pictures, [n, 3, size, size] in [0, 1]."""
+    """One image per prompt, float32 [n, 3, size, size] in [-1, 1]; image i starts from noise of SEED + i.
+
+    Args:
+        parts: a loaded model.
+        model: its MODEL, or one with a LoRA.
+        prompts: n prompts.
+        size: in pixels.
+        control: a ControlNet, or None.
+        hints: its hints, [n, 3, size, size] in [0, 1].
+    """
     sigmas = KoalaScheduler.execute(model, STEPS, "leading", 1.0).result[0]
     made = []
     for start in range(0, len(prompts), BATCH):
         positive = _conditioning(parts.clip, prompts[start : start + BATCH])
-        if control is not None and hints is not None:  # as Apply ControlNet leaves it
+        if control is not None and hints is not None:  # as Apply ControlNet does
             hinted = control.copy().set_cond_hint(hints[start : start + BATCH], 1.0, (0.0, 1.0))
             positive[0][1] |= {"control": hinted, "control_apply_to_uncond": False}
         negative = zeros(positive)  # with the ControlNet, where there is one
@@ -121,7 +129,7 @@ def sampled(
 
 
 def _conditioning(clip: Any, prompts: Sequence[str]) -> list[Any]:
-    """One entry that holds a prompt for each picture of a batch."""
+    """One entry with a prompt for each image of a batch."""
     encoded = [encode_reference(clip, prompt)[0][0] for prompt in prompts]
     pooled = torch.cat([further["pooled_output"] for _, further in encoded])
     return [[torch.cat([context for context, _ in encoded]), {"pooled_output": pooled}]]
@@ -136,14 +144,14 @@ def _noise(start: int, count: int, size: int) -> torch.Tensor:
 
 
 def cyan_prompts(n: int) -> list[str]:
-    """``grid_prompts`` with cyan in the place of the shape's colour."""
+    """``grid_prompts`` with cyan as the shape's colour."""
     prompts, asked = grid_prompts(n)
     return [saying_cyan(said, colour) for said, colour in zip(prompts, asked.colour.tolist(), strict=True)]
 
 
 def lora_pictures(teacher: Parts, student: Parts, path: Path, n: int, size: int) -> dict[str, torch.Tensor]:
-    """The pictures of each row: the LoRA on the teacher; on the student through KOALA LoRA Loader under each policy for
-    the changes of layers that it lacks; and through the stock loader, under either of kohya's names for a block."""
+    """The images of each row: the LoRA on the teacher; on the student by KOALA LoRA Loader, with each policy for
+    changes to layers that it lacks; and by the stock loader, under either of kohya's names for a block."""
     prompts = cyan_prompts(n)
     state = comfy.utils.load_torch_file(str(path))
 
@@ -169,7 +177,7 @@ def lora_pictures(teacher: Parts, student: Parts, path: Path, n: int, size: int)
 
 
 def ldm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LoRA under kohya's names with LDM's blocks instead of diffusers'; the stock loader knows both."""
+    """A LoRA under kohya's names with LDM's blocks instead of diffusers'; the stock loader accepts both."""
     modules = {_kohya(tensor.diffusers): _kohya(tensor.comfy) for tensor in tensors(SMALL_SDXL)}
     parted = {name: name.partition(".") for name in state}
     return {modules[module] + dot + suffix: state[name] for name, (module, dot, suffix) in parted.items()}
@@ -180,7 +188,7 @@ def _kohya(tensor: str) -> str:
 
 
 def lora_row(row: str, pictures: torch.Tensor) -> LoraRow:
-    """Pictures of ``cyan_prompts`` judged."""
+    """Judge images of ``cyan_prompts``."""
     asked, seen = grid_prompts(len(pictures))[1], judge_cyan(pictures)
     background, shape = seen.background == asked.background, seen.shape == asked.shape
     shares = (_percent(value) for value in (seen.cyan, seen.share, background, shape, seen.cyan & background & shape))
@@ -191,12 +199,12 @@ def lora_row(row: str, pictures: torch.Tensor) -> LoraRow:
 
 
 def asked_drawings(n: int) -> Drawings:
-    """The drawings behind the outlines, none of which was trained on."""
+    """The drawings behind the outlines, not used in training."""
     return random_drawings(n, torch.Generator().manual_seed(SEED))
 
 
 def control_pictures(teacher: Parts, student: Parts, path: Path, n: int, size: int) -> dict[str, torch.Tensor]:
-    """The pictures of each row, under prompts that name a background and nothing else."""
+    """The images of each row; the prompts name only a background."""
     drawings = asked_drawings(n)
     prompts = [caption(SHAPELESS, background=background).text for background in drawings.background.tolist()]
     hints = outlines(drawings, size)
@@ -213,7 +221,7 @@ def control_pictures(teacher: Parts, student: Parts, path: Path, n: int, size: i
 
 
 def control_row(row: str, pictures: torch.Tensor) -> ControlRow:
-    """Pictures of ``asked_drawings`` judged."""
+    """Judge images of ``asked_drawings``."""
     asked = asked_drawings(len(pictures))
     verdict, overlap = judge(pictures), overlaps(pictures, asked)
     followed, shape = overlap >= FOLLOWED, verdict.shape == asked.shape
@@ -239,7 +247,7 @@ def _percent(values: torch.Tensor) -> float:
 
 
 def evaluate(teacher: Path, student: Path, work: Path, size: int, n: int = PROMPTS) -> dict[str, Any]:
-    """Train what ``work`` lacks, measure every row, write the sheets; returns the figures, fit for JSON."""
+    """Train what is missing in ``work``, measure every row, write the contact sheets; returns the figures for JSON."""
     lora, control = work / f"lora-{size}.safetensors", work / f"controlnet-{size}.safetensors"
     recipes = {"lora": at_size(LORA, size), "controlnet": at_size(CONTROLNET, size)}
     for path, train, recipe in (
@@ -269,12 +277,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="addons-tiny", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--teacher", type=Path, required=True, help="sdxl-tiny's diffusers folder")
     parser.add_argument("--student", type=Path, required=True, help="a koala-tiny: diffusers folder or checkpoint file")
-    parser.add_argument("--work", type=Path, required=True, help="the trained add-ons, and sheets of pictures")
-    parser.add_argument("--size", type=int, choices=(64, 128), default=LORA.size, help="of the pictures, in pixels")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="pictures a row")
-    parser.add_argument("--out", type=Path, help="where to write the figures; they are printed in any case")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the trained add-ons and the contact sheets")
+    parser.add_argument("--size", type=int, choices=(64, 128), default=LORA.size, help="side of the images in pixels")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="images per row")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures, which are printed as well")
     arguments = parser.parse_args(argv)
-    logging.disable(logging.ERROR)  # the host says of each module and residual that the stock way cannot place it
+    logging.disable(logging.ERROR)  # ComfyUI warns of each module that the stock loader cannot apply
     figures = json.dumps(
         evaluate(arguments.teacher, arguments.student, arguments.work, arguments.size, arguments.prompts), indent=2
     )

@@ -1,10 +1,10 @@
-"""Two steps at full size on a CPU with random weights: shapes, losses, checkpoint, resume, reload, and what it takes.
+"""Two steps at full size on a CPU with random weights: shapes, losses, checkpoint, resume, reload, time and memory.
 
 Usage: python -m tools.run koala_sdxl.distill.study.dry_run --work DIR [--out JSON]
 (about 20 GB of memory, 30 GB of disk, 20 minutes)
 
-SDXL in bf16 teaches a KOALA-700M in fp32 at 256 px, a picture a step. The first process is killed after one step; the
-second goes on from its checkpoint. The result is then loaded by the pack and by stock ComfyUI.
+SDXL in bf16 teaches a KOALA-700M in fp32 at 256 px, one image per step. The first process is killed after one step; the
+second resumes from its checkpoint. The result is then loaded by the pack and by stock ComfyUI.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = 2
 
 
 def configuration(work: Path) -> config.Config:
-    """The run."""
+    """The run's configuration."""
     return config.Config.model_validate(
         {
             "output": work / "koala-700m",
@@ -64,7 +64,7 @@ def configuration(work: Path) -> config.Config:
 
 
 def prepare(work: Path) -> None:
-    """Write the pictures, and SDXL as a diffusers folder: KOALA's, with another U-Net."""
+    """Write the images, and SDXL as a diffusers folder: KOALA's, with another U-Net."""
     dataset.write(work / "drawings", SIZE, 4)
     inprocess.activate()
     from ... import koala_loader
@@ -77,8 +77,9 @@ def prepare(work: Path) -> None:
 
 
 def process(work: Path, task: str, until: Path | None = None) -> tuple[float, float]:
-    """A task in a process of its own, to the end or until a file is there, then it is killed; its seconds, and its peak
-    memory in GB. Raises UserError where it fails."""
+    """Run a task in a process of its own, to its end or until a file exists, when it is killed.
+
+    Returns its seconds and its peak memory in GB. Raises UserError where it fails."""
     started = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-m", "tools.run", "koala_sdxl.distill.study.dry_run", "--work", str(work), task], cwd=ROOT
@@ -98,7 +99,7 @@ def process(work: Path, task: str, until: Path | None = None) -> tuple[float, fl
 
 
 def run(work: Path) -> dict[str, object]:
-    """Both processes, then both loaders; returns what was seen."""
+    """Both processes, then both loaders; returns the figures."""
     if not (work / "sdxl").exists():
         process(work, "--prepare")
     checkpoint = work / "koala-700m" / "checkpoints" / "step-0000001"
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dry-run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, help="a JSON file for what was seen")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -1,6 +1,7 @@
-"""How good a U-Net of the small family is: pictures of prompts, read off their pixels, and the error on held-out ones.
+"""How good a small U-Net is: images of prompts, judged from their pixels, and the error on held-out drawings.
 
-A share of right pictures says what a person sees; the error tells U-Nets apart whose pictures are all wrong, or right.
+The share of correct images is what a person sees; the error distinguishes U-Nets whose images are all wrong or all
+right.
 """
 
 from dataclasses import asdict
@@ -19,8 +20,8 @@ from .. import sheet
 
 SIZE = 128  # pixels
 PROMPTS = 108
-SHOWN = 12  # pictures that are kept to be looked at
-HELD_OUT = 256  # drawings that no training saw
+SHOWN = 12  # images that are kept for viewing
+HELD_OUT = 256  # drawings not used in training
 BATCH = 32
 STAGE = 9  # of tools.tiny's random numbers
 
@@ -31,8 +32,15 @@ Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def judge(
     unet: UNet2DConditionModel, teacher: Path, pictures: Path, prompts: int = PROMPTS, held_out: int = HELD_OUT
 ) -> dict[str, Any]:
-    """tools.tiny's score at KOALA's published settings, and ``held_out``; pictures go to the PNG file. ``teacher``: the
-    diffusers folder that has the VAE and the text encoders."""
+    """tools.tiny's score at KOALA's published settings, and ``held_out``; the first images go to a PNG file.
+
+    Args:
+        unet: the U-Net to judge.
+        teacher: the diffusers folder with the VAE and the text encoders.
+        pictures: the PNG file.
+        prompts: number of prompts.
+        held_out: number of held-out drawings.
+    """
     model = _model(teacher)
     model.unet = unet.to(DEVICE)
     texts, asked = evaluate.grid_prompts(prompts)
@@ -43,8 +51,8 @@ def judge(
 
 @torch.no_grad()
 def held_out_error(unet: UNet2DConditionModel, teacher: Path, count: int) -> float:
-    """The velocity-weighted error of the noise that the U-Net predicts, on ``count`` drawings of their own seed, with
-    the same noise and time steps for every U-Net."""
+    """The velocity-weighted error of the predicted noise on ``count`` drawings from a seed of their own, with the same
+    noise and time steps for every U-Net."""
     generator = checkpoints.step_generator(evaluate.SEED, STAGE, 1)
     errors = []
     for latents, context, pooled in zip(*(part.split(BATCH) for part in _held_out(teacher, count)), strict=True):

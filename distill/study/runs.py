@@ -1,7 +1,8 @@
-"""The trainings of the study: sdxl-tiny teaches students of koala-tiny's layout, by `dev.py distill`'s own engine.
+"""The runs of the study: sdxl-tiny teaches students with koala-tiny's layout, trained by `dev.py distill`'s own code.
 
-Curves against training from nothing, the paper's ablation, the choice of layers. Every run is a process of its own with
-one thread, and leaves a JSON file; what is there already is not run again. distill/study/page.py makes the page of it.
+Curves compared with training from scratch, the paper's ablation, the choice of transformer blocks. Every run is a
+process of its own with one thread and writes a JSON file; a run whose file exists is not repeated. page.py writes the
+page.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what differs between the runs. ``looks``: steps between two judgements of its pictures."""
+    """One training: what differs between the runs. ``looks``: steps between two judgements of its images."""
 
     name: str
     group: str
@@ -54,7 +55,7 @@ CURVES = (
     Run("from nothing", "curve", 2000, 400, start="random", place="none", output=0.0),
 )
 STUDENT = CURVES[1]
-"""The one that add-ons are carried to, and that koala-tiny is packed from."""
+"""The run whose student the add-ons are applied to, and which koala-tiny is packed from."""
 ABLATION = tuple(
     Run(f"{place}, seed {seed}", "place", 200, 200, seed, place=place) for place in PLACES for seed in SEEDS
 )
@@ -63,12 +64,12 @@ RUNS = (*CURVES, *ABLATION, *LAYERS)
 
 
 def teacher_folder(work: Path) -> Path:
-    """sdxl-tiny, where `train-tiny --teacher --work` leaves it."""
+    """sdxl-tiny, where `train-tiny --teacher --work` writes it."""
     return work / "teacher" / "sdxl-tiny"
 
 
 def config(run: Run, work: Path) -> Config:
-    """The configuration of a run, as a TOML file would hold it."""
+    """The configuration of a run."""
     return Config.model_validate(
         {
             "output": work / "runs" / run.name.replace(", ", "-").replace(" ", "-"),
@@ -101,10 +102,10 @@ def config(run: Run, work: Path) -> Config:
 
 
 def carry_out(run: Run, work: Path) -> None:
-    """Train, judge on the way, and write the run's JSON file."""
+    """Train, judge at intervals, and write the run's JSON file."""
     settings = config(run, work)
     path, curve = settings.output.with_suffix(".curve.json"), {}
-    if path.exists():  # what an earlier process saw before it was stopped
+    if path.exists():  # judged by a process that was interrupted
         curve = json.loads(path.read_text())
 
     def look(step: int, unet: UNet2DConditionModel) -> None:
@@ -128,18 +129,18 @@ def judge_teacher(work: Path) -> None:
 
 
 def results(work: Path) -> dict[str, Any]:
-    """What every finished run left, by its name."""
+    """The figures of every finished run, by name."""
     files = [config(run, work).output.with_suffix(".json") for run in RUNS]
     return {run.name: json.loads(file.read_text()) for run, file in zip(RUNS, files, strict=True) if file.exists()}
 
 
 def run_all(work: Path, jobs: int, only: list[str]) -> None:
-    """Everything that has not been done, ``jobs`` at a time; ``only`` some groups. Raises UserError where one fails."""
+    """Carry out every unfinished run, ``jobs`` at a time; ``only`` names groups. Raises UserError where one fails."""
     dataset.write(work / f"drawings-{SIZE}", SIZE, PICTURES)
     (work / "runs").mkdir(parents=True, exist_ok=True)
     if not teacher_folder(work).exists():
         tokenizer = testhost.test_host().tokenizer
-        print("sdxl-tiny: minutes on a GPU, most of a day on two cores", flush=True)
+        print("training sdxl-tiny: minutes on a GPU, most of a day on two cores", flush=True)
         command = ["tools.tiny.train", "--teacher", "--tokenizer", str(tokenizer), "--work", str(work / "teacher")]
         _process(command, work / "runs" / "teacher.log", threads=jobs)
     judge_teacher(work)
@@ -155,7 +156,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         if waiting:
-            one(waiting[0])  # alone: it fills the cache that the others share
+            one(waiting[0])  # alone: it computes the cache that the others share
         list(pool.map(one, waiting[1:]))
     found = work / "runs" / "addons.json"
     if not found.exists() and (not only or "addons" in only):
@@ -185,7 +186,7 @@ def _process(module: list[str], log: Path, threads: int = 1) -> None:
             check=False,
         )
     if done.returncode:
-        raise UserError(f"{log.stem} failed; {log} says why. Mend it and run again.")
+        raise UserError(f"{log.stem} failed; {log} says why. Fix the cause and run again.")
 
 
 def main(argv: list[str] | None = None) -> int:

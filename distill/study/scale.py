@@ -1,9 +1,9 @@
-"""What distilling KOALA-700M and KOALA-1B from SDXL costs at 1024 px, on paper: arithmetic, memory, time and disk.
+"""What distilling KOALA-700M and KOALA-1B from SDXL costs at 1024 px, calculated: arithmetic, memory, time and disk.
 
-Nothing is computed and no GPU is needed. Multiplications are counted by torch's ``FlopCounterMode`` on diffusers'
-U-Nets without contents. ``tools.measure.bench.macs`` counts ComfyUI's by the same counter, but only inside
-ComfyUI's process; both come to the same numbers. Activations are what autograd saves in a forward pass of tensors
-without contents that take themselves for a GPU's, in bf16 under CUDA's autocast rules, with flash attention.
+No tensor is computed and no GPU is needed. Multiplications are counted by torch's ``FlopCounterMode`` on diffusers'
+U-Nets of meta tensors; ``tools.measure.bench.macs`` counts ComfyUI's with the same counter, with equal results.
+Activations are what autograd saves in a forward pass of fake CUDA tensors, in bf16 under CUDA's autocast rules, with
+flash attention.
 
 Sources: the recipe is that of the model cards (etri-vilab/koala-lightning-700m: "500K with a batch size of 128",
 "4 x NVIDIA A100 (80GB)"); 312 TFLOP/s is NVIDIA's figure for the A100, bf16, dense.
@@ -44,14 +44,14 @@ LATENT = SIDE // 8
 TOKENS = 77
 
 ITERATIONS = 500_000
-BATCH = 128  # pictures an iteration, all GPUs together
+BATCH = 128  # images per iteration, over all GPUs
 GPUS = 4
 PEAK = 312e12  # FLOP/s of an A100
 UTILISATIONS = (0.3, 0.4, 0.5)
 
 CARDS = {"A100, 80 GB": 80 * 2**30, "24 GB": 24 * 2**30}  # bytes
 USABLE = 0.9
-"""Share of a card's memory that tensors can have: an allowance for CUDA itself, workspaces and fragments."""
+"""Share of a card's memory available to tensors; the rest is for CUDA itself, workspaces and fragmentation."""
 
 GB = 10**9
 
@@ -61,34 +61,34 @@ GB = 10**9
 
 @cache
 def unet_macs(layout: Layout) -> int:
-    """Multiplications of one forward pass of one picture."""
+    """Multiplications of one forward pass of one image."""
     unet = _unet(layout, "meta")
     with torch.no_grad(), _flash():
         return _macs(lambda: _forward(unet, layout, "meta"))
 
 
 def step_flops(student: Layout, checkpointing: bool) -> int:
-    """FLOPs that training spends on a picture: the teacher forward, the student forward and, at twice that, backward;
-    with gradient checkpointing the student forward once more."""
+    """FLOPs of training on one image: the teacher forward, the student forward, and backward at twice the cost; with
+    gradient checkpointing, the student forward once more."""
     return 2 * (unet_macs(SDXL) + (4 if checkpointing else 3) * unet_macs(student))
 
 
-def pictures_per_second(student: Layout, checkpointing: bool, utilisation: float) -> float:
-    """Of one A100 that does ``utilisation`` of its peak."""
+def images_per_second(student: Layout, checkpointing: bool, utilisation: float) -> float:
+    """Of one A100 that reaches ``utilisation`` of its peak."""
     return PEAK * utilisation / step_flops(student, checkpointing)
 
 
 def gpu_hours(student: Layout, checkpointing: bool, utilisation: float) -> float:
     """Of the published recipe, on A100s."""
-    return ITERATIONS * BATCH / pictures_per_second(student, checkpointing, utilisation) / 3600
+    return ITERATIONS * BATCH / images_per_second(student, checkpointing, utilisation) / 3600
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The models that a cache of latents and text embeddings makes superfluous in training."""
+    """The models that are not needed while training, thanks to the cache of latents and text embeddings."""
 
     vae: int
-    """Multiplications of encoding one picture."""
+    """Multiplications of encoding one image."""
     text: int
     """Multiplications of both text encoders on one caption."""
     weights: int
@@ -107,25 +107,25 @@ def encoders() -> Encoders:
                 (CLIPTextModelWithProjection, random_weights.CLIP_G, 1280),
             )
         )
-        picture = torch.empty(1, 3, SIDE, SIDE)
+        image = torch.empty(1, 3, SIDE, SIDE)
         caption = torch.zeros(1, TOKENS, dtype=torch.int64)
     used = (vae.encoder, vae.quant_conv, first, second)
     with torch.no_grad():
         return Encoders(
-            _macs(lambda: vae.encode(picture)),
+            _macs(lambda: vae.encode(image)),
             _macs(lambda: (first(caption), second(caption))),
             sum(weight.numel() for model in used for weight in model.parameters()),
         )
 
 
-def cache_bytes(pictures: int) -> dict[str, int]:
+def cache_bytes(images: int) -> dict[str, int]:
     """Bytes on disk of the cache, fp16, by part."""
     shapes = {
         "latents": (SDXL.in_channels, LATENT, LATENT),
         "context": (TOKENS, SDXL.context),
         "pooled": (SDXL.pooled,),
     }
-    return {part: 2 * pictures * prod(shape) for part, shape in shapes.items()}
+    return {part: 2 * images * prod(shape) for part, shape in shapes.items()}
 
 
 def _macs(work: Callable[[], Any]) -> int:
@@ -139,29 +139,29 @@ def _macs(work: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a student's forward pass of one picture leaves for its backward pass: bytes."""
+    """What a student's forward pass of one image stores for its backward pass, in bytes."""
 
     plain: int
     kept: int
-    """With gradient checkpointing: the inputs of blocks, and all that is outside of blocks."""
+    """With gradient checkpointing: the inputs of blocks, and everything outside of blocks."""
     recomputed: int
-    """With gradient checkpointing: of the block that needs most, beyond what is kept."""
+    """With gradient checkpointing: the most that one block needs beyond that."""
     student_features: int
     teacher_features: int
     loss: int
-    """The feature loss's own: the differences, fp32."""
+    """Of the feature loss itself: the differences, fp32."""
 
     @property
     def features(self) -> int:
         return self.student_features + self.teacher_features + self.loss
 
-    def a_picture(self, checkpointing: bool) -> int:
-        """The most that is held at a time, features included."""
+    def per_image(self, checkpointing: bool) -> int:
+        """The peak, features included."""
         return self.features + (self.kept + self.recomputed if checkpointing else self.plain)
 
 
 class _Saved:
-    """Storages that autograd saves, each once; held, so that none is taken for an older one."""
+    """Storages that autograd saves, each counted once; referenced, so that no address is used again."""
 
     def __init__(self) -> None:
         self.bytes: dict[int, int] = {}
@@ -178,13 +178,13 @@ class _Saved:
         return saved_tensors_hooks(self.add, lambda tensor: tensor)
 
     def beyond(self, *others: _Saved) -> int:
-        """Bytes of what is in none of the others."""
+        """Bytes of the storages that are in none of the others."""
         return sum(size for key, size in self.bytes.items() if not any(key in other.bytes for other in others))
 
 
 @cache
 def activations(layout: Layout) -> Activations:
-    """Measured on one pass of tensors without contents, by diffusers' own division into checkpointed blocks."""
+    """Measured on one pass of fake tensors, with diffusers' own division into checkpointed blocks."""
     table = LossTable()
     chosen = pairs(cut_out(layout, "first"), table)
     weights, inside, outside, ends, loss, ours, theirs = (_Saved() for _ in range(7))
@@ -224,10 +224,10 @@ def activations(layout: Layout) -> Activations:
 
 
 def _unet(layout: Layout, device: str) -> UNet2DConditionModel:
-    """Without contents, in bf16."""
+    """Without weights in memory, in bf16."""
     arguments = {key: value for key, value in unet_config(layout, SIDE).items() if not key.startswith("_")}
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # Module.to cannot change tensors without contents that are on a GPU
+    torch.set_default_dtype(torch.bfloat16)  # Module.to cannot change fake CUDA tensors
     try:
         with torch.device(device):
             return UNet2DConditionModel(**arguments)
@@ -248,7 +248,7 @@ def _forward(unet: UNet2DConditionModel, layout: Layout, device: str) -> None:
 
 
 def _flash() -> Any:
-    """Flash attention wherever attention is asked for: on tensors without contents torch would choose none."""
+    """Flash attention for every attention call: torch would not choose it for fake tensors."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
@@ -258,7 +258,7 @@ def _flash() -> Any:
 
 @contextmanager
 def _autocast() -> Iterator[None]:
-    """CUDA's autocast to bf16; ``torch.autocast`` would turn itself off where there is no GPU."""
+    """CUDA's autocast to bf16; ``torch.autocast`` disables itself where there is no GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -280,26 +280,26 @@ class Memory:
     teacher: int
     weights: int
     copies: int
-    """bf16 of the student's weights, for computing: all of them under autocast, those of a few units under FSDP."""
+    """bf16 copies of the student's weights for computing: all of them under autocast, a few units under FSDP."""
     gradients: int
     moments: int
     average: int
-    a_picture: int
+    per_image: int
 
     @property
     def fixed(self) -> int:
-        """What does not grow with the batch."""
+        """The part that does not grow with the batch."""
         return self.teacher + self.weights + self.copies + self.gradients + self.moments + self.average
 
     def of(self, batch: int) -> int:
-        return self.fixed + batch * self.a_picture
+        return self.fixed + batch * self.per_image
 
 
 def memory(student: Layout, checkpointing: bool, gpus: int = 1, teacher_gpus: int = 1) -> Memory:
     """On each GPU, with the student's states fully sharded over ``gpus`` and the teacher over ``teacher_gpus``.
 
-    Not sharded: teacher bf16, the student's weights, gradients, AdamW's two moments and the average fp32, and bf16
-    copies of the weights. Sharded: a part of each, and in bf16 the gathered units, with the student's gradients.
+    Not sharded: the teacher in bf16; the student's weights, gradients, AdamW's two moments and the average in fp32, and
+    bf16 copies of the weights. Sharded: a share of each, and the gathered units with the student's gradients in bf16.
     """
     weights = parameters(student)
     return Memory(
@@ -309,26 +309,26 @@ def memory(student: Layout, checkpointing: bool, gpus: int = 1, teacher_gpus: in
         gradients=_share(4 * weights, gpus),
         moments=_share(8 * weights, gpus),
         average=_share(4 * weights, gpus),
-        a_picture=activations(student).a_picture(checkpointing),
+        per_image=activations(student).per_image(checkpointing),
     )
 
 
 def gathered(layout: Layout) -> int:
-    """Bytes, bf16, of what FSDP has whole at a time: the root, and two units: the one at work and the next.
+    """Bytes, bf16, of what FSDP has gathered at a time: the root, and two units: the current one and the next.
 
-    A unit is a residual layer or a transformer block; the root is all that is in no unit.
+    A unit is a residual layer or a transformer block; the root is everything outside of units.
     """
     root, units = fsdp_units(layout)
     return 2 * (root + 2 * max(units.values()))
 
 
 def largest_batch(found: Memory, card: int) -> int:
-    """Pictures on a card of that many bytes; 0 where not one fits."""
-    return max(0, (int(USABLE * card) - found.fixed) // found.a_picture)
+    """Images on a card with that many bytes; 0 where not one fits."""
+    return max(0, (int(USABLE * card) - found.fixed) // found.per_image)
 
 
 def traffic(student: Layout, gpus: int = 1, teacher_gpus: int = 1) -> int:
-    """Bytes that each GPU sends a step, by rings of ``GPUS``: without sharding, DDP's all-reduce of fp32 gradients;
+    """Bytes that each GPU sends per step, in rings of ``GPUS``: without sharding, DDP's all-reduce of fp32 gradients;
     with it, two all-gathers of the student and a reduce-scatter, all bf16; and an all-gather of a sharded teacher."""
     weights = parameters(student) * (3 * 2 if gpus > 1 else 2 * 4)
     return (GPUS - 1) * (weights + (2 * parameters(SDXL) if teacher_gpus > 1 else 0)) // GPUS
@@ -340,7 +340,7 @@ def _share(size: int, gpus: int) -> int:
 
 @cache
 def fsdp_units(layout: Layout) -> tuple[int, dict[str, int]]:
-    """Weights of the root, and of each unit by its name."""
+    """Number of weights of the root, and of each unit by name."""
     root, units = 0, dict[str, int]()
     for tensor in tensors(layout):
         if found := re.match(r".+\.(resnets|transformer_blocks)\.\d+(?=\.)", tensor.diffusers):

@@ -1,8 +1,10 @@
-"""What ``scale`` counts, as a part of docs/distillation.md."""
+"""The figures of ``scale``, as a section of docs/distillation.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+
+from tools.measure import markdown
 
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import KOALA_700M, SDXL, Layout, name
@@ -24,9 +26,9 @@ from .scale import (
     encoders,
     fsdp_units,
     gpu_hours,
+    images_per_second,
     largest_batch,
     memory,
-    pictures_per_second,
     step_flops,
     traffic,
     unet_macs,
@@ -34,26 +36,26 @@ from .scale import (
 
 
 def section() -> str:
-    """All of it as Markdown."""
+    """The whole section as Markdown."""
     parts = (_head, _arithmetic, _memory, _batches, _time, _caching, _sharding, _limits)
     return "\n".join(line for part in parts for line in part()).rstrip() + "\n"
 
 
 def _head() -> Iterator[str]:
     yield from (
-        "## At real scale, on paper",
+        "## Full size, calculated",
         "",
-        f"KOALA out of SDXL at {SIDE} px: latents of {LATENT} x {LATENT}, {TOKENS} text tokens. Nothing here was run "
-        "on a GPU. Multiplications, weights and saved activations are counted on the real graphs; the rest is "
-        "arithmetic on them. GB is 10^9 bytes.",
+        f"KOALA from SDXL at {SIDE} px: latents of {LATENT} x {LATENT}, {TOKENS} text tokens. Nothing here was run "
+        "on a GPU. Multiplications, weights and saved activations are counted on the real graphs; all other figures "
+        "are calculated from these. GB is 10^9 bytes.",
         "",
     )
 
 
 def _arithmetic() -> Iterator[str]:
-    yield from ("### Arithmetic", "", "T of one picture. A multiplication and its addition are two FLOPs.", "")
+    yield from ("### Arithmetic", "", "10^12, for one image. A multiplication and its addition are two FLOPs.", "")
     yield from _table(
-        ("U-Net", "weights, M", "multiplications, forward", "FLOPs of a training step", "with gradient checkpointing"),
+        ("U-Net", "weights, M", "multiplications, forward", "FLOPs per training step", "with gradient checkpointing"),
         (
             (
                 "SDXL" if layout == SDXL else name(layout),
@@ -69,8 +71,8 @@ def _arithmetic() -> Iterator[str]:
     )
     shares = ", ".join(f"{_percent(2 * unet_macs(SDXL) / step_flops(one, False))} of {name(one)}'s" for one in STUDENTS)
     yield from (
-        "A step is the teacher forward and the student three times its forward pass: once forward, and backward twice "
-        f"as much; with gradient checkpointing, four times. The frozen teacher is {shares} step.",
+        "A step costs one forward pass of the teacher and three of the student: one forward, and the backward pass, "
+        f"which costs two; with gradient checkpointing, four. The frozen teacher takes {shares} step.",
         "",
     )
 
@@ -83,25 +85,25 @@ def _memory() -> Iterator[str]:
         ("gradients, fp32", lambda one: memory(one, False).gradients),
         ("AdamW's two moments, fp32", lambda one: memory(one, False).moments),
         ("averaged weights, fp32", lambda one: memory(one, False).average),
-        ("**sum, whatever the batch**", lambda one: memory(one, False).fixed),
+        ("**sum for any batch**", lambda one: memory(one, False).fixed),
         ("activations", lambda one: activations(one).plain),
-        ("or, with gradient checkpointing: kept", lambda one: activations(one).kept),
+        ("or, with gradient checkpointing: stored", lambda one: activations(one).kept),
         ("and the largest block, recomputed", lambda one: activations(one).recomputed),
         ("features of the student, bf16", lambda one: activations(one).student_features),
         ("features of the teacher, bf16", lambda one: activations(one).teacher_features),
         ("their differences in the loss, fp32", lambda one: activations(one).loss),
-        ("**sum a picture**", lambda one: activations(one).a_picture(False)),
-        ("**sum a picture, with gradient checkpointing**", lambda one: activations(one).a_picture(True)),
+        ("**sum per image**", lambda one: activations(one).per_image(False)),
+        ("**sum per image, with gradient checkpointing**", lambda one: activations(one).per_image(True)),
     )
-    yield from ("### Memory of one GPU", "", "GB; the lower half for each picture of the batch.", "")
+    yield from ("### Memory of one GPU", "", "GB; the lower half is per image of the batch.", "")
     yield from _table(
         ("part", *map(name, STUDENTS)),
         ((part, *(f"{size(one) / GB:.2f}" for one in STUDENTS)) for part, size in rows),
     )
     yield from (
-        "Activations: what autograd saves, each storage once and weights left out, in a forward pass of a bf16 U-Net "
-        "without contents under CUDA's autocast, which has norms in fp32, with flash attention. Blocks are diffusers' "
-        "own: a residual layer, or a transformer block. Features: the output of every self-attention, the default.",
+        "Activations: what autograd saves in a forward pass, each storage once and without weights, for a bf16 U-Net "
+        "of fake tensors under CUDA's autocast, which computes norms in fp32, with flash attention. Blocks are those "
+        "of diffusers: residual layers and transformer blocks. Features: the output of every self-attention (default).",
         "",
     )
 
@@ -111,15 +113,15 @@ _SPREAD: tuple[tuple[str, int, int], ...] = (
     (f"student over {GPUS}", GPUS, 1),
     (f"student and teacher over {GPUS}", GPUS, GPUS),
 )
-"""What FSDP shards, over how many GPUs the student, and the teacher."""
+"""What FSDP shards; the number of GPUs over which the student is sharded, and the teacher."""
 
 
 def _batches() -> Iterator[str]:
     columns = [(card, *spread) for card in CARDS for spread in _SPREAD]
     yield from (
-        "### Largest batch a GPU",
+        "### Largest batch per GPU",
         "",
-        f"Pictures, with {_percent(USABLE)} of the card's memory for tensors. 0: it does not fit.",
+        f"Images, with {_percent(USABLE)} of the card's memory available to tensors. 0: it does not fit.",
         "",
     )
     yield from _table(
@@ -135,8 +137,8 @@ def _batches() -> Iterator[str]:
         ),
     )
     yield from (
-        f"The recipe's {BATCH} pictures on {GPUS} GPUs are {BATCH // GPUS} a GPU: `accumulate` makes up for what does "
-        "not fit at once.",
+        f"The recipe's {BATCH} images on {GPUS} GPUs are {BATCH // GPUS} per GPU: set `accumulate` where they do not "
+        "fit at once.",
         "",
     )
 
@@ -145,9 +147,9 @@ def _time() -> Iterator[str]:
     yield from (
         "### Time",
         "",
-        f"The published recipe: {ITERATIONS:,} iterations of {BATCH} pictures, {ITERATIONS * BATCH / 1e6:.0f} M in "
-        f"all, on {GPUS} A100 of 80 GB. **Assumed**: these GPUs do {_listed(UTILISATIONS)} of their bf16 peak of "
-        f"{PEAK / 1e12:.0f} TFLOP/s, over all of a step, what checkpointing computes again counted as work.",
+        f"The published recipe: {ITERATIONS:,} iterations of {BATCH} images, {ITERATIONS * BATCH / 1e6:.0f} M in "
+        f"total, on {GPUS} A100 of 80 GB. **Assumed**: these GPUs reach {_listed(UTILISATIONS)} of their bf16 peak of "
+        f"{PEAK / 1e12:.0f} TFLOP/s over a whole step, recomputation by checkpointing included.",
         "",
     )
     yield from _table(
@@ -155,8 +157,8 @@ def _time() -> Iterator[str]:
             "student",
             "gradient checkpointing",
             "utilisation",
-            "pictures/s a GPU",
-            f"pictures/s of {GPUS}",
+            "images/s per GPU",
+            f"images/s on {GPUS}",
             "GPU-hours",
             f"days on {GPUS}",
         ),
@@ -165,8 +167,8 @@ def _time() -> Iterator[str]:
                 name(student),
                 "yes" if checkpointing else "no",
                 _percent(utilisation),
-                f"{pictures_per_second(student, checkpointing, utilisation):.1f}",
-                f"{GPUS * pictures_per_second(student, checkpointing, utilisation):.1f}",
+                f"{images_per_second(student, checkpointing, utilisation):.1f}",
+                f"{GPUS * images_per_second(student, checkpointing, utilisation):.1f}",
                 f"{gpu_hours(student, checkpointing, utilisation):,.0f}",
                 f"{gpu_hours(student, checkpointing, utilisation) / GPUS / 24:.0f}",
             )
@@ -175,9 +177,9 @@ def _time() -> Iterator[str]:
             for utilisation in UTILISATIONS
         ),
     )
-    pictures = GPUS * pictures_per_second(KOALA_700M, False, max(UTILISATIONS))
-    rate = pictures * sum(cache_bytes(1).values())
-    yield from (f"The cache has to be read at {rate / 1e6:.0f} MB/s at the most, for {pictures:.0f} pictures/s.", "")
+    images = GPUS * images_per_second(KOALA_700M, False, max(UTILISATIONS))
+    rate = images * sum(cache_bytes(1).values())
+    yield from (f"The cache has to be read at up to {rate / 1e6:.0f} MB/s, for {images:.0f} images/s.", "")
 
 
 def _caching() -> Iterator[str]:
@@ -187,14 +189,13 @@ def _caching() -> Iterator[str]:
     yield from (
         "### What the cache saves",
         "",
-        f"Encoding a picture takes {found.vae / 1e12:.2f} T multiplications (VAE) and its caption "
-        f"{found.text / 1e12:.3f} T (both text encoders): {shares} step without gradient checkpointing, which the "
-        f"cache saves each time a picture comes round; and {2 * found.weights / GB:.2f} GB of weights in bf16 on each "
-        "GPU.",
+        f"Encoding an image takes {found.vae / 1e12:.2f} T multiplications (VAE), and its caption "
+        f"{found.text / 1e12:.3f} T (both text encoders): {shares} step without gradient checkpointing. The cache "
+        f"saves this each time an image is used, and {2 * found.weights / GB:.2f} GB of weights in bf16 on each GPU.",
         "",
     )
     yield from _table(
-        ("cache of a million pictures, fp16", "GB"),
+        ("cache of a million images, fp16", "GB"),
         ((part, f"{size / GB:.1f}") for part, size in (*million.items(), ("**sum**", sum(million.values())))),
     )
 
@@ -203,11 +204,11 @@ def _sharding() -> Iterator[str]:
     yield from (
         f"### FSDP over {GPUS} GPUs",
         "",
-        "GB a GPU whatever the batch, and GB that each GPU sends a step; pictures take as much as without it.",
+        "GB per GPU for any batch, and GB that each GPU sends per step; the memory per image is the same as without.",
         "",
     )
     yield from _table(
-        ("student", "sharded", "teacher", "student's states", "bf16 copies or gathered units", "sum", "sent a step"),
+        ("student", "sharded", "teacher", "student's states", "bf16 copies or gathered units", "sum", "sent per step"),
         (
             (
                 name(student),
@@ -239,10 +240,10 @@ def _sharding() -> Iterator[str]:
         "",
         "- student, nothing sharded: (4 + 4 + 8 + 4) P for weights, gradients, moments and average, and 2 P for bf16 "
         "copies.",
-        "- student, sharded: 20 P / N, and 2 x 2 (R + 2 U): the root, the unit at work and the next, in bf16, and as "
-        "much for their gradients. The average is supposed to live in shards, too.",
+        "- student, sharded: 20 P / N, and 2 x 2 (R + 2 U): the root, the current unit and the next, in bf16, and as "
+        "much for their gradients. The average is assumed to be sharded as well.",
         "- teacher: 2 P; sharded: 2 P / N + 2 (R + 2 U).",
-        "- sent a step, x (N - 1) / N: 8 P by DDP, which reduces fp32 gradients; 6 P for a sharded student (gathered "
+        "- sent per step, x (N - 1) / N: 8 P by DDP, which reduces fp32 gradients; 6 P for a sharded student (gathered "
         "forward and backward, and gradients scattered, bf16); 2 P more for a sharded teacher, which is gathered once.",
         "",
     )
@@ -251,18 +252,19 @@ def _sharding() -> Iterator[str]:
 def _limits() -> Iterator[str]:
     buckets = ", ".join(f"{4 * parameters(one) / GB:.1f} GB for {name(one)}" for one in STUDENTS)
     yield from (
-        "### What this leaves out",
+        "### Not included",
         "",
-        "- Utilisation is an assumption: it differs between U-Net and language model, and with the loader.",
-        "- Memory is the sum of parts that are not all at their largest at once: gradients grow while activations go. "
-        "It errs upwards there.",
-        "- It errs downwards elsewhere: gradients of activations, cuDNN's workspaces, and what the teacher needs on "
-        "the way (it goes first and keeps only features) are covered by the card's unused share, if at all.",
-        f"- DDP's buckets are a second copy of the gradients ({buckets}), unless these are views into them.",
-        "- AdamW's step may need as much as one or two copies of the weights for a moment; activations are gone then.",
-        "- All is counted for squares: other aspect buckets have about their area.",
-        "- Multiplications leave out norms, activation functions, losses and the optimiser, which are bound by memory.",
-        "- The VAE's encoder is counted in multiplications only: SDXL's own needs fp32 and takes more than its share.",
+        "- Utilisation is an assumption: it differs between U-Nets and language models, and depends on data loading.",
+        "- Memory is a sum of parts that do not peak at the same time: gradients grow while activations are freed. "
+        "This overestimates.",
+        "- Other things are underestimated: gradients of activations, cuDNN's workspaces, and the teacher's "
+        "activations (it runs first, and only its features are kept) have to fit into the memory not counted above.",
+        f"- DDP's buckets are a second copy of the gradients ({buckets}), unless gradients are views of the buckets.",
+        "- AdamW's step may briefly need one or two more copies of the weights; activations have been freed by then.",
+        "- Everything is calculated for squares: other aspect buckets have about the same area.",
+        "- Multiplications exclude norms, activation functions, losses and the optimiser, which are limited by memory "
+        "bandwidth.",
+        "- The VAE's encoder is counted in multiplications only: SDXL's own needs fp32 and takes longer than that.",
     )
 
 
@@ -276,6 +278,4 @@ def _listed(shares: Iterable[float]) -> str:
 
 
 def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> Iterator[str]:
-    listed = [[str(cell) for cell in row] for row in (head, *rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in listed]
-    yield from (lines[0], "|" + "---|" * len(listed[0]), *lines[1:], "")
+    yield from (*markdown.table(head, rows), "")

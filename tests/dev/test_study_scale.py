@@ -33,7 +33,7 @@ def test_multiplications_are_those_of_the_benchmark(layout: Layout) -> None:
 def test_checkpointing_takes_less_memory_and_more_arithmetic(student: Layout) -> None:
     found = scale.activations(student)
     assert 0 < found.recomputed < found.kept + found.recomputed < found.plain
-    assert found.a_picture(True) < found.a_picture(False)
+    assert found.per_image(True) < found.per_image(False)
     assert scale.step_flops(student, True) - scale.step_flops(student, False) == 2 * scale.unet_macs(student)
     assert scale.gpu_hours(student, True, 0.4) > scale.gpu_hours(student, False, 0.4) > 0
 
@@ -82,7 +82,7 @@ def test_counting_leaves_torch_as_it_was() -> None:
 
 def test_the_section_tells_it_all() -> None:
     text = scale_page.section()
-    assert text.startswith("## At real scale, on paper\n")
+    assert text.startswith("## Full size, calculated\n")
     assert text.endswith(".\n")
     heads = [line for line, below in zip(text.splitlines(), text.splitlines()[1:], strict=False) if below[:4] == "|---"]
     assert [head.split(" | ")[0] for head in heads] == [
@@ -90,7 +90,7 @@ def test_the_section_tells_it_all() -> None:
         "| part",
         "| student",
         "| student",
-        "| cache of a million pictures, fp16",
+        "| cache of a million images, fp16",
         "| student",
     ]
     for layout in (KOALA_700M, KOALA_1B):
