@@ -50,9 +50,7 @@ def sdxl_numbers(lineage: Lineage, own: Mapping[str, Any]) -> dict[str, Any]:
     if block not in lineage.blocks:
         return {}
     numbers: dict[str, Any] = {"block": lineage.blocks[block]}
-    if (
-        lineage.kept_transformers is not None
-    ):  # without it only block patches are remapped, which have no use for the index
+    if lineage.kept_transformers is not None:  # without it only block patches are remapped, which do not use the index
         kept = lineage.attention.get(block, ())
         if own.get("block_index", len(kept)) < len(kept):
             numbers["block_index"] = kept[own["block_index"]]
