@@ -34,7 +34,7 @@ from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture.keys import renaming, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
-from koala_sdxl.koala.files.conventions import DISTILLATION_KEY, KEPT_KEY, UNET_PREFIX
+from koala_sdxl.koala.files.conventions import DISTILLATION_KEY, KEPT_TRANSFORMERS_KEY, UNET_PREFIX
 from koala_sdxl.koala.files.inspect import inspect_folder, inspect_model
 from tools.harness import inprocess, testhost
 from tools.harness.testhost import ROOT
@@ -271,7 +271,9 @@ def test_both_say_what_they_are_made_of(place: Path, whole: Path) -> None:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata()
         assert metadata["koala.variant"] == "base"
-        assert json.loads(metadata[KEPT_KEY]) == {module: list(kept) for module, kept in LINE.transformers.items()}
+        assert json.loads(metadata[KEPT_TRANSFORMERS_KEY]) == {
+            module: list(kept) for module, kept in LINE.transformers.items()
+        }
         assert json.loads(metadata[DISTILLATION_KEY]) == {
             "layout": "koala-tiny",
             "teacher": "sdxl-tiny",
