@@ -11,9 +11,10 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..host.accelerate.cpu_routines import install_vae
-from ..host.accelerate.patch import accelerate, steps_in_full
-from ..host.accelerate.plan import EXACT, PRESETS, REUSE, ROUTINES, WHOLE, Acceleration
+from ..host.accelerate.patch import accelerate, full_steps_of
+from ..host.accelerate.plan import EXACT, FULL_RANGE, PRESETS, REUSE, ROUTINES, Acceleration
 from ..host.model import model_facts
+from ..host.protocols import Model, Vae
 from ..koala.model_info import ModelFacts
 from ..koala.schedule import schedule
 from .base import CATEGORY, SHOWS, shown
@@ -62,8 +63,8 @@ class KoalaAccelerate(io.ComfyNode):
                                     default="balanced",
                                     tooltip="How many steps reuse cached features. off: none.",
                                 ),
-                                _percent_input("guidance_start", WHOLE[0], "Before this point of the schedule"),
-                                _percent_input("guidance_end", WHOLE[1], "After this point of the schedule"),
+                                _percent_input("guidance_start", FULL_RANGE[0], "Before this point of the schedule"),
+                                _percent_input("guidance_end", FULL_RANGE[1], "After this point of the schedule"),
                                 io.Combo.Input(
                                     "cpu_routines",
                                     options=list(ROUTINES),
@@ -85,7 +86,7 @@ class KoalaAccelerate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, preset: dict[str, Any], vae: Any = None) -> io.NodeOutput:
+    def execute(cls, model: Model, preset: dict[str, Any], vae: Vae | None = None) -> io.NodeOutput:
         facts = model_facts(model)
         settings = PRESETS.get(preset["preset"]) or _custom(preset)
         made = accelerate(model, settings, _tell_sampler)
@@ -110,7 +111,7 @@ def _custom(preset: dict[str, Any]) -> Acceleration:
     if start >= end:
         raise ValueError(
             f"guidance_start is {start} and guidance_end {end}; expected an end after the start. For no guidance at "
-            f"all set the sampler's cfg to 1."
+            f"all, set the sampler's cfg to 1."
         )
     return Acceleration(preset["cpu_routines"], REUSE[preset["reuse"]], (start, end))
 
@@ -118,9 +119,9 @@ def _custom(preset: dict[str, Any]) -> Acceleration:
 def _summary(facts: ModelFacts, settings: Acceleration, routines: str) -> str:
     """What the node will do with the model's published number of steps, and on this machine."""
     published = facts.settings
-    full = steps_in_full(settings, schedule(published.steps, published.spacing, 1.0, facts.scheduler).sigmas)
-    lines = [f"{len(full)} of {published.steps} steps in full"]
-    if settings.guided != WHOLE:
+    full = full_steps_of(settings, schedule(published.steps, published.spacing, 1.0, facts.scheduler).sigmas)
+    lines = [f"{len(full)} of {published.steps} steps run the full U-Net"]
+    if settings.guided != FULL_RANGE:
         lines.append(f"guidance from {settings.guided[0]:g} to {settings.guided[1]:g}")
     if routines:
         lines.append(f"on this CPU: {routines}")
@@ -128,7 +129,7 @@ def _summary(facts: ModelFacts, settings: Acceleration, routines: str) -> str:
 
 
 def _tell_sampler(text: str) -> None:
-    """Show on the node that samples what was left out, and log it."""
+    """Show on the node that samples what was skipped, and log it."""
     logging.info("KOALA Accelerate: %s", text)
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is not None and server is not None:

@@ -1,10 +1,10 @@
 """Faster routines for U-Nets and VAEs that run on the CPU: for the same arithmetic, and for arithmetic in bf16.
 
-PyTorch gives fp32 matrix products to MKL, which leaves half of the speed of other makers' processors unused; ComfyUI
-gives attention on the CPU to a routine that saves memory, and computes in fp32 also where the processor has units for
-bf16. oneDNN, which PyTorch has for convolutions, and PyTorch's own attention do the same sums, in another order,
-faster. Nothing is switched for the process: the routines are exchanged while a MODEL's U-Net or a VAE runs, in its
-thread, and what depends on the processor is measured first.
+PyTorch uses MKL for fp32 matrix products, which reaches half the speed on processors that are not Intel's; ComfyUI uses
+a memory-saving routine for attention on the CPU, and computes in fp32 even where the processor has units for bf16.
+oneDNN, which PyTorch uses for convolutions, and PyTorch's own attention compute the same faster, in another order.
+Nothing is switched for the process: the routines are exchanged while a MODEL's U-Net or a VAE runs, in its thread, and
+what depends on the processor is measured first.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch.nn.functional import conv2d, linear
 from torch.overrides import TorchFunctionMode
 
+from ..protocols import Model, Vae
 from .plan import BF16, OFF
 
 KEY = "koala_kernels"
-LEAST_ROWS = 128
-"""Products with fewer rows than this (time embeddings) take no time worth saving."""
-WORTH_IT = 1.2
-"""How many times faster oneDNN has to be on this processor to be used."""
-WORTH_BF16 = 1.5
-"""The same of bf16, which is not exact."""
+MIN_ROWS = 128
+"""Products with fewer rows than this (time embeddings) take too little time to matter."""
+MIN_SPEEDUP = 1.2
+"""oneDNN is used where it is at least this many times faster on this processor."""
+MIN_SPEEDUP_BF16 = 1.5
+"""The same for bf16, which is not exact."""
 
 
-def install(model: Any, routines: str) -> str:
-    """Let a MODEL (a clone) that runs on the CPU run by faster routines; says which, nothing where there are none.
+def install(model: Model, routines: str) -> str:
+    """Let a MODEL (a clone) use faster routines if it runs on the CPU; returns which in words, empty for none.
 
-    An attention that another node has chosen for the MODEL stays.
+    An attention routine that another node has chosen for the MODEL stays.
     """
     if routines == OFF or model.load_device.type != "cpu":
         return ""
@@ -49,10 +50,10 @@ def install(model: Any, routines: str) -> str:
     return "attention by PyTorch"
 
 
-def install_vae(vae: Any, routines: str) -> tuple[Any, str]:
-    """A VAE like the given one that convolves in channels_last memory order, with ``BF16`` in bf16; and that in words.
+def install_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
+    """A VAE like ``vae`` that convolves in channels_last memory order, with ``BF16`` in bf16; and that in words.
 
-    Where it does not run on the CPU, or with ``OFF``, it is the given one, and there are no words.
+    Where it does not run on the CPU, or with ``OFF``, it is ``vae`` itself, and the text is empty.
     """
     if routines == OFF or vae.device.type != "cpu":
         return vae, ""
@@ -64,7 +65,7 @@ def install_vae(vae: Any, routines: str) -> tuple[Any, str]:
 
 
 class OneDnnProducts(TorchFunctionMode):
-    """While active, fp32 products of layers go to oneDNN; everything else as ever."""
+    """While active, oneDNN computes the fp32 products of layers; everything else is as usual."""
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,15 +100,17 @@ def one_dnn_is_faster() -> bool:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     rows, weight = _product()
-    return _seconds(lambda: linear(rows, weight)) > WORTH_IT * _seconds(lambda: _one_dnn(rows, weight))
+    return _seconds(lambda: linear(rows, weight)) > MIN_SPEEDUP * _seconds(lambda: _one_dnn(rows, weight))
 
 
 @cache
 def bf16_is_faster() -> bool:
-    """Measured likewise, the conversion of the weights included."""
+    """Measured likewise, including the conversion of the weights."""
     rows, weight = _product()
     in_bf16 = rows.bfloat16()
-    return _seconds(lambda: linear(rows, weight)) > WORTH_BF16 * _seconds(lambda: linear(in_bf16, weight.bfloat16()))
+    return _seconds(lambda: linear(rows, weight)) > MIN_SPEEDUP_BF16 * _seconds(
+        lambda: linear(in_bf16, weight.bfloat16())
+    )
 
 
 def _product() -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +119,7 @@ def _product() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _seconds(run: Callable[[], Any], times: int = 5) -> float:
-    """The least of several runs, after one that is not counted."""
+    """The shortest of several runs, after one that is not counted."""
     run()
     taken = []
     for _ in range(times):
@@ -146,7 +149,7 @@ def _within(mode: TorchFunctionMode, method: Callable[..., torch.Tensor]) -> Cal
 
 def _one_dnn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     # The one way to oneDNN's fp32 product that needs no second, packed copy of the weights. It is PyTorch's own, for
-    # its compiler, and has no public name; where a PyTorch lacks it, one_dnn_is_faster says no.
+    # its compiler, and has no public name; where a PyTorch lacks it, one_dnn_is_faster returns False.
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -156,5 +159,5 @@ def _is_plain(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         and rows.device.type == weight.device.type == "cpu"
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and weight.is_contiguous()
-        and rows.numel() >= LEAST_ROWS * weight.shape[1]
+        and rows.numel() >= MIN_ROWS * weight.shape[1]
     )

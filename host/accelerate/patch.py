@@ -1,4 +1,4 @@
-"""A MODEL whose sampling leaves out what the picture hardly needs: KOALA Accelerate."""
+"""KOALA Accelerate on a MODEL: the wrappers around ComfyUI's sampling that skip what the image hardly needs."""
 
 from __future__ import annotations
 
@@ -11,58 +11,64 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
 
-from . import cpu_routines as kernels
-from .branches import Call, Halves
+from ..protocols import Guider, Model
+from . import cpu_routines
+from .branches import Branches, Call
 from .feature_cache import Key, Run
-from .plan import WHOLE, Acceleration, full_steps
+from .plan import FULL_RANGE, Acceleration, full_steps
 
 KEY = "koala_accelerate"
-ONE_STEP = frozenset(f"sample_{name}" for name in ("euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2"))
-"""ComfyUI's samplers that draw no noise, and take each step by itself; ddim is euler."""
-MULTISTEP = frozenset(f"sample_{name}" for name in ("dpmpp_2m", "lms", "ipndm", "ipndm_v", "deis", "res_multistep"))
-"""Those that draw no noise and go by several steps' predictions, as far as they bear foretold ones: with uni_pc and
-gradient_estimation fewer steps are better."""
+SINGLE_STEP_SAMPLERS = frozenset(f"sample_{name}" for name in ("euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2"))
+"""ComfyUI's samplers that draw no noise and use one step's predictions; ddim is euler."""
+MULTISTEP_SAMPLERS = frozenset(
+    f"sample_{name}" for name in ("dpmpp_2m", "lms", "ipndm", "ipndm_v", "deis", "res_multistep")
+)
+"""Those that draw no noise and use several steps' predictions, as far as they tolerate cached steps: with uni_pc and
+gradient_estimation, fewer steps are better."""
 
 
 class Accelerated(NamedTuple):
-    """An accelerated MODEL, and by which faster routines it runs, in words."""
+    """An accelerated MODEL, and the faster routines that it uses, in words."""
 
-    model: Any
+    model: Model
     routines: str
 
 
-def accelerate(model: Any, settings: Acceleration, report: Callable[[str], None]) -> Accelerated:
-    """A clone of ``model`` that samples as ``settings`` say; after each run ``report`` is told what was left out.
+def accelerate(model: Model, settings: Acceleration, report: Callable[[str], None]) -> Accelerated:
+    """A clone of ``model`` that samples as ``settings`` say; after each run ``report`` gets a text on what was skipped.
 
-    Raises ValueError where the MODEL leaves out steps already.
+    Raises ValueError where another node on the MODEL skips steps already.
     """
-    require_alone(model.model_options)
+    require_no_other_cache(model.model_options)
     if model.get_attachment(KEY) is not None:
-        raise ValueError("this MODEL comes from a KOALA Accelerate; expected one that does not. Remove one of the two.")
+        raise ValueError(
+            "this MODEL is already accelerated by KOALA Accelerate; expected one that is not. Remove one of the two "
+            "nodes."
+        )
     accelerated = model.clone()
     accelerated.set_attachments(KEY, settings)
-    routines = kernels.install(accelerated, settings.routines)
-    if settings.reuse.one_step or settings.guided != WHOLE:
+    routines = cpu_routines.install(accelerated, settings.routines)
+    if settings.reuse.single_step or settings.guided != FULL_RANGE:
         wrappers = _Wrappers(settings, report)
         accelerated.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, wrappers.outer_sample)
         accelerated.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, wrappers.predict_noise)
-        accelerated.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _untraced(wrappers.diffusion_model))
+        accelerated.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _uncompiled(wrappers.diffusion_model))
     return Accelerated(accelerated, routines)
 
 
-def steps_in_full(settings: Acceleration, sigmas: torch.Tensor, sampler: str = "sample_euler") -> frozenset[int]:
-    """Which steps of a schedule are computed in full. ``sigmas``: falling, one more than steps."""
-    table = settings.reuse.multistep if sampler in MULTISTEP else settings.reuse.one_step
-    return full_steps(sigmas[:-1].tolist(), table)
+def full_steps_of(settings: Acceleration, sigmas: torch.Tensor, sampler: str = "sample_euler") -> frozenset[int]:
+    """Which steps of a schedule run the full U-Net. ``sigmas``: falling, [steps + 1]."""
+    levels = settings.reuse.multistep if sampler in MULTISTEP_SAMPLERS else settings.reuse.single_step
+    return full_steps(sigmas[:-1].tolist(), levels)
 
 
-def require_alone(options: Mapping[str, Any]) -> None:
-    """Raise ValueError where a MODEL's options hold a node of the same kind, which would be fed guesses for facts."""
+def require_no_other_cache(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where a MODEL's options hold a node of the same kind, which would reuse what was reused."""
     other = options["transformer_options"].get("easycache")
     if other is not None:
         raise ValueError(
-            f"this MODEL has {getattr(other, 'name', 'EasyCache')} as well as KOALA Accelerate; both leave out steps, "
-            f"and each would go by the other's guesses. Remove one of them."
+            f"this MODEL has {getattr(other, 'name', 'EasyCache')} as well as KOALA Accelerate; expected one of them, "
+            f"as the two caches would compound each other's errors. Remove one of them."
         )
 
 
@@ -72,21 +78,28 @@ class _Wrappers:
     def __init__(self, settings: Acceleration, report: Callable[[str], None]) -> None:
         self.settings = settings
         self.report = report
-        self.halves: WeakKeyDictionary[torch.nn.Module, Halves] = WeakKeyDictionary()
+        self.branches: WeakKeyDictionary[torch.nn.Module, Branches] = WeakKeyDictionary()
 
     def outer_sample(
-        self, executor: WrapperExecutor, noise: Any, latent: Any, sampler: Any, sigmas: Any, *rest: Any, **further: Any
-    ) -> Any:
-        guider = executor.class_obj
+        self,
+        executor: WrapperExecutor,
+        noise: torch.Tensor,
+        latent: torch.Tensor,
+        sampler: object,
+        sigmas: torch.Tensor,
+        *rest: Any,
+        **further: Any,
+    ) -> torch.Tensor:
+        guider: Guider = executor.class_obj
         before = guider.model_options
-        require_alone(before)
-        full = steps_in_full(self.settings, sigmas, _name(sampler))
+        require_no_other_cache(before)
+        full = full_steps_of(self.settings, sigmas, _name(sampler))
         run = Run(sigmas[:-1].tolist(), full, guider.model_patcher)
-        run.in_full = _why_in_full(sampler, before) if self.settings.reuse.one_step else "features are not reused"
+        run.no_reuse = _why_no_reuse(sampler, before) if self.settings.reuse.single_step else "features are not reused"
         guider.model_options = create_model_options_clone(before)
         guider.model_options["transformer_options"][KEY] = run
         try:
-            output = executor(noise, latent, sampler, sigmas, *rest, **further)
+            output: torch.Tensor = executor(noise, latent, sampler, sigmas, *rest, **further)
         finally:
             guider.model_options = before
         self.report(str(run))
@@ -98,85 +111,97 @@ class _Wrappers:
         x: torch.Tensor,
         timestep: torch.Tensor,
         options: dict[str, Any],
-        seed: Any = None,
+        seed: int | None = None,
     ) -> torch.Tensor:
-        guider, run = executor.class_obj, options.get("transformer_options", {}).get(KEY)
+        guider: Guider = executor.class_obj
+        run: Run | None = options.get("transformer_options", {}).get(KEY)
         if run is None:
-            return executor(x, timestep, options, seed)
+            return _prediction(executor, x, timestep, options, seed)
         sigma = float(timestep.flatten()[0])
         run.begin(sigma)
-        if self._is_guided(guider.model_patcher, sigma) or not _can_go_unguided(guider, options):
+        if self._is_guided(guider.model_patcher, sigma) or not _can_skip_guidance(guider, options):
             run.guided += 1
-            return executor(x, timestep, options, seed)
+            return _prediction(executor, x, timestep, options, seed)
         scale = guider.cfg
-        guider.cfg = 1.0  # the host then leaves out the negative prompt
+        guider.cfg = 1.0  # the host then skips the negative prompt
         try:
-            return executor(x, timestep, options, seed)
+            return _prediction(executor, x, timestep, options, seed)
         finally:
             guider.cfg = scale
 
     def diffusion_model(self, executor: WrapperExecutor, *arguments: Any, **further: Any) -> torch.Tensor:
         call = Call(*arguments)
         run: Run | None = call.transformer_options.get(KEY)
-        if run is None or run.in_full:
-            return executor(*arguments, **further)
+        if run is None or run.no_reuse:
+            return _prediction(executor, *arguments, **further)
         unet = executor.class_obj
-        if unet not in self.halves:
-            self.halves[unet] = Halves(unet)
-        halves, keys = self.halves[unet], _keys(call, run.patcher)
-        foretold, keep = torch.compiler.disable(run.foretold), torch.compiler.disable(run.keep)
-        feature = foretold(keys)
+        if unet not in self.branches:
+            self.branches[unet] = Branches(unet)
+        branches, keys = self.branches[unet], _keys(call, run.patcher)
+        extrapolated, store = torch.compiler.disable(run.extrapolated), torch.compiler.disable(run.store)
+        feature = extrapolated(keys)
 
-        def compute(*given: Any, **given_further: Any) -> torch.Tensor:
+        def compute(*inner_arguments: Any, **inner_further: Any) -> torch.Tensor:
             if feature is not None:
-                return halves.head(Call(*given), feature, given_further)
-            made, output = halves.whole(Call(*given), given_further)
-            keep(keys, made)
+                return branches.shallow(Call(*inner_arguments), feature, inner_further)
+            computed, output = branches.full(Call(*inner_arguments), inner_further)
+            store(keys, computed)
             return output
 
-        inner = WrapperExecutor.new_class_executor(_untraced(compute), unet, executor.wrappers, executor.idx + 1)
-        return inner.execute(*arguments, **further)
+        inner = WrapperExecutor.new_class_executor(_uncompiled(compute), unet, executor.wrappers, executor.idx + 1)
+        return _prediction(inner.execute, *arguments, **further)
 
-    def _is_guided(self, model: Any, sigma: float) -> bool:
+    def _is_guided(self, model: Model, sigma: float) -> bool:
         sampling, (start, end) = model.get_model_object("model_sampling"), self.settings.guided
-        return sampling.percent_to_sigma(end) <= sigma <= sampling.percent_to_sigma(start)
+        return bool(sampling.percent_to_sigma(end) <= sigma <= sampling.percent_to_sigma(start))
 
 
-def _untraced(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _prediction(executor: Callable[..., Any], *arguments: Any, **further: Any) -> torch.Tensor:
+    output: torch.Tensor = executor(*arguments, **further)
+    return output
+
+
+def _uncompiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """What decides anew at every step is not compiled, where a node has the U-Net compiled; the blocks it calls are."""
-    return torch.compiler.disable(function, recursive=False)
+    uncompiled: Callable[..., torch.Tensor] = torch.compiler.disable(function, recursive=False)
+    return uncompiled
 
 
-def _keys(call: Call, patcher: Any) -> list[Key]:
+def _keys(call: Call, patcher: Model | None) -> list[Key]:
     """What a deep feature belongs to, for each part of a call: the prompt, the size, which residuals a ControlNet adds,
     and the weights, as far as hooks (LoRAs scheduled over the steps) change them in the course of a run."""
     uuids = call.transformer_options["uuids"]
     size = (call.x.shape[0] // len(uuids), *call.x.shape[1:])
-    control = {name for name, held in (call.control or {}).items() if any(part is not None for part in held)}
-    hooks = patcher.current_hooks.hooks if patcher.current_hooks is not None else ()
-    weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)
+    control = {
+        name for name, residuals in (call.control or {}).items() if any(residual is not None for residual in residuals)
+    }
+    current = patcher.current_hooks if patcher is not None else None
+    weights = tuple((hook.hook_ref, hook.strength) for hook in (current.hooks if current is not None else ()))
     return [(uuid, size, frozenset(control), weights) for uuid in uuids]
 
 
-def _why_in_full(sampler: Any, options: Mapping[str, Any]) -> str:
-    """Why a run cannot reuse features, or nothing."""
+def _why_no_reuse(sampler: object, options: Mapping[str, Any]) -> str:
+    """Why a run cannot reuse features; empty where it can."""
     name = _name(sampler)
-    if name not in ONE_STEP | MULTISTEP:
-        return f"{name.removeprefix('sample_')} draws noise between steps, or is not known to bear foretold ones"
+    if name not in SINGLE_STEP_SAMPLERS | MULTISTEP_SAMPLERS:
+        return f"{name.removeprefix('sample_')} draws noise between steps, or is not known to tolerate cached steps"
     if getattr(sampler, "extra_options", {}).get("s_churn"):
         return "the sampler draws noise between steps (s_churn)"
-    for key, what in (("model_function_wrapper", "runs the U-Net in its own way"), ("context_handler", "runs windows")):
+    for key, what in (
+        ("model_function_wrapper", "runs the U-Net in its own way"),
+        ("context_handler", "uses context windows"),
+    ):
         if key in options:
             return f"another node on the MODEL {what} ({key})"
     return ""
 
 
-def _name(sampler: Any) -> str:
+def _name(sampler: object) -> str:
     """The name of the function that a ComfyUI SAMPLER samples with."""
-    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+    return str(getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__))
 
 
-def _can_go_unguided(guider: Any, options: Mapping[str, Any]) -> bool:
+def _can_skip_guidance(guider: Guider, options: Mapping[str, Any]) -> bool:
     """False where something needs the negative prompt's prediction, or there is none."""
     return (
         isinstance(guider, CFGGuider)

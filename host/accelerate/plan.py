@@ -1,4 +1,4 @@
-"""Which steps are computed in full, and which with guidance: the settings of KOALA Accelerate, as data.
+"""Which steps run the full U-Net, and which with guidance: the settings of KOALA Accelerate, as data.
 
 Tables are written in noise levels (sigma), so that they fit every scheduler, every number of steps, and image to image,
 which begins in the middle.
@@ -12,29 +12,31 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 OFF, EXACT, BF16 = ROUTINES = ("off", "exact", "bf16")
-"""On the CPU: ComfyUI's own routines; faster ones for the same sums; bf16, where the processor is faster in it, else
-exact."""
-ROUNDING = 0.005
-"""Schedules that mean the same noise level may differ by this part of it."""
-FIRST = 4
-"""So many steps of every run are computed in full: at its beginning much changes, wherever it begins."""
-BEGINNING = (0.8, 0.65, 0.53)
-"""A run that begins below the table, as image to image does, has levels of its own for its beginning: these parts of
-the noise level that it begins with, which in a whole run of 25 steps are those of the first four."""
-REACH = 4.5
-"""A feature is foretold at most so many times as far from the last two steps in full as these are apart, in log sigma:
-the trend that it goes by has come to its end there, but for a hundredth."""
-WHOLE = (0.0, 1.0)
+"""On the CPU: ComfyUI's own routines; faster ones for the same arithmetic; bf16 where the processor is faster in it,
+else exact."""
+SIGMA_TOLERANCE = 0.005
+"""Schedules that mean the same noise level may differ by this fraction of it."""
+WARMUP_STEPS = 4
+"""The first steps of every run are full steps: much changes there, at whichever noise level the run begins."""
+WARMUP_LEVELS = (0.8, 0.65, 0.53)
+"""A run that begins below the table, as image to image does, has full steps at these fractions of its first noise
+level, which are those of the first four steps of 25."""
+MAX_EXTRAPOLATION = 4.5
+"""The largest distance, in log sigma, from the last full step at which a feature is extrapolated; the unit is the
+distance between the last two full steps. There the damped trend is within a hundredth of its limit."""
+FULL_RANGE = (0.0, 1.0)
+"""Guidance over the whole noise schedule."""
 
 
 class Reuse(NamedTuple):
-    """Noise levels (sigma), falling, at each of which the next step is computed in full, while those between go by
-    foretold deep features; empty: all in full.
+    """Noise levels (sigma), falling, at each of which the next step is a full step; the steps between them reuse cached
+    features. Empty: every step is a full step.
 
-    ``multistep`` is for samplers that go by the differences between steps, in which errors weigh more.
+    ``single_step`` is for samplers that use one step's prediction, ``multistep`` for those that use the differences
+    between several steps', where errors weigh more.
     """
 
-    one_step: tuple[float, ...] = ()
+    single_step: tuple[float, ...] = ()
     multistep: tuple[float, ...] = ()
 
 
@@ -43,42 +45,47 @@ NO_REUSE = Reuse()
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What is done otherwise than ComfyUI does it.
+    """What differs from ComfyUI's own sampling.
 
-    ``routines``: on the CPU, one of ``ROUTINES``. ``guided``: the part of the noise schedule (0: its beginning, 1: its
-    end; ComfyUI's percent) in which the negative prompt is computed; outside of it, only the positive one is, as with
-    cfg 1.
+    ``routines``: on the CPU, one of ``ROUTINES``. ``guided``: the range of the noise schedule (0: start, 1: end;
+    ComfyUI's percent) in which the negative prompt is computed; outside it only the positive one is, as with cfg 1.
     """
 
     routines: str = EXACT
     reuse: Reuse = NO_REUSE
-    guided: tuple[float, float] = WHOLE
+    guided: tuple[float, float] = FULL_RANGE
 
 
-def full_steps(sigmas: Sequence[float], full_at: Sequence[float]) -> frozenset[int]:
-    """The steps of a run to be computed in full. ``sigmas``: the noise level at which each step begins, falling.
+def full_steps(sigmas: Sequence[float], levels: Sequence[float]) -> frozenset[int]:
+    """The steps of a run that run the full U-Net.
 
-    For each level in the table that the run passes, and in its ``BEGINNING``, the first step at or below it; the
-    ``FIRST``; and those beyond ``REACH``.
+    These are, for each of ``levels`` that the run passes and of its ``WARMUP_LEVELS``, the first step at or below it;
+    the ``WARMUP_STEPS``; and those beyond ``MAX_EXTRAPOLATION``. All steps where ``levels`` is empty.
+
+    Args:
+        sigmas: the noise level at which each step begins, falling.
+        levels: one of the tables of ``Reuse``.
     """
-    if not full_at or not sigmas:
+    if not levels or not sigmas:
         return frozenset(range(len(sigmas)))
-    start = sigmas[0] * (1 + ROUNDING)
-    levels = [*full_at, *(part * sigmas[0] for part in BEGINNING)] if start < full_at[0] else full_at
-    due = {
-        next((step for step, sigma in enumerate(sigmas) if sigma < level * (1 + ROUNDING)), None)
+    start = sigmas[0] * (1 + SIGMA_TOLERANCE)
+    if start < levels[0]:
+        levels = [*levels, *(fraction * sigmas[0] for fraction in WARMUP_LEVELS)]
+    refresh = {
+        next((step for step, sigma in enumerate(sigmas) if sigma < level * (1 + SIGMA_TOLERANCE)), None)
         for level in levels
         if level < start
     }
     full: list[int] = []
     for step, sigma in enumerate(sigmas):
-        if len(full) < FIRST or step in due or reach(sigmas[full[-2]], sigmas[full[-1]], sigma) > REACH:
+        is_full = len(full) < WARMUP_STEPS or step in refresh
+        if is_full or distance(sigmas[full[-2]], sigmas[full[-1]], sigma) > MAX_EXTRAPOLATION:
             full.append(step)
     return frozenset(full)
 
 
-def reach(first: float, second: float, sigma: float) -> float:
-    """How far a noise level lies from the second of two, in steps as wide as between them, in log sigma."""
+def distance(first: float, second: float, sigma: float) -> float:
+    """How far a noise level is from ``second``, in log sigma, in units of the distance between ``first`` and it."""
     return math.log(second / sigma) / math.log(first / second)
 
 
@@ -93,9 +100,9 @@ REUSE: dict[str, Reuse] = {
         (11.68, 9.338, 7.562, 6.197, 5.134, 3.631, 2.655, 1.991, 1.332, 0.8952, 0.5741, 0.3006, 0.04131),
     ),
 }
-"""Found on koala-tiny's pictures, one_step by ``python3 dev.py bench search``: of 25 steps 12 and 9 are full, for
-multistep 15 and 13. They lie close together at the beginning, where the picture takes its form. docs/benchmarks.md has
-what they cost and keep."""
+"""Measured on koala-tiny's images, single_step by ``python3 dev.py bench search``: of 25 steps 12 and 9 are full, for
+multistep 15 and 13. They are dense at the start, where the image takes shape. docs/benchmarks.md has their cost and
+quality."""
 
 PRESETS: dict[str, Acceleration] = {
     "exact": Acceleration(),

@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 
-from koala_sdxl.host.accelerate.plan import FIRST, full_steps
+from koala_sdxl.host.accelerate.plan import WARMUP_STEPS, full_steps
 from koala_sdxl.koala.schedule import schedule
 from tools import commands
 from tools.harness.errors import UserError
@@ -302,7 +302,7 @@ def test_sections_are_chosen_by_device_and_name() -> None:
 def test_a_search_begins_with_a_table_that_the_pack_keeps_to(full: int) -> None:
     table = search.start(full, SIGMAS)
     assert len(table) == full
-    assert table[:FIRST] == tuple(range(FIRST))
+    assert table[:WARMUP_STEPS] == tuple(range(WARMUP_STEPS))
     assert search.is_exact(table, SIGMAS)
 
 

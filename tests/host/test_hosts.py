@@ -171,7 +171,7 @@ def about_us(log: str) -> list[str]:
     Accelerate has left out."""
     log = re.sub(r"koala-comfyui-\w+|comfyui-koala", "", log)  # the folders that it runs in
     lines = [line for line in log.splitlines() if "koala" in line.lower()]
-    said = r"\d seconds: \S*custom_nodes/koala-sdxl$|KOALA Accelerate: \d+ of \d+ passes in full, \d+ with guidance$"
+    said = r"\d seconds: \S*custom_nodes/koala-sdxl$|KOALA Accelerate: \d+ of \d+ passes ran the full U-Net, \d+ with guidance$"
     return [line for line in lines if not re.search(said, line)]
 
 
@@ -240,6 +240,6 @@ def test_our_own_log_lines_are_told_from_the_servers() -> None:
     base = "/tmp/koala-comfyui-1a"
     log = f"Setting base directory to: {base}\n   0.0 seconds: {base}/custom_nodes/koala-sdxl"
     assert about_us(log) == []
-    assert about_us(f"{log}\nKOALA Accelerate: 12 of 25 passes in full, 25 with guidance") == []
+    assert about_us(f"{log}\nKOALA Accelerate: 12 of 25 passes ran the full U-Net, 25 with guidance") == []
     assert about_us(f"{log} (IMPORT FAILED)") != []
     assert about_us(f"{log}\n[WARNING] koala-sdxl: something") == ["[WARNING] koala-sdxl: something"]

@@ -19,7 +19,7 @@ AS_BALANCED = {
     "preset.guidance_end": 1.0,
     "preset.cpu_routines": "bf16",
 }
-NO_VAE = "KOALA Accelerate has no VAE to give: nothing is connected to its vae input"
+NO_VAE = "KOALA Accelerate: the VAE output is used but no VAE is connected"
 
 
 def accelerated(preset: dict[str, Any] | None = None, vae: bool = True, **sampler: Any) -> Prompt:
@@ -50,9 +50,9 @@ def again(prompt: Prompt) -> Prompt:
 def test_the_prompt_is_answered_and_the_sampler_is_told_what_was_left_out(client: Client) -> None:
     events = Events()
     result = client.run(accelerated(seed=91), on_event=events)
-    assert result.text("10").startswith("12 of 25 steps in full")
+    assert result.text("10").startswith("12 of 25 steps run the full U-Net")
     (said,) = events.of("progress_text")
-    assert said == {"node": "4", "text": "12 of 25 passes in full, 25 with guidance"}
+    assert said == {"node": "4", "text": "12 of 25 passes ran the full U-Net, 25 with guidance"}
     sampled = [data["value"] for data in events.of("progress") if data["node"] == "4"]
     assert sampled[-1] == 25
     assert events.of("preview")
@@ -65,7 +65,7 @@ def test_stock_samplers_take_it_and_are_told(client: Client) -> None:
     inputs = {name: prompt["4"]["inputs"][name] for name in names}
     inputs |= {"steps": 25, "cfg": 7.5, "sampler_name": "euler", "scheduler": "ddim_uniform", "denoise": 1.0}
     prompt["4"] = {"class_type": "KSampler", "inputs": inputs}
-    assert told(client, prompt) == {"4": "12 of 25 passes in full, 25 with guidance"}
+    assert told(client, prompt) == {"4": "12 of 25 passes ran the full U-Net, 25 with guidance"}
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_stock_samplers_take_it_and_are_told(client: Client) -> None:
         ({"sampler_name": "lcm"}, ": lcm draws noise between steps"),
     ],
 )
-def test_what_cannot_go_by_foretold_steps_runs_in_full_and_says_why(
+def test_what_cannot_reuse_features_runs_full_steps_and_says_why(
     sampler: dict[str, str], why: str, client: Client
 ) -> None:
     (text,) = told(client, accelerated(**sampler, seed=92)).values()
-    assert text.startswith("25 of 25 passes in full")
+    assert text.startswith("25 of 25 passes ran the full U-Net")
     assert why in text
 
 

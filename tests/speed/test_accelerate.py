@@ -40,10 +40,10 @@ from tools.measure.bench.image_quality import psnr
 from tools.synthetic import adapters
 from tools.tiny.evaluate import grid_prompts
 
-HEAD = 0.036  # of a pass, what a step on a foretold feature computes, at KOALA-700M's size
+SHALLOW = 0.036  # of a full pass, what a step on extrapolated features computes, at KOALA-700M's size
 BASE = {"preset": "custom", "steps": 25, "cfg": 7.5, "spacing": "leading"}
-IN_FULL = Acceleration(OFF, Reuse(*[tuple(schedule(1000, "leading").sigmas[:-1].tolist())] * 2))
-"""Reuse that never finds a step to leave out."""
+ALL_FULL = Acceleration(OFF, Reuse(*[tuple(schedule(1000, "leading").sigmas[:-1].tolist())] * 2))
+"""Every step is a full step, by a table that lists every level."""
 BALANCED = Acceleration(OFF, REUSE["balanced"])
 
 
@@ -120,16 +120,16 @@ def some_latent(seed: int = 3) -> dict[str, Any]:
     return {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) / LATENT_SCALE}
 
 
-# In full, nothing changes
+# Full steps change nothing
 
 
 @pytest.mark.parametrize("koala", [KOALA_700M, KOALA_1B], ids=name)
-def test_the_two_halves_are_the_whole(koala: Layout, faster: Callable[..., Any], said: Said) -> None:
+def test_the_two_branches_are_the_full_unet(koala: Layout, faster: Callable[..., Any], said: Said) -> None:
     model = FreeU_V2.execute(transfer.pair(koala)[1], 1.3, 1.4, 0.9, 0.2).result[0]
     control = KoalaControlNet.execute(transfer.controlnet()).result[0]
     texts = transfer.conditioning(transfer.small(koala), transfer.hinted(control))
     wanted = transfer.sample(model, texts, steps=3)
-    assert torch.equal(transfer.sample(faster(IN_FULL, model), texts, steps=3), wanted)
+    assert torch.equal(transfer.sample(faster(ALL_FULL, model), texts, steps=3), wanted)
     assert said.full == 3
     assert not torch.equal(transfer.sample(faster(Acceleration(OFF, Reuse((0.01,))), model), texts, steps=4), wanted)
 
@@ -147,7 +147,7 @@ def test_patches_hear_the_numbers_of_the_whole(faster: Callable[..., Any]) -> No
         run(faster(settings, model) if settings else model, preset=BASE | {"steps": 1})
         return found
 
-    assert heard(IN_FULL) == heard(None)
+    assert heard(ALL_FULL) == heard(None)
     assert len(heard(None)) == 6
 
 
@@ -176,14 +176,14 @@ def test_presets_keep_the_pictures(faster: Callable[..., Any], said: Said) -> No
         assert psnr(found[:18], wanted[:18]) >= psnr(fewer, wanted[:18]) + margin
 
 
-@pytest.mark.parametrize("sampler", sorted(module.ONE_STEP | module.MULTISTEP))
+@pytest.mark.parametrize("sampler", sorted(module.SINGLE_STEP_SAMPLERS | module.MULTISTEP_SAMPLERS))
 def test_every_deterministic_sampler(sampler: str, faster: Callable[..., Any], said: Said) -> None:
     """Better than fewer steps of the same sampler that are as dear."""
     name = sampler.removeprefix("sample_")
     texts = prompts(grid_prompts(216)[0][5::54])
     found, wanted = (pictures(sampled(texts, sampler_name=name)) for sampled in (partial(run, faster()), plain))
     assert said.full < said.passes * 0.62
-    cost = 25 * (said.full + HEAD * (said.passes - said.full)) / said.passes
+    cost = 25 * (said.full + SHALLOW * (said.passes - said.full)) / said.passes
     below, above = (
         psnr(pictures(plain(texts, sampler_name=name, preset=BASE | {"steps": int(cost) + more})), wanted)
         for more in (0, 1)
@@ -200,7 +200,7 @@ def test_every_number_of_steps(faster: Callable[..., Any], said: Said) -> None:
 
 
 def test_image_to_image_and_masks(faster: Callable[..., Any], said: Said) -> None:
-    """Its beginning, too, is computed in full, at whichever noise level it lies."""
+    """It warms up with full steps, too, at whichever noise level it begins."""
     texts = prompts(grid_prompts(216)[0][5::27])
     latent = {"samples": plain(prompts(grid_prompts(216)[0][7::27]))}
     found, wanted = (sampled(texts, latent=latent, denoise=0.6) for sampled in (partial(run, faster()), plain))
@@ -270,7 +270,7 @@ def test_a_lora_that_is_scheduled_is_not_carried_on(faster: Callable[..., Any], 
 
 def test_outside_the_interval_only_the_prompt_is_computed(faster: Callable[..., Any], said: Said) -> None:
     found = run(faster(Acceleration(OFF, guided=(0.0, 0.6))))
-    assert said[-1].startswith("25 of 25 passes in full, 15 with guidance")
+    assert said[-1].startswith("25 of 25 passes ran the full U-Net, 15 with guidance")
     stock = CFGOverride.execute(parity.tiny_models()[0], 1.0, 0.6, 1.0).result[0]
     assert torch.equal(found, run(stock))
     both = run(faster(Acceleration(OFF, REUSE["balanced"], (0.2, 0.6))))
@@ -304,14 +304,14 @@ def test_a_compiled_model_reuses_as_well(faster: Callable[..., Any], said: Said)
 @pytest.mark.parametrize(
     "sampler", ["euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lcm", "ddpm", "dpm_adaptive", "uni_pc"]
 )
-def test_other_samplers_run_in_full_and_say_so(sampler: str, faster: Callable[..., Any], said: Said) -> None:
+def test_other_samplers_run_full_steps_and_say_so(sampler: str, faster: Callable[..., Any], said: Said) -> None:
     shorter = BASE | {"steps": 6}
     assert torch.equal(run(faster(), sampler_name=sampler, preset=shorter), plain(sampler_name=sampler, preset=shorter))
     assert sampler.replace("uni_pc", "unipc") in said[-1]
-    assert "draws noise between steps, or is not known to bear foretold ones" in said[-1]
+    assert "draws noise between steps, or is not known to tolerate cached steps" in said[-1]
 
 
-def test_churn_runs_in_full(faster: Callable[..., Any], said: Said) -> None:
+def test_churn_runs_full_steps(faster: Callable[..., Any], said: Said) -> None:
     sampler = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
     positive, negative = prompts()
     sigmas = schedule(6, "leading").sigmas
@@ -321,7 +321,7 @@ def test_churn_runs_in_full(faster: Callable[..., Any], said: Said) -> None:
     assert said.full == 6
 
 
-def test_tiled_and_wrapped_sampling_runs_in_full(faster: Callable[..., Any], said: Said) -> None:
+def test_tiled_and_wrapped_sampling_runs_full_steps(faster: Callable[..., Any], said: Said) -> None:
     model = parity.tiny_models()[0].clone()
     model.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
     assert torch.equal(run(faster(BALANCED, model)), plain())
@@ -329,7 +329,7 @@ def test_tiled_and_wrapped_sampling_runs_in_full(faster: Callable[..., Any], sai
 
 
 def test_not_twice_and_not_with_easycache(faster: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="comes from a KOALA Accelerate; expected one that does not"):
+    with pytest.raises(ValueError, match="already accelerated by KOALA Accelerate; expected one that is not"):
         faster(BALANCED, faster())
     with pytest.raises(ValueError, match="EasyCache as well as KOALA Accelerate"):
         faster(BALANCED, EasyCacheNode.execute(parity.tiny_models()[0], 0.2, 0.15, 0.95, False).result[0])
@@ -450,9 +450,9 @@ def node(**preset: Any) -> Any:
 def test_the_node_says_what_it_will_do() -> None:
     text = {name: node(preset=name).ui["text"][0].splitlines() for name in PRESETS}
     assert [lines[0] for lines in text.values()] == [
-        "25 of 25 steps in full",
-        "12 of 25 steps in full",
-        "9 of 25 steps in full",
+        "25 of 25 steps run the full U-Net",
+        "12 of 25 steps run the full U-Net",
+        "9 of 25 steps run the full U-Net",
     ]
     assert all(lines[-1].startswith("on this CPU: ") for lines in text.values())
     assert "bf16" not in text["exact"][-1]
@@ -464,13 +464,13 @@ def test_the_vae_output_needs_the_vae() -> None:
     made = KoalaAccelerate.execute(parity.tiny_models()[0], {"preset": "exact"}, vae)
     assert made.result[1].first_stage_model is vae.first_stage_model
     assert made.ui["text"][0].endswith(", VAE in channels_last")
-    assert "nothing is connected to its vae input" in node(preset="exact").result[1].message
+    assert "no VAE is connected" in node(preset="exact").result[1].message
 
 
 def test_custom_settings() -> None:
     chosen = {"preset": "custom", "reuse": "fast", "guidance_start": 0.0, "guidance_end": 0.7, "cpu_routines": OFF}
     made = node(**chosen)
-    assert made.ui["text"][0].splitlines() == ["9 of 25 steps in full", "guidance from 0 to 0.7"]
+    assert made.ui["text"][0].splitlines() == ["9 of 25 steps run the full U-Net", "guidance from 0 to 0.7"]
     with pytest.raises(ValueError, match=r"guidance_start is 0\.8 and guidance_end 0\.7; expected an end after"):
         node(**chosen | {"guidance_start": 0.8})
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from koala_sdxl import koala_loader
-from koala_sdxl.host.accelerate.branches import Call, Halves
+from koala_sdxl.host.accelerate.branches import Branches, Call
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
 from tools.synthetic import random_weights
 
@@ -49,10 +49,10 @@ def network(layout: Layout) -> UNetModel:
 def shallow_share(unet: UNetModel, layout: Layout) -> float:
     """Multiplications of a step on extrapolated features, as a share of a full step's."""
     call = _call(layout, SHARED_AT)
-    halves = Halves(unet)
-    feature, _ = halves.whole(call, {})
+    branches = Branches(unet)
+    feature, _ = branches.full(call, {})
     full = _count(partial(_run, unet, layout, SHARED_AT))["total"]
-    return _count(lambda: halves.head(call, feature, {}))["total"] / full
+    return _count(lambda: branches.shallow(call, feature, {}))["total"] / full
 
 
 def _call(layout: Layout, px: int) -> Call:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from koala_sdxl.host.accelerate.plan import FIRST, OFF, REUSE, Acceleration, Reuse, full_steps
+from koala_sdxl.host.accelerate.plan import OFF, REUSE, WARMUP_STEPS, Acceleration, Reuse, full_steps
 from koala_sdxl.koala.schedule import schedule
 from tools.harness.errors import UserError
 from tools.harness.testhost import say
@@ -50,7 +50,7 @@ def better(table: Table, sigmas: Sequence[float], score: Callable[[Table], float
     moved = True
     while moved:
         moved = False
-        for at in range(len(table) - 1, FIRST - 1, -1):
+        for at in range(len(table) - 1, WARMUP_STEPS - 1, -1):
             for to in (table[at] - 1, table[at] + 1):
                 moving = tuple(sorted({*table[:at], to, *table[at + 1 :]}))
                 if moving in tried or to not in range(len(sigmas)) or len(moving) < len(table):
