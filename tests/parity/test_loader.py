@@ -31,7 +31,8 @@ def _unet_with_parts(form: forms.Forms) -> koala_loader.Loaded:
     folder = form.old_folder
     encoders = [folder / part / "model.safetensors" for part in ("text_encoder_2", "text_encoder")]  # any order
     unet = checkpoint.inspect_model(form.bare_diffusers)
-    clip, vae = load_parts(unet, *encoders, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    vae_file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    clip, vae = load_parts(unet.unet.layout, encoders[0], encoders[1], vae_file)
     return koala_loader.load_unet(unet, form.bare_diffusers.name), clip, vae
 
 
@@ -169,7 +170,7 @@ def test_stock_nodes_merge_and_compile_our_models() -> None:
 def test_importing_the_nodes_imports_no_heavy_library() -> None:
     """diffusers alone takes longer than the whole pack may; it comes with the first schedule."""
     code = (
-        "from tools import inprocess; inprocess.activate(); import sys; import comfy.sd, comfy_extras, server\n"
+        "from tools.harness import inprocess; inprocess.activate(); import sys; import comfy.sd, comfy_extras, server\n"
         "before = set(sys.modules); import koala_sdxl.nodes; print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=testhost.ROOT, capture_output=True, text=True, check=True)
