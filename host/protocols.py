@@ -144,6 +144,17 @@ class Hooks(Protocol):
     def clone_and_combine(self, other: Hooks) -> Hooks: ...
 
 
+class Executor(Protocol):
+    """What a wrapper around a part of sampling is called with: a ``comfy.patcher_extension.WrapperExecutor``."""
+
+    class_obj: Any
+    """The object whose method is wrapped: a guider, or a U-Net."""
+    wrappers: list[Callable[..., Any]]
+    idx: int
+
+    def __call__(self, *arguments: Any, **further: Any) -> torch.Tensor: ...
+
+
 @runtime_checkable
 class Guider(Protocol):
     """What samples a MODEL: a ``comfy.samplers.CFGGuider``."""

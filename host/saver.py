@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -25,13 +24,19 @@ from ..koala.files.export import read_vocabulary, unet_config
 from ..koala.files.write import StoredDtypes, TextAndVAE, cast, stored_dtypes, write_checkpoint, write_folder
 from ..koala.model_info import ModelFacts
 from .model import model_facts
+from .protocols import Clip, Model, Patcher, Vae
 
 TEXT_PREFIXES = ("clip_l.transformer.", "clip_g.transformer.")
 """Names' prefixes of the two text encoders in core's CLIP; the inner names are transformers 4's."""
 
 
 def save_checkpoint(
-    target: Path, model: Any, clip: Any, vae: Any, weight_dtype: str = "default", extra: Mapping[str, str] | None = None
+    target: Path,
+    model: Model,
+    clip: Clip | None,
+    vae: Vae | None,
+    weight_dtype: str = "default",
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write one .safetensors file in ComfyUI's numbering, all patches baked in; the VAE keeps its type.
 
@@ -51,12 +56,17 @@ def save_checkpoint(
             f"Connect {absent}, too, or neither of them."
         )
     _load(model, clip)
-    text_and_vae = None if clip is None else _text_and_vae(facts, clip, vae, dtypes)
+    text_and_vae = None if clip is None or vae is None else _text_and_vae(facts, clip, vae, dtypes)
     write_checkpoint(target, facts, _unet(facts, model, dtypes), text_and_vae, extra)
 
 
 def save_folder(
-    target: Path, model: Any, clip: Any, vae: Any, weight_dtype: str = "default", extra: Mapping[str, str] | None = None
+    target: Path,
+    model: Model,
+    clip: Clip | None,
+    vae: Vae | None,
+    weight_dtype: str = "default",
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write a Hugging Face folder as ``StableDiffusionXLPipeline.save_pretrained`` does, all patches baked in.
 
@@ -65,8 +75,8 @@ def save_folder(
     layout that diffusers' configuration cannot describe.
     """
     facts, dtypes = model_facts(model), stored_dtypes(weight_dtype)
-    absent = [part for part, given in (("CLIP", clip), ("VAE", vae)) if given is None]
-    if absent:
+    if clip is None or vae is None:
+        absent = [kind for kind, connected in (("CLIP", clip), ("VAE", vae)) if connected is None]
         raise ValueError(
             f"no {' and no '.join(absent)} is connected; a diffusers folder holds U-Net, text encoders and VAE. "
             f"Connect {' and '.join(absent)}, or save a checkpoint."
@@ -78,13 +88,13 @@ def save_folder(
     write_folder(target, facts, _unet(facts, model, dtypes), text_and_vae, vocabulary, extra)
 
 
-def _load(model: Any, clip: Any) -> None:
+def _load(model: Model, clip: Clip | None) -> None:
     """Bring U-Net and text encoders to the device, patches applied, as ``comfy.sd.save_checkpoint`` does."""
-    patchers = [model] if clip is None else [model, clip.load_model()]
+    patchers: list[Model | Patcher] = [model] if clip is None else [model, clip.load_model()]
     comfy.model_management.load_models_gpu(patchers)
 
 
-def _patched(patcher: Any, module: Any, prefix: str = "") -> State:
+def _patched(patcher: Model | Patcher, module: torch.nn.Module, prefix: str = "") -> State:
     """A module's tensors, core's stand-ins in the place of those that still have to be patched."""
     if hasattr(patcher, "model_state_dict_for_saving"):  # 0.26.0 has it; 0.18.2 does the same, for the U-Net alone
         return dict(patcher.model_state_dict_for_saving(module, prefix))
@@ -98,7 +108,7 @@ def _patched(patcher: Any, module: Any, prefix: str = "") -> State:
     return state
 
 
-def _unet(facts: ModelFacts, model: Any, dtypes: StoredDtypes) -> State:
+def _unet(facts: ModelFacts, model: Model, dtypes: StoredDtypes) -> State:
     """The U-Net's tensors under diffusers' names, baked."""
     state = _patched(model, model.model.diffusion_model, "diffusion_model.")
     cover = keys.coverage(facts.layout, "comfy", shapes_of(state))
@@ -113,21 +123,21 @@ def _unet(facts: ModelFacts, model: Any, dtypes: StoredDtypes) -> State:
     return {names[key]: tensor for key, tensor in _baked(state, dtypes).items()}
 
 
-def _text_and_vae(facts: ModelFacts, clip: Any, vae: Any, dtypes: StoredDtypes) -> TextAndVAE:
+def _text_and_vae(facts: ModelFacts, clip: Clip, vae: Vae, dtypes: StoredDtypes) -> TextAndVAE:
     return TextAndVAE(*_text(facts, clip, dtypes.text), _autoencoder(vae))
 
 
-def _text(facts: ModelFacts, clip: Any, dtypes: StoredDtypes) -> tuple[State, State]:
+def _text(facts: ModelFacts, clip: Clip, dtypes: StoredDtypes) -> tuple[State, State]:
     """Both text encoders under transformers' names, baked."""
     state = _patched(clip.patcher, clip.cond_stage_model)
     try:
         first, second = (read_text_encoder(shapes_of(_under(state, prefix))) for prefix in TEXT_PREFIXES)
-        found = (first.hidden + second.hidden, second.projection)
+        widths = (first.hidden + second.hidden, second.projection)
     except KeyError:
-        found = (0, None)
+        widths = (0, None)
     wanted = (facts.layout.context, facts.layout.pooled)
-    if found != wanted:
-        what = f"gives text of width {found[0]} and pooled {found[1]}" if found[0] else "is not a CLIP-L with a CLIP-G"
+    if widths != wanted:
+        what = f"gives text of width {widths[0]} and pooled {widths[1]}" if widths[0] else "is not CLIP-L with CLIP-G"
         raise ValueError(
             f"this CLIP {what}; {name(facts.layout)} expects SDXL's two text encoders of width {wanted[0]} and pooled "
             f"{wanted[1]}. Connect the CLIP that belongs to the MODEL."
@@ -143,7 +153,7 @@ def _under(state: Mapping[str, torch.Tensor], prefix: str) -> State:
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def _autoencoder(vae: Any) -> State:
+def _autoencoder(vae: Vae) -> State:
     """The autoencoder's tensors under diffusers' names, in their own types."""
     state = vae.get_sd()
     try:
@@ -162,10 +172,10 @@ def _baked(state: Mapping[str, torch.Tensor], dtypes: StoredDtypes) -> State:
     Each tensor moves the node's progress bar, or ends the run if it was cancelled.
     """
     bar = comfy.utils.ProgressBar(len(state))
-    found = {}
+    baked = {}
     for key, tensor in state.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
         # core's stand-in for a weight that is not patched yet bakes it as it is taken to the CPU
-        found[key] = cast(key, tensor.to("cpu").detach(), dtypes)
+        baked[key] = cast(key, tensor.to("cpu").detach(), dtypes)
         bar.update(1)
-    return found
+    return baked

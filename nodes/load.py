@@ -11,10 +11,12 @@ from comfy_api.latest import io
 
 from .. import koala_loader
 from ..host.model import model_facts
+from ..host.protocols import Clip, Model, Vae
 from ..host.transfer.compatibility import incompatible_patches
+from ..koala.architecture.layout import Layout
 from ..koala.files.dtypes import dtype_name
 from ..koala.files.header import CheckpointError
-from ..koala.files.inspect import Model, inspect_model, inspect_text_encoder, inspect_vae, require_text_width
+from ..koala.files.inspect import inspect_model, inspect_text_encoder, inspect_vae, require_text_width
 from ..koala.model_report import badge, report
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
@@ -134,7 +136,7 @@ def _load(source: dict[str, str], weight_dtype: str) -> koala_loader.Loaded:
     if kind == UNET_AND_CHECKPOINT:
         clip, vae = koala_loader.load_checkpoint_parts(others[0])
     else:
-        clip, vae = load_parts(inspected, *others)
+        clip, vae = load_parts(inspected.unet.layout, *others)
     return koala_loader.load_unet(inspected, first.name, weight_dtype), clip, vae
 
 
@@ -157,7 +159,7 @@ class KoalaModelInfo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any) -> io.NodeOutput:
+    def execute(cls, model: Model) -> io.NodeOutput:
         kept = dtype_name(model.model_dtype())
         facts = model_facts(model)
         text = "\n".join((report(facts, kept, model.model_size()), *incompatible_patches(model)))
@@ -208,7 +210,7 @@ def _chosen(source: dict[str, str]) -> list[Path]:
     ]
 
 
-def load_parts(model: Model, first: Path, second: Path, vae: Path) -> tuple[Any, Any]:
+def load_parts(layout: Layout, first: Path, second: Path, vae: Path) -> tuple[Clip, Vae]:
     """CLIP and VAE for a U-Net from single files; the text encoders in any order.
 
     Raises CheckpointError where they are not one CLIP-L and one CLIP-G, or do not fit the U-Net.
@@ -220,6 +222,6 @@ def load_parts(model: Model, first: Path, second: Path, vae: Path) -> tuple[Any,
             f"{first.name} and {second.name} are both CLIP-{only}; expected one CLIP-L and one CLIP-G. "
             f"Choose SDXL's two text encoders, in any order."
         )
-    require_text_width(model.unet.layout, encoders["l"], encoders["g"])
+    require_text_width(layout, encoders["l"], encoders["g"])
     autoencoder = inspect_vae(vae)
     return koala_loader.load_clip(encoders["l"], encoders["g"]), koala_loader.load_vae(autoencoder)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..host.protocols import Clip, Conditioning
 from ..koala.styles import STYLES
 from .base import CATEGORY, SHOWS, shown
-
-Conditioning = list[list[Any]]
 
 
 class KoalaPrompt(io.ComfyNode):
@@ -59,7 +58,7 @@ class KoalaPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip: Any, positive: str, negative: str, style: str, mode: str) -> io.NodeOutput:
+    def execute(cls, clip: Clip, positive: str, negative: str, style: str, mode: str) -> io.NodeOutput:
         positive, negative = STYLES[style].apply(positive, negative)
         if mode == "comfy":
             encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative)]
@@ -76,7 +75,7 @@ class KoalaPrompt(io.ComfyNode):
         return shown("\n".join(losses) or "nothing was cut", first, second)
 
 
-def encode_reference(clip: Any, text: str) -> tuple[Conditioning, str]:
+def encode_reference(clip: Clip, text: str) -> tuple[Conditioning, str]:
     """Encode as diffusers' SDXL pipeline: one section of 77 tokens, no weights.
 
     Size conditioning is left to the host, whose defaults (latent size, crop 0) are the pipeline's.
@@ -96,7 +95,7 @@ def zeros(conditioning: Conditioning) -> Conditioning:
     ]
 
 
-def _words(clip: Any, pairs: list[tuple[Any, ...]]) -> str:
+def _words(clip: Clip, pairs: list[tuple[Any, ...]]) -> str:
     """Tokens back to text; start, end and padding tokens vanish."""
     pieces = (piece for _, piece in clip.tokenizer.untokenize(pairs))
     return "".join(piece for piece in pieces if not piece.startswith("<|")).replace("</w>", " ").strip()

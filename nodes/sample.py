@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, Literal
 
 import comfy.samplers
+import torch
 from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 from ..host.model import attached_facts, model_facts
+from ..host.protocols import Conditioning, Latent, Model
 from ..host.transfer.compatibility import require_compatible
 from ..koala.architecture.layout import name
 from ..koala.releases import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala.schedule import Schedule, schedule
 from .base import CATEGORY, SHOWS, shown
 
-AUTO, CUSTOM = "auto", "custom"
+AUTO: Final = "auto"
+CUSTOM: Final = "custom"
 PRESETS = {f"{variant.name} ({variant.settings})": variant.settings for variant in VARIANTS.values()}
 BASE = next(iter(PRESETS.values()))
 
@@ -69,13 +72,13 @@ class KoalaScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, steps: int, spacing: Any, denoise: float) -> io.NodeOutput:
+    def execute(cls, model: Model, steps: int, spacing: Spacing | Literal["auto"], denoise: float) -> io.NodeOutput:
         chosen: Spacing = model_facts(model).settings.spacing if spacing == AUTO else spacing
         sigmas = _schedule(model, steps, chosen, denoise).sigmas
         return shown("", sigmas, curve=_curve(model, sigmas, f"{len(sigmas) - 1} steps, {chosen}"))
 
 
-def _curve(model: Any, sigmas: Any, title: str) -> dict[str, Any]:
+def _curve(model: Model, sigmas: torch.Tensor, title: str) -> dict[str, Any]:
     """A schedule to be drawn in front of the published one, or of SDXL's for a model that is not a KOALA."""
     facts = attached_facts(model)
     published = facts.settings if facts is not None else BASE
@@ -155,10 +158,10 @@ class KoalaSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        latent_image: dict[str, Any],
+        model: Model,
+        positive: Conditioning,
+        negative: Conditioning,
+        latent_image: Latent,
         seed: int,
         preset: dict[str, Any],
         sampler_name: str,
@@ -179,7 +182,7 @@ class KoalaSampler(io.ComfyNode):
         return shown(f"{settings}{part}, {sampler_name}\n{why}", output.result[0])
 
 
-def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:
+def _settings(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:
     """The settings that a preset stands for, and where they come from."""
     chosen = preset["preset"]
     if chosen == CUSTOM:
@@ -190,7 +193,7 @@ def _settings(model: Any, preset: dict[str, Any]) -> tuple[Settings, str]:
     return PRESETS[chosen], f"preset {chosen}"
 
 
-def _schedule(model: Any, steps: int, spacing: Spacing, denoise: float) -> Schedule:
+def _schedule(model: Model, steps: int, spacing: Spacing, denoise: float) -> Schedule:
     """The schedule under the model's own scheduler config, or SDXL's where the MODEL has none."""
     facts = attached_facts(model)
     config = facts.scheduler if facts is not None else SCHEDULER_CONFIG

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 from comfy.cli_args import args
@@ -12,6 +11,7 @@ from comfy_api.latest import io
 
 from ..host import saver as koala_saver
 from ..host.model import WEIGHT_DTYPES
+from ..host.protocols import Clip, Model, Vae
 from .base import CATEGORY, shown
 
 CHECKPOINT = "checkpoint"
@@ -84,7 +84,7 @@ class KoalaCheckpointSave(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, format: dict[str, str], weight_dtype: str, clip: Any = None, vae: Any = None
+        cls, model: Model, format: dict[str, str], weight_dtype: str, clip: Clip | None = None, vae: Vae | None = None
     ) -> io.NodeOutput:
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
             format["filename_prefix"], folder_paths.get_output_directory()

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import WrappersMP
 from torch.nn.functional import conv2d, linear
 from torch.overrides import TorchFunctionMode
 
-from ..protocols import Model, Vae
+from ..protocols import Executor, Model, Vae
 from .plan import BF16, OFF
 
 KEY = "koala_kernels"
@@ -129,13 +129,14 @@ def _seconds(run: Callable[[], Any], times: int = 5) -> float:
     return min(taken)
 
 
-def _by_one_dnn(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _by_one_dnn(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
     with OneDnnProducts():
         return executor(*args, **kwargs)
 
 
 def _by_pytorch(replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-    return attention_pytorch(*args, **kwargs)
+    output: torch.Tensor = attention_pytorch(*args, **kwargs)
+    return output
 
 
 def _within(mode: TorchFunctionMode, method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -150,7 +151,8 @@ def _within(mode: TorchFunctionMode, method: Callable[..., torch.Tensor]) -> Cal
 def _one_dnn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     # The one way to oneDNN's fp32 product that needs no second, packed copy of the weights. It is PyTorch's own, for
     # its compiler, and has no public name; where a PyTorch lacks it, one_dnn_is_faster returns False.
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product
 
 
 def _is_plain(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:

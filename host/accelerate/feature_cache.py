@@ -57,9 +57,7 @@ class Run:
     def extrapolated(self, keys: Sequence[Key]) -> torch.Tensor | None:
         """The deep feature for this evaluation, [batch of all keys, channels, height, width]; None: compute it."""
         if self._asked.intersection(keys):
-            self.no_reuse = (
-                "the model ran more than once a step for the same prompt, as in tiled sampling"
-            )
+            self.no_reuse = "the model ran more than once a step for the same prompt, as in tiled sampling"
             self._features.clear()
         self._asked.update(keys)
         if self._refresh or self.no_reuse or not all(map(self._is_cached, keys)):

@@ -11,7 +11,7 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
 
-from ..protocols import Guider, Model
+from ..protocols import Executor, Guider, Model
 from . import cpu_routines
 from .branches import Branches, Call
 from .feature_cache import Key, Run
@@ -82,7 +82,7 @@ class _Wrappers:
 
     def outer_sample(
         self,
-        executor: WrapperExecutor,
+        executor: Executor,
         noise: torch.Tensor,
         latent: torch.Tensor,
         sampler: object,
@@ -99,7 +99,7 @@ class _Wrappers:
         guider.model_options = create_model_options_clone(before)
         guider.model_options["transformer_options"][KEY] = run
         try:
-            output: torch.Tensor = executor(noise, latent, sampler, sigmas, *rest, **further)
+            output = executor(noise, latent, sampler, sigmas, *rest, **further)
         finally:
             guider.model_options = before
         self.report(str(run))
@@ -107,7 +107,7 @@ class _Wrappers:
 
     def predict_noise(
         self,
-        executor: WrapperExecutor,
+        executor: Executor,
         x: torch.Tensor,
         timestep: torch.Tensor,
         options: dict[str, Any],
@@ -116,24 +116,24 @@ class _Wrappers:
         guider: Guider = executor.class_obj
         run: Run | None = options.get("transformer_options", {}).get(KEY)
         if run is None:
-            return _prediction(executor, x, timestep, options, seed)
+            return executor(x, timestep, options, seed)
         sigma = float(timestep.flatten()[0])
         run.begin(sigma)
         if self._is_guided(guider.model_patcher, sigma) or not _can_skip_guidance(guider, options):
             run.guided += 1
-            return _prediction(executor, x, timestep, options, seed)
+            return executor(x, timestep, options, seed)
         scale = guider.cfg
         guider.cfg = 1.0  # the host then skips the negative prompt
         try:
-            return _prediction(executor, x, timestep, options, seed)
+            return executor(x, timestep, options, seed)
         finally:
             guider.cfg = scale
 
-    def diffusion_model(self, executor: WrapperExecutor, *arguments: Any, **further: Any) -> torch.Tensor:
+    def diffusion_model(self, executor: Executor, *arguments: Any, **further: Any) -> torch.Tensor:
         call = Call(*arguments)
         run: Run | None = call.transformer_options.get(KEY)
         if run is None or run.no_reuse:
-            return _prediction(executor, *arguments, **further)
+            return executor(*arguments, **further)
         unet = executor.class_obj
         if unet not in self.branches:
             self.branches[unet] = Branches(unet)
@@ -149,16 +149,12 @@ class _Wrappers:
             return output
 
         inner = WrapperExecutor.new_class_executor(_uncompiled(compute), unet, executor.wrappers, executor.idx + 1)
-        return _prediction(inner.execute, *arguments, **further)
+        output: torch.Tensor = inner.execute(*arguments, **further)
+        return output
 
     def _is_guided(self, model: Model, sigma: float) -> bool:
         sampling, (start, end) = model.get_model_object("model_sampling"), self.settings.guided
         return bool(sampling.percent_to_sigma(end) <= sigma <= sampling.percent_to_sigma(start))
-
-
-def _prediction(executor: Callable[..., Any], *arguments: Any, **further: Any) -> torch.Tensor:
-    output: torch.Tensor = executor(*arguments, **further)
-    return output
 
 
 def _uncompiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

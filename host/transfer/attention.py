@@ -62,7 +62,7 @@ def sdxl_numbers(lineage: Lineage, own: Mapping[str, Any]) -> dict[str, Any]:
 class Remapping(NamedTuple):
     """How many of a MODEL's patches were remapped to KOALA's blocks, and the places of those that have no block."""
 
-    count: int
+    remapped: int
     dropped: tuple[Place, ...]
 
 

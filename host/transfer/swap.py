@@ -49,8 +49,8 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
 
     new.model_options = comfy.utils.deepcopy_list_dict(sdxl.model_options)
     remapping = attention.remap(new.model_options["transformer_options"], lineage)
-    if remapping.count:
-        lines.append(f"attention and block patches: {remapping.count} remapped to {own}'s blocks")
+    if remapping.remapped:
+        lines.append(f"attention and block patches: {remapping.remapped} remapped to {own}'s blocks")
     if remapping.dropped:
         lines.append(f"dropped: attention patches on blocks that {own} lacks ({attention.places(remapping.dropped)})")
 

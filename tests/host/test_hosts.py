@@ -171,7 +171,10 @@ def about_us(log: str) -> list[str]:
     Accelerate has left out."""
     log = re.sub(r"koala-comfyui-\w+|comfyui-koala", "", log)  # the folders that it runs in
     lines = [line for line in log.splitlines() if "koala" in line.lower()]
-    said = r"\d seconds: \S*custom_nodes/koala-sdxl$|KOALA Accelerate: \d+ of \d+ passes ran the full U-Net, \d+ with guidance$"
+    said = (
+        r"\d seconds: \S*custom_nodes/koala-sdxl$|"
+        r"KOALA Accelerate: \d+ of \d+ passes ran the full U-Net, \d+ with guidance$"
+    )
     return [line for line in lines if not re.search(said, line)]
 
 

@@ -76,7 +76,7 @@ def test_stock_samplers_take_it_and_are_told(client: Client) -> None:
     ],
 )
 def test_what_cannot_reuse_features_runs_full_steps_and_says_why(
-    sampler: dict[str, str], why: str, client: Client
+    sampler: dict[str, Any], why: str, client: Client
 ) -> None:
     (text,) = told(client, accelerated(**sampler, seed=92)).values()
     assert text.startswith("25 of 25 passes ran the full U-Net")

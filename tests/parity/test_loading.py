@@ -64,7 +64,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     return found
 
 
-def networks(loaded: koala_loader.Loaded) -> tuple[torch.nn.Module, ...]:
+def networks(loaded: koala_loader.Loaded) -> tuple[Any, ...]:
     model, clip, vae = loaded
     return model.model.diffusion_model, clip.cond_stage_model, vae.first_stage_model
 
@@ -90,7 +90,7 @@ def test_one_load_of_four_files_reads_each_header_once(tmp_path: Path, opened: C
     assert opened == dict.fromkeys((unet, vae, *encoders), 1)
     opened.clear()
     model = inspect_model(unet)
-    load_parts(model, encoders[0], encoders[1], vae)
+    load_parts(model.unet.layout, encoders[0], encoders[1], vae)
     koala_loader.load_unet(model, "it")
     assert opened == dict.fromkeys((unet, vae, *encoders), 1)
 

@@ -35,7 +35,12 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load(loras: Path, state: State, model: Any, **inputs: Any) -> tuple[Any, Any, str]:
     """Run the node on a LoRA file with these tensors."""
     save_file(state, loras / "some.safetensors")
-    wanted = {"strength_model": 1.0, "strength_clip": 1.0, "trained_on": "auto", "fold_removed": 0.0} | inputs
+    wanted: dict[str, Any] = {
+        "strength_model": 1.0,
+        "strength_clip": 1.0,
+        "trained_on": "auto",
+        "fold_removed": 0.0,
+    } | inputs
     return KoalaLoraLoader.execute(model, transfer.clip(), "some.safetensors", **wanted).result
 
 

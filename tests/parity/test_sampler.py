@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.sample
@@ -26,7 +27,7 @@ def _text(positive: str = "a red circle on a white background", negative: str = 
 
 def _run(latent: dict[str, Any], **changes: Any) -> torch.Tensor:
     positive, negative = _text().result
-    arguments = {"seed": 1, "preset": SETTINGS, "sampler_name": "euler", "denoise": 1.0} | changes
+    arguments: dict[str, Any] = {"seed": 1, "preset": SETTINGS, "sampler_name": "euler", "denoise": 1.0} | changes
     model = arguments.pop("model", parity.tiny_models()[0])
     return sample.KoalaSampler.execute(model, positive, negative, latent, **arguments).result[0]["samples"]
 
@@ -119,14 +120,9 @@ def test_the_sampler_leaves_the_model_untouched() -> None:
 
 
 def test_a_model_that_is_no_koala_is_refused_by_auto() -> None:
-    class Other:
-        model = torch.nn.Module()
-
-        def get_attachment(self, key: str) -> None:
-            return None
-
+    other: Any = SimpleNamespace(model=torch.nn.Module(), get_attachment=lambda _: None)
     with pytest.raises(ValueError, match=r"this MODEL is not a KOALA model \(Module\)"):
-        sample._settings(Other(), {"preset": "auto"})
+        sample._settings(other, {"preset": "auto"})
 
 
 LONG = ", ".join(["a gray koala on a green background"] * 12)

@@ -193,7 +193,7 @@ def test_diffusers_draws_the_same_picture_from_the_folder(baked: State, tmp_path
     koala_saver.save_folder(tmp_path / "a", model, clip, vae)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "a", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    names = koala_saver.keys.renaming(layout.KOALA_TINY, "comfy", "diffusers")
+    names = renaming(layout.KOALA_TINY, "comfy", "diffusers")
     unet = pipeline.unet.state_dict()
     assert all(torch.equal(unet[new], baked[UNET_PREFIX + old]) for old, new in names.items())
     settings_ = {"num_inference_steps": 8, "guidance_scale": 7.5, "height": 128, "width": 128, "output_type": "latent"}
@@ -202,7 +202,8 @@ def test_diffusers_draws_the_same_picture_from_the_folder(baked: State, tmp_path
     conditioning = parity.KoalaPrompt.execute(clip, parity.PROMPT, parity.NEGATIVE, "no style", "reference").result
     preset = {"preset": "custom", "steps": 8, "cfg": 7.5, "spacing": "leading"}
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
-    made = parity.KoalaSampler.execute(model, *conditioning, latent, 3, preset, "euler", 1.0).result[0]["samples"]
+    positive, negative = conditioning
+    made = parity.KoalaSampler.execute(model, positive, negative, latent, 3, preset, "euler", 1.0).result[0]["samples"]
     assert (made * LATENT_SCALE - wanted).abs().max() <= parity.LATENT_BOUND
     pixels = vae.decode(made).permute(0, 3, 1, 2)
     decoded = (pipeline.vae.decode(wanted / LATENT_SCALE).sample / 2 + 0.5).clamp(0, 1)
@@ -376,6 +377,6 @@ def test_koala_700m_in_the_stock_diffusers_loader(full_size: Any, tmp_path: Path
         stock[0].model.diffusion_model.state_dict(),
         load_file(tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors"),
     )
-    names = koala_saver.keys.renaming(layout.KOALA_700M, "comfy", "diffusers")
+    names = renaming(layout.KOALA_700M, "comfy", "diffusers")
     assert all(torch.equal(network[old], saved[new].to(network[old].dtype)) for old, new in names.items())
     assert all(map(torch.equal, _encode(stock[1]), _encode(models[1])))

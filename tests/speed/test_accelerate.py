@@ -80,7 +80,7 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), tmp_path / "some.safetensors")
 
 
-def prompts(texts: Sequence[str] = ("a red circle on a white background",)) -> tuple[Any, Any]:
+def prompts(texts: Sequence[str] = ("a red circle on a white background",)) -> tuple[Any, ...]:
     """Conditioning that gives each picture of a batch a prompt of its own, and no negative prompt."""
     clip = parity.tiny_models()[1]
     made = [KoalaPrompt.execute(clip, text, "", "no style", "reference").result for text in texts]
@@ -98,7 +98,7 @@ def prompts(texts: Sequence[str] = ("a red circle on a white background",)) -> t
 def run(model: Any, texts: Any = None, **changes: Any) -> torch.Tensor:
     positive, negative = texts or prompts()
     latent = changes.pop("latent", None) or {"samples": torch.zeros(len(positive[0][0]), 4, 16, 16)}
-    arguments = {"seed": 5, "preset": BASE, "sampler_name": "euler", "denoise": 1.0} | changes
+    arguments: dict[str, Any] = {"seed": 5, "preset": BASE, "sampler_name": "euler", "denoise": 1.0} | changes
     return KoalaSampler.execute(model, positive, negative, latent, **arguments).result[0]["samples"]
 
 
