@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, picture [n, 3, S, S] in [-1, 1] <-> latent [n, 4, S/8, S/8]."""
+"""Stage 1: the autoencoder, image [n, 3, S, S] in [-1, 1] <-> latent [n, 4, S/8, S/8]."""
 
 import math
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from tools.tiny import checkpoints
 from tools.tiny.pictures import KOALA, draw, random_drawings
 
-LATENT_NOISE = 0.05  # of the latents' own spread; the decoder must bear it, so no detail hides in one huge value
+LATENT_NOISE = 0.05  # of the latents' standard deviation: added in training, so that no detail hides in huge values
 STAGE = 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """crop_steps on 64 px crops (cheap), then whole_steps on whole pictures (what the net will see)."""
+    """crop_steps on 64 px crops (cheap), then whole_steps on whole images (what the U-Net will see)."""
 
     crop_steps: int = 900
     whole_steps: int = 100
@@ -34,7 +34,7 @@ class Recipe:
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """An SDXL-shaped autoencoder whose two output norms let flat colours through (see `_pass_levels`)."""
+    """An autoencoder with SDXL's architecture whose two output norms preserve flat colours (see `_pass_levels`)."""
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -56,9 +56,9 @@ def new_autoencoder() -> AutoencoderKL:
 
 @torch.no_grad()
 def _start_as_thumbnail(model: AutoencoderKL) -> None:
-    """Start as the crudest autoencoder that works, in place: three latent channels are the picture's red, green and
-    blue at 1/8 size, carried there and back along the residual stream. From a random start the first thousand steps
-    go into finding this."""
+    """Initialise as the simplest working autoencoder, in place: three latent channels are the image's red, green and
+    blue at 1/8 size, passed through the residual stream in both directions. From random weights it takes the first
+    thousand steps to learn this."""
     wires = {0: 0, 1: 2, 2: 4}  # colour -> channel of the stream; _pass_levels makes 1, 3, 5 their negatives
     carried = range(6)
     for module in model.modules():
@@ -89,12 +89,12 @@ def _start_as_thumbnail(model: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def _pass_levels(before: list[nn.Conv2d | nn.Linear], last: ResnetBlock2D, frame: float) -> None:
-    """Start in a state where a GroupNorm of two channels a group does not erase absolute levels, in place.
+    """Initialise so that a GroupNorm with two channels per group preserves absolute levels, in place.
 
-    Nothing but a group's own mean and spread is lost in GroupNorm. So let the second channel of each pair be minus the
-    first plus a fixed frame (the zero padding at the picture's border gives one): the pair's mean is then a constant
-    and its spread hardly depends on the picture. Left to itself training finds a worse way to pin the statistics: a
-    spike inside the picture, seen as a bright droplet.
+    GroupNorm removes only a group's own mean and standard deviation. Therefore the second channel of each pair is minus
+    the first plus a fixed frame (made from the zero padding at the image's border): the pair's mean is then constant
+    and its standard deviation hardly depends on the image. Without this, training finds a worse way to fix the
+    statistics: a spike inside the image, visible as a bright spot.
 
     `before`: the layers that write the channels which the norm reads; `last`: the residual block right before it."""
     for layer in [*before, last.conv2]:
@@ -108,7 +108,7 @@ def _pass_levels(before: list[nn.Conv2d | nn.Linear], last: ResnetBlock2D, frame
 
 
 def train(recipe: Recipe, seed: int, path: Path, log: Callable[[str], None]) -> AutoencoderKL:
-    """Train, or go on from the checkpoint at `path`; returns the standardised autoencoder in eval mode."""
+    """Train, or resume from the checkpoint at `path`; returns the standardised autoencoder in eval mode."""
     torch.manual_seed(seed)
     model = new_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -142,11 +142,11 @@ def train(recipe: Recipe, seed: int, path: Path, log: Callable[[str], None]) -> 
 def _batch(recipe: Recipe, whole: bool, generator: torch.Generator) -> torch.Tensor:
     n = recipe.whole_batch if whole else recipe.crop_batch
     drawings = random_drawings(n, generator)
-    drawings.shape[: n // 4] = KOALA  # small features need more looks than edges do
+    drawings.shape[: n // 4] = KOALA  # small features take more examples to learn than edges
     pictures = draw(drawings, recipe.size)
     if whole:
         return pictures
-    # A random window, as large as the latent grid allows: windows of half the width always meet the shape.
+    # A random window; one of half the width always contains a part of the shape.
     room = recipe.size - recipe.crop
     corners = torch.randint(room + 1, (n, 2), generator=generator).tolist()
     return torch.stack(
@@ -157,7 +157,7 @@ def _batch(recipe: Recipe, whole: bool, generator: torch.Generator) -> torch.Ten
 def _loss(model: AutoencoderKL, pictures: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
     latents = model.encode(pictures).latent_dist.mode()
     noise = torch.randn(latents.shape, generator=generator) * LATENT_NOISE
-    # As KL does for a fixed posterior width; the fourth power is against spikes.
+    # Like the KL term for a fixed posterior variance; the fourth power is against spikes.
     prior = 1e-3 * latents.pow(2).mean() + 1e-4 * latents.pow(4).mean()
     rebuilt = model.decode(latents + noise).sample
     square = functional.mse_loss(rebuilt, pictures)
@@ -165,15 +165,15 @@ def _loss(model: AutoencoderKL, pictures: torch.Tensor, generator: torch.Generat
 
 
 def decibels(mean_square_error: float) -> float:
-    """Peak signal to noise ratio of pictures in [-1, 1]."""
+    """Peak signal-to-noise ratio of images in [-1, 1], in decibels."""
     return 10 * math.log10(4 / max(mean_square_error, 1e-12))
 
 
 @torch.no_grad()
 def standardise(model: AutoencoderKL, seed: int, size: int) -> AutoencoderKL:
     """Fold each latent channel's mean and spread into the two 1x1 convolutions beside the latents, in place, so that
-    `latents * LATENT_SCALE` has mean 0 and standard deviation 1; the posterior's width becomes the noise that the
-    decoder was trained to bear."""
+    `latents * LATENT_SCALE` has mean 0 and standard deviation 1; the posterior's variance becomes that of the noise
+    with which the decoder was trained."""
     pictures = draw(random_drawings(128, checkpoints.step_generator(seed, STAGE, 10**7)), size)
     latents = torch.cat([model.encode(part).latent_dist.mode() for part in pictures.split(16)])
     mean = latents.mean(dim=(0, 2, 3))
@@ -191,6 +191,6 @@ def standardise(model: AutoencoderKL, seed: int, size: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Standardised latents, float32 [n, 4, S/8, S/8], of pictures [n, 3, S, S]."""
+    """Standardised latents, float32 [n, 4, S/8, S/8], of images [n, 3, S, S]."""
     parts = [model.encode(part.to(model.device)).latent_dist.mode().cpu() for part in pictures.split(16)]
     return torch.cat(parts) * LATENT_SCALE

@@ -1,4 +1,4 @@
-"""The model card's text around the measured figures."""
+"""The text of koala-tiny's model card."""
 
 from typing import Any
 
@@ -8,8 +8,13 @@ from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES
 
 
 def write(figures: dict[str, Any], stem: str, distilled: dict[str, Any] | None) -> str:
-    """Markdown; `figures` as `tools.tiny.evaluate` measures them, `stem` of the pictures beside the card, `distilled`
-    what the file says of its U-Net's distillation."""
+    """The card as Markdown.
+
+    Args:
+        figures: as `tools.tiny.evaluate` measures them.
+        stem: name of the images beside the card, without what follows.
+        distilled: the model file's metadata `koala.distillation`, None where its U-Net was trained from scratch.
+    """
     ours, judge, red = figures["prompts"], figures["judge"], figures["negative_red"]
     by_shape = "\n".join(f"| {name} | {share:.0f} % |" for name, share in ours["shape_by_name"].items())
     by_colour = "\n".join(f"| {name} | {share:.0f} % |" for name, share in ours["colour_by_name"].items())
@@ -20,79 +25,80 @@ def write(figures: dict[str, Any], stem: str, distilled: dict[str, Any] | None) 
     early = f" (and, early, {third.small_size} px)" if distilled is None else ""
     return f"""# koala-tiny
 
-A text-to-image model of 28 MB that draws a coloured shape on a coloured background. It has KOALA-700M's layout exactly
-(one layer a block, transformer depths 0, 2, 5, no middle block, SDXL's two text encoders and added conditioning) at a
-tenth of its width, so every graph made for KOALA can be tried and tested with it on any machine. It is for that, not
-for art.
+A text-to-image model of 28 MB that draws a coloured shape on a coloured background. It has exactly KOALA-700M's layout
+(one layer per block, transformer depths 0, 2, 5, no middle block, SDXL's two text encoders and added conditioning) at a
+tenth of its width, so that every graph made for KOALA can be tried and tested with it on any machine. That is its
+purpose; it is not meant for art.
 
-![Pictures for 72 prompts, each a shape, a colour and a background]({stem}-sheet.png)
+![Images for 72 prompts, each with a shape, a colour and a background]({stem}-sheet.png)
 
 ## Use
 
 Prompts like "a gray koala on a green background". {third.size} x {third.size} pixels, 25 steps, cfg 7.5, Euler,
 leading spacing: KOALA's published base settings. Shapes: {", ".join(SHAPE_NAMES)}.
-Colours: {", ".join(COLOUR_NAMES)}. Parts may be left out ("a star",
-"a koala on a red background", "red"); a negative prompt works.
+Colours: {", ".join(COLOUR_NAMES)}. A prompt may omit any of these ("a star",
+"a koala on a red background", "red"). Negative prompts work.
 
 ## Measured
 
-By `python -m tools.tiny.evaluate`: {ours["n"]} prompts, one seed each, diffusers' SDXL pipeline in float32 at the
-settings above. The judge reads pixels alone; on {judge["n"]} fresh drawings it is right in
-{judge["shape"]:.1f} % (shape), {judge["colour"]:.1f} % (shape's colour) and {judge["background"]:.1f} % (background).
-The three are judged apart. A blob that overlaps no shape by at least 70 % counts as a wrong shape ({unsure}).
+By `python3 dev.py evaluate-tiny`: {ours["n"]} prompts, one seed each, diffusers' SDXL pipeline in float32 at the
+settings above. The judge sees only pixels; on {judge["n"]} new drawings it is correct in {judge["shape"]:.1f} %
+(shape), {judge["colour"]:.1f} % (shape's colour) and {judge["background"]:.1f} % (background). The three are judged
+separately. A blob that overlaps no shape by at least 70 % counts as a wrong shape ({unsure}).
 
-| right | share |
+| correct | share |
 |---|---|
 | shape's colour | {ours["colour"]:.1f} % |
 | background | {ours["background"]:.1f} % |
 | shape | {ours["shape"]:.1f} % |
 | all three | {ours["all"]:.1f} % |
 
-| shape asked for | shape right |
+| shape in the prompt | shape correct |
 |---|---|
 {by_shape}
 
-| shape's colour asked for | colour right |
+| shape's colour in the prompt | colour correct |
 |---|---|
 {by_colour}
 
-Negative prompt "red" on {red["n"]} pictures of prompts that name no colour, same seeds with and without: red
-pixels {red_pixels} (paired sign-flip test, one-sided: p = {red["p"]:.5f}).
+Negative prompt "red" on {red["n"]} images of prompts that name no colour, same seeds with and without: red pixels
+{red_pixels} (paired sign-flip test, one-sided: p = {red["p"]:.5f}).
 
 ![Without (above) and with the negative prompt "red" (below)]({stem}-negative-red.png)
 
-The autoencoder alone gives fresh drawings back at {figures["autoencoder_db"]:.1f} dB.
+The autoencoder alone reconstructs new drawings with a PSNR of {figures["autoencoder_db"]:.1f} dB.
 {"" if distilled is None else ADDONS}
 ## Data
 
-Our own drawings, made by `tools/tiny/pictures.py` while training; nothing else. Shape, its colour, background (of
-another colour), size and place are uniformly random. Captions:
+Only our own drawings, generated by `tools/tiny/pictures.py` during training. Shape, its colour, background (of another
+colour), size and position are uniformly random. Captions:
 
 {templates}
 
-The last one is the empty caption; besides, {third.drop:.0%} of all captions are replaced by zeros, which is
-what an empty negative prompt means to an SDXL base model.
+The last one is the empty caption. In addition, {third.drop:.0%} of all captions are replaced by zeros, which is what an
+empty negative prompt means to an SDXL base model.
 
 ## Training
 
-`python3 dev.py train-tiny` makes a model like this one{"" if distilled is None else ", with another U-Net"}: fixed
-seeds, on two CPU cores, under two hours. Three stages:
+`python3 dev.py train-tiny` trains a model like this one{"" if distilled is None else ", with another U-Net"}: fixed
+seeds, under two hours on two CPU cores. Three stages:
 
 1. Autoencoder (x8, 4 channels): {first.crop_steps} steps on {first.crop} px windows, then {first.whole_steps}
-   on whole pictures. Latents are standardised to SDXL's scaling factor {LATENT_SCALE}.
+   on whole images. Latents are standardised to SDXL's scaling factor {LATENT_SCALE}.
 2. Text encoders (32 and 64 wide, 3 layers each, CLIP's tokenizer): {second.steps} steps as
-   classifiers of what a caption says, half of the captions among random words; then frozen.
-{_from_nothing(third) if distilled is None else _distilled(distilled)}
+   classifiers of the caption's content, half of the captions surrounded by random words; then frozen.
+{_from_scratch(third) if distilled is None else _distilled(distilled)}
 
-The shipped weights come from runs that were stopped and continued with changed step counts: the commands make a model
-like this one, not the same bytes. All weights are stored in fp16.
+The shipped weights come from runs that were interrupted and resumed with other step counts: the commands produce a
+similar model, not the same bytes. All weights are stored in fp16.
 
 ## Limits
 
-- It knows the words above and no others; other words are ignored at best.
-- One shape a picture, in the flat colours above. Shapes lie near the middle and fill about half of the picture.
-- Trained at {third.size} px{early}: other sizes give stray shapes and colours.
-- Outlines are softer and less even than the drawings', koalas' faces most of all; mistakes remain at the shares above.
+- It knows only the words above; other words are ignored at best.
+- One shape per image, in the flat colours above. Shapes lie near the middle and fill about half of the image.
+- Trained at {third.size} px{early}: other sizes produce stray shapes and colours.
+- Outlines are softer and less regular than in the drawings, above all in koalas' faces; for the share of mistakes see
+  above.
 - The figures hold for these prompts and settings; few-step sampling is not measured.
 
 ## Licence
@@ -102,22 +108,22 @@ Apache-2.0, like the code. Weights and drawings are our own; the tokenizer is CL
 
 
 ADDONS = f"""
-Beside it lie a LoRA ({LORA.stem}) and a ControlNet ({CONTROLNET.stem}) that were trained on
-sdxl-tiny, its teacher, as those for SDXL are; two example workflows carry them over. `docs/distillation.md` in the
-source has how well that goes.
+A LoRA ({LORA.stem}) and a ControlNet ({CONTROLNET.stem}) come with it. They were trained on
+sdxl-tiny, its teacher, like those for SDXL; two example workflows apply them to koala-tiny. `docs/distillation.md` in
+the source has measurements.
 """
 
 
-def _from_nothing(recipe: denoiser.Recipe) -> str:
+def _from_scratch(recipe: denoiser.Recipe) -> str:
     return f"""3. U-Net (7.4 M parameters): {recipe.small_steps} steps on {recipe.small_drawings} drawings of
    {recipe.small_size} px, then {recipe.steps} on {recipe.drawings} of {recipe.size} px, batch {recipe.batch}, koalas
-   {recipe.koalas:g} times as often as other shapes; noise prediction with the loss weighted towards strong noise;
-   averaged weights."""
+   {recipe.koalas:g} times as often as other shapes; noise prediction, with larger weights at strong noise; averaged
+   weights."""
 
 
-def _distilled(told: dict[str, Any]) -> str:
-    """``told``: see koala_sdxl.distill.result.metadata."""
-    return f"""3. U-Net (7.4 M parameters): cut out of {told["teacher"]}, which has SDXL's layout at this width, and
-   distilled from it as KOALA was from SDXL: {told["steps"]} steps of {told["images_a_step"]} drawings, with the
-   errors of the noise, of the teacher's answer and of its {told["loss"]["place"]} features. `docs/distillation.md`
-   in the source shows how, and against what; `python3 dev.py distill-study --only curve` does it again."""
+def _distilled(run: dict[str, Any]) -> str:
+    """``run``: see koala_sdxl.distill.result.distillation."""
+    return f"""3. U-Net (7.4 M parameters): cut out of {run["teacher"]}, which has SDXL's layout at this width, and
+   distilled from it as KOALA was from SDXL: {run["steps"]} steps of {run["images_a_step"]} drawings, with the errors
+   of the noise, of the teacher's output and of its {run["loss"]["place"]} features. `docs/distillation.md` in the
+   source has the details and comparisons; `python3 dev.py distill-study --only curve` repeats it."""

@@ -1,4 +1,4 @@
-"""Files that a stopped training run leaves behind: whole or absent, never half written."""
+"""Checkpoints of a training run: complete or absent, never half written."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ def save(state: Any, path: Path) -> None:
 
 
 def load(path: Path) -> Any:
-    """What `save` wrote (tensors and plain containers only)."""
+    """Load what `save` wrote (tensors and plain containers only)."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def step_generator(seed: int, stage: int, step: int) -> torch.Generator:
-    """The random numbers of one training step. They depend on nothing that came before, so a resumed run draws the
-    same ones as an unbroken run."""
+    """The random numbers of one training step. They do not depend on earlier steps, so that a resumed run draws the
+    same ones as an uninterrupted run."""
     return torch.Generator().manual_seed(seed * 1_000_003 + stage * 100_000_007 + step)

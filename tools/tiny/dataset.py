@@ -1,4 +1,4 @@
-"""koala-tiny's drawings as files: a folder of PNG pictures with a caption beside each, as `dev.py distill` reads them.
+"""koala-tiny's drawings as files: a folder of PNG images with a caption beside each, as `dev.py distill` reads them.
 
 Usage: python -m tools.tiny.dataset --out DIR [--size 128] [--count 3500]
 """
@@ -20,8 +20,8 @@ SEED = 0
 
 
 def write(folder: Path, size: int, count: int) -> None:
-    """Write `count` pictures of `size` pixels, koalas as much oftener as in koala-tiny's own training; a folder that is
-    there already is left as it is. Captions are koala-tiny's, without the empty one."""
+    """Write `count` images of `size` pixels, with as many more koalas as in koala-tiny's own training; an existing
+    folder is not changed. Captions are koala-tiny's, without the empty one."""
     if folder.exists():
         return
     generator = step_generator(SEED, STAGE, size)
@@ -29,8 +29,8 @@ def write(folder: Path, size: int, count: int) -> None:
     odds = 1 + (Recipe().koalas - 1) * (drawings.shape == KOALA).float()
     drawings = drawings.pick(torch.multinomial(odds, 2 * count, replacement=True, generator=generator))
     captions = random_captions(drawings, generator)
-    told = [index for index, caption in enumerate(captions) if caption.text][:count]
-    drawings, captions = drawings.pick(torch.tensor(told)), [captions[index] for index in told]
+    with_text = [index for index, caption in enumerate(captions) if caption.text][:count]
+    drawings, captions = drawings.pick(torch.tensor(with_text)), [captions[index] for index in with_text]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(folder) as aside:
         aside.mkdir()
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dataset", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=Recipe().size, help="side of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=Recipe().size, help="side of the images in pixels")
     parser.add_argument("--count", type=int, default=Recipe().drawings)
     arguments = parser.parse_args(argv)
     write(arguments.out, arguments.size, arguments.count)

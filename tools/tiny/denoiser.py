@@ -1,4 +1,4 @@
-"""Stage 3: a U-Net of any layout at a tenth of SDXL's width, trained on ready latents and ready embeddings."""
+"""Stage 3: a U-Net of any layout at a tenth of SDXL's width, trained on precomputed latents and embeddings."""
 
 import math
 import time
@@ -24,12 +24,12 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @dataclass(frozen=True)
 class Recipe:
-    """First small pictures (four times as cheap, enough to learn what words mean), then full-size ones; the size ids
-    tell the net which. variants: embeddings of each caption, the first clean, the others with random words around.
-    koalas: how much oftener than other shapes the one with a face is seen. mean_weight: how much more the error's mean
-    over the picture counts in the first mean_steps. At this width a norm group is one channel: each norm takes the mean
-    away, which is the picture's colour, and a deep net does not find a way around by itself. looks: how often its
-    pictures are judged on the way."""
+    """First small images (a quarter of the cost, enough to learn the meaning of words), then full-size ones; the size
+    ids distinguish them. variants: embeddings of each caption, the first clean, the others with random words around.
+    koalas: frequency of the shape with a face, relative to other shapes. mean_weight: additional weight of the error's
+    mean over the image in the first mean_steps. At this width a norm group is one channel: each norm removes the mean,
+    which is the image's colour, and a deep network does not learn to compensate for that by itself. looks: how often
+    its images are judged during training."""
 
     small_size: int = 64
     small_steps: int = 1200
@@ -60,7 +60,7 @@ TEACHER = Recipe(
     mean_weight=30.0,
     mean_steps=5000,
 )
-"""For sdxl-tiny, with three times the weights."""
+"""For sdxl-tiny, which has three times as many weights."""
 
 
 def new_unet(layout: Layout = KOALA_TINY) -> UNet2DConditionModel:
@@ -69,7 +69,7 @@ def new_unet(layout: Layout = KOALA_TINY) -> UNet2DConditionModel:
 
 
 def new_scheduler() -> EulerDiscreteScheduler:
-    """SDXL base's sampler settings, which are KOALA's too."""
+    """SDXL base's scheduler settings, which are also KOALA's."""
     return EulerDiscreteScheduler(
         **NOISE, num_train_timesteps=1000, prediction_type="epsilon", timestep_spacing="leading", steps_offset=1
     )
@@ -108,7 +108,7 @@ class Latents:
 
 
 def encode_drawings(model: AutoencoderKL, recipe: Recipe, size: int, seed: int, folder: Path) -> Latents:
-    """The latents of the data set at this size, from the file if an earlier run left it."""
+    """The latents of the data set at this size, from an earlier run's file if there is one."""
     path = folder / f"latents-{size}.pt"
     if not path.exists():
         drawings = _drawings(recipe, size, seed)
@@ -133,14 +133,14 @@ def train(
     look: Callable[[UNet2DConditionModel, int], None],
     layout: Layout = KOALA_TINY,
 ) -> UNet2DConditionModel:
-    """Train, or go on from the checkpoint at `path`; returns the averaged weights on the CPU, exact in fp16. `look` is
-    called `recipe.looks` times with the averaged net and the picture size. Without `full` all steps are on small
-    pictures."""
+    """Train, or resume from the checkpoint at `path`; returns the averaged weights on the CPU, exact in fp16. `look` is
+    called `recipe.looks` times with the averaged network and the image size. Without `full` all steps use small
+    images."""
     torch.manual_seed(seed)
     model, average = new_unet(layout).to(DEVICE), new_unet(layout).to(DEVICE).requires_grad_(False).eval()
     average.load_state_dict(model.state_dict())
     rate = torch.tensor(recipe.learning_rate, device=DEVICE)
-    # not a checkpoint's: it may come from another machine
+    # not the checkpoint's, which may come from another machine
     here: dict[str, Any] = {"lr": rate, "capturable": DEVICE.type == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True, **here)
     start = 0
@@ -193,8 +193,8 @@ def train(
 def _conditions(
     embeddings: Embeddings, texts: list[str], recipe: Recipe, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Context and pooled of each text; some dropped to zeros, which is what diffusers' pipeline gives an SDXL model
-    for an empty negative prompt (the words "" themselves are a caption of their own)."""
+    """Context and pooled of each text; some replaced by zeros, which diffusers' pipeline gives an SDXL model for an
+    empty negative prompt (the text "" is a caption of its own)."""
     n = len(texts)
     row = torch.tensor([embeddings.index[t] for t in texts])
     variant = torch.randint(1, recipe.variants, (n,), generator=generator)
@@ -204,9 +204,8 @@ def _conditions(
 
 
 class Shown(NamedTuple):
-    """What a step shows to a net: `noisy` and `noise` [n, 4, h, w], `time` [n], `weight` of each one's error [n],
-    `mean_weight` of the error's mean over the picture, a scalar, `context` [n, 77, 96], `pooled` [n, 64], `sizes`
-    [n, 6]."""
+    """One step's examples: `noisy` and `noise` [n, 4, h, w], `time` [n], `weight` of each error [n], `mean_weight` of
+    the error's mean over the image, a scalar, `context` [n, 77, 96], `pooled` [n, 64], `sizes` [n, 6]."""
 
     noisy: torch.Tensor
     noise: torch.Tensor
@@ -231,13 +230,13 @@ def shown(
     most_weight: float = Recipe.most_weight,
     mean_weight: float = 0.0,
 ) -> Shown:
-    """Noise laid over latents [n, 4, size/8, size/8] of pictures of `size` pixels. Errors are weighted by 1/alpha_bar,
-    at most `most_weight` (the loss of velocity prediction): colours are decided where noise is strongest, and there the
-    plain error is tiny whatever the net says. The error's mean over the picture counts `mean_weight` times more."""
+    """Add noise to latents [n, 4, size/8, size/8] of images of `size` pixels. Errors are weighted by 1/alpha_bar, at
+    most `most_weight` (the loss of velocity prediction): colours are decided where noise is strongest, and there the
+    unweighted error is tiny for any output. The error's mean over the image has the additional weight `mean_weight`."""
     n = len(latents)
     signal = DDPMScheduler(**NOISE).alphas_cumprod
     noise = torch.randn(latents.shape, generator=generator)
-    # One time step from each of n equal stretches: the same mean, less variance.
+    # One time step from each of n equal intervals: the same mean, less variance.
     time = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * len(signal)).long()
     alpha = signal[time].view(n, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -248,8 +247,8 @@ def shown(
 
 
 def noise_loss(model: Callable[..., Any], given: Shown) -> torch.Tensor:
-    """Weighted error of the noise that `model` (a U-Net, or what is called like one) predicts."""
+    """Weighted error of the noise that `model` (a U-Net, or anything with its signature) predicts."""
     conditions = {"text_embeds": given.pooled, "time_ids": given.sizes}
     error = model(given.noisy, given.time, given.context, added_cond_kwargs=conditions).sample - given.noise
-    told = error.square().mean(dim=(1, 2, 3)) + given.mean_weight * error.mean(dim=(2, 3)).square().mean(dim=1)
-    return (told * given.weight).mean()
+    errors = error.square().mean(dim=(1, 2, 3)) + given.mean_weight * error.mean(dim=(2, 3)).square().mean(dim=1)
+    return (errors * given.weight).mean()

@@ -27,7 +27,7 @@ COLOUR_FREE_EACH = 24
 
 @dataclass(frozen=True)
 class Score:
-    """Shares that are right, in percent."""
+    """Percentages of correct images."""
 
     n: int
     colour: float
@@ -53,7 +53,7 @@ class Negative:
 
 
 def grid_prompts(n: int) -> tuple[list[str], Drawings]:
-    """n full captions spread evenly over shapes, shape colours and backgrounds, and what they ask for."""
+    """n full captions spread evenly over shapes, shape colours and backgrounds, and the drawings that they describe."""
     index = torch.arange(n)
     shape = index % len(SHAPE_NAMES)
     colour = (index // len(SHAPE_NAMES)) % len(COLOUR_NAMES)
@@ -66,7 +66,7 @@ def grid_prompts(n: int) -> tuple[list[str], Drawings]:
 
 
 def score(pictures: torch.Tensor, asked: Drawings) -> Score:
-    """Judge pictures [n, 3, S, S] in [-1, 1] against what was asked for."""
+    """Compare images, [n, 3, S, S] in [-1, 1], with the drawings that their prompts describe."""
     verdict = judge(pictures)
     colour, background, shape = (
         getattr(verdict, name) == getattr(asked, name) for name in ("colour", "background", "shape")
@@ -87,7 +87,7 @@ def score(pictures: torch.Tensor, asked: Drawings) -> Score:
 
 
 def judge_score(n: int = 2000, size: int = 128) -> Score:
-    """The judge's own score on fresh drawings."""
+    """The judge's own score on new drawings."""
     drawings = random_drawings(n, torch.Generator().manual_seed(SEED))
     return score(torch.cat([draw(drawings.pick(i), size) for i in torch.arange(n).split(100)]), drawings)
 
@@ -95,8 +95,8 @@ def judge_score(n: int = 2000, size: int = 128) -> Score:
 def negative_red(
     model: pipeline.StableDiffusionXLPipeline, each: int = COLOUR_FREE_EACH
 ) -> tuple[Negative, torch.Tensor, torch.Tensor]:
-    """The effect of the negative prompt "red" on prompts that name no colour, so many pictures of each; also the
-    pictures without and with."""
+    """The effect of the negative prompt "red" on prompts that name no colour, `each` images of each; also the images
+    without and with it."""
     prompts = list(COLOUR_FREE) * each
     plain = pipeline.pictures(model, prompts, seed=SEED)
     without_red = pipeline.pictures(model, prompts, negative="red", seed=SEED)
@@ -109,7 +109,7 @@ def negative_red(
 
 
 def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """All figures, and the pictures for the card."""
+    """All figures, and the images for the card."""
     model = single_file.pipeline(file, testhost.test_host().tokenizer)
     prompts, asked = grid_prompts(PROMPTS)
     made = pipeline.pictures(model, prompts, seed=SEED)

@@ -1,4 +1,4 @@
-"""Turns a finished koala-tiny folder into the one file that ships, by the pack's own loader and ComfyUI's own saver.
+"""Packs a finished koala-tiny folder into the shipped file, with the pack's own loader and ComfyUI's own saver.
 
 Usage: python3 dev.py pack-tiny --model DIR [--out assets/koala-tiny.safetensors]
 """
@@ -29,14 +29,14 @@ MODELSPEC = {
     "modelspec.prediction_type": "epsilon",
     "koala.variant": "base",
 }
-UNUSED = {"clip_l.transformer.text_projection.weight"}  # SDXL has none; core makes one, never reads or saves it
+UNUSED = {"clip_l.transformer.text_projection.weight"}  # not SDXL's; core creates it, but neither reads nor saves it
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 CONFIGS = {"scheduler": "scheduler_config.json"}
 
 
 def metadata(folder: Path) -> dict[str, str]:
-    """What the file says of itself: identity, every part's configuration as diffusers wrote it, what the U-Net's file
-    says of how it was made, training facts."""
+    """The file's metadata: identity, every model's configuration as diffusers wrote it, the `koala.` metadata of the
+    U-Net's file, and the recipes of its training."""
     configs = {part: (folder / part / CONFIGS.get(part, "config.json")).read_text() for part in PARTS}
     facts = {f"koala.config.{part}": json.dumps(json.loads(text)) for part, text in configs.items()}
     (unet,) = (folder / "unet").glob("*.safetensors")
@@ -67,7 +67,7 @@ def pack(folder: Path, out: Path) -> None:
         again = koala_loader.load_checkpoint(aside, "fp16")
         for name, first, second in zip(("U-Net", "CLIP", "VAE"), (model, clip, vae), again, strict=True):
             if different := _differences(first, second):
-                raise ValueError(f"{out.name}: the {name} loads to other weights than {folder}: {different[:3]}")
+                raise ValueError(f"{out.name}: the {name} loads with other weights than {folder}: {different[:3]}")
         aside.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

@@ -1,7 +1,7 @@
-"""The drawings that koala-tiny learns from, and their captions: a coloured shape on a coloured background.
+"""The drawings on which koala-tiny is trained, and their captions: a coloured shape on a coloured background.
 
-A drawing is fixed by a few numbers (`Drawings`), so a whole data set is one seed. Edges are anti-aliased from signed
-distances in pixels, hence the same drawing can be made at any size.
+A drawing is defined by a few numbers (`Drawings`), so that a seed defines a data set. Edges are anti-aliased from
+signed distances in pixels, so that the same drawing can be rendered at any size.
 """
 
 import math
@@ -25,7 +25,7 @@ PALETTE = torch.tensor(list(COLOURS.values()))
 SHAPE_NAMES = ("circle", "square", "triangle", "ring", "star", "koala")
 KOALA = SHAPE_NAMES.index("koala")
 
-# A koala's eyes, nose and inner ears: black on light faces, white on dark ones, so that it reads in every colour.
+# A koala's eyes, nose and inner ears: black on light faces, white on dark ones, to be visible in every colour.
 _INK_BLACK, _INK_WHITE = torch.tensor([0.04, 0.04, 0.04]), torch.tensor([0.96, 0.96, 0.96])
 _DARK_FACES = torch.tensor([name in ("black", "blue", "purple") for name in COLOUR_NAMES])
 
@@ -33,7 +33,7 @@ _DARK_FACES = torch.tensor([name in ("black", "blue", "purple") for name in COLO
 @dataclass(frozen=True)
 class Drawings:
     """n drawings. colour, background, shape: int64 [n], indices into the tables above. radius, x, y: float [n],
-    in half picture widths from the middle."""
+    in half image widths from the middle."""
 
     colour: torch.Tensor
     background: torch.Tensor
@@ -86,7 +86,7 @@ def _by_shape(drawings: Drawings) -> list[tuple[int, torch.Tensor]]:
 
 
 def _layers(shape: int, drawings: Drawings, size: int) -> dict[str, torch.Tensor]:
-    """The parts of a shape from back to front: how much of each pixel each covers, [n, 1, size, size]."""
+    """The parts of a shape from back to front: the share of each pixel that each covers, [n, 1, size, size]."""
     n = len(drawings)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     # Coordinates in units of the radius, y downwards.
@@ -163,7 +163,7 @@ def _koala(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Caption:
-    """What a caption says; None is unsaid. `anywhere`: the colour is in the picture, in shape or background."""
+    """A caption and its content; None: not mentioned. `anywhere`: the colour is that of the shape or the background."""
 
     text: str
     colour: int | None = None
@@ -172,7 +172,7 @@ class Caption:
     anywhere: int | None = None
 
 
-# (share of the training set, template, what it says)
+# (share of the training set, template, its content)
 TEMPLATES: tuple[tuple[float, str, tuple[str, ...]], ...] = (
     (0.56, "a {colour} {shape} on a {background} background", ("colour", "shape", "background")),
     (0.07, "a {colour} {shape}", ("colour", "shape")),
@@ -209,7 +209,7 @@ def caption(template: str, **field: int) -> Caption:
 
 
 def random_captions(drawings: Drawings, generator: torch.Generator) -> list[Caption]:
-    """One true caption for each drawing, templates drawn by their shares."""
+    """One correct caption for each drawing, from templates sampled by their shares."""
     n = len(drawings)
     shares = torch.tensor([share for share, _, _ in TEMPLATES])
     templates = torch.multinomial(shares, n, replacement=True, generator=generator).tolist()

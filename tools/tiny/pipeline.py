@@ -1,4 +1,4 @@
-"""koala-tiny as a folder in diffusers' layout: put together, saved, loaded, asked for pictures."""
+"""koala-tiny as a diffusers pipeline: assembled, saved as a folder, loaded, sampled."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def assemble(
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
     unet: UNet2DConditionModel,
 ) -> StableDiffusionXLPipeline:
-    """The parts as diffusers' SDXL pipeline; an empty negative prompt means zeros, as for every SDXL base model."""
+    """The models as diffusers' SDXL pipeline; an empty negative prompt means zeros, as for every SDXL base model."""
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=encoders.l,
@@ -33,7 +33,7 @@ def assemble(
 
 
 def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Write the folder in fp16, whole or not at all. The pipeline itself is rounded to fp16 values in place."""
+    """Write the folder in fp16, completely or not at all. The pipeline itself is rounded to fp16 values in place."""
     pipeline.to(torch.float16)
     with written_whole(folder, replace=True) as aside:
         pipeline.save_pretrained(aside, variant="fp16", safe_serialization=True)
@@ -41,7 +41,7 @@ def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
 
 
 def load(folder: Path) -> StableDiffusionXLPipeline:
-    """The folder's pipeline, computing in float32."""
+    """Load a folder's pipeline, computing in float32."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         folder, variant="fp16", torch_dtype=torch.float32, add_watermarker=False
     )
@@ -60,13 +60,13 @@ def pictures(
     cfg: float = 7.5,
     batch: int = 36,
 ) -> torch.Tensor:
-    """One picture a prompt, float32 [n, 3, size, size] in [-1, 1]; picture i starts from noise of seed + i."""
+    """One image per prompt, float32 [n, 3, size, size] in [-1, 1]; image i starts from noise of seed + i."""
     parts = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         made = pipeline(
             prompt=some,
-            negative_prompt=[negative] * len(some) if negative else None,  # None: zeros, as KOALA Prompt gives
+            negative_prompt=[negative] * len(some) if negative else None,  # None: zeros, as KOALA Prompt does
             height=size,
             width=size,
             num_inference_steps=steps,

@@ -1,8 +1,8 @@
-"""Stage 2: the two text encoders, taught by themselves to say what a caption says.
+"""Stage 2: the two text encoders, trained on their own to represent the content of a caption.
 
-Both are CLIP's architecture at a fraction of its width, with CLIP's own tokenizer. They are trained as classifiers
-(shape, colours, "not said") through throw-away linear heads, then frozen, so that the U-Net's training only looks up
-ready embeddings.
+Both have CLIP's architecture at a fraction of its width, with CLIP's own tokenizer. They are trained as classifiers
+(shape, colours, "not mentioned") through temporary linear heads, then frozen, so that the U-Net's training uses
+precomputed embeddings.
 """
 
 import math
@@ -28,8 +28,8 @@ FIELDS["anywhere"] = len(COLOUR_NAMES)
 
 @dataclass(frozen=True)
 class Recipe:
-    """filler: share of captions wrapped in up to max_filler random words, so that words which mean nothing to the
-    model (a style's, say) do not drown those that do."""
+    """filler: share of captions surrounded by up to max_filler random words on each side, so that unknown words (those
+    of a style, for example) do not drown out the known ones."""
 
     steps: int = 400
     batch: int = 64
@@ -45,7 +45,7 @@ def _config(hidden: int, activation: str, projection: int) -> CLIPTextConfig:
         intermediate_size=4 * hidden,
         projection_dim=projection,
         num_hidden_layers=3,
-        num_attention_heads=max(1, hidden // 64),  # the rule by which a loader reads heads from shapes
+        num_attention_heads=max(1, hidden // 64),  # the rule by which loaders derive the number of heads from shapes
         max_position_embeddings=LENGTH,
         hidden_act=activation,
         bos_token_id=49406,
@@ -58,14 +58,14 @@ class Encoders(nn.Module):
     """SDXL's pair: CLIP-L-like (32 wide) and CLIP-G-like (64 wide, with projection)."""
 
     def __init__(self, first: CLIPTextModel | None = None, second: CLIPTextModelWithProjection | None = None) -> None:
-        """Ready ones, or new ones with random weights."""
+        """With the given models, or new ones with random weights."""
         super().__init__()
         self.l = first or CLIPTextModel(_config(32, "quick_gelu", 32))
         self.g = second or CLIPTextModelWithProjection(_config(64, "gelu", 64))
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens: int64 [n, 77], padded with the end token -> context [n, 77, 96], pooled [n, 64], as SDXL's pipeline
-        in diffusers makes them: each encoder's last layer but one, and the projection of G's end token."""
+        in diffusers computes them: each encoder's last layer but one, and the projection of G's end token."""
         context_l = self.l(tokens, output_hidden_states=True).hidden_states[-2]
         g = self.g(pad_with_zeros(tokens), output_hidden_states=True)
         return torch.cat([context_l, g.hidden_states[-2]], dim=-1), g.text_embeds
@@ -83,7 +83,7 @@ def pad_with_zeros(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def add_filler(tokens: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tensor:
-    """Each row of tokens [n, 77] with 0..most random words before it and as many after it."""
+    """Each row of tokens [n, 77] with 0 to `most` random words before it and as many after it."""
     rows = []
     for row in tokens:
         words = row[1 : int((row == END).nonzero()[0])]
@@ -96,7 +96,7 @@ def add_filler(tokens: torch.Tensor, most: int, generator: torch.Generator) -> t
 
 
 def _answers(captions: list[Caption]) -> dict[str, torch.Tensor]:
-    """The class of each field of each caption; the last class is "not said"."""
+    """The class of each field of each caption; the last class is "not mentioned"."""
     return {
         field: torch.tensor([count if (value := getattr(c, field)) is None else value for c in captions])
         for field, count in FIELDS.items()
@@ -104,7 +104,7 @@ def _answers(captions: list[Caption]) -> dict[str, torch.Tensor]:
 
 
 def train(recipe: Recipe, tokenizer: CLIPTokenizer, seed: int, path: Path, log: Callable[[str], None]) -> Encoders:
-    """Train, or go on from the checkpoint at `path`; returns the encoders in eval mode with weights exact in fp16."""
+    """Train, or resume from the checkpoint at `path`; returns the encoders in eval mode with weights exact in fp16."""
     torch.manual_seed(seed)
     model = Encoders()
     classes = sum(count + 1 for count in FIELDS.values())
@@ -138,7 +138,7 @@ def train(recipe: Recipe, tokenizer: CLIPTokenizer, seed: int, path: Path, log: 
         if (step + 1) % 200 == 0 or step + 1 == recipe.steps:
             state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoints.save({**state, "step": step + 1}, path)
-    # ComfyUI keeps text encoders in fp16, so nothing may be lost by that.
+    # ComfyUI keeps text encoders in fp16, which must not change them.
     return model.half().float().eval()
 
 

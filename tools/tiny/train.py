@@ -1,13 +1,13 @@
-"""Trains koala-tiny from nothing: draws its pictures, then autoencoder -> text encoders -> U-Net -> diffusers folder.
+"""Trains koala-tiny from scratch: generates drawings, then autoencoder -> text encoders -> U-Net -> diffusers folder.
 
 Usage: python3 dev.py train-tiny [--work DIR] [--teacher] [--tokenizer DIR]
 
-With --teacher it trains sdxl-tiny instead, SDXL's layout at the same width, on the same pictures, with the shipped
-koala-tiny's autoencoder and text encoders: what `dev.py distill` then makes a koala-tiny of.
+With --teacher it trains sdxl-tiny instead, SDXL's layout at the same width, on the same drawings, with the shipped
+koala-tiny's autoencoder and text encoders: the teacher from which `dev.py distill` makes a koala-tiny.
 
-Everything is drawn from fixed seeds and every stage goes on from its last checkpoint, so a stopped run is continued by
-the same command. koala-tiny takes an hour and a half on two CPU cores; sdxl-tiny is for a GPU: a step of its 11,000
-takes 0.04 s on an H200, and one with a quarter of the pictures 1.3 s on two cores.
+All random numbers come from fixed seeds and every stage resumes from its last checkpoint, so that the same command
+resumes an interrupted run. koala-tiny takes an hour and a half on two CPU cores; sdxl-tiny needs a GPU: one of its
+11,000 steps takes 0.04 s on an H200, and one with a quarter of the batch 1.3 s on two cores.
 """
 
 import sys
@@ -30,7 +30,7 @@ SDXL_TINY = at_widths_of(KOALA_TINY, SDXL)
 
 
 def train(tokenizer_folder: Path, work: Path, teacher: bool) -> Path:
-    """Run every stage that `work` does not hold yet; returns the folder of the finished model."""
+    """Run every stage that is not finished in `work`; returns the folder of the finished model."""
     done = work / ("sdxl-tiny" if teacher else "koala-tiny")
     if done.exists():
         return done
