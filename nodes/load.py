@@ -160,23 +160,22 @@ class KoalaModelInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model) -> io.NodeOutput:
-        kept = dtype_name(model.model_dtype())
-        facts = model_facts(model)
-        text = "\n".join((report(facts, kept, model.model_size()), *incompatible_patches(model)))
+        facts, dtype = model_facts(model), dtype_name(model.model_dtype())
+        text = "\n".join((report(facts, dtype, model.model_size()), *incompatible_patches(model)))
         return shown(text, text, badge=badge(facts))
 
 
 def diffusers_folders() -> dict[str, Path]:
     """Name -> path of every Hugging Face folder (one with a model_index.json) below models/diffusers, and of those that
     KOALA Checkpoint Save wrote below output/diffusers, as the host lists output/checkpoints with its checkpoints."""
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     saved = Path(folder_paths.get_output_directory(), "diffusers")
     for root in (*map(Path, folder_paths.get_folder_paths("diffusers")), saved):
         for folder, inner, files in os.walk(root, followlinks=True):
             if "model_index.json" in files:
-                found.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
+                folders.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
                 inner.clear()  # its subfolders are not models of their own
-    return found
+    return folders
 
 
 _FILE_FOLDERS = {
@@ -200,7 +199,7 @@ def _chosen(source: dict[str, str]) -> list[Path]:
         if folder not in folders:
             raise FileNotFoundError(
                 f"{folder}: no such folder with a model_index.json below models/diffusers; found "
-                f"{', '.join(folders) or 'none'}. Put the whole Hugging Face folder there."
+                f"{', '.join(folders) or 'none'}. Put the complete Hugging Face folder there."
             )
         return [folders[folder]]
     return [

@@ -178,8 +178,8 @@ class KoalaSampler(io.ComfyNode):
             model, True, seed, settings.cfg, positive, negative, sampler, made.sigmas, latent_image
         )
         run = len(made.sigmas) - 1
-        part = "" if run >= settings.steps else f", the last {run} of them run"
-        return shown(f"{settings}{part}, {sampler_name}\n{why}", output.result[0])
+        shortened = "" if run >= settings.steps else f", the last {run} of them run"
+        return shown(f"{settings}{shortened}, {sampler_name}\n{why}", output.result[0])
 
 
 def _settings(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:

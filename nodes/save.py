@@ -101,5 +101,5 @@ def _graph(node: type[io.ComfyNode]) -> dict[str, str]:
     """The workflow as metadata, as core's CheckpointSave writes it; empty where the server was told to write none."""
     if args.disable_metadata or not node.hidden:
         return {}
-    found = {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
-    return {key: json.dumps(content) for key, content in found.items() if content is not None}
+    graph = {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
+    return {key: json.dumps(content) for key, content in graph.items() if content is not None}
