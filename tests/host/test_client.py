@@ -11,7 +11,10 @@ from PIL import Image
 
 from tools.harness.client import Client, GraphError, Interrupted
 
-EMPTY = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 2, "color": 0xFF0000}}
+EMPTY: dict[str, Any] = {
+    "class_type": "EmptyImage",
+    "inputs": {"width": 64, "height": 32, "batch_size": 2, "color": 0xFF0000},
+}
 
 
 def preview(node: str) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def test_a_cancelled_run_raises(client: Client) -> None:
         if kind == "execution_start":
             client.interrupt()
 
-    blurred = {"class_type": "ImageBlur", "inputs": {"image": ["1", 0], "blur_radius": 31, "sigma": 10.0}}
+    inputs = {"image": ["1", 0], "blur_radius": 31, "sigma": 10.0}
+    blurred: dict[str, Any] = {"class_type": "ImageBlur", "inputs": inputs}
     graph |= {str(node): blurred | {"inputs": {**blurred["inputs"], "sigma": node / 10}} for node in range(3, 60)}
     graph |= {str(node): preview(str(node - 100)) for node in range(103, 160)}
     with pytest.raises(Interrupted):

@@ -117,7 +117,7 @@ EXCEPTED = (
     Excepted("code_execution", r"(?<!\w)re\.compile\(", "makes a regular expression, not code"),
     Excepted(
         "code_obfuscation_high_entropy",
-        r"\br\"\(",
+        r"re\.compile\(r\"|\br\"\(",
         "a regular expression uses more kinds of letters than prose; encoded text is looked for below",
     ),
     Excepted(
