@@ -28,7 +28,7 @@ class Header:
     """Tensor name -> the library's name of its type, such as "F16"; in the order in which the tensors lie."""
     shapes: Mapping[str, Shape] = field(repr=False, compare=False)
     """Tensor name -> shape, in the same order."""
-    metadata: Mapping[str, str] = field(compare=False)
+    metadata: Mapping[str, str] = field(repr=False, compare=False)
 
     def under(self, prefix: str) -> dict[str, Shape]:
         """Shapes of the tensors whose names begin with ``prefix``, which is taken off."""

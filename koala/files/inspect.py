@@ -5,7 +5,6 @@ Nothing here reads a tensor, and each file is opened once: what is found carries
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from typing import Literal
 from ..architecture.components import Autoencoder, TextEncoder, read_autoencoder, read_text_encoder
 from ..architecture.keys import Numbering, names
 from ..architecture.layout import KOALA_NAMES, Layout, name
-from ..architecture.lineage import KeptTransformers, check_kept
+from ..architecture.lineage import KeptTransformers
 from ..releases import SCHEDULER_CONFIG, Identity, identify, release_for
-from .conventions import CLIP_PREFIXES, FOLDER_PARTS, KEPT_TRANSFORMERS_KEY, SCHEDULER_KEY, VAE_PREFIX, label
+from .config import complete_scheduler, parse_json, read_json, stated_transformers
+from .conventions import CLIP_PREFIXES, FOLDER_PARTS, SCHEDULER_KEY, VAE_PREFIX, label
 from .dtypes import BY_STORED_NAME
 from .header import CheckpointError, Header, Source, read_header
 from .other_models import describe
@@ -186,15 +186,13 @@ def inspect_folder(folder: Path) -> Checkpoint:
         )
     require_text_width(unet.layout, first, second)
     vae = inspect_vae(weights["vae"])
-    scheduler = {**SCHEDULER_CONFIG, **_read_json(folder / "scheduler" / "scheduler_config.json")}
-    if scheduler["prediction_type"] != "epsilon":
-        raise CheckpointError(
-            f"{folder.name}/scheduler/scheduler_config.json asks for {scheduler['prediction_type']} prediction; every "
-            f"KOALA predicts epsilon. Restore the published file: {release.url('scheduler/scheduler_config.json')}"
-        )
-    origin = str(_read_json(folder / "unet" / "config.json").get("_name_or_path", ""))
+    config = "scheduler/scheduler_config.json"
+    remedy = f"Restore the published file: {release.url(config)}"
+    scheduler = complete_scheduler(read_json(folder / config), f"{folder.name}/{config}", remedy)
+    origin = str(read_json(folder / "unet" / "config.json").get("_name_or_path", ""))
     identity = identify(unet.metadata, scheduler, origin, folder.name)
-    return Checkpoint(Model(unet, identity, scheduler, _kept(unet)), first, second, vae)
+    model = Model(unet, identity, scheduler, stated_transformers(unet.header, unet.layout))
+    return Checkpoint(model, first, second, vae)
 
 
 def _unet(header: Header) -> UNetFile:
@@ -224,15 +222,10 @@ def _unet(header: Header) -> UNetFile:
 
 def _model(header: Header) -> Model:
     unet, file = _unet(header), label(header.path)
-    stated = _parse_json(unet.metadata.get(SCHEDULER_KEY, "{}"), f"{file}: the metadata {SCHEDULER_KEY}")
-    scheduler = {**SCHEDULER_CONFIG, **stated}
-    if scheduler["prediction_type"] != "epsilon":
-        raise CheckpointError(
-            f"{file}: the metadata {SCHEDULER_KEY} asks for {scheduler['prediction_type']} prediction; every "
-            f"KOALA predicts epsilon. Save the model again, or take the published file: "
-            f"{published_unet(unet.layout, file)}"
-        )
-    return Model(unet, identify(unet.metadata, {}, "", file), scheduler, _kept(unet))
+    place = f"{file}: the metadata {SCHEDULER_KEY}"
+    remedy = f"Save the model again, or take the published file: {published_unet(unet.layout, file)}"
+    scheduler = complete_scheduler(parse_json(unet.metadata.get(SCHEDULER_KEY, "{}"), place), place, remedy)
+    return Model(unet, identify(unet.metadata, {}, "", file), scheduler, stated_transformers(header, unet.layout))
 
 
 def _text_and_vae(header: Header) -> tuple[Source, Source, VAEFile]:
@@ -252,22 +245,6 @@ def _text_and_vae(header: Header) -> tuple[Source, Source, VAEFile]:
         ) from None
 
 
-def _kept(unet: UNetFile) -> KeptTransformers | None:
-    """The transformer blocks that the file says it kept of SDXL's; None where it says nothing."""
-    if KEPT_TRANSFORMERS_KEY not in unet.metadata:
-        return None
-    place = f"{label(unet.path)}: the metadata {KEPT_TRANSFORMERS_KEY}"
-    stated = _parse_json(unet.metadata[KEPT_TRANSFORMERS_KEY], place)
-    kept = {module: tuple(indices) for module, indices in stated.items() if isinstance(indices, list)}
-    try:
-        if len(kept) < len(stated) or any(type(index) is not int for indices in kept.values() for index in indices):
-            raise ValueError("it has more than lists of whole numbers")
-        check_kept(unet.layout, kept)
-    except ValueError as error:
-        raise CheckpointError(f"{place} does not fit {name(unet.layout)}: {error}. Save the model again.") from None
-    return kept
-
-
 def _weights_file(folder: Path, part: str) -> Path:
     """The weights of one model in a folder; fp16 is preferred. Raises CheckpointError where there are none."""
     choices = FOLDER_PARTS[part]
@@ -279,22 +256,3 @@ def _weights_file(folder: Path, part: str) -> Path:
     pickled = sorted(item.name for item in (folder / part).glob("*.bin")) if (folder / part).is_dir() else []
     only = f" Only {', '.join(pickled)} is there, a pickle, which is not loaded." if pickled else ""
     raise CheckpointError(f"{wanted} is not there; a KOALA folder needs it.{only} It is published at {url}")
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    """A small config file's contents, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    return _parse_json(path.read_bytes(), "/".join(path.parts[-3:]))
-
-
-def _parse_json(text: str | bytes, place: str) -> dict[str, object]:
-    try:
-        config = json.loads(text)
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{place} holds no JSON object; expected a model's configuration. Restore the published file."
-        )
-    return config
