@@ -52,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
     add_host(demo)
 
     add_host(commands.add_parser("serve", help="start ComfyUI with the pack and leave it running; prints the URL"))
-    commands.add_parser("test", help="ruff, mypy, the registry's checks, then pytest; further arguments go to pytest")
+    test = commands.add_parser(
+        "test", help="ruff, mypy, the registry's checks, then pytest; further arguments go to pytest"
+    )
+    test.add_argument(
+        "--all", action="store_true", help="older ComfyUI releases, Manager and fresh environments, too: as CI at night"
+    )
     commands.add_parser("train-tiny", help="train the built-in model; further arguments go to tools.tiny.train")
     commands.add_parser(
         "pack-tiny", help="write the built-in model's one file; further arguments go to tools.tiny.pack"
@@ -120,7 +125,7 @@ def run(options: argparse.Namespace, further: list[str], host: testhost.Host) ->
     if options.command == "test":
         from tools import checks
 
-        return checks.run(further)
+        return checks.run(further, options.all)
     if options.command in MODULES:
         tokenizer = str(host.tokenizer)
         own = ["--tokenizer", tokenizer] if options.command == "train-tiny" else []

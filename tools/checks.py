@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tools import gates
@@ -16,15 +20,18 @@ from tools.testhost import ROOT, say
 
 PACK = "koala_pack"
 SHIPPED = ("koala", "koala_reader", "koala_loader", "koala_saver", "transfer", "speed", "nodes")
-PROCESSES = 2  # of pytest; more would be full-size models twice at a time
+PROCESSES = 2  # of pytest
+SLOWEST = 25  # tests that are listed at the end
 CONFIG = str(ROOT / "pyproject.toml")
 
 
-def run(pytest_arguments: Sequence[str]) -> int:
+def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     """Run the checks, then the tests; stops at the first that fails and returns its exit status.
 
-    The last line of output is pytest's summary, if it comes to that.
+    Without ``everything`` the tests marked nightly are left out. The last line of output is pytest's summary, if it
+    comes to that.
     """
+    use = Use()
     for title, check in (
         ("ruff check", lint),
         ("ruff format", formatting),
@@ -38,9 +45,64 @@ def run(pytest_arguments: Sequence[str]) -> int:
     say("== pytest")
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
-    # tests/conftest.py shares folders out; in the order of their names both processes end at about the same time
+    # tests/conftest.py says what stays together, and in which order it is handed out
     sharing = [f"--numprocesses={PROCESSES}", "--dist=loadscope", "--no-loadscope-reorder"]
-    return pytest.main([*sharing, *pytest_arguments])
+    chosen = [] if everything else ["-m", "not nightly"]
+    return pytest.main([*sharing, *chosen, f"--durations={SLOWEST}", *pytest_arguments], plugins=[use])
+
+
+class Use:
+    """Time and memory that all of it takes, this process and every one below it, told above pytest's summary."""
+
+    EVERY = 1.0  # seconds between two looks at the memory
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._begun = time.monotonic()
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch.start()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        self._over.set()
+        self._watch.join()
+        minutes = (time.monotonic() - self._begun) / 60
+        terminalreporter.write_line(f"time: {minutes:.1f} minutes, of processors {sum(_computed()) / 60:.1f}")
+        terminalreporter.write_line(f"peak memory: {self.peak / 1e9:.1f} GB")
+
+    def _look(self) -> None:
+        while not self._over.wait(self.EVERY):
+            # shared pages are in this sum once for each process, so that it is never too low; what finds out how much
+            # of it is shared takes long for large processes
+            if sum(_resident()) > self.peak:
+                self.peak = max(self.peak, sum(_own_share()))
+
+
+def _processes() -> Iterator[psutil.Process]:
+    this = psutil.Process()
+    yield from (this, *this.children(recursive=True))
+
+
+def _computed() -> Iterator[float]:
+    """Seconds of each process, with those of its children that are gone."""
+    for process in _processes():
+        with suppress(psutil.Error):
+            yield sum(process.cpu_times()[:4])
+
+
+def _resident() -> Iterator[int]:
+    for process in _processes():
+        with suppress(psutil.Error):
+            yield process.memory_info().rss
+
+
+def _own_share() -> Iterator[int]:
+    """Bytes of each process; of a page that several share, its part. Elsewhere than on Linux: of its own pages only."""
+    for process in _processes():
+        with suppress(psutil.Error):
+            found = process.memory_full_info()
+            yield getattr(found, "pss", found.uss)
 
 
 def lint() -> int:
