@@ -5,6 +5,7 @@ Tests under unit/ ask for none, and need neither ComfyUI nor the environment's o
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,7 +22,14 @@ SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""
 SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
-LONGEST = ("speed/test_accelerate.py", "browser", "host", "dev/test_distill.py", "tiny/test_fidelity.py", "parity/test_saver.py")
+LONGEST = (
+    "speed/test_accelerate.py",
+    "browser",
+    "host",
+    "dev/test_distill.py",
+    "tiny/test_fidelity.py",
+    "parity/test_saver.py",
+)
 """What takes longest, in that order."""
 
 
@@ -59,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever takes longest comes first, so that both processes end at about the same time."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(together(item.nodeid).removeprefix("tests/"), len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported stays: a collection that looks through it each time takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -45,10 +45,14 @@ def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     say("== pytest")
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
+    return pytest.main([*arguments(everything), *pytest_arguments], plugins=[use])
+
+
+def arguments(everything: bool) -> list[str]:
+    """pytest's, before those that one gives oneself."""
     # tests/conftest.py says what stays together, and in which order it is handed out
     sharing = [f"--numprocesses={PROCESSES}", "--dist=loadscope", "--no-loadscope-reorder"]
-    chosen = [] if everything else ["-m", "not nightly"]
-    return pytest.main([*sharing, *chosen, f"--durations={SLOWEST}", *pytest_arguments], plugins=[use])
+    return [*sharing, f"--durations={SLOWEST}", *([] if everything else ["-m", "not nightly"])]
 
 
 class Use:
@@ -68,38 +72,40 @@ class Use:
         self._over.set()
         self._watch.join()
         minutes = (time.monotonic() - self._begun) / 60
-        terminalreporter.write_line(f"time: {minutes:.1f} minutes, of processors {sum(_computed()) / 60:.1f}")
+        terminalreporter.write_line(f"time: {minutes:.1f} minutes, of processors {sum(computed()) / 60:.1f}")
         terminalreporter.write_line(f"peak memory: {self.peak / 1e9:.1f} GB")
 
     def _look(self) -> None:
+        """How much of their pages processes share takes long to find out. It is done where they may hold more than ever
+        (their sum, with shared pages in it once for each, is never too low) and not the same as a moment ago."""
+        seen = 0
         while not self._over.wait(self.EVERY):
-            # shared pages are in this sum once for each process, so that it is never too low; what finds out how much
-            # of it is shared takes long for large processes
-            if sum(_resident()) > self.peak:
-                self.peak = max(self.peak, sum(_own_share()))
+            now = sum(resident())
+            if now > self.peak and abs(now - seen) > 0.01 * seen:
+                seen, self.peak = now, max(self.peak, sum(own_share()))
 
 
-def _processes() -> Iterator[psutil.Process]:
+def processes() -> Iterator[psutil.Process]:
     this = psutil.Process()
     yield from (this, *this.children(recursive=True))
 
 
-def _computed() -> Iterator[float]:
+def computed() -> Iterator[float]:
     """Seconds of each process, with those of its children that are gone."""
-    for process in _processes():
+    for process in processes():
         with suppress(psutil.Error):
             yield sum(process.cpu_times()[:4])
 
 
-def _resident() -> Iterator[int]:
-    for process in _processes():
+def resident() -> Iterator[int]:
+    for process in processes():
         with suppress(psutil.Error):
             yield process.memory_info().rss
 
 
-def _own_share() -> Iterator[int]:
+def own_share() -> Iterator[int]:
     """Bytes of each process; of a page that several share, its part. Elsewhere than on Linux: of its own pages only."""
-    for process in _processes():
+    for process in processes():
         with suppress(psutil.Error):
             found = process.memory_full_info()
             yield getattr(found, "pss", found.uss)

@@ -61,13 +61,12 @@ def test_each_node_is_found_by_search_and_put_on_the_canvas(page: Page, shoot: S
         box = page.get_by_role("dialog").locator("input").first
         box.wait_for()
         box.fill(schemas[node]["display_name"])
-        page.wait_for_timeout(700)
+        page.get_by_role("option", selected=True).filter(has_text=schemas[node]["display_name"]).wait_for()
         if node == NODES[0]:
             shoot("search")
         page.keyboard.press("Enter")
-        page.wait_for_timeout(400)
+        page.get_by_role("dialog").wait_for(state="hidden")
         page.mouse.click(800, 500)
-        page.wait_for_timeout(300)
         assert [found["type"] for found in browser.nodes(page)] == [node]
 
 

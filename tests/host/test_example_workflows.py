@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -74,18 +75,19 @@ def shortened(workflow: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     return with_widget(workflow, info, "KoalaSampler", "preset.steps", 2)
 
 
-LARGE = (pytest.mark.slow, pytest.mark.usefixtures("full_size"))
+def named(paths: Iterable[Path]) -> Any:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=() if "tiny" in path.stem else LARGE, id=path.stem)
-        for path in WORKFLOWS
-        if path != SWAP
-    ],
-)
+@named(path for path in WORKFLOWS if "tiny" in path.stem)
 def test_a_shipped_workflow_runs(path: Path, server: Server, client: Client, host: Host) -> None:
+    require_run(path, server, client, host)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("full_size")
+@named(path for path in WORKFLOWS if "tiny" not in path.stem and path != SWAP)
+def test_a_shipped_workflow_of_a_full_size_model_runs(path: Path, server: Server, client: Client, host: Host) -> None:
     require_run(path, server, client, host)
 
 
