@@ -27,8 +27,8 @@ LORA = ROOT / "example_workflows" / "KOALA-700M with an SDXL LoRA.json"
 
 @pytest.fixture
 def roomy(host: Host, full_size: None) -> Iterator[Server]:
-    """A server that keeps U-Nets in fp8: as it does on a CPU, SDXL's alone would take 10 GB."""
-    with running(host, arguments=["--fp8_e4m3fn-unet"]) as started:
+    """A server that keeps weights in fp8: as it does on a CPU, SDXL's U-Net alone would take 10 GB."""
+    with running(host, arguments=["--fp8_e4m3fn-unet", "--fp8_e4m3fn-text-enc"]) as started:
         yield started
 
 
