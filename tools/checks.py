@@ -62,7 +62,7 @@ def arguments(everything: bool) -> list[str]:
 class Use:
     """Time and memory that all of it takes, this process and every one below it, told above pytest's summary."""
 
-    EVERY = 1.0  # seconds between two looks at the memory
+    EVERY = 0.5  # seconds between two looks at the memory
 
     def __init__(self) -> None:
         self.peak = 0
