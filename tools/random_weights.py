@@ -59,7 +59,7 @@ def folder(name: str) -> Path:
 
 
 def sdxl_checkpoint(layout: Layout = SDXL) -> Path:
-    """SDXL, or one as it is but narrow, in one file as it is published, its U-Net in fp8 to be no larger than it must."""
+    """SDXL, or a narrow one, in one file as it is published, its U-Net in fp8 to be no larger than it must."""
     shared = _once("sdxl-parts", _write_shared)
 
     def write(root: Path) -> None:
