@@ -32,13 +32,12 @@ def test_each_node_is_found_by_search_and_put_on_the_canvas(page: Page, shoot: S
         box = page.get_by_role("dialog").locator("input").first
         box.wait_for()
         box.fill(schemas[node]["display_name"])
-        page.wait_for_timeout(700)
+        page.get_by_role("option", selected=True).filter(has_text=schemas[node]["display_name"]).wait_for()
         if node == NODES[0]:
             shoot("search")
         page.keyboard.press("Enter")
-        page.wait_for_timeout(400)
+        page.get_by_role("dialog").wait_for(state="hidden")
         page.mouse.click(800, 500)
-        page.wait_for_timeout(300)
         assert [found["type"] for found in browser.nodes(page)] == [node]
 
 
@@ -216,19 +215,17 @@ def test_the_help_page_of_each_node_is_shown(page: Page, shoot: Shoot) -> None:
         title = (ROOT / "web" / "docs" / f"{node}.md").read_text("utf-8").splitlines()[0].removeprefix("# ")
         page.get_by_role("heading", name=title).last.wait_for()
         page.get_by_role("heading", name=first).last.wait_for()
-        assert picture_is_there(page, node), node
+        wait_for_picture(page, node)
         if node == "KoalaSampler":
             shoot("help")
 
 
-def picture_is_there(page: Page, node: str) -> bool:
-    """Whether the picture of a help page that is open has been loaded."""
-    page.wait_for_timeout(300)
-    there: bool = page.evaluate(
+def wait_for_picture(page: Page, node: str) -> None:
+    """Until the picture of a help page that is open has been loaded."""
+    page.wait_for_function(
         "(node) => [...document.images].some((image) => image.src.endsWith(`${node}.png`) && image.naturalWidth > 100)",
-        node,
+        arg=node,
     )
-    return there
 
 
 def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2: bool, shots: Any) -> None:
@@ -241,6 +238,5 @@ def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2
         click_title(page, "KoalaSampler")
         page.get_by_test_id("info-button").click()
         page.get_by_role("heading", name=korean["KoalaSampler"]["display_name"]).last.wait_for()
-        page.wait_for_timeout(500)
+        wait_for_picture(page, "KoalaSampler")
         browser.screenshot(page, shots, f"korean-help-{'nodes2' if nodes_2 else 'classic'}")
-        assert picture_is_there(page, "KoalaSampler")

@@ -109,10 +109,10 @@ def test_the_blueprint_is_found_shows_its_widgets_and_draws(
     box = page.get_by_role("dialog").locator("input").first
     box.wait_for()
     box.fill(BLUEPRINT)
-    page.wait_for_timeout(700)
+    page.get_by_role("option", selected=True).filter(has_text=BLUEPRINT).wait_for()
     shoot("blueprint-search")
     page.keyboard.press("Enter")
-    page.wait_for_timeout(400)
+    page.get_by_role("dialog").wait_for(state="hidden")
     page.mouse.click(700, 300)
     page.wait_for_timeout(600)
     (placed,) = browser.nodes(page)

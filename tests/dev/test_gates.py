@@ -28,18 +28,26 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def copy(packed: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    folder = tmp_path / "custom_nodes" / packed.name
-    shutil.copytree(packed, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def said(packed: Path) -> Callable[[str], list[str]]:
     """What a gate says of the pack as it is, asked once."""
     return functools.cache(lambda title: GATES[title](packed))
+
+
+@pytest.fixture(scope="module")
+def said_of_faults(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """What a gate says of a copy with all of that gate's faults in it, asked once."""
+
+    @functools.cache
+    def ask(title: str) -> list[str]:
+        folder = tmp_path_factory.mktemp("spoilt") / "custom_nodes" / packed.name
+        shutil.copytree(packed, folder)
+        for gate, file, text, _ in FAULTS:
+            if gate == title:
+                append(folder / file, text)
+        return GATES[title](folder)
+
+    return ask
 
 
 def append(file: Path, text: str) -> None:
@@ -48,6 +56,8 @@ def append(file: Path, text: str) -> None:
         opened.write(text)
 
 
+NEW_MODULE = "comfy.internal_logging"
+"""One that only the newest of the tested releases has."""
 FAULTS = [
     ("comfy node validate", "pyproject.toml", "\n[broken", "comfy node validate failed"),
     ("ruff, the registry's rules", "nodes/base.py", "\neval('1')  # noqa: S307\n", "S307"),
@@ -59,6 +69,7 @@ FAULTS = [
     ("comfy-import-guard", "koala_loader.py", "\ncomfy.sd.load_koala()\n", "comfy.sd.load_koala: MISSING"),
     ("comfy-import-guard", "koala_loader.py", "\ncomfy.utils.load_torch_file()\n", "comfy.utils.load_torch_file: "),
     ("comfy-import-guard", "koala/new.py", "import comfy.koala\n", "comfy.koala: MODULE_MISSING"),
+    ("comfy-import-guard", "koala_loader.py", f"\nimport {NEW_MODULE}\n", NEW_MODULE),
     ("nodesafe", "koala_loader.py", "\nimport ctypes\n", "native_invocation (medium): import ctypes"),
     ("nodesafe", "koala_loader.py", "\ngetattr(comfy, input())\n", "dynamic_attribute_access"),
     ("nodesafe", "koala_loader.py", f"\nPAYLOAD = '{'aB3dE5fG7hJ9kL1mN2pQ4rS6tU8vW0xYzC' * 2}'\n", "high_entropy"),
@@ -78,24 +89,22 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("title", "file", "text", "words"), FAULTS, ids=[f"{title}: {words}" for title, _, _, words in FAULTS]
-)
+@pytest.mark.parametrize(("title", "words"), [(title, words) for title, _, _, words in FAULTS], ids=lambda part: part)
 def test_a_fault_is_seen(
-    title: str, file: str, text: str, words: str, copy: Path, said: Callable[[str], list[str]]
+    title: str, words: str, said: Callable[[str], list[str]], said_of_faults: Callable[[str], list[str]]
 ) -> None:
     assert not [complaint for complaint in said(title) if words in complaint]
-    append(copy / file, text)
-    assert [complaint for complaint in GATES[title](copy) if words in complaint]
+    assert [complaint for complaint in said_of_faults(title) if words in complaint]
 
 
 def test_every_gate_is_shown_to_see_something() -> None:
     assert {title for title, *_ in FAULTS} | {"comfy-lint"} == set(GATES)
 
 
-def test_what_only_the_newest_release_has_is_missing_in_the_older_ones(copy: Path) -> None:
-    append(copy / "koala_loader.py", "\nimport comfy.internal_logging\n")
-    seen = [complaint.split(":")[0] for complaint in GATES["comfy-import-guard"](copy)]
+def test_what_only_the_newest_release_has_is_missing_in_the_older_ones(
+    said_of_faults: Callable[[str], list[str]],
+) -> None:
+    seen = [complaint.split(":")[0] for complaint in said_of_faults("comfy-import-guard") if NEW_MODULE in complaint]
     assert seen == [f"ComfyUI {release}" for release in RELEASES if release != TESTED_RELEASE]
 
 

@@ -101,7 +101,7 @@ def test_our_own_pack_is_valid_for_the_registry() -> None:
     assert "All validation checks passed" in pack.run_comfy_cli(["node", "validate"], pack.ROOT)
 
 
-CI = ("test.yml", "publish.yml")
+CI = ("test.yml", "publish.yml", "nightly.yml")
 WORKFLOWS = sorted((pack.ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -117,12 +117,20 @@ def test_a_ci_workflow_may_read_and_uses_whole_versions_of_actions(path: Path) -
 
 
 def test_ci_runs_the_readmes_test_command_and_publishes_on_a_new_version() -> None:
-    test, publish = (yaml.safe_load((WORKFLOWS[0].parent / name).read_text("utf-8")) for name in CI)
+    test, publish, _ = (yaml.safe_load((WORKFLOWS[0].parent / name).read_text("utf-8")) for name in CI)
     (command,) = [step["run"] for step in test["jobs"]["test"]["steps"] if "run" in step]
     assert f"\n{command} " in (pack.ROOT / "README.md").read_text("utf-8")
     assert publish[True]["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}  # YAML's "on" is a truth value
     (step,) = publish["jobs"]["publish"]["steps"]
     assert step["with"] == {"personal_access_token": "${{ secrets.REGISTRY_ACCESS_TOKEN }}"}
+
+
+def test_ci_runs_every_test_at_night() -> None:
+    by_day, _, at_night = (yaml.safe_load((WORKFLOWS[0].parent / name).read_text("utf-8")) for name in CI)
+    assert at_night[True].keys() == {"schedule", "workflow_dispatch"}
+    *prepared, last = at_night["jobs"]["test"]["steps"]
+    assert prepared == by_day["jobs"]["test"]["steps"][:-1]
+    assert last["run"] == f"{by_day['jobs']['test']['steps'][-1]['run']} --all"
 
 
 def test_ci_keeps_what_the_environment_is_made_of() -> None:

@@ -128,6 +128,7 @@ def test_which_python_runs_a_comfyui_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_environment_is_built_once(small: testhost.Environment, capfd: pytest.CaptureFixture[str]) -> None:
     python = testhost.ensure(small)
     subprocess.run([str(python), "-c", "import iniconfig"], check=True)
@@ -139,6 +140,7 @@ def test_an_environment_is_built_once(small: testhost.Environment, capfd: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and locks")
 def test_a_build_that_was_killed_is_never_taken_for_whole(
     small: testhost.Environment, capfd: pytest.CaptureFixture[str]
@@ -157,6 +159,7 @@ def test_a_build_that_was_killed_is_never_taken_for_whole(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_package_that_cannot_be_had_leaves_nothing_usable(small: testhost.Environment) -> None:
     Path(small.requirements[0]).write_text("iniconfig==0.0.0.dev999\n")
     with pytest.raises(UserError, match="pip install failed"):

@@ -1,7 +1,4 @@
-"""One real ComfyUI server, with the packed pack in it, for all of these tests.
-
-It keeps no model for the tests after it: full-size ones fill the machine.
-"""
+"""One real ComfyUI server, with the packed pack in it, for all of these tests."""
 
 from __future__ import annotations
 
@@ -33,7 +30,11 @@ def object_info(client: Client) -> dict[str, object]:
     return client.object_info()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _models_are_let_go(client: Client) -> Iterator[None]:
+@pytest.fixture
+def full_size(full_size: None, client: Client) -> Iterator[None]:
+    """For a test with a full-size model, here or in the server."""
     yield
-    client.free()
+    client.free()  # it does so between two graphs: when a second one has begun, it has done it
+    for width in (8, 16):
+        image = {"class_type": "EmptyImage", "inputs": {"width": width, "height": 8, "batch_size": 1, "color": 0}}
+        client.run({"1": image, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})

@@ -1,5 +1,7 @@
 """Every ComfyUI release that the pack is for: no warning about it, and the same pictures to the pixel.
 
+By day the oldest alone, and one picture of it; the rest is nightly.
+
 The older releases run in the newest one's environment, that is, with newer packages than they came with.
 """
 
@@ -178,11 +180,15 @@ def about_us(log: str) -> list[str]:
     return [line for line in lines if not re.search(said, line)]
 
 
+@pytest.mark.nightly
 def test_all_graphs_draw_something_else(wanted: dict[str, Image.Image]) -> None:
     assert [pair for pair in combinations(wanted, 2) if same(*(wanted[name] for name in pair))] == []
 
 
-@pytest.fixture(scope="module", params=OLDER)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(release, marks=() if release == OLDER[0] else pytest.mark.nightly) for release in OLDER],
+)
 def older(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of an older release."""
     with running(pinned_host(request.param)) as started:
@@ -200,6 +206,14 @@ def test_an_older_release_has_every_node(older: Server, object_info: dict[str, d
 
 
 @pytest.mark.slow
+def test_an_older_release_gives_the_same_picture(older: Server, client: Client) -> None:
+    """The one graph that also a quick run has time for."""
+    assert same(picture(Client(older.url), graph()), picture(client, graph()))
+    assert about_us(older.log.read_text("utf-8", "replace")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_older_release_gives_the_same_pictures_and_no_warning(
     older: Server, wanted: dict[str, Image.Image], adapter_files: dict[str, Path]
 ) -> None:
@@ -213,12 +227,14 @@ def test_an_older_release_gives_the_same_pictures_and_no_warning(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("preset", ["exact", "fast"])
 def test_an_older_release_runs_by_faster_routines(preset: str, older: Server) -> None:
     assert seen(picture(Client(older.url), accelerated({"preset": preset}))) == ("red", "circle", "blue")
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_an_older_release_saves_gives_the_same_picture(
     older: Server, wanted: dict[str, Image.Image], adapter_files: dict[str, Path]
 ) -> None:

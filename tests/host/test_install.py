@@ -113,6 +113,7 @@ def nodes_of_ours(server: Server) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_manager_lists_disables_and_enables_it(host: Host, base: Path) -> None:
     folder = base / "custom_nodes" / ID
     content = sorted(path.relative_to(folder) for path in folder.rglob("*") if "__pycache__" not in path.parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,50 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
-from koala_sdxl.koala.architecture.layout import KOALA_TINY, SSD_1B
+from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL, SSD_1B
 from koala_sdxl.koala.architecture.lineage import at_widths_of
-from tests.host.test_example_workflows import SIDE, place_files, shortened
+from tests.host.test_example_workflows import SIDE, SWAP, place_files, random_file, require_run, shortened
 from tools.harness.client import Client, GraphError, Prompt
-from tools.harness.server import Server
+from tools.harness.server import Server, running
 from tools.harness.testhost import ROOT, Host
 from tools.harness.workflow import to_prompt
-from tools.synthetic import adapters
+from tools.synthetic import adapters, random_weights
 
-SWAP = ROOT / "example_workflows" / "KOALA-700M in an SDXL graph.json"
 LORA = ROOT / "example_workflows" / "KOALA-700M with an SDXL LoRA.json"
 
 
-@pytest.fixture
-def graph(server: Server, client: Client, host: Host) -> Prompt:
-    """The shipped SDXL graph with the swap in it, small; its files and the LoRA's are in their folders."""
-    for path in (LORA, SWAP):
-        workflow = json.loads(path.read_text("utf-8"))
-        place_files(workflow, server, host)
-    info = client.object_info()
-    return to_prompt(shortened(workflow, info), info)
+NARROW = {
+    "checkpoints": lambda: random_weights.sdxl_checkpoint(random_weights.narrow(SDXL)),
+    "diffusion_models": lambda: random_weights.narrow_unet("koala-700m"),
+    "loras": lambda: random_weights.sdxl_lora(random_weights.narrow(SDXL)),
+}
+"""Folder -> the file in a published one's place, of all its layers; text encoders and VAE have their full widths."""
+
+
+def narrow_file(model: dict[str, str]) -> Path:
+    return NARROW[model["directory"]]() if model["directory"] in NARROW else random_file(model)
+
+
+IN_FP8 = ("--fp8_e4m3fn-unet", "--fp8_e4m3fn-text-enc")
+"""As ComfyUI keeps it on a CPU, SDXL's U-Net alone is 10 GB."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((narrow_file, ()), id="narrow"),
+        pytest.param((random_file, IN_FP8), id="full size", marks=pytest.mark.nightly),
+    ]
+)
+def stock(request: pytest.FixtureRequest, host: Host, full_size: None) -> Iterator[tuple[Server, Prompt]]:
+    """A server with files of that size for the shipped SDXL graph and for a LoRA, where the graph has been run; and
+    that graph, the swap in it, small."""
+    file, arguments = request.param
+    with running(host, arguments=arguments) as server:
+        client = Client(server.url)
+        place_files(json.loads(LORA.read_text("utf-8")), server, host, file)
+        require_run(SWAP, server, client, host, file)
+        info = client.object_info()
+        yield server, to_prompt(shortened(json.loads(SWAP.read_text("utf-8")), info), info)
 
 
 def number(prompt: Prompt, class_type: str) -> str:
@@ -57,7 +81,9 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 
 @pytest.mark.slow
-def test_a_stock_graph_runs_with_and_without_the_swap_and_loras_go_along(graph: Prompt, client: Client) -> None:
+def test_a_stock_graph_runs_with_and_without_the_swap_and_loras_go_along(stock: tuple[Server, Prompt]) -> None:
+    server, graph = stock
+    client = Client(server.url)
     loader, swap = number(graph, "CheckpointLoaderSimple"), number(graph, "KoalaUNetSwap")
     sdxl = rewired(graph, [loader, 0], [loader, 0])
     del sdxl[swap]

@@ -190,7 +190,8 @@ def test_weights_as_read_are_never_written_to() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in _weights(model, clip, vae).items())
 
 
-def test_a_koala_from_a_stock_loader_is_known_by_its_layout(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("full_size")
+def test_a_koala_from_a_stock_loader_is_known_by_its_layout() -> None:
     model = comfy.sd.load_diffusion_model(
         str(random_weights.folder("koala-700m") / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     )

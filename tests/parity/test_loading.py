@@ -216,6 +216,7 @@ def test_a_host_that_streams_weights_gets_tensors_of_its_own_reader(monkeypatch:
     assert all(tensor is whole[VAE_PREFIX + name] for name, tensor in found.items())
 
 
+@pytest.mark.usefixtures("full_size")
 def test_loading_takes_little_more_memory_than_the_weights() -> None:
     """KOALA-700M's U-Net, an fp16 file kept as fp32, in a process of its own: a second copy would be half as much."""
     file = inspect_model(

@@ -24,6 +24,7 @@ def test_sigmas_equal_diffusers_for_every_step_count_and_spacing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_size")
 @pytest.mark.parametrize("name", parity.FULL_SIZE)
 def test_full_size_gives_what_diffusers_gives(name: str) -> None:
     row = parity.full_size(name)

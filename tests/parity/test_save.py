@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -14,6 +13,7 @@ from koala_sdxl import koala_loader
 from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture import layout
 from koala_sdxl.koala.files import inspect as checkpoint
+from tests import large
 from tools.measure import parity
 from tools.synthetic import random_weights
 from tools.tiny.pack import UNUSED
@@ -59,14 +59,18 @@ def test_koala_tiny_saved_by_core_loads_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_size")
 def test_koala_700m_saved_by_core_loads_here_and_in_the_stock_loader(tmp_path: Path) -> None:
     model, clip, vae = koala_loader.load_folder(random_weights.folder("koala-700m"), "fp16")
     wanted = _predict(model)
     path = tmp_path / "saved.safetensors"
     comfy.sd.save_checkpoint(str(path), model, clip, vae)
-    comfy.model_management.unload_all_models()
+    del model, clip, vae
+    large.let_go()
     assert checkpoint.inspect_checkpoint(path).model.unet.layout == layout.KOALA_700M
     ours = koala_loader.load_checkpoint(path, "fp16")[0]
     assert torch.equal(_predict(ours), wanted)
+    del ours
+    large.let_go()
     stock = comfy.sd.load_checkpoint_guess_config(str(path), model_options={"dtype": torch.float16})[0]
     assert torch.equal(_predict(stock), wanted)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from tests import large
 from tools.harness import inprocess
 
 inprocess.activate()
 as_nodes_run = pytest.fixture(scope="module", autouse=True)(inprocess.as_nodes_run)
+enough_memory = pytest.fixture(scope="module", autouse=True)(large.enough_memory)

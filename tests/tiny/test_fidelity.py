@@ -16,7 +16,7 @@ def model() -> Any:
 
 
 def test_the_judge_itself_is_right() -> None:
-    judged = evaluate.judge_score()
+    judged = evaluate.judge_score(600)
     assert min(judged.colour, judged.background, judged.shape) >= 99
 
 
@@ -32,7 +32,7 @@ def test_prompts_are_followed(model: Any) -> None:
 
 @pytest.mark.slow
 def test_the_negative_prompt_red_takes_red_away(model: Any) -> None:
-    found, _, _ = evaluate.negative_red(model, each=8)
+    found, _, _ = evaluate.negative_red(model, each=4)
     assert found.with_red < found.without
     assert found.p < 0.01
 

@@ -11,15 +11,20 @@ import pytest
 
 from tools import PACK, commands
 from tools.check import gates, structure
+from tools.check.usage import Usage
 from tools.harness.testhost import ROOT, say
 
-PROCESSES = 2  # of pytest; more would be full-size models twice at a time
+PROCESSES = 2  # of pytest
+SLOWEST = 25  # tests that are listed at the end
+LARGE = 4 << 20
+"""Bytes from which glibc gives an allocation back as soon as it is freed. Left to itself it raises this to 32 MB, and
+of a model that is gone it keeps gigabytes."""
 CONFIG = str(ROOT / "pyproject.toml")
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """The command line; returns the exit status."""
-    options, further = commands.parser("test").parse_known_args(arguments)
+    options, further = commands.parser("test").parse_known_args(argv)
     return run(further, options.all)
 
 
@@ -29,6 +34,7 @@ def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     Without ``everything`` the tests marked nightly are left out. The last line of output is pytest's summary, if it
     comes to that.
     """
+    usage = Usage()
     for title, check in (
         ("ruff check", lint),
         ("ruff format", formatting),
@@ -44,10 +50,15 @@ def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     say("== pytest")
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
-    # tests/conftest.py shares folders out; in the order of their names both processes end at about the same time
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGE))
+    return pytest.main([*arguments(everything), *pytest_arguments], plugins=[usage])
+
+
+def arguments(everything: bool) -> list[str]:
+    """pytest's, before those that one gives oneself."""
+    # tests/conftest.py says what stays together, and in which order it is handed out
     sharing = [f"--numprocesses={PROCESSES}", "--dist=loadscope", "--no-loadscope-reorder"]
-    marked = [] if everything else ["-m", "not nightly"]
-    return pytest.main([*sharing, *marked, *pytest_arguments])
+    return [*sharing, f"--durations={SLOWEST}", *([] if everything else ["-m", "not nightly"])]
 
 
 def lint() -> int:

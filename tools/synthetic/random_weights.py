@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from tools.harness import testhost
 from tools.synthetic import adapters
 
 LAYOUTS: dict[str, Layout] = {"koala-700m": KOALA_700M, "koala-1b": KOALA_1B}
+NARROW = (320, 320, 320)
+"""Widths at which core still takes a U-Net of SDXL's layers for SDXL's, with a ninth of the weights."""
 GAIN = 0.7  # keeps activations of a random network near 1
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -55,12 +58,12 @@ def folder(name: str) -> Path:
     return _once(name, write)
 
 
-def sdxl_checkpoint() -> Path:
-    """SDXL in one file as it is published, its U-Net in fp8 to be no larger than it must."""
+def sdxl_checkpoint(layout: Layout = SDXL) -> Path:
+    """SDXL, or a narrow one, in one file as it is published, its U-Net in fp8 to be no larger than it must."""
     shared = _once("sdxl-parts", _write_shared)
 
     def write(root: Path) -> None:
-        named = {UNET_PREFIX + tensor.comfy: tensor.shape for tensor in tensors(SDXL)}
+        named = {UNET_PREFIX + tensor.comfy: tensor.shape for tensor in tensors(layout)}
         state = {name: weights.to(torch.float8_e4m3fn) for name, weights in _random(named, 3)}
         for part, prefix in (
             ("text_encoder/model.fp16", f"{CLIP_PREFIXES[0]}transformer."),
@@ -71,17 +74,35 @@ def sdxl_checkpoint() -> Path:
             state |= {prefix + (text_name(name) if "text" in part else name): weights[name] for name in weights}
         _save(state, root / "sd_xl_base_1.0.safetensors")
 
-    return _once("sdxl-checkpoint", write) / "sd_xl_base_1.0.safetensors"
+    return _once(_named("sdxl-checkpoint", layout), write) / "sd_xl_base_1.0.safetensors"
 
 
-def sdxl_lora() -> Path:
-    """An SDXL LoRA as kohya's tools write it, on every matrix of the attention modules."""
+def sdxl_lora(layout: Layout = SDXL) -> Path:
+    """A LoRA for it, as kohya's tools write it, on every matrix of the attention modules."""
 
     def write(root: Path) -> None:
-        state = adapters.lora(SDXL, only=adapters.in_attention)
+        state = adapters.lora(layout, only=adapters.in_attention)
         _save({name: tensor.half() for name, tensor in state.items()}, root / "lora.safetensors")
 
-    return _once("sdxl-lora", write) / "lora.safetensors"
+    return _once(_named("sdxl-lora", layout), write) / "lora.safetensors"
+
+
+def narrow(layout: Layout) -> Layout:
+    """The same layers in ``NARROW`` widths."""
+    return replace(layout, channels=NARROW)
+
+
+def narrow_unet(name: str) -> Path:
+    """The U-Net of a released model's layers in those widths."""
+
+    def write(root: Path) -> None:
+        _save(unet_state(narrow(LAYOUTS[name])), root / "unet.safetensors")
+
+    return _once(f"narrow-{name}", write) / "unet.safetensors"
+
+
+def _named(name: str, layout: Layout) -> str:
+    return f"narrow-{name}" if layout.channels == NARROW else name
 
 
 def sdxl_controlnet() -> Path:
