@@ -20,7 +20,7 @@ from tools.synthetic import adapters
 from tools.tiny import autoencoder, checkpoints, denoiser, text
 from tools.tiny.pictures import Caption, caption, draw, random_captions, random_drawings
 
-from ..koala.files.atomic_write import write_safetensors, written_whole
+from ...koala.files.atomic_write import write_safetensors, written_whole
 from .addon_pictures import in_cyan, outlines, saying_cyan
 
 SEED = 0

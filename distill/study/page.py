@@ -148,8 +148,8 @@ is now *{runs.STUDENT.name}*. The teacher's own training is not counted. After t
 
 def places(data: Data) -> str:
     """The ablation: which features, and which transformer blocks."""
-    by_place = {place: group(data, group="place", place=place) for place in PLACES}
-    by_place = {place: found for place, found in by_place.items() if found}
+    every = {place: group(data, group="place", place=place) for place in PLACES}
+    by_place: dict[str, list[Mapping[str, Any]]] = {place: found for place, found in every.items() if found}
     plots.places(by_place, DOCS / "distillation-places.png")
     columns = ["all correct, %", "shape, %", "colour, %", "background, %", "held-out error"]
     features = markdown.table(

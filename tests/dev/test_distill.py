@@ -106,14 +106,14 @@ def described(place: Path, name: str, tables: Mapping[str, dict[str, Any]]) -> P
     return path
 
 
-def run(place: Path, name: str, watch: train.Watch | None = None, **tables: dict[str, Any]) -> list[str]:
+def run(place: Path, name: str, watch: train.Watch | None = None, /, **tables: dict[str, Any]) -> list[str]:
     """A run in this process; what it says."""
     said: list[str] = []
     train.run(config.read(described(place, name, tables)), said.append, watch)
     return said
 
 
-def refused(place: Path, name: str, watch: train.Watch | None = None, **tables: dict[str, Any]) -> str:
+def refused(place: Path, name: str, watch: train.Watch | None = None, /, **tables: dict[str, Any]) -> str:
     with pytest.raises(UserError) as problem:
         run(place, name, watch, **tables)
     assert not (place / name / "result").exists()
@@ -534,9 +534,9 @@ def test_a_single_file_teaches_what_its_folder_teaches(place: Path, whole: Path)
     tokenizer = str(testhost.test_host().tokenizer)
     run(place, "of-file", teacher={"model": "sdxl.safetensors", "tokenizer": tokenizer}, data=data, training=one)
     pairs = zip(rows(place / "of-folder"), rows(place / "of-file"), strict=True)
-    for first, second in pairs:
-        assert {key: float(value) for key, value in first.items()} == pytest.approx(
-            {key: float(value) for key, value in second.items()}, rel=1e-3
+    for one_row, other in pairs:
+        assert {key: float(value) for key, value in one_row.items()} == pytest.approx(
+            {key: float(value) for key, value in other.items()}, rel=1e-3
         )
     first, second = load_file(saved(place / "of-folder")), load_file(saved(place / "of-file"))
     torch.testing.assert_close(first, second, rtol=0, atol=5e-3)
