@@ -51,11 +51,13 @@ def held(tmp_path: Path) -> Iterator[None]:
     """Two processes that hold the same file, and one of them as much of its own."""
     path = tmp_path / "shared"
     path.write_bytes(b"1" * SIZE)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, "-c", HOLDER, str(path)]
-    holders = [subprocess.Popen([*command, str(own)], **pipes, text=True) for own in (0, SIZE)]
+    holders = [
+        subprocess.Popen([*command, str(own)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for own in (0, SIZE)
+    ]
     try:
-        assert [holder.stdout.readline() for holder in holders] == ["ready\n"] * 2
+        assert [holder.stdout.readline() for holder in holders if holder.stdout] == ["ready\n"] * 2
         yield
     finally:
         for holder in holders:

@@ -77,7 +77,7 @@ def test_outlines_are_thin_lines_around_whole_shapes() -> None:
 
 def test_a_lora_is_trained_and_read(teacher: Any, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    recipe = replace(LORA, **FEW | {"steps": 25, "batch": 4, "learning_rate": 2e-2})
+    recipe = replace(replace(LORA, **FEW), steps=25, batch=4, learning_rate=2e-2)
     loss = addon_training.lora_loss(teacher, recipe, 0)
 
     def mean() -> float:
