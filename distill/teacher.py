@@ -15,6 +15,7 @@ from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from ..koala.architecture.layout import Layout, name
 from ..koala.architecture.lineage import is_teacher
 from ..koala.files.conventions import CLIP_PREFIXES, VAE_PREFIX
+from ..koala.files.dtypes import TORCH_DTYPES
 from ..koala.files.export import unet_config
 from ..koala.files.header import CheckpointError, read_header
 from ..koala.files.unet_weights import UNetWeights, open_unet
@@ -29,7 +30,6 @@ OTHERS = (*TEXT, *TOKENIZERS, "scheduler", "vae")
 """Subfolders of SDXL's folder beside that of the U-Net."""
 PREDICTION_MARKS = {"v_pred": "v_prediction", "edm_vpred.sigma_max": "v_prediction", "edm_mean": "edm"}
 """Tensors by which a single file says, to ComfyUI as well, that its U-Net does not predict the noise."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Teacher:
     def unet(self) -> UNet2DConditionModel:
         """Its U-Net with the LoRAs merged, frozen, in the configured data type; read tensor by tensor."""
         unet = self._empty()
-        dtype = DTYPES[self.table.dtype]
+        dtype = TORCH_DTYPES[self.table.dtype]
         # merged in fp32, so that small changes are not rounded away one by one
         weights = self.file.weights(torch.float32 if self.table.loras else dtype)
         unet.load_state_dict(weights, strict=True, assign=True)
