@@ -66,10 +66,10 @@ class Teacher:
         if folder.is_dir():
             return DDPMScheduler.from_pretrained(folder)
         header = read_header(self.file.path)
-        told = [kind for mark, kind in PREDICTION_MARKS.items() if mark in header.shapes]
+        stated = [kind for mark, kind in PREDICTION_MARKS.items() if mark in header.shapes]
         if header.metadata.get("modelspec.predict_key") == "v":
-            told.append("v_prediction")
-        return DDPMScheduler.from_config({**SCHEDULER_CONFIG, "prediction_type": [*told, "epsilon"][0]})
+            stated.append("v_prediction")
+        return DDPMScheduler.from_config({**SCHEDULER_CONFIG, "prediction_type": [*stated, "epsilon"][0]})
 
     def unet(self) -> UNet2DConditionModel:
         """Its U-Net with the LoRAs merged, frozen, in the configured data type; read tensor by tensor."""
