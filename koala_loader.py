@@ -41,7 +41,6 @@ from .koala.files.inspect import (
     inspect_folder,
     inspect_text_and_vae,
 )
-from .koala.model_info import facts_of
 
 BUILT_IN = Path(__file__).parent / "assets" / "koala-tiny.safetensors"
 TILES = (64, 32, 16)
@@ -141,7 +140,7 @@ def load_unet(model: Model, source: str, weight_dtype: str = "default") -> comfy
     """
     unet, dtype = model.unet, WEIGHT_DTYPES[weight_dtype]
     patcher = _shared((unet,), lambda: _unet_patcher(unet, dtype), dtype).clone()
-    patcher.set_attachments(ATTACHMENT, facts_of(model, source))
+    patcher.set_attachments(ATTACHMENT, model.facts(source))
     return patcher
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from .architecture.keys import parameters
 from .architecture.layout import SDXL, Layout
 from .architecture.lineage import KeptTransformers, Lineage, lineage
-from .files.inspect import Model
 from .releases import BASE, SCHEDULER_CONFIG, SIZES, Identity, Settings
 
 
@@ -49,14 +48,6 @@ class ModelFacts:
     def percent_of_sdxl(self) -> float:
         """Its U-Net's parameters as a share of SDXL's, 0 to 100."""
         return 100 * parameters(self.layout) / parameters(SDXL)
-
-
-def facts_of(model: Model, source: str) -> ModelFacts:
-    """The facts of an inspected file; ``source`` is the name that the person chose."""
-    unet = model.unet
-    return ModelFacts(
-        source, unet.layout, unet.dtype, unet.bytes, model.identity, model.scheduler, model.kept_transformers
-    )
 
 
 def assumed_facts(layout: Layout, dtype: str, size: int) -> ModelFacts:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
-from .files.conventions import VARIANT_KEY
 
 Spacing = Literal["leading", "trailing", "linspace"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -59,6 +58,8 @@ STOCK_SCHEDULERS: dict[Spacing, str] = {"leading": "ddim_uniform", "trailing": "
 BASE = Variant("base", Settings(25, 7.5, "leading"))
 LIGHTNING = Variant("lightning", Settings(10, 3.5, "trailing"))
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (BASE, LIGHTNING)}
+VARIANT_KEY = "koala.variant"
+"""Metadata of a file that names its variant: a key of ``VARIANTS``."""
 
 
 @dataclass(frozen=True)

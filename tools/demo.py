@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder
-from koala_sdxl.koala.model_info import ModelFacts, facts_of
+from koala_sdxl.koala.model_info import ModelFacts
 from tools import commands
 from tools.harness import server, testhost
 from tools.harness.assets import SHIPPED
@@ -120,12 +120,12 @@ def find_weights(model: str | None) -> Weights:
     """Look at the model's files, headers only. Raises UserError if it is none that can be drawn with."""
     try:
         if model is None:
-            return Weights(facts_of(inspect_checkpoint(SHIPPED).model, "the built-in koala-tiny"))
+            return Weights(inspect_checkpoint(SHIPPED).model.facts("the built-in koala-tiny"))
         path = Path(model).expanduser().resolve()
         if path.is_dir():
-            facts = facts_of(inspect_folder(path).model, path.name)
+            facts = inspect_folder(path).model.facts(path.name)
             return Weights(facts, path, "diffusers", (("source", "diffusers folder"), ("source.folder", path.name)))
-        facts = facts_of(inspect_checkpoint(path).model, path.name)
+        facts = inspect_checkpoint(path).model.facts(path.name)
         return Weights(facts, path, "checkpoints", (("source", "checkpoint"), ("source.ckpt_name", path.name)))
     except (CheckpointError, OSError) as error:
         raise UserError(str(error)) from error

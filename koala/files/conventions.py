@@ -11,8 +11,6 @@ VAE_PREFIX = "first_stage_model."
 
 SCHEDULER_KEY = "koala.config.scheduler"
 """Metadata in which a single file carries what a folder has in scheduler_config.json, as JSON."""
-VARIANT_KEY = "koala.variant"
-"""Metadata that names the variant: a key of ``releases.VARIANTS``."""
 KEPT_TRANSFORMERS_KEY = "koala.transformers"
 """Metadata in which a student of one's own says which of SDXL's transformer blocks it kept, as JSON: attention module
 -> list of SDXL's indices, as in ``lineage.KEPT_TRANSFORMERS``."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..architecture.components import LATENT_SCALE, PROMPT_TOKENS, Autoencoder, TextEncoder
 from ..architecture.layout import Layout, name
 from ..model_info import ModelFacts
-from ..releases import SCHEDULER_CONFIG
-from .conventions import KEPT_TRANSFORMERS_KEY, SCHEDULER_KEY, VARIANT_KEY
+from ..releases import SCHEDULER_CONFIG, VARIANT_KEY
+from .conventions import KEPT_TRANSFORMERS_KEY, SCHEDULER_KEY
 
 TEXT_MODELS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")

@@ -16,6 +16,7 @@ from ..architecture.components import Autoencoder, TextEncoder, read_autoencoder
 from ..architecture.keys import Numbering, names
 from ..architecture.layout import KOALA_NAMES, Layout, name
 from ..architecture.lineage import KeptTransformers
+from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG, Identity, identify, release_for
 from .config import complete_scheduler, parse_json, read_json, stated_transformers
 from .conventions import CLIP_PREFIXES, FOLDER_PARTS, SCHEDULER_KEY, VAE_PREFIX, label
@@ -55,6 +56,13 @@ class Model:
     scheduler: Mapping[str, object] = field(default_factory=lambda: SCHEDULER_CONFIG)
     kept_transformers: KeptTransformers | None = None
     """Which of SDXL's transformer blocks it kept, where its file says so."""
+
+    def facts(self, source: str) -> ModelFacts:
+        """What is known of the model once it is loaded; ``source`` is the name that the person chose."""
+        unet = self.unet
+        return ModelFacts(
+            source, unet.layout, unet.dtype, unet.bytes, self.identity, self.scheduler, self.kept_transformers
+        )
 
 
 @dataclass(frozen=True)

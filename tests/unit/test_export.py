@@ -18,7 +18,7 @@ from koala_sdxl.koala.files.conventions import SCHEDULER_KEY, VAE_PREFIX
 from koala_sdxl.koala.files.convert import vae_name
 from koala_sdxl.koala.files.header import CheckpointError, read_header
 from koala_sdxl.koala.files.inspect import inspect_model
-from koala_sdxl.koala.model_info import ModelFacts, assumed_facts, facts_of
+from koala_sdxl.koala.model_info import ModelFacts, assumed_facts
 from tests.unit import files
 from tools.tiny import SHIPPED as TINY
 
@@ -63,7 +63,7 @@ def test_vae_names_are_those_of_diffusers_converter() -> None:
 
 def _facts(variant: settings.Variant = settings.BASE, certain: bool = True) -> ModelFacts:
     identity = settings.Identity(variant, "", certain)
-    return replace(facts_of(inspect_model(TINY), "tiny"), identity=identity, scheduler=OWN_SCHEDULER)
+    return replace(inspect_model(TINY).facts("tiny"), identity=identity, scheduler=OWN_SCHEDULER)
 
 
 @pytest.mark.parametrize("variant", settings.VARIANTS.values(), ids=list(settings.VARIANTS))

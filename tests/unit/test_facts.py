@@ -8,7 +8,7 @@ import pytest
 
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
 from koala_sdxl.koala.files.inspect import inspect_model
-from koala_sdxl.koala.model_info import assumed_facts, facts_of
+from koala_sdxl.koala.model_info import assumed_facts
 from koala_sdxl.koala.model_report import report
 from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files
@@ -21,7 +21,7 @@ def test_share_of_sdxl(layout: Layout, percent: int) -> None:
 
 def test_report_of_a_lightning_file(tmp_path: Path) -> None:
     path = files.write(tmp_path / "koala-lightning-1b.safetensors", files.unet(KOALA_1B))
-    facts = facts_of(inspect_model(path), path.name)
+    facts = inspect_model(path).facts(path.name)
     assert facts.settings == LIGHTNING.settings
     assert facts.scheduler == SCHEDULER_CONFIG
     assert report(facts, "bf16", 2_000_000).splitlines() == [
@@ -35,7 +35,7 @@ def test_report_of_a_lightning_file(tmp_path: Path) -> None:
 
 def test_report_of_an_assumed_variant_says_so(tmp_path: Path) -> None:
     path = files.write(tmp_path / "unet.safetensors", files.unet(KOALA_700M), "F32")
-    text = report(facts_of(inspect_model(path), "unet.safetensors"), "fp16", 1_565_645_448)
+    text = report(inspect_model(path).facts("unet.safetensors"), "fp16", 1_565_645_448)
     assert "weights: fp32, 3,131 MB; in memory fp16, 1,566 MB" in text
     assert "variant: base (assumed): nothing in the file tells" in text
     assert "recommended: 25 steps, cfg 7.5, leading, sampler euler, 1024 x 1024 px" in text
@@ -43,7 +43,7 @@ def test_report_of_an_assumed_variant_says_so(tmp_path: Path) -> None:
 
 def test_report_of_the_built_in_model(tmp_path: Path) -> None:
     path = files.write(tmp_path / "t.safetensors", files.unet(KOALA_TINY), metadata={"koala.variant": "base"})
-    text = report(facts_of(inspect_model(path), "koala-tiny.safetensors"), "fp32", 0)
+    text = report(inspect_model(path).facts("koala-tiny.safetensors"), "fp32", 0)
     assert text.startswith("koala-tiny from koala-tiny.safetensors")
     assert "128 x 128 px" in text
     assert "0.3 % of SDXL" in text

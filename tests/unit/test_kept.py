@@ -16,7 +16,7 @@ from koala_sdxl.koala.files.export import metadata
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.lora.plan import inspect_lora
-from koala_sdxl.koala.model_info import ModelFacts, facts_of
+from koala_sdxl.koala.model_info import ModelFacts
 from tests.unit import files
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL
@@ -29,7 +29,7 @@ MINE_KEPT = {module: (1, 4, 8) if depth == 3 else (0, 1) for module, depth in at
 
 def told(path: Path, layout: Layout, text: str | None) -> ModelFacts:
     said = {} if text is None else {KEPT_TRANSFORMERS_KEY: text}
-    return facts_of(inspect_model(files.write(path / "mine.safetensors", files.unet(layout), metadata=said)), "mine")
+    return inspect_model(files.write(path / "mine.safetensors", files.unet(layout), metadata=said)).facts("mine")
 
 
 def test_a_file_that_says_nothing_goes_by_the_table(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_P
 from koala_sdxl.koala.files.convert import State
 from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder, inspect_model
 from koala_sdxl.koala.files.write import TextAndVAE, cast_state, stored_dtypes, write_checkpoint, write_folder
-from koala_sdxl.koala.model_info import ModelFacts, assumed_facts, facts_of
+from koala_sdxl.koala.model_info import ModelFacts, assumed_facts
 from tools.tiny import SHIPPED
 
 VOCABULARY = dict.fromkeys(export.TOKENIZER_FILES, b"{}")
@@ -31,7 +31,7 @@ def shipped() -> State:
 
 @pytest.fixture(scope="module")
 def facts() -> ModelFacts:
-    return facts_of(inspect_model(SHIPPED), "koala-tiny")
+    return inspect_model(SHIPPED).facts("koala-tiny")
 
 
 @pytest.fixture(scope="module")
