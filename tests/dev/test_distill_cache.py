@@ -1,0 +1,280 @@
+"""Pictures with captions into a data cache for distillation."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from koala_sdxl.distill import build_cache, cache
+from koala_sdxl.distill.buckets import Batches
+from koala_sdxl.distill.config import DataTable
+from koala_sdxl.distill.errors import UserError
+from koala_sdxl.koala.files import atomic_write as disk
+from tests.dev.distill_pictures import encoded, picture, table, write
+
+IDENTITY = {"teacher.model": "sdxl"}
+
+
+class Averages:
+    """An encoder that averages over cells, and counts its calls."""
+
+    def __init__(self, fail_after: int = 10**9, spoil: Callable[[torch.Tensor], None] | None = None) -> None:
+        self.pictures = 0
+        self.captions: list[str] = []
+        self.fail_after = fail_after
+        self.spoil = spoil
+
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        self.pictures += len(pictures)
+        if self.pictures > self.fail_after:
+            raise RuntimeError("out of memory")
+        cells = torch.nn.functional.avg_pool2d(pictures, 8)
+        found = torch.cat([cells, cells.mean(1, keepdim=True)], 1)
+        if self.spoil:
+            self.spoil(found)
+        return found
+
+    def texts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.captions += captions
+        lengths = torch.tensor([float(len(caption)) for caption in captions])
+        return lengths[:, None, None].expand(-1, 77, 6), lengths[:, None].expand(-1, 5) / 2
+
+
+def folder_of(path: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[str]) -> Path:
+    files: dict[str, bytes | str] = {}
+    for number, (size, caption) in enumerate(zip(sizes, captions, strict=True)):
+        files |= {f"{number:03}.png": encoded(picture(*size, (number, 0, 0))), f"{number:03}.txt": caption}
+    return write(path, files)
+
+
+def built(
+    data: DataTable, encoder: build_cache.Encoder | None, **identity: str
+) -> tuple[cache.Cache, list[str], list[str]]:
+    said: list[str] = []
+    reported: list[str] = []
+    return build_cache.build(data, encoder, IDENTITY | identity, said.append, reported.append), said, reported
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataTable:
+    """Eleven squares, ten of them with the same caption, and two wide pictures; one is too small, one broken."""
+    sizes = [(100, 100)] * 10 + [(200, 100)] * 2 + [(64, 64), (63, 64), (64, 64)]
+    captions = ["a koala"] * 10 + ["wide", "wider", "as it is", "small", "broken"]
+    folder = folder_of(tmp_path / "data", sizes, captions)
+    (folder / "014.png").write_bytes(b"")
+    return table(folder)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_cache, "PER_SHARD", 4)
+    monkeypatch.setattr(build_cache, "AT_ONCE", 3)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_cache_is_built_once(data: DataTable) -> None:
+    encoder = Averages()
+    assert cache.ready(data, IDENTITY) is None
+    first, said, reported = built(data, encoder)
+    assert encoder.pictures == 13
+    assert sorted(encoder.captions) == ["a koala", "as it is", "wide", "wider"]
+    assert said[-1] == f"{data.cache}: 13 images cached, 2 skipped."
+    assert reported == [
+        "013.png: 63 x 64 is smaller than its bucket, 64 x 64; skipped",
+        "014.png: the file is empty; skipped",
+    ]
+    index = json.loads((data.cache / "index.json").read_text())
+    assert (index["samples"], index["skipped"], index["problems"]) == (13, 2, reported)
+    assert [(one["bucket"], one["count"]) for one in index["shards"]] == [
+        ([64, 64], 4),
+        ([64, 64], 4),
+        ([64, 64], 3),
+        ([80, 48], 2),
+    ]
+    assert index["identity"]["teacher.model"] == "sdxl"
+    assert names(data.cache) == sorted(["index.json", *(one["file"] for one in index["shards"])])
+    assert names(data.cache.parent) == ["cache", "data"]
+    second, said, reported = built(data, None)
+    assert (said, reported) == ([f"{data.cache}: 13 images, cached earlier."], [])
+    assert second.index == first.index
+    found = cache.ready(data, IDENTITY)
+    assert found is not None
+    assert len(found) == 13
+
+
+def test_samples_come_back_as_they_were_encoded(data: DataTable) -> None:
+    found = built(data, Averages())[0]
+    assert len(found) == 13
+    for number, colour in enumerate([*range(10), 12, 10, 11]):
+        sample = found[number]
+        assert {value.dtype for value in sample.values()} == {torch.float32}
+        wide = colour in (10, 11)
+        assert sample["latents"].shape == (4, *((6, 10) if wide else (8, 8)))
+        assert sample["latents"][0] == pytest.approx(colour / 127.5 - 1, abs=1e-3)
+        length = {10: 4.0, 11: 5.0, 12: 8.0}.get(colour, 7.0)
+        assert torch.equal(sample["context"], torch.full((77, 6), length))
+        assert torch.equal(sample["pooled"], torch.full((5,), length / 2))
+    assert found[0]["ids"].tolist() == [100, 100, 0, 0, 64, 64]
+    assert found[10]["ids"].tolist() == [64, 64, 0, 0, 64, 64]
+    assert found[11]["ids"].tolist() == [100, 200, 0, 8, 48, 80]  # 96 x 48, less 8 on the left and right
+    assert Counter(found.bucket_of) == {0: 11, 1: 2}
+    assert len(set(found.bucket_of[:11])) == 1
+    with pytest.raises(IndexError):
+        found[13]
+
+
+def test_a_loader_with_workers_gives_batches_of_one_size(data: DataTable) -> None:
+    found = built(data, Averages())[0]
+    assert found[0]["ids"][0] == 100  # a shard is open in this process
+    assert torch.equal(pickle.loads(pickle.dumps(found))[12]["latents"], found[12]["latents"])
+    batches = Batches(found.bucket_of, 2, seed=0, count=7)
+    loader = DataLoader(found, batch_sampler=batches, num_workers=1)
+    shapes = Counter(tuple(batch["latents"].shape) for batch in loader)
+    assert shapes == {(2, 4, 8, 8): 6, (2, 4, 6, 10): 1}
+
+
+def test_small_pictures_are_enlarged_if_asked_for(data: DataTable) -> None:
+    found, _, reported = built(data.model_copy(update={"upscale": True}), Averages())
+    assert len(found) == 14
+    assert reported == ["014.png: the file is empty; skipped"]
+    assert [64.0, 63.0, 0.0, 0.0, 64.0, 64.0] in [found[number]["ids"].tolist() for number in range(14)]
+
+
+def test_random_cuts_are_the_same_each_time(data: DataTable) -> None:
+    anywhere = data.model_copy(update={"crop": "random"})
+    first = built(anywhere, Averages())[0]
+    second = built(anywhere.model_copy(update={"cache": data.cache.parent / "second"}), Averages())[0]
+    cuts = [first[number]["ids"].tolist() for number in range(13)]
+    assert cuts == [second[number]["ids"].tolist() for number in range(13)]
+    assert any(cut[3] not in (0, 8) for cut in cuts)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"resolution": 128}, "data.resolution = 64 (here 128)"),
+        ({"crop": "random"}, "data.crop = 'center' (here 'random')"),
+        ({"path": Path("elsewhere")}, "data.path = "),
+    ],
+)
+def test_a_cache_of_something_else_is_not_used(data: DataTable, change: dict[str, Any], said: str) -> None:
+    built(data, Averages())
+    before = names(data.cache)
+    with pytest.raises(UserError) as problem:
+        built(data.model_copy(update=change), Averages())
+    assert f"was computed with {said}" in str(problem.value)
+    assert "Choose another folder as data.cache, or delete this one." in str(problem.value)
+    with pytest.raises(UserError, match=r"teacher\.model = 'sdxl' \(here 'other'\); expected"):
+        built(data, Averages(), **{"teacher.model": "other"})
+    assert names(data.cache) == before
+    built(data.model_copy(update={"workers": 7, "caption_dropout": 0.5}), None)  # these change nothing in it
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(data: DataTable, error: type[BaseException]) -> None:
+    encoder = Averages()
+
+    def fail(_: torch.Tensor) -> None:
+        if encoder.pictures > 6:
+            raise error
+
+    encoder.spoil = fail
+    with pytest.raises(error):
+        built(data, encoder)
+    assert names(data.cache.parent) == ["data"]
+    assert len(built(data, Averages())[0]) == 13
+
+
+def test_what_a_killed_build_left_is_deleted(data: DataTable) -> None:
+    left = data.cache.with_name("cache.building")
+    write(left, {"latents-00000-64x64.safetensors": b"", "latents-00001-64x64.safetensors.0f.partial": b""})
+    data.cache.mkdir()  # empty, as somebody may have made it
+    assert len(built(data, Averages())[0]) == 13
+    assert names(data.cache.parent) == ["cache", "data"]
+
+
+def test_nobody_elses_files_are_deleted(data: DataTable) -> None:
+    write(data.cache, {"mine.txt": "mine"})
+    with pytest.raises(UserError, match=r"a folder with other files and no index\.json"):
+        built(data, Averages())
+    assert names(data.cache) == ["mine.txt"]
+    left = write(data.cache.with_name("other.building"), {"mine.txt": "mine", "latents-0.safetensors": ""})
+    with pytest.raises(UserError, match=r"other\.building cannot be made"):
+        built(data.model_copy(update={"cache": data.cache.with_name("other")}), Averages())
+    assert names(left) == ["mine.txt"]
+
+
+def test_a_full_disk_is_a_problem_and_leaves_nothing(data: DataTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_safetensors = disk.write_safetensors
+
+    def until_full(path: Path, *rest: Any) -> None:
+        write_safetensors(path, *rest)
+        if "00002" in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "write_safetensors", until_full)
+    with pytest.raises(UserError, match=r"^the data cache is not finished: no space left for latents-00002") as problem:
+        built(data, Averages())
+    assert "Free space there and run again" in str(problem.value)
+    assert names(data.cache.parent) == ["data"]
+
+
+def test_a_damaged_cache_is_named(data: DataTable) -> None:
+    found = built(data, Averages())[0]
+    path = data.cache / found.index.shards[1].file
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged .*Delete the folder "):
+        found[5]
+    assert found[0]["ids"][0] == 100
+    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged"):
+        built(data, None)
+    path.unlink()
+    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged \(No such file"):
+        built(data, None)
+    path.write_bytes((data.cache / found.index.shards[3].file).read_bytes())
+    with pytest.raises(UserError, match=r"is damaged \(2 samples, not 4\)"):
+        built(data, None)
+    (data.cache / "index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        built(data, None)
+
+
+def test_what_the_encoder_spoils_is_skipped(data: DataTable) -> None:
+    def overflow(latents: torch.Tensor) -> None:
+        latents[0] = 1e6  # more than fp16 holds
+
+    found, _, reported = built(data, Averages(spoil=overflow))
+    assert len(found) == 13 - 5  # the first of each call
+    assert reported[0] == "000.png: latents came out infinite or not a number; skipped"
+    assert all(found[number]["latents"].isfinite().all() for number in range(len(found)))
+
+
+def test_nothing_to_cache_is_a_problem(data: DataTable) -> None:
+    with pytest.raises(UserError, match=r"no image of .* can be cached: 15 were skipped \(first: 000\.png: 100 x"):
+        built(data.model_copy(update={"resolution": 1024}), Averages())
+    assert names(data.cache.parent) == ["data"]
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        built(data.model_copy(update={"path": data.path.parent / "nowhere"}), Averages())
+    assert names(data.cache.parent) == ["data"]
+
+
+def test_only_so_many_problems_are_listed_and_captions_kept(data: DataTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_cache, "LISTED", 1)
+    monkeypatch.setattr(build_cache, "MEMO", 1)
+    encoder = Averages()
+    found = built(data, encoder)[0]
+    assert (found.index.skipped, len(found.index.problems)) == (2, 1)
+    assert sorted(encoder.captions) == ["a koala", "as it is", "wide", "wider"]
+    assert [found[number]["pooled"][0].item() for number in (9, 10)] == [3.5, 4]

@@ -1,0 +1,323 @@
+"""Pictures with captions as the trainer reads them: real small files of each kind, whole and broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from koala_sdxl.distill import sources
+from koala_sdxl.distill.config import DataTable
+from koala_sdxl.distill.errors import UserError
+from tests.dev.distill_pictures import encoded, noise, picture, table, write
+
+datasets.disable_progress_bars()
+
+
+def shard(path: Path, files: Mapping[str, bytes | str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            raw = content.encode() if isinstance(content, str) else content
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+    return path
+
+
+def read(data: DataTable) -> tuple[dict[str, str], list[str]]:
+    """Captions by key, in order, and the lines reported."""
+    lines: list[str] = []
+    samples = list(sources.read(data, lines.append))
+    assert all(sample.image.mode == "RGB" for sample in samples)
+    return {sample.key: sample.caption for sample in samples}, lines
+
+
+def refused(data: DataTable) -> str:
+    with pytest.raises(UserError) as problem:
+        read(data)
+    return str(problem.value)
+
+
+# --- a folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_in_order_with_captions_of_both_kinds(tmp_path: Path) -> None:
+    lines = [{"file_name": "d.jpeg", "title": "of d"}, {"file_name": "e.bmp", "text": "of e"}]
+    files: dict[str, bytes | str] = {
+        "b/c.WEBP": encoded(picture(), "WEBP"),
+        "b/c.txt": "\ufeff  of c \n",
+        "b/d.jpeg": encoded(picture(), "JPEG"),
+        "b/e.bmp": encoded(picture(), "BMP"),
+        "b/metadata.jsonl": "\n".join(map(json.dumps, lines)),
+        "a.png": encoded(picture()),
+        "a.txt": "of a, größer",
+        "notes.md": "no picture",
+    }
+    found, reported = read(table(write(tmp_path / "data", files), caption="title"))
+    assert list(found.items()) == [
+        ("a.png", "of a, größer"),
+        ("b/c.WEBP", "of c"),
+        ("b/d.jpeg", "of d"),
+        ("b/e.bmp", "of e"),
+    ]
+    assert reported == []
+
+
+def test_each_broken_picture_is_reported_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as some library leaves it
+    files: dict[str, bytes | str] = {
+        "a cut.png": encoded(noise())[:-3000],
+        "b cut.jpg": encoded(noise(), "JPEG")[:-1000],
+        "c cut.webp": encoded(noise(), "WEBP")[:-1000],
+        "d cut.bmp": encoded(noise(), "BMP")[:-1000],
+        "e empty.jpg": b"",
+        "f page.png": "<!DOCTYPE html>",
+        "g alone.png": encoded(picture()),
+        "h blank.png": encoded(picture()),
+        "i binary.png": encoded(picture()),
+        "z good.png": encoded(picture()),
+    }
+    captions = {f"{name.rsplit('.', 1)[0]}.txt": "caption" for name in files if name != "g alone.png"}
+    captions |= {"h blank.txt": " \n"}
+    folder = write(tmp_path / "data", files | captions | {"metadata.jsonl": '{"file_name": "x.png"}\nno json\n'})
+    (folder / "i binary.txt").write_bytes(b"\xff\xfe\x00")
+    found, reported = read(table(folder))
+    assert list(found) == ["z good.png"]
+    assert [line.split(":")[0] for line in reported] == [
+        *(name for name in files if name < "g"),
+        "metadata.jsonl, line 2",
+        "g alone.png",
+        "h blank.png",
+        "i binary.png",
+    ]
+    assert all(line.endswith("; skipped") for line in reported)
+    said = "\n".join(reported)
+    assert "a cut.png: the image cannot be decoded (image file is truncated" in said
+    assert "e empty.jpg: the file is empty" in said
+    assert "f page.png: this is not an image" in said
+    assert "there is no caption, neither in g alone.txt nor in metadata.jsonl" in said
+    assert "h blank.txt is missing or empty" in said
+    assert "i binary.txt is not UTF-8 text" in said
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (picture(mode="RGBA", colour=(255, 0, 0, 0)), (255, 255, 255)),
+        (picture(mode="RGBA", colour=(255, 0, 0, 128)), (255, 127, 127)),
+        (picture(mode="LA", colour=(0, 0)), (255, 255, 255)),
+        (picture(mode="L", colour=77), (77, 77, 77)),
+        (picture(mode="1", colour=1), (255, 255, 255)),
+        (picture().convert("P", palette=Image.Palette.ADAPTIVE), (200, 40, 40)),
+        (Image.fromarray(np.full((64, 64), 77 * 257, np.uint16)), (77, 77, 77)),
+    ],
+    ids=["transparent", "half", "grey with alpha", "grey", "one bit", "palette", "16 bits"],
+)
+def test_every_kind_of_pixel_becomes_rgb(image: Image.Image, expected: tuple[int, int, int]) -> None:
+    found = sources.decode(encoded(image))
+    assert (found.mode, found.size) == ("RGB", (64, 64))
+    assert np.abs(np.array(found.getpixel((32, 32))) - expected).max() <= 1
+
+
+def test_cmyk_becomes_rgb() -> None:
+    found = sources.decode(encoded(picture(mode="CMYK", colour=(0, 255, 255, 0)), "JPEG", quality=95))
+    assert np.abs(np.array(found.getpixel((32, 32))) - (255, 0, 0)).max() <= 8
+
+
+def test_a_palette_with_a_transparent_colour_is_put_on_white() -> None:
+    image = picture().convert("P", palette=Image.Palette.ADAPTIVE)
+    found = sources.decode(encoded(image, transparency=image.getpixel((0, 0))))
+    assert found.getpixel((32, 32)) == (255, 255, 255)
+
+
+def test_a_picture_is_turned_as_its_exif_says() -> None:
+    image = picture(40, 20, (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    found = sources.decode(encoded(image, exif=exif))
+    assert found.size == (20, 40)
+    assert (found.getpixel((10, 5)), found.getpixel((10, 35))) == ((255, 255, 255), (0, 0, 0))
+
+
+def test_a_folder_that_gives_nothing_is_a_problem(tmp_path: Path) -> None:
+    assert "nowhere does not exist; expected a folder with images" in refused(table(tmp_path / "nowhere"))
+    (tmp_path / "file").touch()
+    assert "file is a file; expected a folder with images" in refused(table(tmp_path / "file"))
+    write(tmp_path / "texts", {"a.txt": "caption"})
+    assert "texts contains no images" in refused(table(tmp_path / "texts"))
+    write(tmp_path / "alone", {"a.png": encoded(picture()), "b.png": b""})
+    said = refused(table(tmp_path / "alone"))
+    assert "no usable image with a caption: 2 entries were skipped (first: a.png: there is" in said
+    assert len(said.splitlines()) == 1
+
+
+# --- WebDataset --------------------------------------------------------------------------------------------------
+
+THREE: dict[str, bytes | str] = {
+    "a.png": encoded(noise()),
+    "a.txt": "of a",
+    "b.PNG": encoded(noise()),
+    "b.json": json.dumps({"caption": "of b"}),
+    "c.png": encoded(noise()),
+    "c.txt": "of c",
+}
+CAPTIONS = {"a.png": "of a", "b.png": "of b", "c.png": "of c"}
+
+
+def test_shards_are_read_in_order(tmp_path: Path) -> None:
+    for name in ("1.tar", "0.tar"):
+        shard(tmp_path / "data" / name, THREE)
+    write(tmp_path / "data", {"notes.txt": ""})
+    everything = [(f"{name}/{key}", caption) for name in ("0.tar", "1.tar") for key, caption in CAPTIONS.items()]
+    for path in (tmp_path / "data", tmp_path / "data" / "{0..1}.tar"):
+        found, reported = read(table(path, kind="webdataset"))
+        assert (list(found.items()), reported) == (everything, [])
+    found, reported = read(table(tmp_path / "data" / "1.tar", kind="webdataset"))
+    assert (list(found.items()), reported) == (everything[3:], [])
+
+
+def test_each_broken_member_is_reported_and_skipped(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "cut.png": encoded(noise())[:-3000],
+        "cut.txt": "caption",
+        "alone.png": encoded(picture()),
+        "words.txt": "caption",
+        "number.png": encoded(picture()),
+        "number.json": '{"caption": 7}',
+        "other.png": encoded(picture()),
+        "other.json": '{"title": "caption"}',
+        "list.png": encoded(picture()),
+        "list.json": "[]",
+        "broken.png": encoded(picture()),
+        "broken.json": "{",
+    }
+    path = shard(tmp_path / "0.tar", files | THREE)
+    found, reported = read(table(path, kind="webdataset"))
+    assert list(found.values()) == list(CAPTIONS.values())
+    said = [
+        "0.tar/cut.png: the image cannot be decoded (image file is truncated",
+        "0.tar/alone.png: there is no caption, neither .txt nor .json",
+        "0.tar/words: there is no image, only .txt; expected one of .png",
+        "0.tar/number.png: the caption (caption in its .json) is int, not text",
+        "0.tar/other.png: there is no caption (caption in its .json is missing or empty)",
+        "0.tar/list.png: its .json is not a JSON object",
+        "0.tar/broken.png: its .json cannot be read (Expecting property name",
+    ]
+    assert all(line.startswith(start) for line, start in zip(reported, said, strict=True))
+
+
+def test_a_damaged_shard_is_named_and_what_comes_before_the_damage_is_kept(tmp_path: Path) -> None:
+    whole = shard(tmp_path / "whole.tar", THREE).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        where = {member.name: member for member in archive}
+    data = tmp_path / "data"
+    files: dict[str, bytes | str] = {
+        "0.tar": whole[: where["c.png"].offset_data + 700],  # in a picture
+        "1.tar": whole[: where["b.json"].offset_data + 3],  # in a caption, which must not be taken for a whole one
+        "2.tar": whole[: where["c.png"].offset],  # between two samples, which reads like an end
+        "3.tar": "<!DOCTYPE html>",
+        "4.tar": "",
+        # 5.tar is missing
+        "6.tar": whole[: where["b.PNG"].offset] + b"\x01" * 512 + whole[where["b.PNG"].offset + 512 :],
+        "7.tar": whole,
+    }
+    write(data, files)
+    found, reported = read(table(data / "{0..7}.tar", kind="webdataset"))
+    kept = {"0.tar": "ab", "1.tar": "a", "2.tar": "ab", "6.tar": "a", "7.tar": "abc"}
+    assert list(found) == [f"{name}/{key}.png" for name in kept for key in kept[name]]
+    assert reported.pop(2) == "1.tar/b.png: there is no caption, neither .txt nor .json; skipped"
+    assert [line.split(":")[0] for line in reported] == [f"{number}.tar" for number in range(7)]
+    said = dict(line.split(": ", 1) for line in reported)
+    assert said["0.tar"] == "the shard is damaged (unexpected end of data); the rest is skipped"
+    assert said["2.tar"] == said["6.tar"] == "the shard is damaged (it has no end marker); the rest is skipped"
+    assert said["3.tar"].startswith("the shard is damaged (")
+    assert said["5.tar"] == "the shard cannot be read (No such file or directory); skipped"
+
+
+def test_a_compressed_shard_is_read_too(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar.gz", "w:gz") as archive:
+        archive.add(write(tmp_path / "files", THREE) / "a.png", "a.png")
+        archive.add(tmp_path / "files" / "a.txt", "a.txt")
+    assert read(table(tmp_path / "0.tar.gz", kind="webdataset")) == ({"0.tar.gz/a.png": "of a"}, [])
+
+
+def test_shards_that_give_nothing_are_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "0.tar does not exist; expected a folder with .tar files" in refused(
+        table(tmp_path / "0.tar", kind="webdataset")
+    )
+    assert "empty contains no .tar files" in refused(table(tmp_path / "empty", kind="webdataset"))
+    assert "unbalanced braces" in refused(table(tmp_path / "{0..1.tar", kind="webdataset"))
+    said = refused(table(tmp_path / "{0..1}.tar", kind="webdataset"))
+    assert "no usable image with a caption: 2 entries were skipped (first: 0.tar: the shard" in said
+
+
+# --- Hugging Face ------------------------------------------------------------------------------------------------
+
+
+def saved(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
+    datasets.Dataset.from_dict(dict(columns)).save_to_disk(str(path))
+    return path
+
+
+def test_a_dataset_is_read_with_what_is_broken_reported(tmp_path: Path) -> None:
+    (tmp_path / "file.png").write_bytes(encoded(picture(32, 32)))
+    images = [
+        {"bytes": encoded(picture(20, 10)), "path": None},
+        {"bytes": encoded(noise())[:-3000], "path": "name.png"},
+        None,
+        {"bytes": encoded(picture()), "path": None},
+        {"bytes": None, "path": str(tmp_path / "file.png")},
+        {"bytes": None, "path": str(tmp_path / "gone.png")},
+    ]
+    columns: dict[str, list[Any]] = {
+        "photo": images,
+        "words": ["one", "two", "three", None, " five ", "six"],
+        "more": [0] * 6,
+    }
+    path = saved(tmp_path / "data", columns)
+    found, reported = read(table(path, kind="huggingface", image="photo", caption="words"))
+    assert found == {"data, row 0": "one", "data, row 4": "five"}
+    said = [
+        "data, row 1: the image cannot be decoded (image file is truncated",
+        "data, row 2: there is no image in column photo; skipped",
+        "data, row 3: there is no caption (column words is missing or empty); skipped",
+        f"data, row 5: {tmp_path / 'gone.png'} cannot be read (No such file or directory); skipped",
+    ]
+    assert all(line.startswith(start) for line, start in zip(reported, said, strict=True))
+
+
+def test_other_columns_of_pictures_are_read_too(tmp_path: Path) -> None:
+    content = encoded(picture())
+    pil = saved(tmp_path / "pil", {"image": [picture()], "caption": ["of it"]})
+    raw = saved(tmp_path / "raw", {"image": [content], "caption": ["of it"]})
+    both = saved(tmp_path / "both", {"image": [{"bytes": content, "path": "x.png"}], "caption": ["of it"]})
+    for path in (pil, raw, both):
+        assert read(table(path, kind="huggingface")) == ({f"{path.name}, row 0": "of it"}, [])
+
+
+def test_what_is_no_such_dataset_is_a_problem(tmp_path: Path) -> None:
+    data = saved(tmp_path / "data", {"image": [encoded(picture())], "caption": ["of it"], "length": [5]})
+    assert "nowhere does not exist" in refused(table(tmp_path / "nowhere", kind="huggingface"))
+    (tmp_path / "empty").mkdir()
+    assert "empty is not a readable Hugging Face dataset" in refused(table(tmp_path / "empty", kind="huggingface"))
+    said = refused(table(data, kind="huggingface", caption="text"))
+    assert "data has no column 'text'; it has image, caption, length. Set data.caption" in said
+    assert "has no column 'picture'" in refused(table(data, kind="huggingface", image="picture"))
+    assert "'length' of" in refused(table(data, kind="huggingface", image="length"))
+    both = datasets.DatasetDict({"train": datasets.load_from_disk(str(data))})
+    both.save_to_disk(str(tmp_path / "splits"))
+    assert "splits holds several datasets (train)" in refused(table(tmp_path / "splits", kind="huggingface"))
+    assert read(table(tmp_path / "splits" / "train", kind="huggingface"))[1] == []
+    (next(data.glob("*.arrow"))).write_bytes(b"ARROW1 no more")
+    assert "data is not a readable Hugging Face dataset" in refused(table(data, kind="huggingface"))
