@@ -1,13 +1,12 @@
-"""What KOALA Checkpoint Save writes loads again, here, in stock nodes and in diffusers, to the same model."""
+"""What KOALA Checkpoint Save writes loads again, here and in diffusers, to the same model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import comfy.diffusers_load
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -16,7 +15,6 @@ import pytest
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl import koala_loader
@@ -34,7 +32,7 @@ from koala_sdxl.koala.files.header import read_header
 from koala_sdxl.koala.files.inspect import VAEFile
 from koala_sdxl.koala.files.write import stored_dtypes
 from koala_sdxl.nodes.save import KoalaCheckpointSave
-from tests import large
+from tests.parity.answers import encode, predict
 from tools.measure import parity
 from tools.synthetic import random_weights
 
@@ -67,30 +65,13 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> State:
     return load_file(path)
 
 
-def _predict(model: Any) -> torch.Tensor:
-    """One prediction of the U-Net, patches applied, as sampling would call it; (1, 4, 8, 8)."""
-    generator = torch.Generator().manual_seed(5)
-    shape = model_facts(model).layout
-    shapes = [(1, 4, 8, 8), (1, 77, shape.context), (1, shape.pooled)]
-    x, context, pooled = (torch.randn(size, generator=generator) for size in shapes)
-    conditioning = [[context, {"pooled_output": pooled}]]
-    sampler = comfy.samplers.sampler_object("euler")
-    sigmas = torch.tensor([5.0, 0.0])
-    return comfy.sample.sample_custom(model, x, 1.0, sampler, sigmas, conditioning, conditioning, torch.zeros_like(x))
-
-
-def _encode(clip: Any) -> list[torch.Tensor]:
-    text, rest = clip.encode_from_tokens_scheduled(clip.tokenize("a red star"))[0]
-    return [text, rest["pooled_output"]]
-
-
 def _same(first: koala_loader.Loaded, second: koala_loader.Loaded) -> None:
     """The same answers but for rounding: where equal weights lie otherwise in memory, some processors' routines add up
     in another order. (That the weights are equal bit for bit is asserted of the file.)"""
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     for answer in (
-        lambda loaded: _predict(loaded[0]),
-        lambda loaded: _encode(loaded[1]),
+        lambda loaded: predict(loaded[0]),
+        lambda loaded: encode(loaded[1]),
         lambda loaded: loaded[2].decode(latent),
     ):
         torch.testing.assert_close(answer(first), answer(second), rtol=1e-4, atol=1e-4)
@@ -99,8 +80,8 @@ def _same(first: koala_loader.Loaded, second: koala_loader.Loaded) -> None:
 def test_the_lora_is_felt_in_each_part() -> None:
     """Otherwise the tests below would show nothing."""
     plain, patched = parity.tiny_models(), _patched()
-    assert not torch.equal(_predict(plain[0]), _predict(patched[0]))
-    assert not any(map(torch.equal, _encode(plain[1]), _encode(patched[1])))
+    assert not torch.equal(predict(plain[0]), predict(patched[0]))
+    assert not any(map(torch.equal, encode(plain[1]), encode(patched[1])))
 
 
 def test_a_checkpoint_is_cores_and_loads_to_the_patched_model(baked: State, tmp_path: Path) -> None:
@@ -136,7 +117,7 @@ def test_weights_are_cast_after_the_patches(choice: str, baked: State, tmp_path:
         assert torch.equal(saved[name].float(), tensor.to(wanted).float())
     again = koala_loader.load_checkpoint(tmp_path / "a.safetensors")
     _same(again, koala_loader.load_folder(tmp_path / "a"))
-    assert torch.isfinite(_predict(again[0])).all()
+    assert torch.isfinite(predict(again[0])).all()
     assert checkpoint.inspect_model(tmp_path / "a.safetensors").unet.dtype == choice
 
 
@@ -183,7 +164,7 @@ def test_a_value_beyond_the_types_range_is_refused(save: Any, tmp_path: Path) ->
 def test_patches_of_another_clone_are_not_saved(tmp_path: Path) -> None:
     """Clones share their weights, which carry the patches of the one that ran last."""
     patched = _patched()
-    _predict(patched[0]), _encode(patched[1])
+    predict(patched[0]), encode(patched[1])
     koala_saver.save_checkpoint(tmp_path / "a.safetensors", *parity.tiny_models())
     _same(koala_loader.load_checkpoint(tmp_path / "a.safetensors"), parity.tiny_models())
 
@@ -334,77 +315,3 @@ def test_the_graph_is_left_out_where_the_server_was_told_so(
     graph = {} if disabled else {"prompt": '{"1": {}}', "workflow": '{"nodes": []}'}
     assert {key: found[key] for key in ("prompt", "workflow") if key in found} == graph
     assert found["modelspec.title"] == "a_00001_"
-
-
-class Answers(NamedTuple):
-    """What a model predicts, and how it encodes a text."""
-
-    predicted: torch.Tensor
-    encoded: list[torch.Tensor]
-
-
-def _full_size() -> koala_loader.Loaded:
-    """KOALA-700M with random weights and a patch."""
-    model, clip, vae = koala_loader.load_folder(random_weights.folder("koala-700m"), "fp16")
-    model = model.clone()
-    key = "diffusion_model.input_blocks.5.1.transformer_blocks.4.attn2.to_q.weight"
-    change = 0.02 * torch.randn(1280, 1280, generator=torch.Generator().manual_seed(0))
-    assert model.add_patches({key: ("diff", (change,))}) == [key]
-    return model, clip, vae
-
-
-@pytest.fixture(scope="module")
-def wanted() -> Answers:
-    """Its answers."""
-    with large.alone():
-        model, clip, _ = _full_size()
-        return Answers(_predict(model), _encode(clip))
-
-
-def _save_full_size(save: Callable[..., None], path: Path, parts: int = 3) -> None:
-    """Save it, or only its first parts, and let it go: nothing else that is large has room beside it."""
-    models = _full_size()
-    save(path, *(part if place < parts else None for place, part in enumerate(models)))
-    del models
-    large.let_go()
-
-
-def _require_answers(wanted: Answers, model: Any, clip: Any = None) -> None:
-    """The same to the last bit."""
-    assert torch.equal(_predict(model), wanted.predicted)
-    assert clip is None or all(map(torch.equal, _encode(clip), wanted.encoded))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("full_size")
-def test_koala_700m_in_the_stock_checkpoint_loader(wanted: Answers, tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    _save_full_size(koala_saver.save_checkpoint, path)
-    stock = comfy.sd.load_checkpoint_guess_config(str(path), model_options={"dtype": torch.float16})
-    _require_answers(wanted, *stock[:2])
-    del stock
-    large.let_go()
-    _require_answers(wanted, koala_loader.load_checkpoint(path, "fp16")[0])
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("full_size")
-def test_koala_700ms_unet_in_the_stock_unet_loader(wanted: Answers, tmp_path: Path) -> None:
-    path = tmp_path / "unet.safetensors"
-    _save_full_size(koala_saver.save_checkpoint, path, parts=1)
-    _require_answers(wanted, comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float16}))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("full_size")
-def test_koala_700m_in_the_stock_diffusers_loader(wanted: Answers, tmp_path: Path) -> None:
-    """Core's loader of folders has no choice of type: on the CPU it keeps the U-Net in fp32."""
-    _save_full_size(koala_saver.save_folder, tmp_path / "a")
-    stock = comfy.diffusers_load.load_diffusers(str(tmp_path / "a"), embedding_directory=[])
-    assert (_predict(stock[0]) - wanted.predicted).abs().max() <= 2e-2 * wanted.predicted.abs().max()
-    network = stock[0].model.diffusion_model.state_dict()
-    names = renaming(layout.KOALA_700M, "comfy", "diffusers")
-    with safe_open(tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as saved:
-        for old, new in names.items():
-            assert torch.equal(network[old], saved.get_tensor(new).to(network[old].dtype))
-    assert all(map(torch.equal, _encode(stock[1]), wanted.encoded))
