@@ -11,6 +11,7 @@ import pytest
 
 from tools import PACK, commands
 from tools.check import gates, structure
+from tools.check.coverage import Coverage
 from tools.check.usage import Usage
 from tools.harness.testhost import ROOT, say
 
@@ -51,7 +52,7 @@ def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGE))
-    return pytest.main([*arguments(everything), *pytest_arguments], plugins=[usage])
+    return pytest.main([*arguments(everything), *pytest_arguments], plugins=[usage, Coverage(not pytest_arguments)])
 
 
 def arguments(everything: bool) -> list[str]:
