@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,54 +22,24 @@ from comfy_extras.nodes_freelunch import FreeU_V2
 from safetensors.torch import save_file
 
 import nodes as core
-from koala_sdxl.host.accelerate import cpu_routines as kernels
 from koala_sdxl.host.accelerate import patch as module
 from koala_sdxl.host.accelerate.feature_cache import Run
-from koala_sdxl.host.accelerate.patch import accelerate
-from koala_sdxl.host.accelerate.plan import BF16, EXACT, OFF, PRESETS, REUSE, Acceleration, Reuse
-from koala_sdxl.koala.architecture.components import LATENT_SCALE
+from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, Layout, name
 from koala_sdxl.koala.schedule import schedule
 from koala_sdxl.nodes.adapt import KoalaControlNet
 from koala_sdxl.nodes.lora import KoalaHookLora, KoalaLoraLoader
-from koala_sdxl.nodes.prompt import KoalaPrompt
-from koala_sdxl.nodes.sample import KoalaSampler
-from koala_sdxl.nodes.speed import KoalaAccelerate
+from tests.speed import sampling
+from tests.speed.sampling import ALL_FULL, BALANCED, BASE, Said, decibels, pictures, plain, prompts, run
 from tools.measure import parity, transfer
 from tools.measure.bench.image_quality import psnr
 from tools.synthetic import adapters
 from tools.tiny.evaluate import grid_prompts
 
 SHALLOW = 0.036  # of a full pass, what a step on extrapolated features computes, at KOALA-700M's size
-BASE = {"preset": "custom", "steps": 25, "cfg": 7.5, "spacing": "leading"}
-ALL_FULL = Acceleration(OFF, Reuse(*[tuple(schedule(1000, "leading").sigmas[:-1].tolist())] * 2))
-"""Every step is a full step, by a table that lists every level."""
-BALANCED = Acceleration(OFF, REUSE["balanced"])
 
-
-class Said(list[str]):
-    """What the node would tell the sampler's node after each run."""
-
-    @property
-    def full(self) -> int:
-        return int(self[-1].split(" of ")[0])
-
-    @property
-    def passes(self) -> int:
-        return int(self[-1].split()[2])
-
-
-@pytest.fixture
-def said() -> Said:
-    return Said()
-
-
-@pytest.fixture
-def faster(said: Said) -> Callable[..., Any]:
-    """koala-tiny, or another MODEL, accelerated."""
-    return lambda settings=BALANCED, model=None: (
-        accelerate(parity.tiny_models()[0] if model is None else model, settings, said.append).model
-    )
+said = pytest.fixture(sampling.said)
+faster = pytest.fixture(sampling.faster)
 
 
 @pytest.fixture
@@ -78,46 +48,6 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = folder_paths.folder_names_and_paths
     monkeypatch.setitem(known, "loras", ([str(tmp_path)], known["loras"][1]))
     save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), tmp_path / "some.safetensors")
-
-
-def prompts(texts: Sequence[str] = ("a red circle on a white background",)) -> tuple[Any, ...]:
-    """Conditioning that gives each picture of a batch a prompt of its own, and no negative prompt."""
-    clip = parity.tiny_models()[1]
-    made = [KoalaPrompt.execute(clip, text, "", "no style", "reference").result for text in texts]
-    return tuple(
-        [
-            [
-                torch.cat([one[side][0][0] for one in made]),
-                made[0][side][0][1] | {"pooled_output": torch.cat([one[side][0][1]["pooled_output"] for one in made])},
-            ]
-        ]
-        for side in (0, 1)
-    )
-
-
-def run(model: Any, texts: Any = None, **changes: Any) -> torch.Tensor:
-    positive, negative = texts or prompts()
-    latent = changes.pop("latent", None) or {"samples": torch.zeros(len(positive[0][0]), 4, 16, 16)}
-    arguments: dict[str, Any] = {"seed": 5, "preset": BASE, "sampler_name": "euler", "denoise": 1.0} | changes
-    return KoalaSampler.execute(model, positive, negative, latent, **arguments).result[0]["samples"]
-
-
-def plain(*arguments: Any, **named: Any) -> torch.Tensor:
-    return run(parity.tiny_models()[0], *arguments, **named)
-
-
-def pictures(latents: torch.Tensor) -> torch.Tensor:
-    vae = parity.tiny_models()[2]
-    return torch.cat([vae.decode(part) for part in latents.split(8)])
-
-
-def decibels(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Mean PSNR of latents, once decoded."""
-    return psnr(pictures(found), pictures(wanted))
-
-
-def some_latent(seed: int = 3) -> dict[str, Any]:
-    return {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) / LATENT_SCALE}
 
 
 # Full steps change nothing
@@ -372,111 +302,3 @@ def test_a_cancelled_run_leaves_nothing(faster: Callable[..., Any], monkeypatch:
     assert [made() for made in runs] == [None, None]
     monkeypatch.undo()
     assert torch.equal(found, run(faster()))
-
-
-# The faster routines
-
-
-def test_exact_routines_give_the_same_picture(faster: Callable[..., Any]) -> None:
-    texts = prompts(grid_prompts(216)[0][::54])
-    found, wanted = run(faster(PRESETS["exact"]), texts), plain(texts)
-    assert not torch.equal(found, wanted)
-    assert float((pictures(found) - pictures(wanted)).abs().max()) <= 1 / 255
-
-
-def test_bf16_is_near_and_only_where_it_is_faster(faster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = prompts(grid_prompts(216)[0][5::54])
-    exact = run(faster(Acceleration(EXACT)), texts)
-    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: False)
-    assert torch.equal(run(faster(Acceleration(BF16)), texts), exact)
-    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
-    found = run(faster(Acceleration(BF16)), texts)
-    assert found.dtype == torch.float32
-    assert not torch.allclose(found, exact, atol=1e-4)
-    assert decibels(found, exact) >= 39
-    assert torch.equal(run(faster(Acceleration(EXACT)), texts), exact)
-
-
-@pytest.mark.parametrize(("routines", "most"), [(EXACT, 0.1), (BF16, 6)])
-def test_the_vae_by_other_routines(routines: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``most``: by how much of 255 a pixel may differ."""
-    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
-    vae = parity.tiny_models()[2]
-    faster, words = kernels.install_vae(vae, routines)
-    assert ("bf16" in words) == (routines == BF16)
-    latent = plain(prompts(grid_prompts(216)[0][5::108]))
-    wanted, found = vae.decode(latent), faster.decode(latent)
-    assert not torch.equal(found, wanted)
-    assert float((found - wanted).abs().max()) <= most / 255
-    tiles = {"tile_x": 8, "tile_y": 8, "overlap": 2}
-    assert float((faster.decode_tiled(latent, **tiles) - vae.decode_tiled(latent, **tiles)).abs().max()) <= most / 255
-    code, again = vae.encode(wanted), faster.encode(wanted)
-    assert not torch.equal(again, code)
-    assert float((again - code).abs().max() / code.abs().max()) <= most / 100
-    assert torch.equal(vae.decode(latent), wanted)
-    assert kernels.install_vae(vae, OFF) == (vae, "")
-
-
-def test_one_dnn_takes_plain_products_only() -> None:
-    rows, weight, bias = torch.randn(2, 100, 64), torch.randn(32, 64), torch.randn(32)
-    wanted = torch.nn.functional.linear(rows, weight, bias)
-    with kernels.OneDnnProducts():
-        assert torch.allclose(torch.nn.functional.linear(rows, weight, bias), wanted, atol=1e-4)
-        assert torch.nn.functional.linear(rows.half(), weight.half()).dtype == torch.float16
-        few = torch.nn.functional.linear(rows[0, :2], weight, bias)
-    assert torch.equal(few, torch.nn.functional.linear(rows[0, :2], weight, bias))
-
-
-def test_an_attention_that_was_chosen_stays(faster: Callable[..., Any]) -> None:
-    called = []
-
-    def chosen(function: Any, *arguments: Any, **named: Any) -> Any:
-        called.append(function)
-        return function(*arguments, **named)
-
-    model = parity.tiny_models()[0].clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = chosen
-    run(faster(PRESETS["exact"], model), preset=BASE | {"steps": 1})
-    assert called
-
-
-# The node
-
-
-def node(**preset: Any) -> Any:
-    return KoalaAccelerate.execute(parity.tiny_models()[0], preset)
-
-
-def test_the_node_says_what_it_will_do() -> None:
-    text = {name: node(preset=name).ui["text"][0].splitlines() for name in PRESETS}
-    assert [lines[0] for lines in text.values()] == [
-        "25 of 25 steps run the full U-Net",
-        "12 of 25 steps run the full U-Net",
-        "9 of 25 steps run the full U-Net",
-    ]
-    assert all(lines[-1].startswith("on this CPU: ") for lines in text.values())
-    assert "bf16" not in text["exact"][-1]
-    assert ("bf16" in text["fast"][-1]) == kernels.bf16_is_faster()
-
-
-def test_the_vae_output_needs_the_vae() -> None:
-    vae = parity.tiny_models()[2]
-    made = KoalaAccelerate.execute(parity.tiny_models()[0], {"preset": "exact"}, vae)
-    assert made.result[1].first_stage_model is vae.first_stage_model
-    assert made.ui["text"][0].endswith(", VAE in channels_last")
-    assert "no VAE is connected" in node(preset="exact").result[1].message
-
-
-def test_custom_settings() -> None:
-    chosen = {"preset": "custom", "reuse": "fast", "guidance_start": 0.0, "guidance_end": 0.7, "cpu_routines": OFF}
-    made = node(**chosen)
-    assert made.ui["text"][0].splitlines() == ["9 of 25 steps run the full U-Net", "guidance from 0 to 0.7"]
-    with pytest.raises(ValueError, match=r"guidance_start is 0\.8 and guidance_end 0\.7; expected an end after"):
-        node(**chosen | {"guidance_start": 0.8})
-
-
-def test_models_that_are_no_koala_are_refused() -> None:
-    whole = transfer.pair(KOALA_700M)[0].clone()
-    whole.attachments.clear()
-    with pytest.raises(ValueError, match="this MODEL is not a KOALA model"):
-        KoalaAccelerate.execute(whole, {"preset": "fast"})

@@ -1,0 +1,52 @@
+"""The node KOALA Accelerate: what it says, takes and refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from koala_sdxl.host.accelerate import cpu_routines as kernels
+from koala_sdxl.host.accelerate.plan import OFF, PRESETS
+from koala_sdxl.koala.architecture.layout import KOALA_700M
+from koala_sdxl.nodes.speed import KoalaAccelerate
+from tools.measure import parity, transfer
+
+
+def node(**preset: Any) -> Any:
+    return KoalaAccelerate.execute(parity.tiny_models()[0], preset)
+
+
+def test_the_node_says_what_it_will_do() -> None:
+    text = {name: node(preset=name).ui["text"][0].splitlines() for name in PRESETS}
+    assert [lines[0] for lines in text.values()] == [
+        "25 of 25 steps run the full U-Net",
+        "12 of 25 steps run the full U-Net",
+        "9 of 25 steps run the full U-Net",
+    ]
+    assert all(lines[-1].startswith("on this CPU: ") for lines in text.values())
+    assert "bf16" not in text["exact"][-1]
+    assert ("bf16" in text["fast"][-1]) == kernels.bf16_is_faster()
+
+
+def test_the_vae_output_needs_the_vae() -> None:
+    vae = parity.tiny_models()[2]
+    made = KoalaAccelerate.execute(parity.tiny_models()[0], {"preset": "exact"}, vae)
+    assert made.result[1].first_stage_model is vae.first_stage_model
+    assert made.ui["text"][0].endswith(", VAE in channels_last")
+    assert "no VAE is connected" in node(preset="exact").result[1].message
+
+
+def test_custom_settings() -> None:
+    chosen = {"preset": "custom", "reuse": "fast", "guidance_start": 0.0, "guidance_end": 0.7, "cpu_routines": OFF}
+    made = node(**chosen)
+    assert made.ui["text"][0].splitlines() == ["9 of 25 steps run the full U-Net", "guidance from 0 to 0.7"]
+    with pytest.raises(ValueError, match=r"guidance_start is 0\.8 and guidance_end 0\.7; expected an end after"):
+        node(**chosen | {"guidance_start": 0.8})
+
+
+def test_models_that_are_no_koala_are_refused() -> None:
+    whole = transfer.pair(KOALA_700M)[0].clone()
+    whole.attachments.clear()
+    with pytest.raises(ValueError, match="this MODEL is not a KOALA model"):
+        KoalaAccelerate.execute(whole, {"preset": "fast"})

@@ -1,0 +1,82 @@
+"""KOALA Accelerate's faster routines: how near they come, and what they leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from koala_sdxl.host.accelerate import cpu_routines as kernels
+from koala_sdxl.host.accelerate.plan import BF16, EXACT, OFF, PRESETS, Acceleration
+from tests.speed import sampling
+from tests.speed.sampling import BASE, decibels, pictures, plain, prompts, run
+from tools.measure import parity
+from tools.tiny.evaluate import grid_prompts
+
+said = pytest.fixture(sampling.said)
+faster = pytest.fixture(sampling.faster)
+
+
+def test_exact_routines_give_the_same_picture(faster: Callable[..., Any]) -> None:
+    texts = prompts(grid_prompts(216)[0][::54])
+    found, wanted = run(faster(PRESETS["exact"]), texts), plain(texts)
+    assert not torch.equal(found, wanted)
+    assert float((pictures(found) - pictures(wanted)).abs().max()) <= 1 / 255
+
+
+def test_bf16_is_near_and_only_where_it_is_faster(faster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = prompts(grid_prompts(216)[0][5::54])
+    exact = run(faster(Acceleration(EXACT)), texts)
+    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: False)
+    assert torch.equal(run(faster(Acceleration(BF16)), texts), exact)
+    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
+    found = run(faster(Acceleration(BF16)), texts)
+    assert found.dtype == torch.float32
+    assert not torch.allclose(found, exact, atol=1e-4)
+    assert decibels(found, exact) >= 39
+    assert torch.equal(run(faster(Acceleration(EXACT)), texts), exact)
+
+
+@pytest.mark.parametrize(("routines", "most"), [(EXACT, 0.1), (BF16, 6)])
+def test_the_vae_by_other_routines(routines: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``most``: by how much of 255 a pixel may differ."""
+    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
+    vae = parity.tiny_models()[2]
+    faster, words = kernels.install_vae(vae, routines)
+    assert ("bf16" in words) == (routines == BF16)
+    latent = plain(prompts(grid_prompts(216)[0][5::108]))
+    wanted, found = vae.decode(latent), faster.decode(latent)
+    assert not torch.equal(found, wanted)
+    assert float((found - wanted).abs().max()) <= most / 255
+    tiles = {"tile_x": 8, "tile_y": 8, "overlap": 2}
+    assert float((faster.decode_tiled(latent, **tiles) - vae.decode_tiled(latent, **tiles)).abs().max()) <= most / 255
+    code, again = vae.encode(wanted), faster.encode(wanted)
+    assert not torch.equal(again, code)
+    assert float((again - code).abs().max() / code.abs().max()) <= most / 100
+    assert torch.equal(vae.decode(latent), wanted)
+    assert kernels.install_vae(vae, OFF) == (vae, "")
+
+
+def test_one_dnn_takes_plain_products_only() -> None:
+    rows, weight, bias = torch.randn(2, 100, 64), torch.randn(32, 64), torch.randn(32)
+    wanted = torch.nn.functional.linear(rows, weight, bias)
+    with kernels.OneDnnProducts():
+        assert torch.allclose(torch.nn.functional.linear(rows, weight, bias), wanted, atol=1e-4)
+        assert torch.nn.functional.linear(rows.half(), weight.half()).dtype == torch.float16
+        few = torch.nn.functional.linear(rows[0, :2], weight, bias)
+    assert torch.equal(few, torch.nn.functional.linear(rows[0, :2], weight, bias))
+
+
+def test_an_attention_that_was_chosen_stays(faster: Callable[..., Any]) -> None:
+    called = []
+
+    def chosen(function: Any, *arguments: Any, **named: Any) -> Any:
+        called.append(function)
+        return function(*arguments, **named)
+
+    model = parity.tiny_models()[0].clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = chosen
+    run(faster(PRESETS["exact"], model), preset=BASE | {"steps": 1})
+    assert called
