@@ -24,11 +24,14 @@ SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
 LONGEST = (
     "speed/test_accelerate.py",
+    "speed/test_cpu_routines.py",
     "browser",
     "host",
     "dev/test_distill.py",
+    "dev/test_distill_ways.py",
     "tiny/test_fidelity.py",
     "parity/test_saver.py",
+    "parity/test_saver_full_size.py",
 )
 """What takes longest, in that order."""
 
