@@ -82,7 +82,7 @@ def with_patches() -> Prompt:
     return prompt
 
 
-def with_foretold_steps() -> Prompt:
+def with_extrapolated_steps() -> Prompt:
     """By ComfyUI's own routines: which others are faster each server measures anew."""
     return accelerated(AS_BALANCED | {"preset.cpu_routines": "off"})
 
@@ -120,7 +120,7 @@ def saving() -> Prompt:
 
 GRAPHS = {
     "text to image": graph,
-    "KOALA Accelerate": with_foretold_steps,
+    "KOALA Accelerate": with_extrapolated_steps,
     "LoRA": with_lora,
     "hooks": with_hooks,
     "ControlNet": with_controlnet,

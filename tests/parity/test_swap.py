@@ -1,4 +1,4 @@
-"""KOALA U-Net Swap: what an SDXL MODEL bears goes along, each part to where it belongs."""
+"""KOALA U-Net Swap: what an SDXL MODEL has is carried over, each part to where it belongs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file of the gallery is refused with one clear line: which file, what it is, what was expected, what to do."""
+"""Every bad file is refused with one clear line: which file, what it is, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from koala_sdxl.koala.files.inspect import (
     inspect_vae,
     require_text_width,
 )
-from tests.unit import files, gallery, others, reference
+from tests.unit import bad_files, files, others, reference
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed`:FutureWarning")
-@pytest.mark.parametrize("kind", gallery.BAD)
+@pytest.mark.parametrize("kind", bad_files.BAD)
 def test_first_line_says_it_all(tmp_path: Path, kind: str) -> None:
-    bad = gallery.BAD[kind]
+    bad = bad_files.BAD[kind]
     path = tmp_path / f"{kind}-file.safetensors"
     bad.make(path)
     with pytest.raises(CheckpointError) as caught:
@@ -138,7 +138,7 @@ def test_a_checkpoint_whose_vae_is_damaged_names_the_tensor(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["sd1-checkpoint", "refiner-checkpoint", "flux-checkpoint", "vae-original", "clip-l"])
 def test_parts_are_not_taken_from_another_familys_checkpoint(tmp_path: Path, kind: str) -> None:
-    bad = gallery.BAD[kind]
+    bad = bad_files.BAD[kind]
     path = tmp_path / f"{kind}.safetensors"
     bad.make(path)
     with pytest.raises(CheckpointError) as caught:
@@ -149,7 +149,7 @@ def test_parts_are_not_taken_from_another_familys_checkpoint(tmp_path: Path, kin
 
 @pytest.mark.parametrize("kind", ["vae-diffusers", "t5", "clip-vision", "sdxl-diffusers", "lora-kohya", "cut", "empty"])
 def test_no_text_encoder(tmp_path: Path, kind: str) -> None:
-    bad = gallery.BAD[kind]
+    bad = bad_files.BAD[kind]
     path = tmp_path / f"{kind}.safetensors"
     bad.make(path)
     with pytest.raises(CheckpointError) as caught:
@@ -160,7 +160,7 @@ def test_no_text_encoder(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["clip-l", "t5", "sdxl-checkpoint", "controlnet-sd3", "junk", "web-page"])
 def test_no_vae(tmp_path: Path, kind: str) -> None:
-    bad = gallery.BAD[kind]
+    bad = bad_files.BAD[kind]
     path = tmp_path / f"{kind}.safetensors"
     bad.make(path)
     with pytest.raises(CheckpointError) as caught:

@@ -29,7 +29,7 @@ from koala_sdxl.koala.files.inspect import (
     require_text_width,
 )
 from koala_sdxl.koala.releases import BASE, LIGHTNING
-from tests.unit import files, gallery, others, reference
+from tests.unit import bad_files, files, others, reference
 from tools.tiny import SHIPPED
 
 DTYPES = [("F32", "fp32", 4), ("F16", "fp16", 2), ("BF16", "bf16", 2), ("F8_E4M3", "fp8_e4m3fn", 1)]
@@ -81,7 +81,7 @@ def test_the_built_in_model() -> None:
 
 
 def test_parts_may_come_from_any_sdxl_checkpoint(tmp_path: Path) -> None:
-    bad = gallery.BAD["sdxl-checkpoint"]
+    bad = bad_files.BAD["sdxl-checkpoint"]
     bad.make(tmp_path / "sdxl.safetensors")
     inspect_text_and_vae(tmp_path / "sdxl.safetensors")
 

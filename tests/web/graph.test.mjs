@@ -67,7 +67,7 @@ test("samplers are found through LoRAs and patches, each once, and not beyond wh
   assert.deepEqual(new Set(samplersAfter(loader)), new Set([near, far]));
   assert.equal(samplersAfter(loader).length, 2);
   const refiner = sampler();
-  near.connect(0, refiner, 1); // its LATENT, which is no MODEL
+  near.connect(0, refiner, 1); // its LATENT, not a MODEL
   assert.equal(samplersAfter(loader).length, 2);
 });
 
