@@ -130,7 +130,7 @@ def test_a_second_one_and_easycache_are_refused(client: Client) -> None:
     twice = accelerated()
     twice["11"] = {"class_type": "KoalaAccelerate", "inputs": {"model": ["10", 0], **BALANCED}}
     twice["4"]["inputs"]["model"] = ["11", 0]
-    with pytest.raises(GraphError, match="this MODEL comes from a KOALA Accelerate"):
+    with pytest.raises(GraphError, match="this MODEL is already accelerated by KOALA Accelerate"):
         client.run(twice)
     settings = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
     for kind in ("EasyCache", "LazyCache"):
