@@ -62,7 +62,8 @@ def open_unet(path: Path, wanted: str) -> UNetWeights:
             f"{path} cannot be read ({error.strerror}); expected {wanted}'s U-Net. Give a .safetensors file or a "
             f"Hugging Face folder."
         ) from None
-    found = header.under(header.unet_prefix)
+    prefix = header.unet_prefix
+    found = header.under(prefix)
     read = find_layout(found)
     if read is None:
         raise CheckpointError(
@@ -75,7 +76,7 @@ def open_unet(path: Path, wanted: str) -> UNetWeights:
             f"{label(file)} is {other_models.describe(header.shapes)} with tensors missing or of another shape "
             f"({len(faults)}, first: {faults[0]}); expected every tensor of {wanted}'s U-Net. Fetch the file again."
         )
-    stored = (header.unet_prefix + name for name in names(layout, numbering))
+    stored = (prefix + name for name in names(layout, numbering))
     return UNetWeights(file, layout, dict(zip(names(layout, "diffusers"), stored, strict=True)))
 
 
