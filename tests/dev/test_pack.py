@@ -101,33 +101,37 @@ def test_our_own_pack_is_valid_for_the_registry() -> None:
     assert "All validation checks passed" in pack.run_comfy_cli(["node", "validate"], pack.ROOT)
 
 
-CI = ("test.yml", "publish.yml", "nightly.yml")
-WORKFLOWS = sorted((pack.ROOT / ".github" / "workflows").glob("*.yml"))
+CI_FOLDER = pack.ROOT / ".github" / "workflows"
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(CI_FOLDER.glob("*.yml"))}
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_ci_workflow_may_read_and_uses_whole_versions_of_actions(path: Path) -> None:
-    workflow = yaml.safe_load(path.read_text("utf-8"))
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_ci_workflow_may_read_and_uses_whole_versions_of_actions(name: str) -> None:
+    workflow = WORKFLOWS[name]
     assert workflow["permissions"] == {"contents": "read"}
-    (job,) = workflow["jobs"].values()
-    assert "permissions" not in job
-    used = [step["uses"] for step in job["steps"] if "uses" in step]
+    jobs = workflow["jobs"].values()
+    assert not [job for job in jobs if "permissions" in job]
+    used = [part["uses"] for job in jobs for part in (job, *job.get("steps", ())) if "uses" in part]
     assert used
-    assert not [name for name in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+", name)]
+    assert not [
+        action for action in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+|\./\.github/workflows/\w+\.yml", action)
+    ]
 
 
-def test_ci_runs_the_readmes_test_command_and_publishes_on_a_new_version() -> None:
-    test, publish, _ = (yaml.safe_load((WORKFLOWS[0].parent / name).read_text("utf-8")) for name in CI)
-    (command,) = [step["run"] for step in test["jobs"]["test"]["steps"] if "run" in step]
+def test_ci_runs_the_readmes_test_command() -> None:
+    (command,) = [step["run"] for step in WORKFLOWS["test"]["jobs"]["test"]["steps"] if "run" in step]
     assert f"\n{command} " in (pack.ROOT / "README.md").read_text("utf-8")
-    assert publish[True]["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}  # YAML's "on" is a truth value
-    (step,) = publish["jobs"]["publish"]["steps"]
+
+
+def test_the_registrys_key_is_for_publishing_only() -> None:
+    (step,) = WORKFLOWS["release"]["jobs"]["publish"]["steps"]
     assert step["with"] == {"personal_access_token": "${{ secrets.REGISTRY_ACCESS_TOKEN }}"}
+    assert [name for name, workflow in WORKFLOWS.items() if "secrets." in str(workflow)] == ["release"]
 
 
 def test_ci_runs_every_test_at_night() -> None:
-    by_day, _, at_night = (yaml.safe_load((WORKFLOWS[0].parent / name).read_text("utf-8")) for name in CI)
-    assert at_night[True].keys() == {"schedule", "workflow_dispatch"}
+    by_day, at_night = WORKFLOWS["test"], WORKFLOWS["nightly"]
+    assert at_night[True].keys() == {"schedule", "workflow_dispatch"}  # YAML's "on" is a truth value
     *prepared, last = at_night["jobs"]["test"]["steps"]
     assert prepared == by_day["jobs"]["test"]["steps"][:-1]
     assert last["run"] == f"{by_day['jobs']['test']['steps'][-1]['run']} --all"
@@ -135,7 +139,7 @@ def test_ci_runs_every_test_at_night() -> None:
 
 def test_ci_keeps_what_the_environment_is_made_of() -> None:
     """The cache's key changes with every file that a cached environment or ComfyUI tree depends on."""
-    steps = yaml.safe_load((WORKFLOWS[0].parent / CI[0]).read_text("utf-8"))["jobs"]["test"]["steps"]
+    steps = WORKFLOWS["test"]["jobs"]["test"]["steps"]
     (cache,) = [step["with"] for step in steps if step.get("uses", "").startswith("actions/cache@")]
     named = re.findall(r"'([^']+)'", cache["key"])
     assert all(any(fnmatch(file, pattern) for pattern in named) for file in testhost.FULL.requirements)
