@@ -24,7 +24,7 @@ def test_the_judge_itself_is_right() -> None:
 def test_prompts_are_followed(model: Any) -> None:
     prompts, asked = evaluate.grid_prompts(evaluate.PROMPTS)
     assert len(prompts) >= 200
-    found = evaluate.score(pipeline.pictures(model, prompts, seed=evaluate.SEED), asked)
+    found = evaluate.score(pipeline.pictures(model, prompts, seed=evaluate.SEED, batch=12), asked)
     assert found.colour >= 95
     assert found.background >= 95
     assert found.shape >= 90
