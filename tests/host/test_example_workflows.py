@@ -85,21 +85,29 @@ def named(paths: Iterable[Path]) -> Any:
 
 @named(path for path in WORKFLOWS if "tiny" in path.stem)
 def test_a_shipped_workflow_runs(path: Path, server: Server, client: Client, host: Host) -> None:
-    require_run(path, server, client, host)
+    require_run(read(path), server, client, host)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_size")
 @named(path for path in WORKFLOWS if "tiny" not in path.stem and path != SWAP)
 def test_a_shipped_workflow_of_a_full_size_model_runs(path: Path, server: Server, client: Client, host: Host) -> None:
-    require_run(path, server, client, host)
+    require_run(read(path), server, client, host)
+
+
+def read(path: Path) -> dict[str, Any]:
+    workflow: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return workflow
 
 
 def require_run(
-    path: Path, server: Server, client: Client, host: Host, file: Callable[[dict[str, str]], Path] = random_file
+    workflow: dict[str, Any],
+    server: Server,
+    client: Client,
+    host: Host,
+    file: Callable[[dict[str, str]], Path] = random_file,
 ) -> None:
     """A workflow, with files in the place of its downloads, draws pictures, and nothing is complained of."""
-    workflow = json.loads(path.read_text("utf-8"))
     side = 128
     said_before = len(server.log.read_bytes())
     place_files(workflow, server, host, file)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL, SSD_1B
 from koala_sdxl.koala.architecture.lineage import at_widths_of
-from tests.host.test_example_workflows import SIDE, SWAP, place_files, random_file, require_run, shortened
+from tests.host.test_example_workflows import SIDE, SWAP, place_files, random_file, read, require_run, shortened
+from tools.generate.workflows import models
 from tools.harness.client import Client, GraphError, Prompt
 from tools.harness.server import Server, running
 from tools.harness.testhost import ROOT, Host
@@ -23,8 +24,8 @@ from tools.harness.workflow import to_prompt
 from tools.synthetic import adapters, random_weights
 
 LORA = ROOT / "example_workflows" / "KOALA-700M with an SDXL LoRA.json"
-
-
+IN_FP8 = ("--fp8_e4m3fn-unet", "--fp8_e4m3fn-text-enc")
+"""As ComfyUI keeps it on a CPU, SDXL's U-Net alone is 10 GB."""
 NARROW = {
     "checkpoints": lambda: random_weights.sdxl_checkpoint(random_weights.narrow(SDXL)),
     "diffusion_models": lambda: random_weights.narrow_unet("koala-700m"),
@@ -37,26 +38,42 @@ def narrow_file(model: dict[str, str]) -> Path:
     return NARROW[model["directory"]]() if model["directory"] in NARROW else random_file(model)
 
 
-IN_FP8 = ("--fp8_e4m3fn-unet", "--fp8_e4m3fn-text-enc")
-"""As ComfyUI keeps it on a CPU, SDXL's U-Net alone is 10 GB."""
+def in_folder(name: str, workflow: dict[str, Any]) -> dict[str, Any]:
+    """The workflow with its downloads in a folder of that name below those where they belong."""
+    text = json.dumps(workflow)
+    for model in models(workflow):
+        text = text.replace(json.dumps(model["name"]), json.dumps(f"{name}/{model['name']}"))
+    moved: dict[str, Any] = json.loads(text)
+    return moved
 
 
-@pytest.fixture(
-    params=[
-        pytest.param((narrow_file, ()), id="narrow"),
-        pytest.param((random_file, IN_FP8), id="full size", marks=pytest.mark.nightly),
-    ]
-)
-def stock(request: pytest.FixtureRequest, host: Host, full_size: None) -> Iterator[tuple[Server, Prompt]]:
-    """A server with files of that size for the shipped SDXL graph and for a LoRA, where the graph has been run; and
-    that graph, the swap in it, small."""
-    file, arguments = request.param
-    with running(host, arguments=arguments) as server:
-        client = Client(server.url)
-        place_files(json.loads(LORA.read_text("utf-8")), server, host, file)
-        require_run(SWAP, server, client, host, file)
-        info = client.object_info()
-        yield server, to_prompt(shortened(json.loads(SWAP.read_text("utf-8")), info), info)
+class Stock(NamedTuple):
+    """The shipped SDXL graph with the swap in it, small, on a server that has run it; a LoRA's name there."""
+
+    client: Client
+    graph: Prompt
+    lora: str
+
+
+@pytest.fixture(params=["narrow", pytest.param("full size", marks=pytest.mark.nightly)])
+def stock(request: pytest.FixtureRequest, host: Host, server: Server, full_size: None) -> Iterator[Stock]:
+    if request.param == "narrow":
+        swap, lora = (in_folder("narrow", read(path)) for path in (SWAP, LORA))
+        yield prepared(swap, lora, server, host, narrow_file)
+    else:
+        with running(host, arguments=IN_FP8) as roomy:
+            yield prepared(read(SWAP), read(LORA), roomy, host, random_file)
+
+
+def prepared(
+    swap: dict[str, Any], lora: dict[str, Any], server: Server, host: Host, file: Callable[[dict[str, str]], Path]
+) -> Stock:
+    client = Client(server.url)
+    place_files(lora, server, host, file)
+    require_run(swap, server, client, host, file)
+    info = client.object_info()
+    (name,) = [model["name"] for model in models(lora) if model["directory"] == "loras"]
+    return Stock(client, to_prompt(shortened(swap, info), info), name)
 
 
 def number(prompt: Prompt, class_type: str) -> str:
@@ -81,15 +98,14 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 
 @pytest.mark.slow
-def test_a_stock_graph_runs_with_and_without_the_swap_and_loras_go_along(stock: tuple[Server, Prompt]) -> None:
-    server, graph = stock
-    client = Client(server.url)
+def test_a_stock_graph_runs_with_and_without_the_swap_and_loras_go_along(stock: Stock) -> None:
+    client, graph = stock.client, stock.graph
     loader, swap = number(graph, "CheckpointLoaderSimple"), number(graph, "KoalaUNetSwap")
     sdxl = rewired(graph, [loader, 0], [loader, 0])
     del sdxl[swap]
     assert not any(node["class_type"].startswith("Koala") for node in sdxl.values())
     sdxls = picture(client, sdxl)
-    lora = {"lora_name": "pixel-art-xl.safetensors", "strength_model": 0.8, "strength_clip": 1.0}
+    lora = {"lora_name": stock.lora, "strength_model": 0.8, "strength_clip": 1.0}
     before = {"class_type": "LoraLoader", "inputs": {"model": [loader, 0], "clip": [loader, 1], **lora}}
     koalas = picture(client, graph)
     upstream = picture(client, rewired(graph, ["90", 0], [swap, 0], **{"90": before}))

@@ -17,9 +17,6 @@ from tools.harness.testhost import ROOT, say
 
 PROCESSES = 2  # of pytest
 SLOWEST = 25  # tests that are listed at the end
-LARGE = 4 << 20
-"""Bytes from which glibc gives an allocation back as soon as it is freed. Left to itself it raises this to 32 MB, and
-of a model that is gone it keeps gigabytes."""
 CONFIG = str(ROOT / "pyproject.toml")
 
 
@@ -51,7 +48,6 @@ def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     say("== pytest")
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(LARGE))
     return pytest.main([*arguments(everything), *pytest_arguments], plugins=[usage, Coverage(not pytest_arguments)])
 
 
