@@ -22,18 +22,21 @@ SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""
 SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
+FULL_SIZE = ("test_loader.py", "test_loading.py", "test_parity.py", "test_save.py", "test_saver_full_size.py")
+"""Files of parity/ that have full-size models, one at a time: in two processes they would wait for each other."""
 LONGEST = (
     "speed/test_accelerate.py",
-    "speed/test_cpu_routines.py",
     "browser",
     "host",
     "dev/test_distill.py",
     "dev/test_distill_ways.py",
     "tiny/test_fidelity.py",
-    "parity/test_saver.py",
-    "parity/test_saver_full_size.py",
+    "full-size",
+    "dev/test_bench.py",
+    "dev/test_gates.py",
+    "parity/test_transfer.py",
 )
-"""What takes longest, in that order."""
+"""What takes longest, in that order, but for full-size models beside the server's."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,10 +59,11 @@ class Together(LoadScopeScheduling):
 
 
 def together(nodeid: str) -> str:
-    """What a test stays together with."""
-    file = nodeid.split("::")[0]
-    folder = file.split("/")[1]
-    return folder if folder in SERVED else file
+    """What a test stays together with, in a word or the path of its file below tests/."""
+    folder, name = nodeid.split("::")[0].split("/", 2)[1:]
+    if folder == "parity" and name in FULL_SIZE:
+        return "full-size"
+    return folder if folder in SERVED else f"{folder}/{name}"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
@@ -69,7 +73,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever takes longest comes first, so that both processes end at about the same time."""
     rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(together(item.nodeid).removeprefix("tests/"), len(rank)))
+    items.sort(key=lambda item: rank.get(together(item.nodeid), len(rank)))
+    large = {together(item.nodeid) for item in items if "full_size" in getattr(item, "fixturenames", ())}
+    if strays := large - {"full-size", "host"}:
+        raise pytest.UsageError(f"{', '.join(sorted(strays))}: a full-size model outside of FULL_SIZE in {__file__}")
 
 
 def pytest_collection_finish() -> None:
@@ -80,9 +87,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """What is shared ends with the folder's last test: it takes memory."""
+    """What is shared ends with the folder's last test, and freed memory goes back with a file's: others need it."""
     if nextitem is None or nextitem.path.parent != item.path.parent:
         item.config.stash[SHARED].close()
+    if nextitem is None or nextitem.path != item.path:
+        large.let_go()
 
 
 @pytest.fixture(scope="session")
