@@ -88,7 +88,7 @@ class _DeepFeature(torch.nn.Module):
 
     value: torch.Tensor | None = None
 
-    def forward(self, _: torch.Tensor) -> torch.Tensor | None:
+    def forward(self, computed: torch.Tensor) -> torch.Tensor | None:
         return self.value
 
 

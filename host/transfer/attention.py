@@ -74,7 +74,7 @@ def remap(options: MutableMapping[str, Any], lineage: Lineage) -> Remapping:
     """
     patches, replacements = options.get("patches", {}), options.get(ATTENTION_REPLACEMENTS, {})
     if any(patches.get(name) for name in ATTENTION_PATCHES) or any(replacements.values()):
-        _ = lineage.transformers
+        lineage.require_transformers()
     count = 0
     for name in (*ATTENTION_PATCHES, *BLOCK_PATCHES):
         if listed := patches.get(name):

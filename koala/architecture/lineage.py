@@ -74,6 +74,10 @@ class Lineage:
     @property
     def transformers(self) -> KeptTransformers:
         """The teacher's index of each transformer block, by attention module. Raises ValueError where it is unknown."""
+        return self.require_transformers()
+
+    def require_transformers(self) -> KeptTransformers:
+        """The same, for who only has to know that it is known."""
         if self.kept_transformers is None:
             known = ", ".join(map(name, KEPT_TRANSFORMERS))
             raise ValueError(
