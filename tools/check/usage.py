@@ -15,13 +15,22 @@ class Usage:
     """A pytest plugin that watches from when it is made."""
 
     EVERY = 0.5  # seconds between two looks at the memory
+    AGAIN = 5.0  # seconds between two long ones
 
     def __init__(self) -> None:
         self.peak = 0
+        self._running: set[str] = set()
+        self._at_peak: list[str] = []
         self._begun = time.monotonic()
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look, daemon=True)
         self._watch.start()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._running.add(nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._running.discard(nodeid)
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -29,16 +38,21 @@ class Usage:
         self._watch.join()
         minutes = (time.monotonic() - self._begun) / 60
         terminalreporter.write_line(f"time: {minutes:.1f} minutes, of processors {sum(processor_seconds()) / 60:.1f}")
+        for test in self._at_peak:
+            terminalreporter.write_line(f"  {test}")
         terminalreporter.write_line(f"peak memory: {self.peak / 1e9:.1f} GB")
 
     def _look(self) -> None:
-        """How much of their pages processes share takes long to find out. It is done where they may hold more than ever
-        (their sum, which counts a shared page once for each, is never too low) and not the same as a moment ago."""
-        seen = 0
+        """Which part of its pages a process shares takes long to find out. It is done where the processes' pages, with a
+        shared one in it once for each of them, are more than ever, and else where they may be, every few seconds."""
+        most, later = 0, 0.0
         while not self._over.wait(self.EVERY):
-            now = sum(resident())
-            if now > self.peak and abs(now - seen) > 0.01 * seen:
-                seen, self.peak = now, max(self.peak, sum(own_share()))
+            now, clock = sum(resident()), time.monotonic()
+            if now > 1.01 * most or (now > self.peak and clock > later):
+                most, later = max(most, now), clock + self.AGAIN
+                held = sum(own_share())
+                if held > self.peak:
+                    self.peak, self._at_peak = held, sorted(self._running)
 
 
 def processes() -> Iterator[psutil.Process]:
