@@ -43,8 +43,8 @@ class Usage:
         terminalreporter.write_line(f"peak memory: {self.peak / 1e9:.1f} GB")
 
     def _look(self) -> None:
-        """Which part of its pages a process shares takes long to find out. It is done where the processes' pages, with a
-        shared one in it once for each of them, are more than ever, and else where they may be, every few seconds."""
+        """Which part of its pages a process shares takes long to find out. It is done where all pages, a shared one once
+        for each of its processes, are more than ever, and every few seconds where they are more than the peak."""
         most, later = 0, 0.0
         while not self._over.wait(self.EVERY):
             now, clock = sum(resident()), time.monotonic()
