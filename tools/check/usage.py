@@ -52,7 +52,7 @@ class Usage:
                 most, later = max(most, now), clock + self.AGAIN
                 held = sum(own_share())
                 if held > self.peak:
-                    self.peak, self._at_peak = held, sorted(self._running)
+                    self.peak, self._at_peak = held, sorted(tuple(self._running))
 
 
 def processes() -> Iterator[psutil.Process]:
