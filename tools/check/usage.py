@@ -43,8 +43,8 @@ class Usage:
         terminalreporter.write_line(f"peak memory: {self.peak / 1e9:.1f} GB")
 
     def _look(self) -> None:
-        """Which part of its pages a process shares takes long to find out. It is done where all pages, a shared one once
-        for each of its processes, are more than ever, and every few seconds where they are more than the peak."""
+        """Finding out what a process shares takes long. It is done when all pages together, a shared one counted once for
+        each of its processes, are more than ever, and every few seconds while they are more than the peak."""
         most, later = 0, 0.0
         while not self._over.wait(self.EVERY):
             now, clock = sum(resident()), time.monotonic()
@@ -52,7 +52,7 @@ class Usage:
                 most, later = max(most, now), clock + self.AGAIN
                 held = sum(own_share())
                 if held > self.peak:
-                    self.peak, self._at_peak = held, sorted(tuple(self._running))
+                    self.peak, self._at_peak = held, sorted(self._running.copy())  # tests go on meanwhile
 
 
 def processes() -> Iterator[psutil.Process]:
