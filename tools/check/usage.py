@@ -43,8 +43,8 @@ class Usage:
         terminalreporter.write_line(f"peak memory: {self.peak / 1e9:.1f} GB")
 
     def _look(self) -> None:
-        """Finding out what a process shares takes long. It is done when all pages together, a shared one counted once for
-        each of its processes, are more than ever, and every few seconds while they are more than the peak."""
+        """Finding out what a process shares takes long. It is done when all pages together (a shared one counted once
+        for each of its processes) are more than ever, and every few seconds while they exceed the peak."""
         most, later = 0, 0.0
         while not self._over.wait(self.EVERY):
             now, clock = sum(resident()), time.monotonic()
