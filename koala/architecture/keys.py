@@ -86,10 +86,14 @@ class Coverage(NamedTuple):
     def exact(self) -> bool:
         return not (self.missing or self.extra or self.misshapen)
 
+    def __str__(self) -> str:
+        """The faults with their number and their first three names, such as "2 missing (first: a, b)"."""
+        listed = (("missing", self.missing), ("extra", self.extra), ("misshapen", self.misshapen))
+        return "; ".join(f"{len(names)} {word} (first: {', '.join(names[:3])})" for word, names in listed if names)
 
-def coverage(layout: Layout, numbering: Numbering, found: Mapping[str, Shape]) -> Coverage:
-    """Compare a file's tensor names and shapes with the layout's, both ways."""
-    wanted = {getattr(tensor, numbering): tensor.shape for tensor in tensors(layout)}
+
+def compare(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> Coverage:
+    """Compare tensor names and shapes that are found with those that are wanted, both ways."""
     return Coverage(
         missing=tuple(name for name in wanted if name not in found),
         extra=tuple(name for name in found if name not in wanted),
@@ -99,6 +103,11 @@ def coverage(layout: Layout, numbering: Numbering, found: Mapping[str, Shape]) -
             if name in found and found[name] != shape
         ),
     )
+
+
+def coverage(layout: Layout, numbering: Numbering, found: Mapping[str, Shape]) -> Coverage:
+    """Compare a file's tensor names and shapes with the layout's, both ways."""
+    return compare({getattr(tensor, numbering): tensor.shape for tensor in tensors(layout)}, found)
 
 
 def _unet(layout: Layout) -> Iterator[Tensor]:

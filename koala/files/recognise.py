@@ -53,13 +53,8 @@ def require_exact(path: Path, layout: Layout, numbering: Numbering, unet: Mappin
     cover = coverage(layout, numbering, unet)
     if cover.exact:
         return
-    faults = [
-        f"{len(listed)} {word} (first: {', '.join(listed[:3])})"
-        for word, listed in (("missing", cover.missing), ("extra", cover.extra), ("misshapen", cover.misshapen))
-        if listed
-    ]
     raise CheckpointError(
-        f"{label(path)} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {'; '.join(faults)}. "
+        f"{label(path)} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {cover}. "
         f"Fetch the published file again: {published_unet(layout, label(path))}"
     )
 
