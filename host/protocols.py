@@ -85,9 +85,10 @@ class Model(Protocol):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What turns a text into tokens, and back."""
+    """SDXL's two tokenizers; inside each, as ``tokenizer``, is that of transformers."""
 
-    def untokenize(self, token_weight_pair: list[tuple[Any, ...]]) -> list[tuple[Any, str]]: ...
+    clip_l: Any
+    clip_g: Any
 
 
 @runtime_checkable

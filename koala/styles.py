@@ -14,8 +14,9 @@ class Style:
 
     def apply(self, positive: str, negative: str) -> tuple[str, str]:
         """Positive and negative prompt with the style's words around the person's own."""
-        joined = ", ".join(part for part in (self.negative, negative.strip()) if part)
-        return self.positive.replace("{prompt}", positive), joined
+        if self.negative:
+            negative = f"{self.negative}, {negative}" if negative.strip() else self.negative
+        return self.positive.replace("{prompt}", positive), negative
 
 
 STYLES: dict[str, Style] = {

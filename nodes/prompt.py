@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
 
-import torch
 from comfy_api.latest import io
 
-from ..host.protocols import Clip, Conditioning
+from ..host.prompt import encode_reference, is_empty, zeros
+from ..host.protocols import Clip
+from ..koala.architecture.components import PROMPT_TOKENS
 from ..koala.styles import STYLES
 from .base import CATEGORY, SHOWS, shown
+
+EMBEDDING = re.compile(r"(?<!\S)embedding:[^\s,]+")
+"""An embedding, as comfy mode would find it."""
 
 
 class KoalaPrompt(io.ComfyNode):
@@ -63,39 +68,24 @@ class KoalaPrompt(io.ComfyNode):
         if mode == "comfy":
             encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative)]
             return shown("comfy: weights and long prompts as ComfyUI encodes them", *encoded)
-        first, cut = encode_reference(clip, positive)
-        second, cut_negative = encode_reference(clip, negative)
-        if not negative.strip():
-            second = zeros(second)
-        losses = [
-            f"{which} cut after 77 tokens, lost: {lost}"
-            for which, lost in (("prompt", cut), ("negative", cut_negative))
-            if lost
-        ]
-        return shown("\n".join(losses) or "nothing was cut", first, second)
+        first, second = encode_reference(clip, positive), encode_reference(clip, negative)
+        conditioning = zeros(second.conditioning) if is_empty(clip, negative) else second.conditioning
+        said = [
+            f"{which} cut after {PROMPT_TOKENS} tokens, lost: {_lost(encoded.lost)}"
+            for which, encoded in (("prompt", first), ("negative", second))
+            if any(encoded.lost.values())
+        ] or ["nothing was cut"]
+        return shown("\n".join(said + _literal_embeddings(positive, negative)), first.conditioning, conditioning)
 
 
-def encode_reference(clip: Clip, text: str) -> tuple[Conditioning, str]:
-    """Encode as diffusers' SDXL pipeline: one section of 77 tokens, no weights.
-
-    Size conditioning is left to the host, whose defaults (latent size, crop 0) are the pipeline's.
-    Returns the conditioning and the text that did not fit.
-    """
-    tokens = clip.tokenize(text, disable_weights=True)
-    rest = [pair for section in tokens["l"][1:] for pair in section]
-    conditioning = clip.encode_from_tokens_scheduled({name: sections[:1] for name, sections in tokens.items()})
-    return conditioning, _words(clip, rest)
+def _lost(lost: Mapping[str, str]) -> str:
+    """What the encoders did not get; each by itself where they differ in more than blanks."""
+    if len({"".join(text.split()) for text in lost.values()}) == 1:
+        return lost["l"]
+    return ", ".join(f"{text or 'nothing'} in CLIP-{name.upper()}" for name, text in lost.items())
 
 
-def zeros(conditioning: Conditioning) -> Conditioning:
-    """The same conditioning with text and pooled text zero: diffusers' ``force_zeros_for_empty_prompt``."""
-    return [
-        [torch.zeros_like(text), {**rest, "pooled_output": torch.zeros_like(rest["pooled_output"])}]
-        for text, rest in conditioning
-    ]
-
-
-def _words(clip: Clip, pairs: list[tuple[Any, ...]]) -> str:
-    """Tokens back to text; start, end and padding tokens vanish."""
-    pieces = (piece for _, piece in clip.tokenizer.untokenize(pairs))
-    return "".join(piece for piece in pieces if not piece.startswith("<|")).replace("</w>", " ").strip()
+def _literal_embeddings(*texts: str) -> list[str]:
+    """A line for each embedding that is written in the texts."""
+    names = dict.fromkeys(name for text in texts for name in EMBEDDING.findall(text))
+    return [f"{name} is plain text in reference mode; comfy mode loads embeddings" for name in names]

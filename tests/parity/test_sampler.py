@@ -1,4 +1,4 @@
-"""KOALA Sampler does what core's samplers do, and the prompt node what diffusers does."""
+"""KOALA Sampler does what core's samplers do."""
 
 from __future__ import annotations
 
@@ -123,36 +123,3 @@ def test_a_model_that_is_no_koala_is_refused_by_auto() -> None:
     other: Any = SimpleNamespace(model=torch.nn.Module(), get_attachment=lambda _: None)
     with pytest.raises(ValueError, match=r"this MODEL is not a KOALA model \(Module\)"):
         sample._settings(other, {"preset": "auto"})
-
-
-LONG = ", ".join(["a gray koala on a green background"] * 12)
-
-
-@pytest.mark.parametrize("text", ["a (red:1.5) circle", "(a red circle)", LONG, "a  RED   circle", ""])
-def test_reference_text_is_encoded_as_the_pipeline_encodes_it(text: str) -> None:
-    conditioning, _ = prompt.encode_reference(parity.tiny_models()[1], text)
-    theirs, _, pooled, _ = parity.tiny_pipeline().encode_prompt(text, do_classifier_free_guidance=False)
-    assert conditioning[0][0].shape == theirs.shape
-    assert (conditioning[0][0] - theirs).abs().max() < 1e-4
-    assert (conditioning[0][1]["pooled_output"] - pooled).abs().max() < 1e-4
-
-
-def test_what_was_cut_is_said() -> None:
-    node = _text(positive=LONG, negative="red")
-    assert node.ui["text"][0].startswith("prompt cut after 77 tokens, lost: ")
-    assert node.ui["text"][0].endswith("a gray koala on a green background")
-    assert _text().ui["text"][0] == "nothing was cut"
-
-
-def test_an_empty_negative_becomes_zeros_only_in_reference_mode() -> None:
-    _, negative = _text(negative="  ").result
-    assert not negative[0][0].any()
-    assert not negative[0][1]["pooled_output"].any()
-    _, negative = _text(negative="", mode="comfy").result
-    assert negative[0][0].any()
-
-
-def test_comfy_mode_keeps_weights_and_long_prompts() -> None:
-    plain, weighted = (_text(positive=text, mode="comfy").result[0] for text in ("a red circle", "a (red:1.5) circle"))
-    assert not torch.equal(plain[0][0], weighted[0][0])
-    assert _text(positive=LONG, mode="comfy").result[0][0][0].shape[1] > 77
