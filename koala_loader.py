@@ -27,6 +27,8 @@ import torch
 from .host.model import ATTACHMENT, WEIGHT_DTYPES
 from .host.reader import read, streamed
 from .koala.architecture import components, keys
+from .koala.architecture.component_detection import read_text_encoder
+from .koala.architecture.component_keys import text_name
 from .koala.architecture.keys import shapes_of
 from .koala.architecture.layout import Layout
 from .koala.files.conventions import CLIP_PREFIXES
@@ -251,7 +253,7 @@ class _Clip(comfy.sd.CLIP):
 def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     dtype = comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
     encoders = {"clip_l": _read_text(first, dtype), "clip_g": _read_text(second, dtype)}
-    sizes = {name: components.read_text_encoder(shapes_of(weights)) for name, weights in encoders.items()}
+    sizes = {name: read_text_encoder(shapes_of(weights)) for name, weights in encoders.items()}
     state = {
         f"{name}.transformer.{key}": tensor for name, weights in encoders.items() for key, tensor in weights.items()
     }
@@ -320,7 +322,7 @@ def _read_text(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if source.prefix == CLIP_PREFIXES[1]:  # open_clip's names
         weights = {key.removeprefix("model."): tensor for key, tensor in weights.items()}
         weights = comfy.utils.clip_text_transformers_convert(weights, "", "")
-    named = {components.text_name(key.removeprefix("transformer.")): tensor for key, tensor in weights.items()}
+    named = {text_name(key.removeprefix("transformer.")): tensor for key, tensor in weights.items()}
     unused = ("logit_scale", "text_model.embeddings.position_ids")
     return {key: tensor for key, tensor in named.items() if key not in unused}
 

@@ -15,13 +15,8 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..koala.architecture import keys
-from ..koala.architecture.components import (
-    LATENT_SCALE,
-    PROMPT_TOKENS,
-    TextEncoder,
-    read_autoencoder,
-    read_text_encoder,
-)
+from ..koala.architecture.component_detection import read_autoencoder, read_text_encoder
+from ..koala.architecture.components import LATENT_SCALE, PROMPT_TOKENS, TextEncoder
 from ..koala.architecture.detection import read_layout
 from ..koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from ..koala.files.export import unet_config

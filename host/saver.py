@@ -16,7 +16,7 @@ import comfy.utils
 import torch
 
 from ..koala.architecture import keys
-from ..koala.architecture.components import read_autoencoder, read_text_encoder
+from ..koala.architecture.component_detection import read_autoencoder, read_text_encoder
 from ..koala.architecture.keys import shapes_of
 from ..koala.architecture.layout import name
 from ..koala.files.convert import State, diffusers_vae

@@ -12,7 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from ..architecture.components import Autoencoder, TextEncoder, read_autoencoder, read_text_encoder
+from ..architecture.component_detection import read_autoencoder, read_text_encoder
+from ..architecture.components import Autoencoder, TextEncoder
 from ..architecture.keys import Numbering, names
 from ..architecture.layout import KOALA_NAMES, Layout, name
 from ..architecture.lineage import KeptTransformers

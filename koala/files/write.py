@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..architecture.components import Autoencoder, TextEncoder, read_autoencoder, read_text_encoder
+from ..architecture.component_detection import read_autoencoder, read_text_encoder
+from ..architecture.components import Autoencoder, TextEncoder
 from ..architecture.keys import coverage, renaming, shapes_of
 from ..architecture.layout import name
 from ..model_info import ModelFacts

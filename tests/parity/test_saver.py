@@ -22,7 +22,8 @@ from koala_sdxl.host import saver as koala_saver
 from koala_sdxl.host.model import ATTACHMENT, WEIGHT_DTYPES, model_facts
 from koala_sdxl.koala import releases as settings
 from koala_sdxl.koala.architecture import layout
-from koala_sdxl.koala.architecture.components import LATENT_SCALE, read_autoencoder
+from koala_sdxl.koala.architecture.component_detection import read_autoencoder
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.architecture.keys import renaming
 from koala_sdxl.koala.files import atomic_write as disk
 from koala_sdxl.koala.files import inspect as checkpoint

@@ -11,11 +11,11 @@ import torch
 
 from koala_sdxl.koala import releases as settings
 from koala_sdxl.koala.architecture import layout
-from koala_sdxl.koala.architecture.components import read_autoencoder
+from koala_sdxl.koala.architecture.component_detection import read_autoencoder
+from koala_sdxl.koala.architecture.component_keys import vae_name
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.files import export
 from koala_sdxl.koala.files.conventions import SCHEDULER_KEY, VAE_PREFIX
-from koala_sdxl.koala.files.convert import vae_name
 from koala_sdxl.koala.files.header import CheckpointError, read_header
 from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.model_info import ModelFacts, assumed_facts

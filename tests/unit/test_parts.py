@@ -6,13 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from koala_sdxl.koala.architecture.components import (
-    Autoencoder,
-    TextEncoder,
-    read_autoencoder,
-    read_text_encoder,
-    text_name,
-)
+from koala_sdxl.koala.architecture.component_detection import read_autoencoder, read_text_encoder
+from koala_sdxl.koala.architecture.component_keys import text_name
+from koala_sdxl.koala.architecture.components import Autoencoder, TextEncoder
 from tests.unit import reference
 
 CLIP_L = TextEncoder(hidden=768, intermediate=3072, layers=12, projection=None)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from koala_sdxl.koala.architecture.components import read_autoencoder
+from koala_sdxl.koala.architecture.component_detection import read_autoencoder
 from koala_sdxl.koala.architecture.keys import renaming, shapes_of
 from koala_sdxl.koala.architecture.layout import KOALA_700M, KOALA_TINY
 from koala_sdxl.koala.files import convert, export

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from koala_sdxl.koala.architecture.components import LATENT_SCALE, text_name
+from koala_sdxl.koala.architecture.component_keys import text_name
+from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.architecture.keys import Shape, shapes_of, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
 from koala_sdxl.koala.files.atomic_write import written_whole

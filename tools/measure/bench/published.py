@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from koala_sdxl.koala.architecture import components as parts
+from koala_sdxl.koala.architecture.component_detection import read_text_encoder
 from koala_sdxl.koala.files import export
 from koala_sdxl.koala.files.inspect import inspect_folder
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
@@ -28,7 +28,7 @@ def link(target: Path) -> Path:
         place.parent.mkdir(parents=True)
         place.symlink_to(file)
     texts = {"text_encoder": made.text_encoder, "text_encoder_2": made.text_encoder_2}
-    sizes = {part: parts.read_text_encoder(file.shapes) for part, file in texts.items()}
+    sizes = {part: read_text_encoder(file.shapes) for part, file in texts.items()}
     configs = {
         "model_index.json": export.MODEL_INDEX,
         "scheduler/scheduler_config.json": {**SCHEDULER_CONFIG, "_class_name": "EulerDiscreteScheduler"},
