@@ -130,6 +130,14 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", default="euler", help=f"{SEARCH}: a sampler without noise (default: euler)")
 
 
+def fuzz_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py fuzz``."""
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--cases", type=int, default=2000, metavar="N", help="how many damaged files (default: 2000)")
+    parser.add_argument("--only", type=int, metavar="CASE", help="this case alone, whatever becomes of it")
+    parser.add_argument("--record", action="store_true", help="write the figures to docs/reliability.md")
+
+
 def distill_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py distill``: the trainer's own."""
     importlib.import_module("koala_sdxl.distill.options").add_options(parser)
@@ -166,6 +174,11 @@ COMMANDS = {
         "tools.measure.bench.__main__:main",
         bench_options,
         f"`dev.py bench {SEARCH} --full N` looks for better tables of N full steps for KOALA Accelerate.",
+    ),
+    "fuzz": Command(
+        "load thousands of damaged files: each is refused by name or loaded as it is",
+        "tools.fuzz.campaign:main",
+        fuzz_options,
     ),
     "train-tiny": Command("train the built-in model", "tools.tiny.train:main", train_tiny_options),
     "pack-tiny": Command("write the built-in model's one file", "tools.tiny.pack:main", pack_tiny_options),
