@@ -31,7 +31,12 @@ def tokens_of(text: str) -> dict[str, list[int]]:
     clip = copy.copy(parity.tiny_models()[1])
     given: list[Any] = []
     encode = clip.encode_from_tokens_scheduled
-    clip.encode_from_tokens_scheduled = lambda tokens: (given.append(tokens), encode(tokens))[1]
+
+    def recorded(tokens: Any) -> Any:
+        given.append(tokens)
+        return encode(tokens)
+
+    clip.encode_from_tokens_scheduled = recorded
     KoalaPrompt.execute(clip, text, "", "no style", "reference")
     assert all(len(sections) == 1 and {weight for _, weight in sections[0]} == {1.0} for sections in given[0].values())
     return {name: [token for token, _ in sections[0]] for name, sections in given[0].items()}
