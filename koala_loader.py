@@ -9,9 +9,8 @@ stock node's output does.
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,19 @@ import torch
 
 from .host.model import ATTACHMENT, WEIGHT_DTYPES
 from .host.reader import read, streamed
+from .host.vae import Vae
 from .koala.architecture import components, keys
-from .koala.architecture.component_detection import read_text_encoder
-from .koala.architecture.component_keys import text_name
+from .koala.architecture.component_keys import PROJECTION, TRANSPOSED_PROJECTION, text_name
 from .koala.architecture.keys import shapes_of
 from .koala.architecture.layout import Layout
-from .koala.files.conventions import CLIP_PREFIXES
+from .koala.files.conventions import label
+from .koala.files.convert import original_vae
 from .koala.files.dtypes import TORCH_DTYPES
-from .koala.files.header import Source
+from .koala.files.header import CheckpointError, Source
 from .koala.files.inspect import (
     Checkpoint,
     Model,
+    TextEncoderFile,
     UNetFile,
     VAEFile,
     inspect_checkpoint,
@@ -45,8 +46,8 @@ from .koala.files.inspect import (
 )
 
 BUILT_IN = Path(__file__).parent / "assets" / "koala-tiny.safetensors"
-TILES = (64, 32, 16)
-"""Sides, in latents, of the tiles in which an image is decoded that is too large to be decoded at once."""
+CLIP_CONSTANTS = ("clip_l.logit_scale", "clip_g.logit_scale")
+"""CLIP's temperature, ln 100, which the host's text encoders have of their own and SDXL does not use."""
 
 Loaded = tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]
 
@@ -55,50 +56,6 @@ _unpatched: weakref.WeakValueDictionary[Hashable, comfy.model_patcher.ModelPatch
 keeps its parent, so that an entry lives exactly as long as anyone has the weights."""
 _wrappings: weakref.WeakKeyDictionary[comfy.model_patcher.ModelPatcher, Any] = weakref.WeakKeyDictionary()
 """Patcher of a text encoder or VAE -> the CLIP or VAE around it, without patcher and network: so it keeps neither."""
-
-
-class Vae(comfy.sd.VAE):
-    """The host's VAE, which also decodes in tiles on a CPU, where no error tells that memory is short."""
-
-    def decode(self, samples_in: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        """Decode latents.
-
-        In tiles where the host's estimate of the memory that the full size takes is more than the machine has free.
-
-        Args:
-            samples_in: (N, 4, h, w).
-
-        Returns: an image (N, 8h, 8w, 3) in 0..1.
-        """
-        tile = None
-        if comfy.model_management.is_device_cpu(self.device):
-            height, width = samples_in.shape[-2:]
-            need = self.memory_used_decode(samples_in.shape, self.vae_dtype)
-            free = comfy.model_management.get_free_memory(self.device)
-            tile = decode_tile(height, width, need, free)
-        if tile is None:
-            return super().decode(samples_in, *arguments, **options)
-        logging.info(
-            f"KOALA: decoding {8 * width}x{8 * height} pixels in tiles of {8 * tile}: the full size may take "
-            f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB."
-        )
-        return self.decode_tiled(samples_in, tile_x=tile, tile_y=tile, overlap=tile // 4)
-
-
-def decode_tile(height: int, width: int, need: float, free: float) -> int | None:
-    """Side, in latents, of the tiles in which to decode a latent; None to decode it at once.
-
-    The largest tile that fits is taken, or else the smallest. A tile takes as much of ``need`` as it has of the area.
-
-    Args:
-        height, width: of the latent.
-        need: bytes that decoding it at once takes.
-        free: bytes of free memory.
-    """
-    if need <= free:
-        return None
-    fitting = (side for side in TILES if side * side < height * width and need * side * side <= free * height * width)
-    return next(fitting, TILES[-1])
 
 
 def load_folder(folder: Path, weight_dtype: str = "default") -> Loaded:
@@ -121,9 +78,16 @@ def load_checkpoint(path: Path, weight_dtype: str = "default") -> Loaded:
     return _loaded(inspect_checkpoint(path), path.name, weight_dtype)
 
 
-def load_checkpoint_parts(path: Path) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:
-    """CLIP and VAE of any single-file checkpoint of the SDXL family; its U-Net is not read."""
-    first, second, vae = inspect_text_and_vae(path)
+def load_checkpoint_parts(path: Path, layout: Layout | None = None) -> tuple[comfy.sd.CLIP, comfy.sd.VAE]:
+    """CLIP and VAE of any single-file checkpoint of the SDXL family; its U-Net is not read.
+
+    Args:
+        path: the file.
+        layout: of the U-Net that they are for; None for any.
+
+    Raises FileNotFoundError, and CheckpointError where one of them is absent, incomplete or of another width.
+    """
+    first, second, vae = inspect_text_and_vae(path, layout)
     return load_clip(first, second), load_vae(vae)
 
 
@@ -228,12 +192,13 @@ def _unet_patcher(
         model.to(offload_device)
     names = keys.renaming(unet.layout, unet.numbering, "comfy")
     weights = read(unet, weight_dtype)
-    _fill(model.diffusion_model, {names[name]: tensor for name, tensor in weights.items()}, patcher)
+    renamed = {names[name]: tensor for name, tensor in weights.items()}
+    _fill(model.diffusion_model, renamed, patcher, label(unet.path))
     patcher.cached_patcher_init = (_unet_patcher, (unet, dtype))
     return patcher
 
 
-def load_clip(first: Source, second: Source) -> comfy.sd.CLIP:
+def load_clip(first: TextEncoderFile, second: TextEncoderFile) -> comfy.sd.CLIP:
     """SDXL's CLIP from two text encoders of any size; ``first`` is CLIP-L, ``second`` CLIP-G."""
     return _wrapped((first, second), lambda: _clip(first, second), "cond_stage_model").clone()
 
@@ -244,24 +209,34 @@ def load_vae(file: VAEFile) -> comfy.sd.VAE:
 
 
 class _Clip(comfy.sd.CLIP):
-    """The host's CLIP, filled as we fill; a clone of it is a plain CLIP."""
+    """The host's CLIP, filled as we fill; a clone of it is a plain CLIP.
+
+    ``files`` names its text encoders' files, for an error.
+    """
+
+    def __init__(self, files: str, *arguments: Any, **options: Any) -> None:
+        self._files = files
+        super().__init__(*arguments, **options)
 
     def load_sd(self, sd: dict[str, torch.Tensor], full_model: bool = False) -> Any:
-        return _fill(self.cond_stage_model, sd, self.patcher)
+        return _fill(self.cond_stage_model, sd, self.patcher, self._files, CLIP_CONSTANTS)
 
 
-def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def _clip(first: TextEncoderFile, second: TextEncoderFile, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     dtype = comfy.model_management.text_encoder_dtype(comfy.model_management.text_encoder_device())
-    encoders = {"clip_l": _read_text(first, dtype), "clip_g": _read_text(second, dtype)}
-    sizes = {name: read_text_encoder(shapes_of(weights)) for name, weights in encoders.items()}
+    files = {"clip_l": first, "clip_g": second}
     state = {
-        f"{name}.transformer.{key}": tensor for name, weights in encoders.items() for key, tensor in weights.items()
+        f"{name}.transformer.{key}": tensor
+        for name, file in files.items()
+        for key, tensor in _text(file, dtype).items()
     }
     target = comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
-    options: dict[str, Any] = {f"{name}_model_config": _text_config(size) for name, size in sizes.items()}
+    options: dict[str, Any] = {f"{name}_model_config": _text_config(file.sizes) for name, file in files.items()}
     clip = _Clip(
+        " and ".join(dict.fromkeys(label(file.path) for file in files.values())),
         target,
         embedding_directory=_embeddings(),
+        tokenizer_data={f"{name}_max_length": file.sizes.positions for name, file in files.items()},
         parameters=sum(tensor.numel() for tensor in state.values()),
         state_dict=state,
         model_options={**options, "dtype": dtype},
@@ -272,7 +247,9 @@ def _clip(first: Source, second: Source, disable_dynamic: bool = False) -> comfy
 
 
 def _vae(file: VAEFile) -> Vae:
-    weights, sizes = read(file), file.sizes  # the host copies them into the type that it chooses
+    sizes, own = file.sizes, file.tensors
+    # the host copies them into the type that it chooses
+    weights = original_vae({name: tensor for name, tensor in read(file).items() if name in own}, len(sizes.channels))
     first = sizes.channels[0]
     config = {
         "ddconfig": {
@@ -290,11 +267,14 @@ def _vae(file: VAEFile) -> Vae:
         "embed_dim": sizes.embed,
     }
     vae = Vae(sd=weights, config={"params": config})
+    _require_same(label(file.path), vae.first_stage_model.state_dict(), weights)
     vae.patcher.cached_patcher_init = (_vae_patcher, (file,))
     return vae
 
 
-def _clip_patcher(first: Source, second: Source, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def _clip_patcher(
+    first: TextEncoderFile, second: TextEncoderFile, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     return _clip(first, second, disable_dynamic).patcher
 
 
@@ -303,28 +283,59 @@ def _vae_patcher(file: VAEFile, disable_dynamic: bool = False) -> comfy.model_pa
 
 
 def _fill(
-    network: torch.nn.Module, weights: Mapping[str, torch.Tensor], patcher: comfy.model_patcher.ModelPatcher
+    network: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    patcher: comfy.model_patcher.ModelPatcher,
+    file: str,
+    constants: Collection[str] = (),
 ) -> Any:
     """Give a network its weights: these tensors themselves, on the device of the parameter that each replaces.
 
-    Returns the names that were missing and those that were unexpected, as ``load_state_dict`` does.
+    Args:
+        network: the host's.
+        weights: by the network's own names.
+        patcher: the network's.
+        file: its name, for an error.
+        constants: parameters of the network that it sets itself.
+
+    Returns the names that were missing and those that were unexpected, as ``load_state_dict`` does. Raises
+    CheckpointError where the two do not have the same tensors.
     """
+    own = network.state_dict()
+    _require_same(file, {name: tensor for name, tensor in own.items() if name not in constants}, weights)
     if streamed():
         return network.load_state_dict(weights, strict=False, assign=patcher.is_dynamic())
-    own = network.state_dict()
-    placed = {name: tensor.to(own[name].device) if name in own else tensor for name, tensor in weights.items()}
+    placed = {name: tensor.to(own[name].device) for name, tensor in weights.items()}
     return network.load_state_dict(placed, strict=False, assign=True)
 
 
-def _read_text(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A text encoder's tensors under transformers' names, from a file of its own or a checkpoint."""
-    weights = read(source, dtype)
-    if source.prefix == CLIP_PREFIXES[1]:  # open_clip's names
-        weights = {key.removeprefix("model."): tensor for key, tensor in weights.items()}
-        weights = comfy.utils.clip_text_transformers_convert(weights, "", "")
-    named = {text_name(key.removeprefix("transformer.")): tensor for key, tensor in weights.items()}
-    unused = ("logit_scale", "text_model.embeddings.position_ids")
-    return {key: tensor for key, tensor in named.items() if key not in unused}
+def _require_same(file: str, network: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+    """Check that a network of the host's has the tensors that a file brings. Raises CheckpointError.
+
+    The file was inspected before: this guards against a host that builds other networks of the same settings.
+    """
+    cover = keys.compare(shapes_of(network), shapes_of(weights))
+    if not cover.exact:
+        raise CheckpointError(
+            f"{file} does not fill the network that this ComfyUI builds for it: {cover}; expected every tensor and no "
+            f"other. Use a ComfyUI release that KOALA was tested with, and report this."
+        )
+
+
+def _text(file: TextEncoderFile, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A text encoder's tensors under transformers 4's names, from a file of its own or a checkpoint.
+
+    CLIP-L mostly comes without a projection. The host's network has one that SDXL does not use: the identity here, not
+    memory that nobody has written to.
+    """
+    own = file.tensors
+    weights = {name: tensor for name, tensor in read(file, dtype).items() if name in own}
+    weights = comfy.utils.clip_text_transformers_convert(weights, "", "")  # open_clip's names
+    if TRANSPOSED_PROJECTION in weights:
+        weights[PROJECTION] = weights.pop(TRANSPOSED_PROJECTION).T.contiguous()
+    named = {text_name(key): tensor for key, tensor in weights.items()}
+    named.setdefault(PROJECTION, torch.eye(file.sizes.hidden, dtype=dtype))
+    return named
 
 
 def _text_config(size: components.TextEncoder) -> dict[str, int]:
@@ -333,6 +344,7 @@ def _text_config(size: components.TextEncoder) -> dict[str, int]:
         "intermediate_size": size.intermediate,
         "num_attention_heads": size.heads,
         "num_hidden_layers": size.layers,
+        "max_position_embeddings": size.positions,
     }
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
-from .components import Autoencoder, TextEncoder
+from .components import TEXT_LAYER_MODULES, Autoencoder, TextEncoder, TextKind
 from .keys import Shape
 
 VOCABULARY = 49408
@@ -50,6 +50,11 @@ UNUSED_IN_TEXT_ENCODERS: tuple[tuple[str, str], ...] = (
     ("visual.", "the image encoder of a whole CLIP, open_clip's names"),
 )
 """Tensor (or, with a dot at the end, tensors) that a text encoder's file may hold besides -> what it is."""
+UNUSED_IN_CLIP_L: tuple[tuple[str, str], ...] = (
+    (TRANSPOSED_PROJECTION, "its projection, which ComfyUI saved beside the network in its first years"),
+    (PROJECTION, "the same; SDXL takes CLIP-L's hidden states alone"),
+)
+"""The same for CLIP-L alone."""
 
 
 def text_name(name: str) -> str:
@@ -95,17 +100,14 @@ def text_tensors(size: TextEncoder, naming: TextNaming, projection: str = PROJEC
 
 def _text_tensors(size: TextEncoder) -> Iterator[tuple[str, Shape]]:
     width, inner = size.hidden, size.intermediate
+    others: dict[str, Shape] = {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
     yield "text_model.embeddings.token_embedding.weight", (VOCABULARY, width)
     yield "text_model.embeddings.position_embedding.weight", (size.positions, width)
     for index in range(size.layers):
-        layer = f"text_model.encoder.layers.{index}."
-        for projection in "qkv":
-            yield from _weights(f"{layer}self_attn.{projection}_proj", (width, width))
-        yield from _weights(f"{layer}self_attn.out_proj", (width, width))
-        yield from _weights(f"{layer}mlp.fc1", (inner, width))
-        yield from _weights(f"{layer}mlp.fc2", (width, inner))
-        yield from _weights(f"{layer}layer_norm1", (width,))
-        yield from _weights(f"{layer}layer_norm2", (width,))
+        for module in TEXT_LAYER_MODULES:
+            matrix = others.get(module, (width, width))
+            shape = (width,) if module.startswith("layer_norm") else matrix
+            yield from _weights(f"text_model.encoder.layers.{index}.{module}", shape)
     yield from _weights("text_model.final_layer_norm", (width,))
 
 
@@ -119,11 +121,10 @@ def _joined(tensors: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
             yield open_clip_name(f"{attention[1]}.in_proj_{attention[3]}"), (3 * shape[0], *shape[1:])
 
 
-def unused_in_text_encoder(name: str) -> bool:
-    """Whether a file may hold this tensor besides the encoder's own: none of ours needs it."""
-    return any(
-        name.startswith(unused) if unused.endswith(".") else name == unused for unused, _ in UNUSED_IN_TEXT_ENCODERS
-    )
+def unused_in_text_encoder(name: str, kind: TextKind) -> bool:
+    """Whether a file may hold this tensor besides the encoder's own."""
+    table = (*UNUSED_IN_TEXT_ENCODERS, *(UNUSED_IN_CLIP_L if kind == "l" else ()))
+    return any(name.startswith(unused) if unused.endswith(".") else name == unused for unused, _ in table)
 
 
 # --- autoencoder -------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 HEAD_WIDTH = 64  # every attention head of the SDXL family is 64 channels wide
+NORM_GROUPS = 32  # every group norm of the SDXL family, U-Net's and VAE's, has 32 groups
+SIZE_IDS = 6 * 256  # width of the six size ids in the added conditioning
 
 BlockKind = Literal["resnet", "downsample", "upsample"]
 
@@ -43,7 +45,7 @@ class Layout:
     @property
     def pooled(self) -> int:
         """Width of the pooled text embedding: what the six 256-wide size ids leave of ``added``."""
-        return self.added - 6 * 256
+        return self.added - SIZE_IDS
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ KOALA_1B = compact(6, middle=True)
 KOALA_1_7B = compact(10, middle=True)
 SSD_1B = Layout(down=((0, 0), (2, 2), (4, 4)), middle=0, up=((4, 4, 10), (2, 1, 1), (0, 0, 0)))
 VEGA = Layout(down=((0, 0), (1, 1), (2, 2)), middle=0, up=((2, 2, 2), (1, 1, 1), (0, 0, 0)))
-KOALA_TINY = replace(KOALA_700M, channels=(32, 64, 128), context=96, added=64 + 6 * 256)
+KOALA_TINY = replace(KOALA_700M, channels=(32, 64, 128), context=96, added=64 + SIZE_IDS)
 
 KOALA_NAMES: dict[Layout, str] = {
     KOALA_700M: "KOALA-700M",
@@ -120,6 +122,24 @@ def blocks(layout: Layout) -> Iterator[Block]:
             n += 1
         if stage < last:
             yield Block("upsample", "up", stage, 0, n - 1, width, width)
+
+
+def fault(layout: Layout) -> str:
+    """What makes a layout's sizes those of no network; empty where nothing does.
+
+    Group norms need multiples of 32, attention heads of 64, and every stage is a multiple of the first one.
+    """
+    first = layout.channels[0]
+    for width, down, up in zip(layout.channels, layout.down, reversed(layout.up), strict=True):
+        deep = max((*down, *up, (layout.middle or 0) if width == layout.channels[-1] else 0))
+        step = HEAD_WIDTH if deep else NORM_GROUPS
+        if not width or width % step:
+            return f"a stage of {width} channels; expected a multiple of {step}"
+        if width % first:
+            return f"a stage of {width} channels; expected a multiple of the first stage's {first}"
+    if not layout.context:
+        return "a text context of width 0"
+    return "" if layout.pooled > 0 else f"{layout.added} added channels; expected more than the size ids' {SIZE_IDS}"
 
 
 def is_subnetwork(student: Layout, teacher: Layout = SDXL) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 UNET_PREFIX = "model.diffusion_model."
 CLIP_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 """Of CLIP-L (transformers' names) and CLIP-G (open_clip's names)."""
+CLIP_NETWORKS = ("transformer.", "model.")
+"""What follows these prefixes in the names of the two networks' tensors."""
 VAE_PREFIX = "first_stage_model."
 
 SCHEDULER_KEY = "koala.config.scheduler"

@@ -10,26 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Literal
 
-from ..architecture.component_detection import read_autoencoder, read_text_encoder
-from ..architecture.components import Autoencoder, TextEncoder
-from ..architecture.keys import Numbering, names
+from ..architecture.component_detection import expected_text_tensors, expected_vae_tensors
+from ..architecture.components import Autoencoder, TextEncoder, TextKind
+from ..architecture.keys import Numbering, Shape, names
 from ..architecture.layout import KOALA_NAMES, Layout, name
 from ..architecture.lineage import KeptTransformers
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG, Identity, identify, release_for
 from .config import complete_scheduler, parse_json, read_json, stated_transformers
-from .conventions import CLIP_PREFIXES, FOLDER_PARTS, SCHEDULER_KEY, VAE_PREFIX, label
+from .conventions import CLIP_NETWORKS, CLIP_PREFIXES, FOLDER_PARTS, SCHEDULER_KEY, VAE_PREFIX, label
 from .dtypes import BY_STORED_NAME
 from .header import CheckpointError, Header, Source, read_header
 from .other_models import describe
-from .recognise import published_unet, recognise_unet, require_exact
-
-QUANTISED = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant", ".SCB", ".absmax", ".qweight")
-"""Ends of names that only files of quantised weights have."""
-LATENT_CHANNELS = 4
-CLIP_L_LAYERS = 12
+from .recognise import published_unet, recognise_unet, require_exact, require_plain
+from .recognise_parts import recognise_text_encoder, recognise_vae
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,19 @@ class Model:
 
 @dataclass(frozen=True)
 class TextEncoderFile(Source):
-    """One of SDXL's two text encoders in a file of its own, under transformers' names."""
+    """One of SDXL's two text encoders in a file, under the names of transformers or open_clip."""
 
     sizes: TextEncoder = field(kw_only=True)
 
     @property
-    def kind(self) -> Literal["l", "g"]:
-        """CLIP-L or CLIP-G."""
-        # a CLIP-L of 12 layers may carry an unused projection; SDXL only ever projects with CLIP-G
-        return "g" if self.sizes.projection and self.sizes.layers != CLIP_L_LAYERS else "l"
+    def kind(self) -> TextKind:
+        """CLIP-L or CLIP-G, by its sizes."""
+        return self.sizes.kind
+
+    @property
+    def tensors(self) -> dict[str, Shape]:
+        """Shapes of its own tensors by their names without the prefix; the file may hold unused ones besides."""
+        return expected_text_tensors(self.sizes, self.shapes)
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,19 @@ class VAEFile(Source):
 
     sizes: Autoencoder = field(kw_only=True)
 
+    @property
+    def tensors(self) -> dict[str, Shape]:
+        """Shapes of its own tensors by their names without the prefix; the file may hold unused ones besides."""
+        return expected_vae_tensors(self.sizes, self.shapes)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A KOALA with text encoders and VAE, in one file or in a Hugging Face folder."""
 
     model: Model
-    text_encoder: Source
-    text_encoder_2: Source
+    text_encoder: TextEncoderFile
+    text_encoder_2: TextEncoderFile
     vae: VAEFile
 
 
@@ -117,42 +121,42 @@ def inspect_model(path: Path) -> Model:
 def inspect_checkpoint(path: Path) -> Checkpoint:
     """A single-file KOALA checkpoint: U-Net, both text encoders and autoencoder.
 
-    Raises as ``inspect_model``, and CheckpointError where one of the models beside the U-Net is absent.
+    Raises as ``inspect_model``, and CheckpointError where one of the models beside the U-Net is absent, incomplete or
+    of another width.
     """
     header = read_header(path)
-    return Checkpoint(_model(header), *_text_and_vae(header))
+    model = _model(header)
+    return Checkpoint(model, *_text_and_vae(header, model.unet.layout))
 
 
-def inspect_text_and_vae(path: Path) -> tuple[Source, Source, VAEFile]:
-    """CLIP-L, CLIP-G and VAE of any single-file checkpoint of the SDXL family, whatever its U-Net.
+def inspect_text_and_vae(path: Path, layout: Layout | None = None) -> tuple[TextEncoderFile, TextEncoderFile, VAEFile]:
+    """CLIP-L, CLIP-G and VAE of any single-file checkpoint of the SDXL family, whatever its own U-Net.
 
-    Raises FileNotFoundError, and CheckpointError where one of them is absent.
+    Args:
+        path: the file.
+        layout: of the U-Net that they are for; None for any.
+
+    Raises FileNotFoundError, and CheckpointError where one of them is absent, incomplete or of another width.
     """
-    return _text_and_vae(read_header(path))
+    return _text_and_vae(read_header(path), layout)
 
 
 def inspect_text_encoder(path: Path) -> TextEncoderFile:
     """A CLIP-L or CLIP-G text encoder in a file of its own.
 
-    Raises FileNotFoundError, and CheckpointError for anything else.
+    Raises FileNotFoundError, and CheckpointError for anything else or an incomplete one.
     """
-    header = read_header(path)
-    try:
-        return TextEncoderFile(header, sizes=read_text_encoder(header.shapes))
-    except KeyError as missing:
-        raise CheckpointError(
-            f"{label(path)} is {describe(header.shapes)}; expected a CLIP-L or CLIP-G text encoder of SDXL as "
-            f"published in text_encoder/ and text_encoder_2/ (missing: {missing.args[0]}). "
-            f"Put SDXL's text encoders into models/text_encoders."
-        ) from None
+    source = Source(read_header(path))
+    return TextEncoderFile(source.header, sizes=recognise_text_encoder(source))
 
 
 def require_text_width(layout: Layout, clip_l: TextEncoderFile, clip_g: TextEncoderFile) -> None:
     """Check that two text encoders are as wide as a U-Net asks. Raises CheckpointError where they are not."""
     width, pooled = clip_l.sizes.hidden + clip_g.sizes.hidden, clip_g.sizes.projection
     if (width, pooled) != (layout.context, layout.pooled):
+        files = " and ".join(dict.fromkeys(label(file.path) for file in (clip_l, clip_g)))
         raise CheckpointError(
-            f"{label(clip_l.path)} and {label(clip_g.path)} give text of width {width} and pooled {pooled}; "
+            f"{files}: the text encoders give text of width {width} and pooled {pooled}; "
             f"{name(layout)} expects {layout.context} and {layout.pooled}. Choose the text encoders that belong to the "
             f"U-Net."
         )
@@ -161,22 +165,10 @@ def require_text_width(layout: Layout, clip_l: TextEncoderFile, clip_g: TextEnco
 def inspect_vae(path: Path) -> VAEFile:
     """An autoencoder (AutoencoderKL) with SDXL's latent channels, in a file of its own.
 
-    Raises FileNotFoundError, and CheckpointError for anything else.
+    Raises FileNotFoundError, and CheckpointError for anything else or an incomplete one.
     """
-    header = read_header(path)
-    try:
-        sizes = read_autoencoder(header.shapes)
-    except KeyError as missing:
-        raise CheckpointError(
-            f"{label(path)} is {describe(header.shapes)}; expected SDXL's VAE (missing: {missing.args[0]}). "
-            f"Put SDXL's VAE into models/vae."
-        ) from None
-    if sizes.latent_channels != LATENT_CHANNELS:
-        raise CheckpointError(
-            f"{label(path)} is a VAE with {sizes.latent_channels} latent channels; expected SDXL's with "
-            f"{LATENT_CHANNELS}. Put SDXL's VAE into models/vae."
-        )
-    return VAEFile(header, sizes=sizes)
+    source = Source(read_header(path))
+    return VAEFile(source.header, sizes=recognise_vae(source))
 
 
 def inspect_folder(folder: Path) -> Checkpoint:
@@ -212,12 +204,8 @@ def _unet(header: Header) -> UNetFile:
     for key in shapes.keys() & names(layout, numbering):
         weights[header.dtypes[prefix + key]] += prod(shapes[key])
     file = label(header.path)
-    if weights.keys() - BY_STORED_NAME or any(key.endswith(QUANTISED) for key in shapes):
-        raise CheckpointError(
-            f"{file} holds {name(layout)}'s U-Net quantised or in an unusual type ({', '.join(sorted(weights))}); "
-            f"expected plain weights in one of {', '.join(BY_STORED_NAME)}. Quantised files need the loader of the "
-            f"pack that made them; take the published file instead: {published_unet(layout, file)}"
-        )
+    remedy = f"Take the published file: {published_unet(layout, file)}"
+    require_plain(f"{file} holds {name(layout)}'s U-Net", weights, shapes, remedy)
     require_exact(header.path, layout, numbering, shapes)
     return UNetFile(
         header,
@@ -237,21 +225,25 @@ def _model(header: Header) -> Model:
     return Model(unet, identify(unet.metadata, {}, "", file), scheduler, stated_transformers(header, unet.layout))
 
 
-def _text_and_vae(header: Header) -> tuple[Source, Source, VAEFile]:
-    first, second, vae = (Source(header, prefix) for prefix in (*CLIP_PREFIXES, VAE_PREFIX))
-    absent = [part for part, source in (("CLIP-L", first), ("CLIP-G", second), ("VAE", vae)) if not source.shapes]
+def _text_and_vae(header: Header, layout: Layout | None) -> tuple[TextEncoderFile, TextEncoderFile, VAEFile]:
+    places = {"CLIP-L": CLIP_PREFIXES[0], "CLIP-G": CLIP_PREFIXES[1], "VAE": VAE_PREFIX}
+    absent = [part for part, prefix in places.items() if not header.under(prefix)]
     if absent:
         raise CheckpointError(
             f"{label(header.path)} holds {describe(header.shapes)} but no {' and no '.join(absent)}; expected an SDXL "
             f"checkpoint with both text encoders and a VAE. Choose another checkpoint, or the source "
             f'"U-Net + text encoders + VAE".'
         )
-    try:
-        return first, second, VAEFile(header, VAE_PREFIX, sizes=read_autoencoder(vae.shapes))
-    except KeyError as missing:
-        raise CheckpointError(
-            f"{label(header.path)}: its VAE lacks the tensor {VAE_PREFIX}{missing.args[0]}; fetch the file again."
-        ) from None
+    kinds: tuple[TextKind, TextKind] = ("l", "g")
+    sources = [Source(header, outer + inner) for outer, inner in zip(CLIP_PREFIXES, CLIP_NETWORKS, strict=True)]
+    first, second = (
+        TextEncoderFile(header, source.prefix, sizes=recognise_text_encoder(source, kind, outer))
+        for source, kind, outer in zip(sources, kinds, CLIP_PREFIXES, strict=True)
+    )
+    if layout:
+        require_text_width(layout, first, second)
+    vae = Source(header, VAE_PREFIX)
+    return first, second, VAEFile(header, VAE_PREFIX, sizes=recognise_vae(vae))
 
 
 def _weights_file(folder: Path, part: str) -> Path:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from ..architecture.detection import find_layout
 from ..architecture.keys import NUMBERINGS, Numbering, Shape, coverage, names
-from ..architecture.layout import KOALA_NAMES, Layout, is_subnetwork, name
+from ..architecture.layout import KOALA_NAMES, Layout, fault, is_subnetwork, name
 from ..releases import release_for
 from . import other_models
 from .conventions import WEIGHT_NAMES, label
+from .dtypes import BY_STORED_NAME
 from .header import CheckpointError, Header
 
+QUANTISED = (
+    *(".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", "scaled_fp8"),
+    *(".comfy_quant", ".weight_format", ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".zero_point"),
+)
+"""Ends of names that only files of quantised weights have."""
 LEAST_LIKENESS = 0.1
 """Share of names that a damaged file must have in common with a KOALA's to be compared with it."""
 
@@ -37,6 +43,11 @@ def recognise_unet(header: Header, unet: Mapping[str, Shape]) -> tuple[Layout, N
     if read and not is_subnetwork(read[0]):
         read = None
     if read and coverage(*read, unet).exact:
+        if odd := fault(read[0]):
+            raise CheckpointError(
+                f"{file} is an SDXL sub-network with {odd}. ComfyUI and diffusers cannot build it; take the published "
+                f"file: {published_unet(read[0], file)}"
+            )
         return read
     nearest = _most_alike(unet, read)
     if _likeness(nearest, unet) < LEAST_LIKENESS:
@@ -46,6 +57,24 @@ def recognise_unet(header: Header, unet: Mapping[str, Shape]) -> tuple[Layout, N
             f"Take the published file: {published_unet(nearest[0], file)}"
         )
     return nearest
+
+
+def require_plain(subject: str, stored: Collection[str], names: Iterable[str], remedy: str) -> None:
+    """Check that weights are plain floating-point numbers.
+
+    Args:
+        subject: what holds which weights, for the error.
+        stored: their types' names in the header.
+        names: of all tensors, which give quantised weights away.
+        remedy: what to do, for the error.
+
+    Raises CheckpointError.
+    """
+    if set(stored) - BY_STORED_NAME.keys() or any(key.endswith(QUANTISED) for key in names):
+        raise CheckpointError(
+            f"{subject} quantised or in an unusual type ({', '.join(sorted(stored))}); expected plain weights in one "
+            f"of {', '.join(BY_STORED_NAME)}. Quantised files need the loader of the pack that made them. {remedy}"
+        )
 
 
 def require_exact(path: Path, layout: Layout, numbering: Numbering, unet: Mapping[str, Shape]) -> None:

@@ -21,11 +21,12 @@ from safetensors import safe_open
 from koala_sdxl import koala_loader
 from koala_sdxl.host import reader as koala_reader
 from koala_sdxl.host import saver as koala_saver
+from koala_sdxl.host.vae import decode_tile
 from koala_sdxl.koala.files import header
 from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, VAE_PREFIX
 from koala_sdxl.koala.files.header import Source, read_header
 from koala_sdxl.koala.files.inspect import inspect_model
-from koala_sdxl.koala_loader import BUILT_IN, decode_tile
+from koala_sdxl.koala_loader import BUILT_IN
 from koala_sdxl.nodes.load import load_parts
 from tools.harness import testhost
 from tools.measure import parity

@@ -57,13 +57,7 @@ def unet(layout: Layout, numbering: Numbering = "diffusers") -> Shapes:
 def checkpoint(layout: Layout, numbering: Numbering = "comfy") -> Shapes:
     """A single-file checkpoint: the U-Net, its text encoders and its VAE."""
     clip_l = {f"transformer.{key}": shape for key, shape in reference.clip_l().items()}
-    clip_g = {
-        "model.positional_embedding": (77, 1280),
-        "model.text_projection": (1280, 1280),
-        "model.token_embedding.weight": (49408, 1280),
-        "model.transformer.resblocks.0.attn.in_proj_weight": (3840, 1280),
-        "model.transformer.resblocks.0.ln_1.weight": (1280,),
-    }
+    clip_g = {f"model.{key}": shape for key, shape in reference.open_clip(reference.clip_g()).items()}
     text = {
         SD1: {"cond_stage_model.": clip_l},
         SD2: {"cond_stage_model.": clip_g},

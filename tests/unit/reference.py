@@ -72,6 +72,26 @@ def _text_config(hidden: int, layers: int) -> CLIPTextConfig:
     )
 
 
+def open_clip(found: Shapes) -> Shapes:
+    """A text encoder's tensors under open_clip's names: query, key and value are one tensor."""
+    renamed: Shapes = {"logit_scale": ()}
+    for name, shape in found.items():
+        name = name.removeprefix("text_model.").replace("encoder.layers.", "transformer.resblocks.")
+        name = re.sub(r"layer_norm(\d)", r"ln_\1", name).replace("self_attn", "attn")
+        name = (
+            name.replace("mlp.fc1", "mlp.c_fc").replace("mlp.fc2", "mlp.c_proj").replace("final_layer_norm", "ln_final")
+        )
+        name = name.replace("embeddings.token_embedding", "token_embedding")
+        name = name.replace("embeddings.position_embedding.weight", "positional_embedding")
+        if name == "text_projection.weight":
+            renamed["text_projection"] = shape[::-1]
+        elif joined := re.match(r"(.+\.attn\.)([qkv])_proj\.(.+)", name):
+            renamed[f"{joined[1]}in_proj_{joined[3]}"] = (3 * shape[0], *shape[1:])
+        else:
+            renamed[name] = shape
+    return renamed
+
+
 @cache
 def vae(channels: tuple[int, ...] = (128, 256, 512, 512), latent: int = 4) -> Shapes:
     """SDXL's autoencoder under diffusers names."""
