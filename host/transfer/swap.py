@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import comfy.utils
@@ -14,11 +15,15 @@ from ...koala.architecture.lineage import Lineage, is_teacher
 from ..model import attached_facts, model_facts, unet_layout
 from ..protocols import Model
 from . import attention
+from .references import UNetSearch, made_by, replaced_forwards
 
 COMPILED = "torch.compile"
 """Key of core's wrapper that runs a compiled U-Net: SDXL's, so it cannot stay."""
 
 _UNET = "diffusion_model"
+_Name = TypeVar("_Name")
+_Functions = dict[str, dict[Any, list[Any]]]
+"""Wrappers or callbacks as ComfyUI keeps them: where they are called -> key of the node that set them -> functions."""
 
 
 class Swapped(NamedTuple):
@@ -33,7 +38,7 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
 
     Carried over: weight patches of LoRAs (to the layers they belong to), model_sampling and other object patches, all
     of model_options (functions around cfg, attention and block patches by their blocks), wrappers, callbacks,
-    additional models, attachments. Nothing in the result refers to SDXL's U-Net.
+    additional models, attachments; but nothing that holds SDXL's U-Net. The report names what was dropped.
 
     Raises ValueError where ``sdxl`` is not SDXL or not as wide as ``koala``, or has patches by transformer blocks and
     nothing says which of those ``koala`` kept.
@@ -44,32 +49,145 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
         f"{own} replaces SDXL: a U-Net of {parameters(lineage.student):,} parameters instead of "
         f"{parameters(lineage.teacher):,}"
     ]
-    new = koala.clone()
-    lines += _carry_weight_patches(sdxl, new, lineage)
+    new, sieve = koala.clone(), _Sieve(UNetSearch(sdxl.model))
+    lines += _carry_weight_patches(sdxl, new, lineage, sieve)
 
-    new.model_options = comfy.utils.deepcopy_list_dict(sdxl.model_options)
-    remapping = attention.remap(new.model_options["transformer_options"], lineage)
-    if remapping.remapped:
-        lines.append(f"attention and block patches: {remapping.remapped} remapped to {own}'s blocks")
-    if remapping.dropped:
-        lines.append(f"dropped: attention patches on blocks that {own} lacks ({attention.places(remapping.dropped)})")
+    new.model_options = _free_options(comfy.utils.deepcopy_list_dict(sdxl.model_options), sieve)
+    lines += _remap(new.model_options["transformer_options"], lineage)
 
-    new.object_patches |= {key: patch for key, patch in sdxl.object_patches.items() if not key.startswith(_UNET)}
+    outside = {key: patch for key, patch in sdxl.object_patches.items() if not key.startswith(_UNET)}
+    new.object_patches |= sieve.of_mapping("object patch", outside)
     inside = [key for key in sdxl.object_patches if key.startswith(_UNET)]
     if inside:
         lines.append(f"dropped: patched modules of SDXL's U-Net, first: {inside[0]}")
 
-    new.callbacks = _copied(sdxl.callbacks)
-    new.wrappers = _copied(sdxl.wrappers)
-    if any(by_key.pop(COMPILED, None) for by_key in new.wrappers.values()):
+    compiled = any(COMPILED in by_key for by_key in sdxl.wrappers.values())
+    functions = ("callback", sdxl.callbacks), ("wrapper", sdxl.wrappers)
+    new.callbacks, new.wrappers = _free_functions(*functions, sieve=sieve)
+    if compiled:
         new.model_options.pop("torch_compile_kwargs", None)
         lines.append("dropped: torch.compile, which ran SDXL's U-Net; put TorchCompileModel behind the swap")
-    new.additional_models = {key: [model.clone() for model in models] for key, models in sdxl.additional_models.items()}
-    new.attachments = {**sdxl.attachments, **koala.attachments}
+    new.additional_models = {
+        key: [model.clone() for model in sieve.of_list(f"additional model {key}", models)]
+        for key, models in sdxl.additional_models.items()
+    }
+    new.attachments = {**sieve.of_mapping("attachment", sdxl.attachments), **koala.attachments}
     for kind, set_on in (("injections (motion modules, for example)", sdxl.injections), ("hooks", sdxl.forced_hooks)):
         if set_on:
             lines.append(f"dropped: {kind}, which change SDXL's own layers")
-    return Swapped(new, "\n".join(lines))
+    return Swapped(new, "\n".join((*lines, *_replaced(sdxl), *sieve.lines())))
+
+
+class _Sieve:
+    """Keeps back what holds SDXL's U-Net, and counts it by what it was, which node made it, and why."""
+
+    def __init__(self, search: UNetSearch) -> None:
+        self._search = search
+        self._dropped: Counter[tuple[str, str, str]] = Counter()
+
+    def passes(self, what: str, held: object, *names: object) -> bool:
+        """Whether something that was set on SDXL, and the names that it was set under, are free of its U-Net."""
+        free = not any(map(self._search.holds, (held, *names)))
+        if not free:
+            self.drop(what, held, "SDXL's U-Net is in it")
+        return free
+
+    def drop(self, what: str, held: object, why: str) -> None:
+        self._dropped[what, made_by(held), why] += 1
+
+    def of_list(self, what: str, listed: Iterable[Any]) -> list[Any]:
+        return [held for held in listed if self.passes(what, held)]
+
+    def of_mapping(self, what: str, mapping: Mapping[_Name, Any], named: bool = True) -> dict[_Name, Any]:
+        """``named``: whether the report gives each entry's name."""
+        return {
+            key: held
+            for key, held in mapping.items()
+            if self.passes(f"{what} {key}" if named and isinstance(key, str) else what, held, key)
+        }
+
+    def lines(self) -> list[str]:
+        return [
+            f"dropped: {_counted(count, what)}{f' of {origin}' if origin else ''}: {why}; put that node behind the swap"
+            for (what, origin, why), count in self._dropped.items()
+        ]
+
+
+def _counted(count: int, what: str) -> str:
+    return what if count == 1 else f"{count} {what}s"
+
+
+def _free_options(options: dict[str, Any], sieve: _Sieve) -> dict[str, Any]:
+    """A MODEL's options (a copy of them) without what holds SDXL's U-Net."""
+    transformer = options["transformer_options"]
+    free: dict[str, Any] = {}
+    for key, held in options.items():
+        if isinstance(held, list):  # functions around cfg, each from another node
+            free[key] = sieve.of_list(key, held)
+        elif key != "transformer_options" and sieve.passes(key, held, key):
+            free[key] = held
+    patches = {kind: sieve.of_list(kind, listed) for kind, listed in transformer.get("patches", {}).items()}
+    replacements = {
+        kind: sieve.of_mapping(f"{kind} replacement", by_place, named=False)
+        for kind, by_place in transformer.get(attention.ATTENTION_REPLACEMENTS, {}).items()
+    }
+    functions = [(kind, transformer.get(f"{kind}s", {})) for kind in ("callback", "wrapper")]
+    callbacks, wrappers = _free_functions(*functions, sieve=sieve)
+    known = {
+        "patches": patches,
+        attention.ATTENTION_REPLACEMENTS: replacements,
+        "callbacks": callbacks,
+        "wrappers": wrappers,
+    }
+    others = {key: held for key, held in transformer.items() if key not in known}
+    kept = {key: held for key, held in known.items() if key in transformer}
+    free["transformer_options"] = kept | sieve.of_mapping("transformer option", others)
+    return free
+
+
+def _free_functions(*kinds: tuple[str, Mapping[str, Mapping[Any, Iterable[Any]]]], sieve: _Sieve) -> list[_Functions]:
+    """Callbacks and wrappers without those that hold SDXL's U-Net, nor the others that the same node set (the same
+    key), which count on them. ``kinds``: what they are, and the functions."""
+    free: list[_Functions] = []
+    unfit: set[Any] = set()
+    for kind, functions in kinds:
+        free.append({})
+        for place, by_key in functions.items():
+            passed = {key: sieve.of_list(f"{place} {kind}", held) for key, held in by_key.items() if key != COMPILED}
+            unfit |= {key for key in passed if key is not None and len(passed[key]) < len(list(by_key[key]))}
+            free[-1][place] = passed
+    for (kind, _), own in zip(kinds, free, strict=True):
+        for place, by_key in own.items():
+            for key in unfit & by_key.keys():
+                for held in by_key.pop(key):
+                    sieve.drop(f"{place} {kind}", held, f"it belongs to another of the same node ({key})")
+    return free
+
+
+def _remap(options: dict[str, Any], lineage: Lineage) -> list[str]:
+    """Remap the attention and block patches in place; returns lines for the report."""
+    own, lines = name(lineage.student), []
+    remapping = attention.remap(options, lineage)
+    if remapping.remapped:
+        lines.append(f"attention and block patches: {remapping.remapped} remapped to {own}'s blocks")
+    if remapping.dropped:
+        lines.append(f"dropped: attention patches on blocks that {own} lacks ({attention.places(remapping.dropped)})")
+    return lines
+
+
+def _replaced(sdxl: Model) -> list[str]:
+    """A line for the forward functions that a node replaced on SDXL's modules themselves."""
+    prefix, suffix = f"{_UNET}.", ".forward"
+    patched = {key.removeprefix(prefix).removesuffix(suffix) for key in sdxl.object_patches if key.endswith(suffix)}
+    replaced = replaced_forwards(sdxl.model.diffusion_model)
+    found = {name: held for name, held in replaced.items() if name not in patched}
+    if not found:
+        return []
+    first, origin = next((name, made_by(held)) for name, held in found.items())
+    return [
+        f"dropped: the forward of {len(found)} module{'' if len(found) == 1 else 's'} of SDXL's U-Net, which a node "
+        f"replaced (first: {first}{f', by {origin}' if origin else ''}); put that node behind the swap"
+    ]
 
 
 def _lineage(sdxl: Model, koala: Model) -> Lineage:
@@ -97,16 +215,18 @@ def _what(model: Model, layout: Layout | None) -> str:
     return name(layout)
 
 
-def _carry_weight_patches(sdxl: Model, new: Model, lineage: Lineage) -> list[str]:
+def _carry_weight_patches(sdxl: Model, new: Model, lineage: Lineage, sieve: _Sieve) -> list[str]:
     """Give ``new`` the weight patches of ``sdxl``, under its own names; returns lines for the report."""
     patched = bool(sdxl.patches or sdxl.weight_wrapper_patches)
     names = lineage.names("comfy") if patched else {}  # a plain SDXL can be swapped without knowing what was kept
     names = {f"{_UNET}.{there}": f"{_UNET}.{here}" for there, here in names.items()}
     own = name(lineage.student)
-    new.patches, counts = _weight_patches(sdxl.patches, names)
+    new.patches, counts = _weight_patches(sdxl.patches, names, sieve)
     new.patches_uuid = uuid4()
     new.weight_wrapper_patches = {
-        names[key]: list(wrappers) for key, wrappers in sdxl.weight_wrapper_patches.items() if key in names
+        names[key]: sieve.of_list("weight wrapper", wrappers)
+        for key, wrappers in sdxl.weight_wrapper_patches.items()
+        if key in names
     }
     new.force_cast_weights = sdxl.force_cast_weights
     lines = []
@@ -125,7 +245,9 @@ class _Counts(NamedTuple):
     merges: int
 
 
-def _weight_patches(patches: Mapping[str, list[Any]], names: Mapping[str, str]) -> tuple[dict[str, list[Any]], _Counts]:
+def _weight_patches(
+    patches: Mapping[str, list[Any]], names: Mapping[str, str], sieve: _Sieve
+) -> tuple[dict[str, list[Any]], _Counts]:
     """The patches under KOALA's names, and what became of how many."""
     carried: dict[str, list[Any]] = {}
     dropped = merges = 0
@@ -134,7 +256,7 @@ def _weight_patches(patches: Mapping[str, list[Any]], names: Mapping[str, str]) 
         merges += len(listed) - len(changes)
         if key not in names:
             dropped += len(changes)
-        elif changes:
+        elif changes := sieve.of_list("weight patch", changes):
             carried[names[key]] = changes
     return carried, _Counts(sum(map(len, carried.values())), dropped, merges)
 
@@ -144,7 +266,3 @@ def _is_change(patch: tuple[Any, ...]) -> bool:
     _, value, strength_model, *_ = patch
     is_weight = isinstance(value, list) or (isinstance(value, tuple) and value[0] in ("set", "model_as_lora"))
     return strength_model == 1.0 and not is_weight
-
-
-def _copied(functions: Mapping[str, Mapping[Any, Iterable[Any]]]) -> dict[str, dict[Any, list[Any]]]:
-    return {kind: {key: list(listed) for key, listed in by_key.items()} for kind, by_key in functions.items()}
