@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
+from io import FileIO
+from pathlib import Path
 
 import comfy.memory_management
 import comfy.utils
 import torch
-from safetensors import safe_open
 
-from ..koala.files.header import Source
-
-GROUP = 32_000_000
-"""Number of weights that are converted from one mapping of a file before it is released."""
+from ..koala.files.conventions import label
+from ..koala.files.dtypes import STORED_DTYPES
+from ..koala.files.header import CheckpointError, Source
+from ..koala.files.stamp import stamp
 
 
 def streamed() -> bool:
@@ -24,39 +24,58 @@ def streamed() -> bool:
 def read(source: Source, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """A source's tensors on the CPU, by their names without the prefix; nothing else of the file is read.
 
-    A tensor that has the wanted type in the file is not copied: it is the file, mapped. The mapping is private (a write
-    to it would not reach the file), takes memory when it is first used, and gives it up where memory is short.
-    Replacing the file, as downloads do, does not change what is mapped; overwriting it in place does, which is why
-    ``--disable-mmap`` is followed.
+    They are read into memory, one after the other, not mapped: a model whose file is overwritten in place would change
+    with it, and one whose file becomes shorter would end the process. (``--disable-mmap`` asks for the same.) Where
+    ``streamed()`` the host maps the file all the same.
 
     Args:
         source: the file's header and the prefix.
         dtype: the type to convert to; None keeps the file's. Where ``streamed()``, it is not converted.
+
+    Raises CheckpointError where the file is not what its header was read of any more, and OSError.
     """
     length = len(source.prefix)
-    if streamed():
-        return {name[length:]: tensor for name, tensor in _read_by_host(source)}
-    tensors = _read_by_host(source) if comfy.utils.DISABLE_MMAP else _read_in_groups(source)
-    return {name[length:]: tensor.to(dtype) for name, tensor in tensors}
+    tensors = _read_by_host(source) if streamed() else _read(source, dtype)
+    return {name[length:]: tensor for name, tensor in tensors}
 
 
 def _read_by_host(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     weights = comfy.utils.load_torch_file(str(source.path))
+    _require_unchanged(source, source.path)
     return ((name, tensor) for name, tensor in weights.items() if name.startswith(source.prefix))
 
 
-def _read_in_groups(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in the file's order, a few at a time from one mapping: what was read of a mapping stays in memory until
-    the last of its tensors is released."""
-    groups: list[list[str]] = [[]]
-    weights = 0
-    for name, shape in source.header.shapes.items():
-        if name.startswith(source.prefix):
-            if weights >= GROUP:
-                groups.append([])
-                weights = 0
-            groups[-1].append(name)
-            weights += prod(shape)
-    for group in groups:
-        with safe_open(source.path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in group)
+def _read(source: Source, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in the order in which they lie in the file; of one that is converted, both types at a time."""
+    header = source.header
+    with FileIO(source.path) as file:
+        _require_unchanged(source, file.fileno())
+        for name, start in header.offsets.items():
+            if name.startswith(source.prefix):
+                tensor = torch.empty(header.shapes[name], dtype=STORED_DTYPES[header.dtypes[name]])
+                file.seek(start)
+                _read_into(tensor, file, source)
+                yield name, tensor.to(dtype)
+        _require_unchanged(source, file.fileno())
+
+
+def _read_into(tensor: torch.Tensor, file: FileIO, source: Source) -> None:
+    """Fill a tensor from where the file stands. Raises CheckpointError where the file ends before."""
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while rest:
+        count = file.readinto(rest)  # at most 2 GB at a time
+        if not count:
+            raise _changed(source)
+        rest = rest[count:]
+
+
+def _require_unchanged(source: Source, file: Path | int) -> None:
+    if stamp(file) != source.header.stamp:
+        raise _changed(source)
+
+
+def _changed(source: Source) -> CheckpointError:
+    return CheckpointError(
+        f"{label(source.path)} was changed while it was being loaded, or since; expected the file that was inspected. "
+        f"Let the download or copy finish, then run again."
+    )

@@ -30,6 +30,17 @@ WEIGHT_DTYPES = (
 """Types that a U-Net's weights may have in a file."""
 
 BY_STORED_NAME = {dtype.stored: dtype for dtype in WEIGHT_DTYPES}
+STORED_DTYPES: dict[str, torch.dtype] = {
+    **{dtype.stored: dtype.torch_dtype for dtype in WEIGHT_DTYPES},
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Name in a safetensors header -> PyTorch's type, of all that a file may hold beside weights, too."""
 TORCH_DTYPES = {dtype.name: dtype.torch_dtype for dtype in WEIGHT_DTYPES}
 """Our name -> PyTorch's type."""
 

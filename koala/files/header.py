@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..architecture.keys import Shape
 from .bad_files import describe_bad_file
 from .conventions import UNET_PREFIX
+from .stamp import Stamp, stamp
 
 
 class CheckpointError(ValueError):
@@ -29,6 +31,10 @@ class Header:
     shapes: Mapping[str, Shape] = field(repr=False, compare=False)
     """Tensor name -> shape, in the same order."""
     metadata: Mapping[str, str] = field(repr=False, compare=False)
+    offsets: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Tensor name -> where its data begins, in bytes from the beginning of the file."""
+    stamp: Stamp | None = field(default=None, repr=False, compare=False)
+    """Of the file whose header this is; None for a header that is of no file."""
 
     def under(self, prefix: str) -> dict[str, Shape]:
         """Shapes of the tensors whose names begin with ``prefix``, which is taken off."""
@@ -71,13 +77,23 @@ def read_header(path: Path, wanted: str = "KOALA weights") -> Header:
     if not path.is_file():
         path.stat()  # raises FileNotFoundError
         raise CheckpointError(describe_bad_file(path, wanted, "not a file"))
+    before = stamp(path)
     try:
         with safe_open(path, framework="np") as file:
-            # the order of the data in the file; before safetensors 0.6 there was no offset_keys
-            names = getattr(file, "offset_keys", file.keys)()
-            slices = {name: file.get_slice(name) for name in names}
+            offsets = _offsets(path)
+            slices = {name: file.get_slice(name) for name in offsets}
             dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
             shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
-            return Header(path, dtypes, shapes, file.metadata() or {})
+            return Header(path, dtypes, shapes, file.metadata() or {}, offsets, before)
     except SafetensorError as error:
         raise CheckpointError(describe_bad_file(path, wanted, str(error))) from None
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor's data begins, in bytes from the beginning of a file that the library found good; in the order
+    in which they lie. (The library tells the order from version 0.6 on, the places never.)"""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+    starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in table.items() if name != "__metadata__"}
+    return dict(sorted(starts.items(), key=lambda item: item[1]))

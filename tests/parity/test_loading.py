@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import comfy.utils
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host import reader as koala_reader
@@ -24,8 +28,10 @@ from koala_sdxl.host import saver as koala_saver
 from koala_sdxl.host.vae import decode_tile
 from koala_sdxl.koala.files import header
 from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, VAE_PREFIX
-from koala_sdxl.koala.files.header import Source, read_header
+from koala_sdxl.koala.files.dtypes import STORED_DTYPES
+from koala_sdxl.koala.files.header import CheckpointError, Source, read_header
 from koala_sdxl.koala.files.inspect import inspect_model
+from koala_sdxl.koala.files.stamp import stamp
 from koala_sdxl.koala_loader import BUILT_IN
 from koala_sdxl.nodes.load import load_parts
 from tools.harness import testhost
@@ -191,14 +197,64 @@ def whole_file() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("prefix", [*CLIP_PREFIXES, VAE_PREFIX, "", "nothing of this name"])
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
-def test_tensors_are_the_files(prefix: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_the_files(prefix: str, dtype: torch.dtype | None) -> None:
     wanted = {name[len(prefix) :]: tensor for name, tensor in whole_file().items() if name.startswith(prefix)}
-    monkeypatch.setattr(koala_reader, "GROUP", 10_000)
-    for disabled in (False, True):
-        monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", disabled)
-        found = koala_reader.read(Source(read_header(BUILT_IN), prefix), dtype)
-        assert set(found) == set(wanted)
-        assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
+    found = koala_reader.read(Source(read_header(BUILT_IN), prefix), dtype)
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == (dtype or tensor.dtype)
+        assert torch.equal(found[name], tensor.to(dtype))
+
+
+def test_tensors_of_every_type_shape_and_place(tmp_path: Path) -> None:
+    values = torch.arange(-3, 9).view(3, 4)
+    wanted = {str(dtype): values.to(dtype) for dtype in STORED_DTYPES.values()}
+    wanted |= {"one": torch.tensor(2.5), "none": torch.empty(0, 3), "odd": torch.ones(3, dtype=torch.uint8)}
+    save_file(wanted, tmp_path / "a")
+    found = koala_reader.read(Source(read_header(tmp_path / "a")))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert found[name].view(-1).view(torch.uint8).tolist() == tensor.view(-1).view(torch.uint8).tolist()
+
+
+def _grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def _overwrite(path: Path) -> None:
+    """As long as before, and as old."""
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _replace(path: Path) -> None:
+    other = Path(shutil.copyfile(path, path.with_name("other")))
+    shutil.copystat(path, other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [_grow, _overwrite, _replace, lambda path: os.truncate(path, 500)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_file_that_changed_since_it_was_inspected_is_not_read(
+    change: Callable[[Path], None], streamed: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(koala_reader, "streamed", lambda: streamed)
+    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda _: {})
+    source = Source(read_header(file))
+    change(file)
+    with pytest.raises(CheckpointError, match=r"^koala.safetensors was changed while it was being loaded, or since"):
+        koala_reader.read(source)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_named(file: Path) -> None:
+    source = Source(read_header(file))
+    os.truncate(file, file.stat().st_size // 2)
+    shorter = dataclasses.replace(source.header, stamp=stamp(file))
+    with pytest.raises(CheckpointError, match=r"^koala.safetensors was changed while"):
+        koala_reader.read(Source(shorter))
 
 
 def test_a_host_that_streams_weights_gets_tensors_of_its_own_reader(monkeypatch: pytest.MonkeyPatch) -> None:
