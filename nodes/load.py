@@ -134,7 +134,7 @@ def _load(source: dict[str, str], weight_dtype: str) -> koala_loader.Loaded:
     # the small files are judged before the large one is read
     inspected = inspect_model(first)
     if kind == UNET_AND_CHECKPOINT:
-        clip, vae = koala_loader.load_checkpoint_parts(others[0])
+        clip, vae = koala_loader.load_checkpoint_parts(others[0], inspected.unet.layout)
     else:
         clip, vae = load_parts(inspected.unet.layout, *others)
     return koala_loader.load_unet(inspected, first.name, weight_dtype), clip, vae
