@@ -141,13 +141,11 @@ def _shared(
 ) -> comfy.model_patcher.ModelPatcher:
     """The patcher that was built of the same sources, where anyone still has a clone of it, or else a new one.
 
-    A file that was replaced since is another source; and what was made in PyTorch's inference mode, in which nodes run,
+    A file that was replaced or overwritten since is another source; and what was made in PyTorch's inference mode, in which nodes run,
     is of no use for training outside it.
     """
-    files = [source.path.stat() for source in sources]
-    places = ((source.path, source.prefix) for source in sources)
-    stamps = ((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
-    key = (*places, *stamps, dtype, torch.is_inference_mode_enabled())
+    places = ((source.path, source.prefix, source.header.stamp) for source in sources)
+    key = (*places, dtype, torch.is_inference_mode_enabled())
     patcher = _unpatched.get(key)
     if patcher is None:
         patcher = _unpatched[key] = build()

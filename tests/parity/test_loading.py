@@ -152,13 +152,23 @@ def test_weights_of_inference_mode_are_not_shared_outside_it(file: Path) -> None
         assert not any(weight.is_inference() for weight in own.parameters())
 
 
-def test_a_replaced_file_is_read_again(file: Path, read: list[Source]) -> None:
-    first = koala_loader.load_checkpoint(file)
-    data = bytearray(file.read_bytes())
-    data[-4000:] = bytes(4000)
+def _replaced(file: Path, data: bytes) -> None:
     other = file.with_name("other")
     other.write_bytes(data)
     other.replace(file)
+
+
+def _overwritten(file: Path, data: bytes) -> None:
+    """In place, with the time of before: as rsync and some unpackers do."""
+    before = file.stat()
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [_replaced, _overwritten])
+def test_a_changed_file_is_read_again(change: Callable[[Path, bytes], None], file: Path, read: list[Source]) -> None:
+    first = koala_loader.load_checkpoint(file)
+    change(file, file.read_bytes()[:-4000] + bytes(4000))
     second = koala_loader.load_checkpoint(file)
     assert len(read) == 8
     assert any(
@@ -224,10 +234,7 @@ def _grow(path: Path) -> None:
 
 
 def _overwrite(path: Path) -> None:
-    """As long as before, and as old."""
-    before = path.stat()
-    path.write_bytes(bytes(before.st_size))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    _overwritten(path, bytes(path.stat().st_size))
 
 
 def _replace(path: Path) -> None:
