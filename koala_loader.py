@@ -141,8 +141,8 @@ def _shared(
 ) -> comfy.model_patcher.ModelPatcher:
     """The patcher that was built of the same sources, where anyone still has a clone of it, or else a new one.
 
-    A file that was replaced or overwritten since is another source; and what was made in PyTorch's inference mode, in which nodes run,
-    is of no use for training outside it.
+    A file that was replaced or overwritten since is another source; and what was made in PyTorch's inference mode, in
+    which nodes run, is of no use for training outside it.
     """
     places = ((source.path, source.prefix, source.header.stamp) for source in sources)
     key = (*places, dtype, torch.is_inference_mode_enabled())
