@@ -30,7 +30,7 @@ from .koala.architecture import components, keys
 from .koala.architecture.component_keys import PROJECTION, TRANSPOSED_PROJECTION, text_name
 from .koala.architecture.keys import shapes_of
 from .koala.architecture.layout import Layout
-from .koala.files.conventions import label
+from .koala.files.conventions import folder_label, label
 from .koala.files.convert import original_vae
 from .koala.files.dtypes import TORCH_DTYPES
 from .koala.files.header import CheckpointError, Source
@@ -67,7 +67,7 @@ def load_folder(folder: Path, weight_dtype: str = "default") -> Loaded:
 
     Raises CheckpointError for anything that is not a complete KOALA folder.
     """
-    return _loaded(inspect_folder(folder), folder.name, weight_dtype)
+    return _loaded(inspect_folder(folder), folder_label(folder), weight_dtype)
 
 
 def load_checkpoint(path: Path, weight_dtype: str = "default") -> Loaded:

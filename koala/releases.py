@@ -6,7 +6,7 @@ leading Euler schedule for the base models; 10 steps at 3.5, trailing, for Light
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -89,12 +89,23 @@ SIZES: dict[Layout, int] = {KOALA_TINY: 128}
 """Image side in pixels of the models that were not made for 1024."""
 
 
-def release_for(layout: Layout, file_name: str = "") -> Release:
-    """The release that a file most likely is: by its name, else the first one with its layout, else KOALA-700M."""
-    named = [release for release in RELEASES if release.name in file_name.lower()]
-    if named:
-        return max(named, key=lambda release: len(release.name))
+def release_for(layout: Layout, file_name: str = "", folders: Iterable[str] = ()) -> Release:
+    """The release that a file most likely is, else the first one with its layout, else KOALA-700M.
+
+    Args:
+        layout: its U-Net's.
+        file_name: its name, with folders or without.
+        folders: names of the folders above, the nearest first.
+    """
+    for part in (*_parts(file_name), *folders):
+        if named := [release for release in RELEASES if release.name in part.lower()]:
+            return max(named, key=lambda release: len(release.name))
     return next((release for release in RELEASES if release.layout == layout), RELEASES[0])
+
+
+def _parts(file_name: str) -> list[str]:
+    """The parts of a name that may have folders, the nearest first."""
+    return file_name.replace("\\", "/").split("/")[::-1]
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,26 @@ class Identity:
     certain: bool = True
 
 
-def identify(metadata: Mapping[str, str], scheduler: Mapping[str, object], origin: str, file_name: str) -> Identity:
+def identify(
+    metadata: Mapping[str, str],
+    scheduler: Mapping[str, object],
+    origin: str,
+    file_name: str,
+    folders: Iterable[str] = (),
+) -> Identity:
     """Tell base from Lightning weights, which have the same shapes.
 
     Looked at in this order: the safetensors metadata ``koala.variant``; a trailing schedule in scheduler_config.json
     (the published Lightning files say leading, so leading proves nothing); ``origin``, the training run named in
-    unet/config.json; the file's or folder's name. Nothing found: base is assumed, and ``certain`` is False.
+    unet/config.json; the file's or folder's name; the folders above it, as Hugging Face's cache has the repository's
+    name there. Nothing found: base is assumed, and ``certain`` is False.
+
+    Args:
+        metadata: of the U-Net's file.
+        scheduler: contents of scheduler_config.json.
+        origin: ``_name_or_path`` of unet/config.json.
+        file_name: the file's or folder's name, with folders or without.
+        folders: names of the folders above, the nearest first; of these, only those count that name a KOALA.
     """
     if (stated := metadata.get(VARIANT_KEY)) in VARIANTS:
         return Identity(VARIANTS[stated], f'metadata {VARIANT_KEY} = "{stated}"')
@@ -119,8 +144,11 @@ def identify(metadata: Mapping[str, str], scheduler: Mapping[str, object], origi
         return Identity(LIGHTNING, "scheduler_config.json asks for trailing timesteps")
     if "lightning" in origin.lower():
         return Identity(LIGHTNING, "unet/config.json names a Lightning training run")
-    if "lightning" in file_name.lower():
-        return Identity(LIGHTNING, f'the name "{file_name}"')
-    if any(release.name in file_name.lower() for release in RELEASES):
-        return Identity(BASE, f'the name "{file_name}"')
+    own = _parts(file_name)
+    for part in (*own, *folders):
+        named = part.lower()
+        if "lightning" in named and (part in own or "koala" in named):
+            return Identity(LIGHTNING, f'the name "{part}"')
+        if any(release.name in named for release in RELEASES):
+            return Identity(BASE, f'the name "{part}"')
     return Identity(BASE, "nothing in the file tells base from Lightning, so base is assumed", certain=False)

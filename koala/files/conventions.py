@@ -27,5 +27,24 @@ FOLDER_PARTS = {"unet": WEIGHT_NAMES, "text_encoder": TEXT_NAMES, "text_encoder_
 
 def label(path: Path) -> str:
     """A file's name for messages, with its folders where it has the name that it has in every published folder."""
-    published = path.name in FOLDER_PARTS.get(path.parent.name, ())
-    return "/".join(path.parts[-3:]) if published else path.name
+    if path.name not in FOLDER_PARTS.get(path.parent.name, ()):
+        return path.name
+    return "/".join(part for part in (folder_label(path.parent.parent), path.parent.name, path.name) if part)
+
+
+def folder_label(folder: Path) -> str:
+    """A folder's name for messages; for a snapshot in Hugging Face's cache, whose own name is a hash, the repository.
+
+    That is ``models--owner--repository/snapshots/hash``.
+    """
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def folders_above(path: Path) -> tuple[str, ...]:
+    """Names of the folders that a file or folder lies in, the nearest first; then of those that a link leads to."""
+    chosen, real = path.parent, path.resolve()
+    followed = () if real.parent == chosen else reversed(real.parts)
+    return (*reversed(chosen.parts), *followed)

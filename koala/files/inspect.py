@@ -19,7 +19,16 @@ from ..architecture.lineage import KeptTransformers
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG, Identity, identify, release_for
 from .config import complete_scheduler, parse_json, read_json, stated_transformers
-from .conventions import CLIP_NETWORKS, CLIP_PREFIXES, FOLDER_PARTS, SCHEDULER_KEY, VAE_PREFIX, label
+from .conventions import (
+    CLIP_NETWORKS,
+    CLIP_PREFIXES,
+    FOLDER_PARTS,
+    SCHEDULER_KEY,
+    VAE_PREFIX,
+    folder_label,
+    folders_above,
+    label,
+)
 from .dtypes import BY_STORED_NAME
 from .header import CheckpointError, Header, Source, read_header
 from .other_models import describe
@@ -176,22 +185,23 @@ def inspect_folder(folder: Path) -> Checkpoint:
 
     Raises CheckpointError naming what is absent and where it is published, or what does not fit.
     """
+    named = folder_label(folder)
     weights = {part: _weights_file(folder, part) for part in FOLDER_PARTS}
     unet = inspect_unet(weights["unet"])
     first, second = (inspect_text_encoder(weights[part]) for part in ("text_encoder", "text_encoder_2"))
-    release = release_for(unet.layout, folder.name)
+    release = release_for(unet.layout, named, folders_above(folder))
     if (first.kind, second.kind) != ("l", "g"):
         raise CheckpointError(
-            f"{folder.name}/text_encoder and text_encoder_2 hold CLIP-{first.kind.upper()} and "
+            f"{named}/text_encoder and text_encoder_2 hold CLIP-{first.kind.upper()} and "
             f"CLIP-{second.kind.upper()}; expected CLIP-L and CLIP-G. Fetch both again from {release.url()}."
         )
     require_text_width(unet.layout, first, second)
     vae = inspect_vae(weights["vae"])
     config = "scheduler/scheduler_config.json"
     remedy = f"Restore the published file: {release.url(config)}"
-    scheduler = complete_scheduler(read_json(folder / config), f"{folder.name}/{config}", remedy)
+    scheduler = complete_scheduler(read_json(folder / config), f"{named}/{config}", remedy)
     origin = str(read_json(folder / "unet" / "config.json").get("_name_or_path", ""))
-    identity = identify(unet.metadata, scheduler, origin, folder.name)
+    identity = identify(unet.metadata, scheduler, origin, named, folders_above(folder))
     model = Model(unet, identity, scheduler, stated_transformers(unet.header, unet.layout))
     return Checkpoint(model, first, second, vae)
 
@@ -204,7 +214,7 @@ def _unet(header: Header) -> UNetFile:
     for key in shapes.keys() & names(layout, numbering):
         weights[header.dtypes[prefix + key]] += prod(shapes[key])
     file = label(header.path)
-    remedy = f"Take the published file: {published_unet(layout, file)}"
+    remedy = f"Take the published file: {published_unet(layout, header.path)}"
     require_plain(f"{file} holds {name(layout)}'s U-Net", weights, shapes, remedy)
     require_exact(header.path, layout, numbering, shapes)
     return UNetFile(
@@ -220,9 +230,14 @@ def _unet(header: Header) -> UNetFile:
 def _model(header: Header) -> Model:
     unet, file = _unet(header), label(header.path)
     place = f"{file}: the metadata {SCHEDULER_KEY}"
-    remedy = f"Save the model again, or take the published file: {published_unet(unet.layout, file)}"
+    remedy = f"Save the model again, or take the published file: {published_unet(unet.layout, header.path)}"
     scheduler = complete_scheduler(parse_json(unet.metadata.get(SCHEDULER_KEY, "{}"), place), place, remedy)
-    return Model(unet, identify(unet.metadata, {}, "", file), scheduler, stated_transformers(header, unet.layout))
+    return Model(
+        unet,
+        identify(unet.metadata, {}, "", file, folders_above(header.path)),
+        scheduler,
+        stated_transformers(header, unet.layout),
+    )
 
 
 def _text_and_vae(header: Header, layout: Layout | None) -> tuple[TextEncoderFile, TextEncoderFile, VAEFile]:
@@ -252,8 +267,10 @@ def _weights_file(folder: Path, part: str) -> Path:
     present = next((folder / part / choice for choice in choices if (folder / part / choice).is_file()), None)
     if present:
         return present
-    wanted = f"{folder.name}/{part}/{choices[0]} (or {choices[1]})"
-    url = release_for(next(iter(KOALA_NAMES)), folder.name).url(f"{part}/{choices[1] if part == 'vae' else choices[0]}")
+    named = folder_label(folder)
+    wanted = f"{named}/{part}/{choices[0]} (or {choices[1]})"
+    release = release_for(next(iter(KOALA_NAMES)), named, folders_above(folder))
+    url = release.url(f"{part}/{choices[1] if part == 'vae' else choices[0]}")
     pickled = sorted(item.name for item in (folder / part).glob("*.bin")) if (folder / part).is_dir() else []
     only = f" Only {', '.join(pickled)} is there, a pickle, which is not loaded." if pickled else ""
     raise CheckpointError(f"{wanted} is not there; a KOALA folder needs it.{only} It is published at {url}")

@@ -10,7 +10,7 @@ from ..architecture.keys import NUMBERINGS, Numbering, Shape, coverage, names
 from ..architecture.layout import KOALA_NAMES, Layout, fault, is_subnetwork, name
 from ..releases import release_for
 from . import other_models
-from .conventions import WEIGHT_NAMES, label
+from .conventions import WEIGHT_NAMES, folders_above, label
 from .dtypes import BY_STORED_NAME
 from .header import CheckpointError, Header
 
@@ -46,7 +46,7 @@ def recognise_unet(header: Header, unet: Mapping[str, Shape]) -> tuple[Layout, N
         if odd := fault(read[0]):
             raise CheckpointError(
                 f"{file} is an SDXL sub-network with {odd}. ComfyUI and diffusers cannot build it; take the published "
-                f"file: {published_unet(read[0], file)}"
+                f"file: {published_unet(read[0], header.path)}"
             )
         return read
     nearest = _most_alike(unet, read)
@@ -54,7 +54,7 @@ def recognise_unet(header: Header, unet: Mapping[str, Shape]) -> tuple[Layout, N
         raise CheckpointError(
             f"{file} is {other_models.describe(header.shapes)}; expected a KOALA U-Net with tensors such as "
             f"down_blocks.0.resnets.0.conv1.weight or input_blocks.1.0.in_layers.2.weight. "
-            f"Take the published file: {published_unet(nearest[0], file)}"
+            f"Take the published file: {published_unet(nearest[0], header.path)}"
         )
     return nearest
 
@@ -84,13 +84,13 @@ def require_exact(path: Path, layout: Layout, numbering: Numbering, unet: Mappin
         return
     raise CheckpointError(
         f"{label(path)} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {cover}. "
-        f"Fetch the published file again: {published_unet(layout, label(path))}"
+        f"Fetch the published file again: {published_unet(layout, path)}"
     )
 
 
-def published_unet(layout: Layout, file: str) -> str:
+def published_unet(layout: Layout, path: Path) -> str:
     """Address of the published U-Net that a file most likely is."""
-    return release_for(layout, file).url(f"unet/{WEIGHT_NAMES[0]}")
+    return release_for(layout, label(path), folders_above(path)).url(f"unet/{WEIGHT_NAMES[0]}")
 
 
 def _most_alike(unet: Mapping[str, Shape], read: tuple[Layout, Numbering] | None) -> tuple[Layout, Numbering]:

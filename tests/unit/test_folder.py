@@ -11,7 +11,7 @@ import pytest
 
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, Layout
 from koala_sdxl.koala.files.header import CheckpointError
-from koala_sdxl.koala.files.inspect import inspect_folder
+from koala_sdxl.koala.files.inspect import inspect_folder, inspect_model
 from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files, reference
 
@@ -192,6 +192,51 @@ def test_variant(
     identity = inspect_folder(folder).model.identity
     assert (identity.variant, identity.certain) == (variant, certain)
     assert evidence in identity.evidence
+
+
+SNAPSHOTS = "models--org--{}/snapshots/0123abcd"
+"""Where Hugging Face's cache keeps a repository: the folder itself has only a hash for its name."""
+
+
+@pytest.mark.parametrize(
+    ("place", "variant", "certain", "says"),
+    [
+        (SNAPSHOTS.format("koala-lightning-700m"), LIGHTNING, True, "koala-lightning-700m"),
+        (SNAPSHOTS.format("koala-700m"), BASE, True, "koala-700m"),
+        (SNAPSHOTS.format("My-KOALA_Lightning"), LIGHTNING, True, "My-KOALA_Lightning"),
+        (SNAPSHOTS.format("something"), BASE, False, "assumed"),
+        ("koala-lightning-700m/koala-700m", BASE, True, "koala-700m"),  # the nearest name counts
+        ("models--lightning-ai--koala-700m/snapshots/0123abcd", BASE, True, "koala-700m"),
+        ("koala-lightning-700m/checkpoints/mine", LIGHTNING, True, "koala-lightning-700m"),
+        ("pytorch-lightning/models/mine", BASE, False, "assumed"),  # a folder above says nothing of a KOALA
+    ],
+)
+def test_the_whole_path_tells_the_variant(
+    tmp_path: Path, place: str, variant: object, certain: bool, says: str
+) -> None:
+    folder = published(tmp_path / place, KOALA_TINY)
+    for identity in (inspect_folder(folder).model.identity, inspect_model(_unet_of(folder)).identity):
+        assert (identity.variant, identity.certain) == (variant, certain)
+        assert says in identity.evidence
+
+
+def test_a_link_into_the_cache_tells_the_variant(tmp_path: Path) -> None:
+    folder = published(tmp_path / SNAPSHOTS.format("koala-lightning-700m"), KOALA_TINY)
+    (tmp_path / "mine").symlink_to(folder, target_is_directory=True)
+    assert inspect_folder(tmp_path / "mine").model.identity.variant == LIGHTNING
+    (tmp_path / "mine.safetensors").symlink_to(_unet_of(folder))
+    assert inspect_model(tmp_path / "mine.safetensors").identity.variant == LIGHTNING
+
+
+def test_a_snapshot_without_a_part_names_its_repository(tmp_path: Path) -> None:
+    folder = published(tmp_path / SNAPSHOTS.format("koala-lightning-1b"))
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(CheckpointError, match=r"^org/koala-lightning-1b/vae/.*etri-vilab/koala-lightning-1b/resolve"):
+        inspect_folder(folder)
+
+
+def _unet_of(folder: Path) -> Path:
+    return folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
 
 
 def test_configuration_files_may_be_absent(tmp_path: Path) -> None:
