@@ -12,6 +12,7 @@ from .. import koala_loader
 from ..host.model import model_facts
 from ..host.protocols import Model
 from ..host.transfer.swap import swap
+from ..koala.files.conventions import label
 from ..koala.files.inspect import inspect_model
 from ..koala.model_report import badge
 from ..koala.releases import STOCK_SCHEDULERS, identify
@@ -63,6 +64,7 @@ class KoalaUNetSwap(io.ComfyNode):
 
 def _published(file: str) -> dict[str, Any]:
     """KSampler's widgets as a U-Net of that file's name was published: what the canvas sets when it swaps one in."""
-    settings = identify({}, {}, "", file).variant.settings
+    path = Path(file)
+    settings = identify({}, {}, "", label(path), reversed(path.parent.parts)).variant.settings
     scheduler = STOCK_SCHEDULERS[settings.spacing]
     return {"steps": settings.steps, "cfg": settings.cfg, "sampler_name": "euler", "scheduler": scheduler}
