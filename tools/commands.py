@@ -130,6 +130,12 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", default="euler", help=f"{SEARCH}: a sampler without noise (default: euler)")
 
 
+def nodes_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py nodes``."""
+    parser.add_argument("nodes", nargs="*", metavar="NODE", help="show what comes of these, and write nothing")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the page again")
+
+
 def fuzz_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py fuzz``."""
     parser.add_argument("--seed", type=int, default=7)
@@ -174,6 +180,11 @@ COMMANDS = {
         "tools.measure.bench.__main__:main",
         bench_options,
         f"`dev.py bench {SEARCH} --full N` looks for better tables of N full steps for KOALA Accelerate.",
+    ),
+    "nodes": Command(
+        "run every node of ComfyUI that takes and gives a MODEL on KOALA and write docs/core-nodes.md",
+        "tools.measure.nodes.page:main",
+        nodes_options,
     ),
     "fuzz": Command(
         "load thousands of damaged files: each is refused by name or loaded as it is",
