@@ -13,6 +13,8 @@ from .plan import distance
 
 CACHED_FEATURES = 2
 """Features cached for each prompt: the next is extrapolated from the last two."""
+LOOK_AHEAD = 1
+"""Steps by which a sampler may go back within a run: heunpp2 looks two steps ahead, and comes back to the next."""
 
 Key = Hashable
 """What a feature belongs to: a prompt, and whatever else makes features incomparable."""
@@ -48,6 +50,8 @@ class Run:
     def begin(self, sigma: float) -> None:
         """Begin a new evaluation of the model, at a noise level."""
         step = max((step for step, at in enumerate(self.sigmas) if at >= sigma), default=0)
+        if step < self._step - LOOK_AHEAD:
+            self._stop("the sampler returned to a higher noise level, as with restarts")
         self._refresh = step in self.full and step > self._step
         self._step = max(step, self._step)
         self._sigma = sigma
@@ -57,8 +61,7 @@ class Run:
     def extrapolated(self, keys: Sequence[Key]) -> torch.Tensor | None:
         """The deep feature for this evaluation, [batch of all keys, channels, height, width]; None: compute it."""
         if self._asked.intersection(keys):
-            self.no_reuse = "the model ran more than once a step for the same prompt, as in tiled sampling"
-            self._features.clear()
+            self._stop("the model ran more than once a step for the same prompt, as in tiled sampling")
         self._asked.update(keys)
         if self._refresh or self.no_reuse or not all(map(self._is_cached, keys)):
             return None
@@ -73,18 +76,28 @@ class Run:
         self._newest = self._sigma
         for key, part in zip(keys, feature.chunk(len(keys)), strict=True):
             cached = self._features.setdefault(key, deque(maxlen=CACHED_FEATURES))
-            if cached and cached[-1][0] == self._sigma:
+            while cached and cached[-1][0] <= self._sigma:
                 cached.pop()
             cached.append((self._sigma, part))
 
+    def _stop(self, why: str) -> None:
+        """Every further evaluation of this run is full."""
+        self.no_reuse = self.no_reuse or why
+        self._features.clear()
+
     def _is_cached(self, key: Key) -> bool:
         """Whether there are two features, the later of the last full evaluation: a prompt that comes and goes begins
-        anew."""
-        cached = self._features.get(key)
-        return cached is not None and len(cached) == CACHED_FEATURES and cached[-1][0] == self._newest
+        anew. Their trend goes on from the earlier one's noise level downwards."""
+        cached = self._features.get(key, ())
+        if len(cached) < CACHED_FEATURES:
+            return False
+        (earlier, _), (later, _) = cached
+        return later == self._newest and later > 0 and 0 < self._sigma <= earlier < math.inf
 
     def _extrapolate(self, key: Key) -> torch.Tensor:
         """A damped trend (Gardner and McKenzie 1985) through the last two features in log sigma. On koala-tiny it was
-        closer than the undamped line, and that closer than one in time steps or in sigma."""
+        closer than the undamped line, and that closer than one in time steps or in sigma. Between the two, where
+        samplers that look ahead come back to, it is the line."""
         (earlier, first), (later, second) = self._features[key]
-        return torch.lerp(first, second, 2 - math.exp(-distance(earlier, later, self._sigma)))
+        away = distance(earlier, later, self._sigma)
+        return torch.lerp(first, second, 1 + away if away < 0 else 2 - math.exp(-away))

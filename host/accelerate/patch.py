@@ -15,7 +15,7 @@ from ..protocols import Executor, Guider, Model
 from . import cpu_routines
 from .branches import Branches, Call
 from .feature_cache import Key, Run
-from .plan import FULL_RANGE, Acceleration, full_steps
+from .plan import FULL_RANGE, Acceleration, falls, full_steps
 
 KEY = "koala_accelerate"
 SINGLE_STEP_SAMPLERS = frozenset(f"sample_{name}" for name in ("euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2"))
@@ -57,7 +57,7 @@ def accelerate(model: Model, settings: Acceleration, report: Callable[[str], Non
 
 
 def full_steps_of(settings: Acceleration, sigmas: torch.Tensor, sampler: str = "sample_euler") -> frozenset[int]:
-    """Which steps of a schedule run the full U-Net. ``sigmas``: falling, [steps + 1]."""
+    """Which steps of a schedule run the full U-Net. ``sigmas``: [steps + 1]."""
     levels = settings.reuse.multistep if sampler in MULTISTEP_SAMPLERS else settings.reuse.single_step
     return full_steps(sigmas[:-1].tolist(), levels)
 
@@ -95,7 +95,9 @@ class _Wrappers:
         require_no_other_cache(before)
         full = full_steps_of(self.settings, sigmas, _name(sampler))
         run = Run(sigmas[:-1].tolist(), full, guider.model_patcher)
-        run.no_reuse = _why_no_reuse(sampler, before) if self.settings.reuse.single_step else "features are not reused"
+        run.no_reuse = (
+            _why_no_reuse(sampler, sigmas, before) if self.settings.reuse.single_step else "features are not reused"
+        )
         guider.model_options = create_model_options_clone(before)
         guider.model_options["transformer_options"][KEY] = run
         try:
@@ -176,8 +178,10 @@ def _keys(call: Call, patcher: Model | None) -> list[Key]:
     return [(uuid, size, frozenset(control), weights) for uuid in uuids]
 
 
-def _why_no_reuse(sampler: object, options: Mapping[str, Any]) -> str:
+def _why_no_reuse(sampler: object, sigmas: torch.Tensor, options: Mapping[str, Any]) -> str:
     """Why a run cannot reuse features; empty where it can."""
+    if not falls(sigmas.tolist()):
+        return "the noise levels do not fall from step to step, as in unsampling"
     name = _name(sampler)
     if name not in SINGLE_STEP_SAMPLERS | MULTISTEP_SAMPLERS:
         return f"{name.removeprefix('sample_')} draws noise between steps, or is not known to tolerate cached steps"

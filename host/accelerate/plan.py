@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 OFF, EXACT, BF16 = ROUTINES = ("off", "exact", "bf16")
@@ -56,17 +57,30 @@ class Acceleration:
     guided: tuple[float, float] = FULL_RANGE
 
 
+def falls(sigmas: Sequence[float]) -> bool:
+    """Whether the noise levels of a run, its end included, are finite and fall from step to step, to 0 at the end at
+    most.
+
+    Unsampling's rise, and restarts' fall and rise. Features are reused only where they fall.
+    """
+    starts = sigmas[:-1]
+    return all(first > second for first, second in pairwise(sigmas)) and (
+        not starts or (math.isfinite(starts[0]) and starts[-1] > 0 <= sigmas[-1])
+    )
+
+
 def full_steps(sigmas: Sequence[float], levels: Sequence[float]) -> frozenset[int]:
     """The steps of a run that run the full U-Net.
 
     These are, for each of ``levels`` that the run passes and of its ``WARMUP_LEVELS``, the first step at or below it;
-    the ``WARMUP_STEPS``; and those beyond ``MAX_EXTRAPOLATION``. All steps where ``levels`` is empty.
+    the ``WARMUP_STEPS``; and those beyond ``MAX_EXTRAPOLATION``. All steps where ``levels`` is empty, or where the run
+    does not fall from step to step.
 
     Args:
-        sigmas: the noise level at which each step begins, falling.
+        sigmas: the noise level at which each step begins.
         levels: one of the tables of ``Reuse``.
     """
-    if not levels or not sigmas:
+    if not levels or not sigmas or not falls([*sigmas, 0.0]):
         return frozenset(range(len(sigmas)))
     start = sigmas[0] * (1 + SIGMA_TOLERANCE)
     if start < levels[0]:
@@ -86,7 +100,8 @@ def full_steps(sigmas: Sequence[float], levels: Sequence[float]) -> frozenset[in
 
 def distance(first: float, second: float, sigma: float) -> float:
     """How far a noise level is from ``second``, in log sigma, in units of the distance between ``first`` and it."""
-    return math.log(second / sigma) / math.log(first / second)
+    unit = math.log(first / second)
+    return math.log(second / sigma) / unit if unit else math.inf
 
 
 REUSE: dict[str, Reuse] = {

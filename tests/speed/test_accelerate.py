@@ -16,7 +16,7 @@ import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_custom_sampler import CFGOverride, SamplerCustom
+from comfy_extras.nodes_custom_sampler import CFGOverride, FlipSigmas, SamplerCustom, SplitSigmas
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
 from safetensors.torch import save_file
@@ -231,6 +231,22 @@ def test_a_compiled_model_reuses_as_well(faster: Callable[..., Any], said: Said)
 # Where it cannot be right
 
 
+def custom(
+    model: Any,
+    sigmas: torch.Tensor,
+    sampler: str,
+    latent: torch.Tensor | None = None,
+    noise: bool = True,
+    cfg: float = 7.5,
+) -> torch.Tensor:
+    """SamplerCustom's latents."""
+    samples = {"samples": torch.zeros(1, 4, 16, 16) if latent is None else latent}
+    positive, negative = prompts()
+    chosen = comfy.samplers.ksampler(sampler)
+    made = SamplerCustom.execute(model, noise, 1, cfg, positive, negative, chosen, sigmas, samples)
+    return made.result[0]["samples"]
+
+
 @pytest.mark.parametrize(
     "sampler", ["euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lcm", "ddpm", "dpm_adaptive", "uni_pc"]
 )
@@ -249,6 +265,58 @@ def test_churn_runs_full_steps(faster: Callable[..., Any], said: Said) -> None:
     SamplerCustom.execute(faster(), True, 1, 7.5, positive, negative, sampler, sigmas, latent)
     assert "s_churn" in said[-1]
     assert said.full == 6
+
+
+FALLING = schedule(12, "leading").sigmas
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [
+        FlipSigmas.execute(FALLING).result[0],
+        torch.cat([FALLING[:6], FALLING[5:]]),
+        torch.cat([FALLING[:6], torch.zeros(1), FALLING[6:]]),
+        torch.cat([FALLING[:8], FALLING[3:]]),
+        torch.cat([FALLING[:6], torch.tensor([torch.nan]), FALLING[6:]]),
+        torch.cat([FALLING[:6], FALLING[5:6]]),
+        torch.tensor([FALLING[4]] * 2),
+    ],
+    ids=["flipped", "equal", "zero inside", "rises again", "NaN", "equal at the end", "one step of no length"],
+)
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_levels_that_do_not_fall_run_full_steps(
+    sigmas: torch.Tensor, sampler: str, faster: Callable[..., Any], said: Said
+) -> None:
+    wanted = custom(parity.tiny_models()[0], sigmas, sampler)
+    found = custom(faster(), sigmas, sampler)
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))  # bit for bit, NaN too
+    assert said.full == said.passes == len(sigmas) - 1
+    assert said[-1].endswith(": the noise levels do not fall from step to step, as in unsampling")
+
+
+def test_parts_of_a_schedule(faster: Callable[..., Any], said: Said) -> None:
+    """Split Sigmas: each part is a run; one of four steps and fewer is full."""
+    sigmas = schedule(25, "leading").sigmas
+    for part, full in ((sigmas[:1], 0), (sigmas[:2], 1), (sigmas[-2:], 1), (sigmas[:5], 4), (sigmas[20:], 5)):
+        wanted, found = (custom(model, part, "euler") for model in (parity.tiny_models()[0], faster()))
+        assert torch.equal(found, wanted)
+        assert said.full == said.passes == full
+    high, low = SplitSigmas.execute(sigmas, 12).result
+    middle = custom(parity.tiny_models()[0], high, "euler")
+    wanted, found = (custom(model, low, "euler", middle, noise=False) for model in (parity.tiny_models()[0], faster()))
+    assert said.full < said.passes == 13
+    assert decibels(found, wanted) >= 39
+
+
+def test_unsampling_and_back(faster: Callable[..., Any], said: Said) -> None:
+    """An image up to noise by flipped sigmas, and down again: the way up is computed in full."""
+    start, sigmas = plain(), schedule(25, "leading").sigmas
+    flipped = FlipSigmas.execute(sigmas[5:]).result[0]
+    wanted, found = (
+        custom(model, flipped, "euler", start, noise=False, cfg=1.0) for model in (parity.tiny_models()[0], faster())
+    )
+    assert torch.equal(found, wanted)
+    assert said.full == said.passes
 
 
 def test_tiled_and_wrapped_sampling_runs_full_steps(faster: Callable[..., Any], said: Said) -> None:

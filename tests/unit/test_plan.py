@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+import random
+from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
 
 from koala_sdxl.host.accelerate.feature_cache import Run
-from koala_sdxl.host.accelerate.plan import MAX_EXTRAPOLATION, PRESETS, REUSE, WARMUP_LEVELS, WARMUP_STEPS, full_steps
+from koala_sdxl.host.accelerate.plan import (
+    MAX_EXTRAPOLATION,
+    PRESETS,
+    REUSE,
+    WARMUP_LEVELS,
+    WARMUP_STEPS,
+    falls,
+    full_steps,
+)
 from koala_sdxl.koala.schedule import schedule
 
 
+@cache
 def numbers(count: int) -> list[float]:
     """Noise levels at which the steps of a leading schedule begin."""
     return schedule(count, "leading").sigmas[:-1].tolist()
@@ -47,7 +58,7 @@ def test_the_tables_at_the_published_steps() -> None:
 
 
 @each_table
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 15, 20, 30, 50, 100, 1000])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 15, 20, 30, 50, 100, 999])
 def test_any_number_of_steps(table: tuple[float, ...], count: int) -> None:
     full = full_steps(numbers(count), table)
     assert set(range(min(count, WARMUP_STEPS))) <= full
@@ -98,6 +109,93 @@ def test_presets_differ_in_what_they_leave_out() -> None:
     assert [bool(preset.reuse.single_step) for preset in PRESETS.values()] == [False, True, True]
     for balanced, fast in zip(PRESETS["balanced"].reuse, PRESETS["fast"].reuse, strict=True):
         assert len(balanced) > len(fast)
+
+
+NOT_FALLING = (
+    [0.0, 0.03, 1.0, 5.0, 14.6],  # unsampling
+    [14.6, 10.0, 10.0, 5.0, 2.0, 1.0, 0.0],
+    [14.6, 10.0, 5.0, 2.0, 0.0, 0.0],
+    [14.6, 10.0, 5.0, 0.0, 2.0, 1.0, 0.0],
+    [14.6, 5.0, 1.0, 5.0, 1.0, 0.2, 0.0],  # restarts
+    [14.6, 10.0, math.nan, 2.0, 1.0, 0.5, 0.0],
+    [math.inf, 10.0, 5.0, 2.0, 1.0, 0.5, 0.0],
+    [14.6, 10.0, 5.0, 2.0, 1.0, -0.5],
+    [14.6, 10.0, 5.0, 2.0, 1.0, 1.0],
+    [0.0, 0.0],
+    [5.0, math.nan],
+    [*numbers(1000), 0.0],  # leading spacing begins with the same timestep twice
+)
+
+
+@pytest.mark.parametrize("sigmas", NOT_FALLING, ids=lambda sigmas: str(sigmas[:6]))
+def test_levels_that_do_not_fall_have_full_steps_only(sigmas: list[float]) -> None:
+    assert not falls(sigmas)
+    if not falls([*sigmas[:-1], 0.0]):
+        for table in TABLES.values():
+            assert full_steps(sigmas[:-1], table) == frozenset(range(len(sigmas) - 1))
+
+
+def test_levels_that_fall() -> None:
+    for sigmas in ([], [0.0], [5.0], [5.0, 0.0], [5.0, 4.9999], [*BASE, 0.0], BASE, [5.0, math.nextafter(5.0, 0.0)]):
+        assert falls(sigmas)
+    assert full_steps([5.0, *[math.nextafter(5.0, 0.0)] * 9], (5.0,)) == set(range(10))
+
+
+def random_levels(seed: int) -> list[float]:
+    """A schedule, whole or a part of it, often with something done to it."""
+    chosen = random.Random(seed)
+    sigmas = [*numbers(chosen.choice((1, 2, 5, 25, 100))), 0.0]
+    begin = chosen.randrange(len(sigmas))
+    sigmas = sigmas[begin : begin + chosen.randrange(1, 60)]
+    for _ in range(chosen.choice((0, 0, 1, 3))):
+        place = chosen.randrange(len(sigmas))
+        other = sigmas[chosen.randrange(len(sigmas))]
+        sigmas[place] = chosen.choice((other, -1.0, 0.0, math.nan, math.inf, 1e-30, math.nextafter(other, 0.0)))
+    return chosen.choice((sigmas, sigmas, sigmas[::-1], sigmas + sigmas))
+
+
+@each_table
+def test_any_list_of_levels_in_any_order(table: tuple[float, ...]) -> None:
+    """Never an error; where the list does not fall, or the sampler itself goes back, nothing across the rise."""
+    extrapolations = 0
+    for seed in range(2000):
+        sigmas, chosen = random_levels(seed), random.Random(seed)
+        full = full_steps(sigmas[:-1], table)
+        assert full <= set(range(len(sigmas) - 1))
+        assert len(full) == len(sigmas) - 1 or falls([*sigmas[:-1], 0.0])
+        course = Run(sigmas[:-1], full)
+        visited = chosen.choice((sigmas[:-1], chosen.sample(sigmas, len(sigmas)), random_levels(seed + 1)))
+        computed: list[float] = []
+        for sigma in visited:
+            if evaluate(course, sigma, 1) is None:
+                computed = [*(level for level in computed if level > sigma), sigma]
+                continue
+            extrapolations += 1
+            earlier, later = computed[-2:]
+            assert 0 < sigma <= earlier
+            assert later < earlier
+    assert extrapolations > 1000
+
+
+def test_a_sampler_that_goes_back_is_computed_in_full() -> None:
+    course = run({0, 1})
+    for sigma in (16, 8, 4, 2, 1):
+        evaluate(course, sigma, 1)
+    for sigma in (8, 4, 2, 1):
+        assert evaluate(course, sigma, 1) is None
+    assert str(course).endswith("guidance: the sampler returned to a higher noise level, as with restarts")
+
+
+def test_a_look_ahead_is_no_return() -> None:
+    """heunpp2 looks two steps ahead."""
+    course = run({0, 1, 3})
+    for sigma, value in ((16, 10), (8, 8), (2, 4)):
+        evaluate(course, sigma, value)
+    for sigma, value in ((4, 6), (2, 4)):
+        between = evaluate(course, sigma, math.nan)
+        assert between is not None
+        assert torch.allclose(between, feature(value))
+    assert not course.no_reuse
 
 
 HALVES = [16.0, 8.0, 4.0, 2.0, 1.0, 0.5]
