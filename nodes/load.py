@@ -15,8 +15,7 @@ from ..host.protocols import Clip, Model, Vae
 from ..host.transfer.compatibility import incompatible_patches
 from ..koala.architecture.layout import Layout
 from ..koala.files.dtypes import dtype_name
-from ..koala.files.header import CheckpointError
-from ..koala.files.inspect import inspect_model, inspect_text_encoder, inspect_vae, require_text_width
+from ..koala.files.inspect import inspect_model, inspect_text_encoders, inspect_vae
 from ..koala.model_report import badge, report
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
@@ -214,13 +213,5 @@ def load_parts(layout: Layout, first: Path, second: Path, vae: Path) -> tuple[Cl
 
     Raises CheckpointError where they are not one CLIP-L and one CLIP-G, or do not fit the U-Net.
     """
-    encoders = {file.kind: file for file in map(inspect_text_encoder, (first, second))}
-    if set(encoders) != {"l", "g"}:
-        only = next(iter(encoders)).upper()
-        raise CheckpointError(
-            f"{first.name} and {second.name} are both CLIP-{only}; expected one CLIP-L and one CLIP-G. "
-            f"Choose SDXL's two text encoders, in any order."
-        )
-    require_text_width(layout, encoders["l"], encoders["g"])
-    autoencoder = inspect_vae(vae)
-    return koala_loader.load_clip(encoders["l"], encoders["g"]), koala_loader.load_vae(autoencoder)
+    encoders, autoencoder = inspect_text_encoders(first, second, layout), inspect_vae(vae)
+    return koala_loader.load_clip(*encoders), koala_loader.load_vae(autoencoder)

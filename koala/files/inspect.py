@@ -159,9 +159,33 @@ def inspect_text_encoder(path: Path) -> TextEncoderFile:
     return TextEncoderFile(source.header, sizes=recognise_text_encoder(source))
 
 
+def inspect_text_encoders(first: Path, second: Path, layout: Layout) -> tuple[TextEncoderFile, TextEncoderFile]:
+    """CLIP-L and CLIP-G for a U-Net, in files of their own, given in any order.
+
+    Raises as ``inspect_text_encoder``, and CheckpointError where they are not one of each, or do not fit the U-Net.
+    """
+    one, other = inspect_text_encoder(first), inspect_text_encoder(second)
+    for clip_l, clip_g in ((one, other), (other, one)):
+        if _text_width(clip_l, clip_g) == (layout.context, layout.pooled):
+            return clip_l, clip_g
+    if one.kind == other.kind:
+        raise CheckpointError(
+            f"{label(first)} and {label(second)} are both CLIP-{one.kind.upper()}; expected one CLIP-L and one CLIP-G. "
+            f"Choose SDXL's two text encoders, in any order."
+        )
+    clip_l, clip_g = (one, other) if one.kind == "l" else (other, one)
+    require_text_width(layout, clip_l, clip_g)
+    return clip_l, clip_g
+
+
+def _text_width(clip_l: TextEncoderFile, clip_g: TextEncoderFile) -> tuple[int, int | None]:
+    """Width of the text that two encoders give, and of the pooled text."""
+    return clip_l.sizes.hidden + clip_g.sizes.hidden, clip_g.sizes.projection
+
+
 def require_text_width(layout: Layout, clip_l: TextEncoderFile, clip_g: TextEncoderFile) -> None:
     """Check that two text encoders are as wide as a U-Net asks. Raises CheckpointError where they are not."""
-    width, pooled = clip_l.sizes.hidden + clip_g.sizes.hidden, clip_g.sizes.projection
+    width, pooled = _text_width(clip_l, clip_g)
     if (width, pooled) != (layout.context, layout.pooled):
         files = " and ".join(dict.fromkeys(label(file.path) for file in (clip_l, clip_g)))
         raise CheckpointError(
@@ -190,7 +214,8 @@ def inspect_folder(folder: Path) -> Checkpoint:
     unet = inspect_unet(weights["unet"])
     first, second = (inspect_text_encoder(weights[part]) for part in ("text_encoder", "text_encoder_2"))
     release = release_for(unet.layout, named, folders_above(folder))
-    if (first.kind, second.kind) != ("l", "g"):
+    fits = _text_width(first, second) == (unet.layout.context, unet.layout.pooled)
+    if not fits and (first.kind, second.kind) != ("l", "g"):
         raise CheckpointError(
             f"{named}/text_encoder and text_encoder_2 hold CLIP-{first.kind.upper()} and "
             f"CLIP-{second.kind.upper()}; expected CLIP-L and CLIP-G. Fetch both again from {release.url()}."

@@ -11,7 +11,11 @@ from pathlib import Path
 from koala_sdxl.koala.architecture.keys import Numbering, Shape, tensors
 from koala_sdxl.koala.architecture.layout import Layout
 
-BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "F64": 64}
+BITS = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8},
+    **{"I64": 64, "I32": 32, "I8": 8, "U8": 8, "BOOL": 8},
+}
+"""Type's name in a header -> bits of one number."""
 
 
 def header(
