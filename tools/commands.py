@@ -144,6 +144,12 @@ def fuzz_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", action="store_true", help="write the figures to docs/reliability.md")
 
 
+def soak_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py soak``."""
+    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="how many (default: 500)")
+    parser.add_argument("--record", action="store_true", help="write the figures to docs/reliability.md")
+
+
 def distill_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py distill``: the trainer's own."""
     importlib.import_module("koala_sdxl.distill.options").add_options(parser)
@@ -190,6 +196,11 @@ COMMANDS = {
         "load thousands of damaged files: each is refused by name or loaded as it is",
         "tools.fuzz.campaign:main",
         fuzz_options,
+    ),
+    "soak": Command(
+        "send hundreds of prompts through one server and measure how its memory grows",
+        "tools.measure.soak:main",
+        soak_options,
     ),
     "train-tiny": Command("train the built-in model", "tools.tiny.train:main", train_tiny_options),
     "pack-tiny": Command("write the built-in model's one file", "tools.tiny.pack:main", pack_tiny_options),

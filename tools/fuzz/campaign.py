@@ -20,6 +20,7 @@ from tools import commands
 from tools.fuzz import cases, oracle
 from tools.fuzz.bases import Base, bases, contents, write
 from tools.fuzz.oracle import FAULTS, Verdict
+from tools.measure import reliability
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ def main(arguments: list[str]) -> int:
                 print(result.line, flush=True)
     for kind, found in figures(results).items():
         print(f"{kind}: {', '.join(f'{count} {what}' for what, count in found.items()) or 'none'}")
+    if options.record and options.only is None:
+        found = {"seed": options.seed, "cases": options.cases, "kinds": figures(results)}
+        reliability.record("fuzz", {**found, "seconds": round(time.monotonic() - start)})
     faults = sum(result.verdict.outcome in FAULTS for result in results)
     print(f"{len(results)} cases of seed {options.seed} in {time.monotonic() - start:.0f} s: {faults} faults")
     return int(faults > 0)

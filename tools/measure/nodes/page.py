@@ -101,14 +101,15 @@ def page(entry: Mapping[str, Any]) -> str:
         (
             "# ComfyUI's own nodes on KOALA",
             "",
-            f"Every node of ComfyUI {machine['versions']['ComfyUI']} that takes and gives a MODEL: {len(run)} were run, "
-            f"{len(left_out)} could not be. Written by `python3 dev.py nodes` on {entry['date']}.",
+            f"Every node of ComfyUI {machine['versions']['ComfyUI']} that takes and gives a MODEL: {len(run)} were "
+            f"run, {len(left_out)} could not be. Written by `python3 dev.py nodes` on {entry['date']}.",
             "",
-            "KOALA-700M stands for koala-tiny, which has its layers and draws what it is asked for. KOALA-1B is a model "
-            "of its layers, as narrow, with random weights: whether a node changes what it gives can be seen, whether "
-            "for the better cannot. Each node was run by KSampler and by KOALA Sampler, alone, before KOALA Accelerate "
-            "and behind it (preset balanced), with the default values of its widgets; those that do nothing at 1 (model "
-            "merging, attention multipliers) at 0.5 and 1.2. Second models are koala-tiny with a LoRA.",
+            "KOALA-700M stands for koala-tiny, which has its layers and draws what it is asked for. KOALA-1B is a "
+            "model of its layers, as narrow, with random weights: whether a node changes the result can be seen, "
+            "whether for the better cannot. Each node was run by KSampler and by KOALA Sampler, alone, before KOALA "
+            "Accelerate and behind it (preset balanced), with the default values of its widgets; those that do nothing "
+            "at 1 (model merging, attention multipliers) at 0.5 and 1.2. Second models are the same with a LoRA or "
+            "another last layer.",
             "",
             "- *works*: the result is another than without the node, and koala-tiny still draws what is asked for",
             "- *no effect*: the result is the same as without the node",
