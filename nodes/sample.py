@@ -11,7 +11,7 @@ from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 from ..host.model import attached_facts, model_facts
 from ..host.protocols import Conditioning, Latent, Model
-from ..host.transfer.compatibility import require_compatible
+from ..host.transfer.compatibility import compatible
 from ..koala.architecture.layout import name
 from ..koala.releases import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala.schedule import Schedule, schedule
@@ -167,7 +167,7 @@ class KoalaSampler(io.ComfyNode):
         sampler_name: str,
         denoise: float,
     ) -> io.NodeOutput:
-        require_compatible(model, positive, negative)
+        model = compatible(model, positive, negative)
         settings, why = _settings(model, preset)
         made = _schedule(model, settings.steps, settings.spacing, denoise)
         sampler = comfy.samplers.sampler_object(sampler_name)

@@ -14,7 +14,7 @@ from ...koala.architecture.lineage import Lineage
 from ..model import is_koala, model_facts
 from ..protocols import Conditioning, Model
 from .attention import ATTENTION_PATCHES, BLOCK_PATCHES, Remapped, places, unmatched
-from .control import is_adapted, takes_other_residuals
+from .control import chain, fits, watched
 
 REMAP = "put KOALA Attention Patches behind the node that set it"
 
@@ -93,13 +93,14 @@ def incompatible_patches(model: Model) -> list[str]:
     return [*lines, *_weight_patches(model, lineage)]
 
 
-def require_compatible(model: Model, *conditionings: Conditioning) -> None:
+def compatible(model: Model, *conditionings: Conditioning) -> Model:
     """Check, before a KOALA is sampled, that nothing would silently act on the wrong layers.
 
+    Returns the MODEL to sample: itself, or a clone that checks what only sampling shows.
     Raises ValueError for attention patches or ControlNets that still go by SDXL's numbers.
     """
     if not is_koala(model):
-        return
+        return model
     lineage = model_facts(model).lineage
     koala = name(lineage.student)
     stray = unmatched(model.model_options["transformer_options"], lineage)
@@ -114,13 +115,20 @@ def require_compatible(model: Model, *conditionings: Conditioning) -> None:
             f"use SDXL's numbers; expected KOALA's. Put KOALA Attention Patches behind the node that set them "
             f"(IP-Adapter or similar)."
         )
-    entries = (entry[1] for conditioning in conditionings for entry in conditioning)
-    controls = [entry["control"] for entry in entries if "control" in entry]
-    if takes_other_residuals(lineage) and not all(map(is_adapted, controls)):
+    controls = {
+        id(control): control
+        for conditioning in conditionings
+        for _, entry in conditioning
+        for control in chain(entry.get("control"))
+    }
+    fitting = {key: fits(control, lineage) for key, control in controls.items()}
+    if False in fitting.values():
         raise ValueError(
             f"the conditioning has a ControlNet with SDXL's residuals; {koala} has other layers. Put KOALA ControlNet "
             f"between the ControlNet's loader and Apply ControlNet."
         )
+    unknown = [control for key, control in controls.items() if fitting[key] is None]
+    return watched(model, unknown) if unknown else model
 
 
 def _functions(model: Model) -> Iterator[Any]:

@@ -87,6 +87,18 @@ class UNetSearch:
         return {*map(_sample, self._network.parameters())}
 
 
+def reachable(held: object) -> Iterator[object]:
+    """An object and what it leads to, of that the first ``MOST_OBJECTS``."""
+    seen, left = {id(held): held}, [held]
+    while left and len(seen) <= MOST_OBJECTS:
+        each = left.pop()
+        yield each
+        for further in _referents(each):
+            if id(further) not in seen and gc.is_tracked(further):
+                seen[id(further)] = further
+                left.append(further)
+
+
 def replaced_forwards(network: torch.nn.Module) -> dict[str, object]:
     """Name of each module whose ``forward`` was replaced on the instance -> what it was replaced by."""
     return {name: vars(module)["forward"] for name, module in network.named_modules() if "forward" in vars(module)}

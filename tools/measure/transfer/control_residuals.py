@@ -44,7 +44,7 @@ def hinted(control: Any, side: int = 128, strength: float = 1.0) -> Any:
 def residuals_seen(control: Any) -> Iterator[list[dict[str, list[Any]]]]:
     """What a ControlNet hands to the U-Net in each pass, before the U-Net takes it."""
     seen: list[dict[str, list[Any]]] = []
-    inner = control.get_control
+    inner, on_itself = control.get_control, "get_control" in vars(control)
 
     def recorded(*arguments: Any, **further: Any) -> Any:
         given = inner(*arguments, **further)
@@ -56,6 +56,8 @@ def residuals_seen(control: Any) -> Iterator[list[dict[str, list[Any]]]]:
         yield seen
     finally:
         del control.get_control
+        if on_itself:
+            control.get_control = inner
 
 
 def residuals(koala: Layout, ours: bool) -> Residuals:
