@@ -79,7 +79,7 @@ def prepared() -> Iterator[None]:
             yield
         finally:
             _folder.clear()
-            for cached in (models, _made, _baseline):
+            for cached in (models, fixtures_of, _baseline):
                 cached.cache_clear()
 
 
@@ -97,7 +97,7 @@ def models() -> dict[str, tuple[Any, Any, Any]]:
 
 
 @cache
-def _made(model: str) -> dict[str, Any]:
+def fixtures_of(model: str) -> dict[str, Any]:
     _, empty = _prompts(model, "")
     if model == "700M":
         return fixtures(*models()[model], empty, _folder[0])
@@ -105,7 +105,7 @@ def _made(model: str) -> dict[str, Any]:
     other = koala.clone()
     changed = {"diffusion_model.out.2.weight": (0.1 * torch.ones_like(koala.model.diffusion_model.out[2].weight),)}
     other.add_patches(changed, 1.0)
-    return {**_made("700M"), "second MODEL": other}
+    return {**fixtures_of("700M"), "second MODEL": other}
 
 
 def _prompts(model: str, negative: str) -> Any:
@@ -132,7 +132,7 @@ def _with_node(node: str, place: Place) -> Any:
     koala = models()[place.model][0]
     if place.place == BEHIND:
         koala = _accelerated(koala)
-    koala = call(host_nodes()[node], filled(node, koala, _made(place.model)))
+    koala = call(host_nodes()[node], filled(node, koala, fixtures_of(place.model)))
     return _accelerated(koala) if place.place == BEFORE else koala
 
 
