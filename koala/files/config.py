@@ -3,28 +3,118 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 from ..architecture.layout import Layout, name
 from ..architecture.lineage import KeptTransformers, check_kept
-from ..releases import SCHEDULER_CONFIG
+from ..releases import SCHEDULER_CONFIG, SPACINGS
 from .conventions import KEPT_TRANSFORMERS_KEY, label
 from .header import CheckpointError, Header
 
+CONFIG_LIMIT = 1_000_000
+"""Bytes. A published configuration has two thousand."""
+SHOWN = 40
+"""Characters of a value that an error shows."""
+
+
+class Rule(NamedTuple):
+    """What a scheduler configuration may say under one key, and the same in words."""
+
+    accepts: Callable[[object], bool]
+    expected: str
+
+
+def _one_of(*values: object) -> Rule:
+    """One of these values, of the same type: true is not 1."""
+
+    def accepts(value: object) -> bool:
+        return any(type(value) is type(accepted) and value == accepted for accepted in values)
+
+    return Rule(accepts, " or ".join(json.dumps(accepted) for accepted in values))
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
+
+
+_OFF = _one_of(False)
+_LIMIT = Rule(lambda value: value is None or _is_positive(value), "null or a positive number")
+_KINDS = (
+    *("DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE", "DPMSolverSinglestep"),
+    *("EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete"),
+    *("LCM", "LMSDiscrete", "PNDM", "TCD", "UniPCMultistep"),
+)
+"""diffusers' schedulers over 1000 discrete betas; its EDM and flow schedulers have other noise."""
+
+SCHEDULER_RULES: Mapping[str, Rule] = {
+    "_class_name": _one_of(*(f"{kind}Scheduler" for kind in _KINDS))._replace(expected='"EulerDiscreteScheduler"'),
+    "prediction_type": _one_of("epsilon"),
+    "num_train_timesteps": _one_of(1000),
+    "beta_schedule": _one_of("scaled_linear"),
+    "beta_start": _one_of(SCHEDULER_CONFIG["beta_start"]),
+    "beta_end": _one_of(SCHEDULER_CONFIG["beta_end"]),
+    "trained_betas": _one_of(None),
+    "rescale_betas_zero_snr": _OFF,
+    "interpolation_type": _one_of("linear"),
+    "use_karras_sigmas": _OFF,
+    "use_exponential_sigmas": _OFF,
+    "use_beta_sigmas": _OFF,
+    "use_lu_lambdas": _OFF,
+    "use_flow_sigmas": _OFF,
+    "sigma_min": _LIMIT,
+    "sigma_max": _LIMIT,
+    "timestep_spacing": _one_of(*SPACINGS),
+    "timestep_type": _one_of("discrete", "continuous"),
+    "steps_offset": _one_of(0, 1),
+    "final_sigmas_type": _one_of("zero", "sigma_min"),
+}
+"""Key of a scheduler_config.json -> what is accepted: all that changes a noise schedule.
+
+The host's U-Net finds its timestep by the sigma, in the table of SDXL's 1000 betas, to the nearest whole number. So the
+betas must be SDXL's, and the timesteps of a schedule whole numbers below 1000; Karras', exponential and beta sigmas lie
+between them (the final latent then differs by 0.002 to 0.011 from diffusers', against 0.00002). ``sigma_min`` and
+``sigma_max`` serve these alone, and ``timestep_type`` v-prediction alone. Other keys, such as DDIM's ``clip_sample``,
+change no schedule.
+"""
+
 
 def read_json(path: Path) -> dict[str, object]:
-    """A small config file's contents, empty where there is no such file. Raises CheckpointError as ``parse_json``."""
-    if not path.is_file():
+    """A small config file's contents, empty where there is no such file.
+
+    Raises CheckpointError as ``parse_json``, and where it is no file or cannot be read.
+    """
+    place = "/".join(path.parts[-3:])
+    if not os.path.lexists(path):
         return {}
-    return parse_json(path.read_bytes(), "/".join(path.parts[-3:]))
+    if not path.is_file():
+        raise CheckpointError(
+            f"{place} is a folder, or a link to a file that is not there; expected a model's configuration. "
+            f"Restore the published file."
+        )
+    try:
+        with path.open("rb") as file:
+            text = file.read(CONFIG_LIMIT + 1)
+    except OSError as error:
+        raise CheckpointError(
+            f"{place} cannot be read ({error.strerror}); expected a model's configuration. Restore the published file."
+        ) from None
+    return parse_json(text, place)
 
 
 def parse_json(text: str | bytes, place: str) -> dict[str, object]:
     """A JSON object; ``place`` says in an error where it is. Raises CheckpointError for anything else."""
+    if len(text) > CONFIG_LIMIT:
+        raise CheckpointError(
+            f"{place} has more than {CONFIG_LIMIT:,} bytes; expected a model's configuration. "
+            f"Restore the published file."
+        )
     try:
         config = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(
@@ -41,14 +131,23 @@ def complete_scheduler(stated: Mapping[str, object], place: str, remedy: str) ->
         place: where it is, for an error.
         remedy: what to do, for an error.
 
-    Raises CheckpointError for a model that does not predict epsilon.
+    Raises CheckpointError for a value that ``SCHEDULER_RULES`` does not accept.
     """
-    scheduler = {**SCHEDULER_CONFIG, **stated}
-    if scheduler["prediction_type"] != "epsilon":
-        raise CheckpointError(
-            f"{place} asks for {scheduler['prediction_type']} prediction; every KOALA predicts epsilon. {remedy}"
-        )
-    return scheduler
+    for key, rule in SCHEDULER_RULES.items():
+        if key in stated and not rule.accepts(stated[key]):
+            raise CheckpointError(
+                f"{place}: {key} is {_shown(stated[key])}; expected {rule.expected}: ComfyUI's SDXL U-Net follows no "
+                f"other noise schedule. {remedy}"
+            )
+    return {**SCHEDULER_CONFIG, **stated}
+
+
+def _shown(value: object) -> str:
+    """A value as JSON, cut where it is long; lists and objects, which may be deep, by their kind."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def stated_transformers(header: Header, layout: Layout) -> KeptTransformers | None:

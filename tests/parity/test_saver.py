@@ -204,7 +204,7 @@ def _lightning(scheduler: dict[str, object]) -> Any:
 
 
 def test_variant_and_schedule_survive(tmp_path: Path) -> None:
-    scheduler = {**settings.SCHEDULER_CONFIG, "beta_end": 0.013}
+    scheduler = {**settings.SCHEDULER_CONFIG, "steps_offset": 0}
     model, (_, clip, vae) = _lightning(scheduler), parity.tiny_models()
     koala_saver.save_checkpoint(tmp_path / "a.safetensors", model, clip, vae)
     koala_saver.save_checkpoint(tmp_path / "bare.safetensors", model, None, None)
@@ -217,7 +217,7 @@ def test_variant_and_schedule_survive(tmp_path: Path) -> None:
     ):
         facts = model_facts(again)
         assert (facts.identity.variant, facts.identity.certain) == (settings.LIGHTNING, True)
-        assert facts.scheduler["beta_end"] == 0.013
+        assert facts.scheduler["steps_offset"] == 0
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from koala_sdxl.koala.model_info import ModelFacts, assumed_facts
 from tests.unit import files
 from tools.tiny import SHIPPED as TINY
 
-OWN_SCHEDULER = {**settings.SCHEDULER_CONFIG, "beta_end": 0.013}
+OWN_SCHEDULER = {**settings.SCHEDULER_CONFIG, "steps_offset": 0}
 
 
 @pytest.mark.parametrize("shape", layout.KOALA_NAMES, ids=list(layout.KOALA_NAMES.values()))
@@ -91,14 +91,17 @@ def test_modelspec_fields() -> None:
 @pytest.mark.parametrize(
     ("stated", "said"),
     [
-        ('{"prediction_type": "v_prediction"}', "asks for v_prediction prediction; every KOALA predicts epsilon"),
-        ("[]", "holds no JSON object"),
-        ("{", "holds no JSON object"),
+        ('{"prediction_type": "v_prediction"}', ': prediction_type is "v_prediction"; expected "epsilon": ComfyUI'),
+        ('{"beta_end": 0.02}', ": beta_end is 0.02; expected 0.012: ComfyUI"),
+        ("[]", " holds no JSON object"),
+        ("{", " holds no JSON object"),
+        ("[" * 100_000, " holds no JSON object"),
+        (" " * 1_000_001, r" has more than 1,000,000 bytes"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(stated: str, said: str, tmp_path: Path) -> None:
     path = files.write(tmp_path / "a", files.unet(layout.KOALA_TINY), metadata={SCHEDULER_KEY: stated})
-    with pytest.raises(CheckpointError, match=f"a: the metadata {SCHEDULER_KEY} {said}"):
+    with pytest.raises(CheckpointError, match=f"a: the metadata {SCHEDULER_KEY}{said}"):
         inspect_model(path)
 
 

@@ -139,7 +139,7 @@ def _text(name: str, content: str) -> Callable[[Path], object]:
         ),
         (
             _text("scheduler/scheduler_config.json", '{"prediction_type": "v_prediction"}'),
-            "koala-700m/scheduler/scheduler_config.json asks for v_prediction prediction; every KOALA predicts epsilon",
+            'koala-700m/scheduler/scheduler_config.json: prediction_type is "v_prediction"; expected "epsilon": ',
         ),
         (
             _text("text_encoder_2/model.fp16.safetensors", ""),
