@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import FileIO
+from math import prod
 from pathlib import Path
 
 import comfy.memory_management
@@ -46,22 +47,26 @@ def _read_by_host(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _read(source: Source, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in the order in which they lie in the file; of one that is converted, both types at a time."""
+    """Tensors in the order in which they lie in the file; those to be converted are read into the same memory."""
     header = source.header
+    names = [name for name in header.offsets if name.startswith(source.prefix)]
+    types = {name: STORED_DTYPES[header.dtypes[name]] for name in names}
+    sizes = {name: prod(header.shapes[name]) * types[name].itemsize for name in names}
+    converted = {name for name in names if dtype not in (None, types[name])}
+    scratch = torch.empty(max((sizes[name] for name in converted), default=0), dtype=torch.uint8)
     with FileIO(source.path) as file:
         _require_unchanged(source, file.fileno())
-        for name, start in header.offsets.items():
-            if name.startswith(source.prefix):
-                tensor = torch.empty(header.shapes[name], dtype=STORED_DTYPES[header.dtypes[name]])
-                file.seek(start)
-                _read_into(tensor, file, source)
-                yield name, tensor.to(dtype)
+        for name in names:
+            memory = scratch[: sizes[name]] if name in converted else torch.empty(sizes[name], dtype=torch.uint8)
+            file.seek(header.offsets[name])
+            _fill(memory, file, source)
+            yield name, memory.view(types[name]).view(header.shapes[name]).to(dtype)
         _require_unchanged(source, file.fileno())
 
 
-def _read_into(tensor: torch.Tensor, file: FileIO, source: Source) -> None:
-    """Fill a tensor from where the file stands. Raises CheckpointError where the file ends before."""
-    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+def _fill(memory: torch.Tensor, file: FileIO, source: Source) -> None:
+    """Read as many bytes as ``memory`` has from where the file stands. Raises CheckpointError where it ends before."""
+    rest = memoryview(memory.numpy())
     while rest:
         count = file.readinto(rest)  # at most 2 GB at a time
         if not count:
