@@ -14,7 +14,8 @@ from .releases import SCHEDULER_CONFIG, Spacing
 class Schedule(NamedTuple):
     """A noise schedule.
 
-    ``sigmas``: (steps + 1,) float32, descending, ends in 0; one more where diffusers' rounding gives a trailing
+    ``sigmas``: (steps + 1,) float32, descending, ends in 0, or above it where the model's configuration has
+    ``final_sigmas_type`` sigma_min; one more where diffusers' rounding gives a trailing
     schedule a step more than asked for (61 steps, 103, and a few others). ``full_variance``: how unit noise is scaled
     before it becomes (or is added to) the first latent: by sqrt(sigma^2 + 1) if true, else by sigma, sigma being the
     first.
@@ -35,7 +36,7 @@ def schedule(
         denoise: below 1 it keeps the last ``int(steps * denoise)`` steps, as the image-to-image pipeline's
             ``strength`` does, and noise is then scaled by the first sigma (``add_noise``). A full schedule scales it by
             ``init_noise_sigma``: sqrt(sigma^2 + 1) for leading, sigma for trailing and linspace.
-        config: the model's scheduler_config.json.
+        config: the model's scheduler_config.json, as ``files.config.complete_scheduler`` checked it.
 
     Raises:
         ValueError: ``denoise`` leaves no step.
