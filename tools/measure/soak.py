@@ -35,7 +35,10 @@ def graph(number: int) -> Prompt:
     side = (128, 192, 256)[number % 3]
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "1": ("KoalaCheckpointLoader", {"source": "built-in koala-tiny", "weight_dtype": "default"}),
-        "2": ("KoalaPrompt", {"clip": ["1", 1], "positive": text, "negative": "", "style": "no style"}),
+        "2": (
+            "KoalaPrompt",
+            {"clip": ["1", 1], "positive": text, "negative": "", "style": "no style", "mode": "reference"},
+        ),
         "3": ("EmptyLatentImage", {"width": side, "height": side, "batch_size": 1}),
         "5": ("VAEDecode", {"samples": ["4", 0], "vae": ["1", 2]}),
         "6": ("PreviewImage", {"images": ["5", 0]}),
