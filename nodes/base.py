@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..host.model import WEIGHT_DTYPES
+from ..koala.files import stamp
+from ..koala.files.folder import folder_files
 
 CATEGORY = "KOALA"
 ADD_ONS = f"{CATEGORY}/SDXL add-ons"
@@ -57,6 +60,9 @@ def paths_of(folder: str, file: str) -> list[Path]:
 
 
 def fingerprint(*paths: Path) -> str:
-    """Changes when a file is replaced on disk under the same name."""
-    stats = [path.stat() for path in paths if path.exists()]
-    return ";".join(f"{stat.st_mtime_ns}:{stat.st_size}" for stat in stats)
+    """Changes when a file, or a file that is read of a diffusers folder, is changed on disk under the same name."""
+    return stamp.fingerprint(file for path in paths for file in _files(path))
+
+
+def _files(path: Path) -> Iterable[Path]:
+    return folder_files(path).values() if path.is_dir() else (path,)

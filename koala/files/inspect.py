@@ -14,7 +14,7 @@ from pathlib import Path
 from ..architecture.component_detection import expected_text_tensors, expected_vae_tensors
 from ..architecture.components import Autoencoder, TextEncoder, TextKind
 from ..architecture.keys import Numbering, Shape, names
-from ..architecture.layout import KOALA_NAMES, Layout, name
+from ..architecture.layout import Layout, name
 from ..architecture.lineage import KeptTransformers
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG, Identity, identify, release_for
@@ -30,6 +30,7 @@ from .conventions import (
     label,
 )
 from .dtypes import BY_STORED_NAME
+from .folder import SCHEDULER_FILE, UNET_CONFIG_FILE, folder_files, require_part
 from .header import CheckpointError, Header, Source, read_header
 from .other_models import describe
 from .recognise import published_unet, recognise_unet, require_exact, require_plain
@@ -210,7 +211,8 @@ def inspect_folder(folder: Path) -> Checkpoint:
     Raises CheckpointError naming what is absent and where it is published, or what does not fit.
     """
     named = folder_label(folder)
-    weights = {part: _weights_file(folder, part) for part in FOLDER_PARTS}
+    files = folder_files(folder)
+    weights = {part: require_part(files, folder, part) for part in FOLDER_PARTS}
     unet = inspect_unet(weights["unet"])
     first, second = (inspect_text_encoder(weights[part]) for part in ("text_encoder", "text_encoder_2"))
     release = release_for(unet.layout, named, folders_above(folder))
@@ -222,11 +224,11 @@ def inspect_folder(folder: Path) -> Checkpoint:
         )
     require_text_width(unet.layout, first, second)
     vae = inspect_vae(weights["vae"])
-    config = "scheduler/scheduler_config.json"
-    remedy = f"Restore the published file: {release.url(config)}"
-    scheduler = complete_scheduler(read_json(folder / config), f"{named}/{config}", remedy)
-    origin = str(read_json(folder / "unet" / "config.json").get("_name_or_path", ""))
-    identity = identify(unet.metadata, scheduler, origin, named, folders_above(folder))
+    remedy = f"Restore the published file: {release.url(SCHEDULER_FILE)}"
+    scheduler = complete_scheduler(read_json(files[SCHEDULER_FILE]), f"{named}/{SCHEDULER_FILE}", remedy)
+    origin = read_json(files[UNET_CONFIG_FILE]).get("_name_or_path")
+    run = origin if isinstance(origin, str) else ""
+    identity = identify(unet.metadata, scheduler, run, named, folders_above(folder))
     model = Model(unet, identity, scheduler, stated_transformers(unet.header, unet.layout))
     return Checkpoint(model, first, second, vae)
 
@@ -284,18 +286,3 @@ def _text_and_vae(header: Header, layout: Layout | None) -> tuple[TextEncoderFil
         require_text_width(layout, first, second)
     vae = Source(header, VAE_PREFIX)
     return first, second, VAEFile(header, VAE_PREFIX, sizes=recognise_vae(vae))
-
-
-def _weights_file(folder: Path, part: str) -> Path:
-    """The weights of one model in a folder; fp16 is preferred. Raises CheckpointError where there are none."""
-    choices = FOLDER_PARTS[part]
-    present = next((folder / part / choice for choice in choices if (folder / part / choice).is_file()), None)
-    if present:
-        return present
-    named = folder_label(folder)
-    wanted = f"{named}/{part}/{choices[0]} (or {choices[1]})"
-    release = release_for(next(iter(KOALA_NAMES)), named, folders_above(folder))
-    url = release.url(f"{part}/{choices[1] if part == 'vae' else choices[0]}")
-    pickled = sorted(item.name for item in (folder / part).glob("*.bin")) if (folder / part).is_dir() else []
-    only = f" Only {', '.join(pickled)} is there, a pickle, which is not loaded." if pickled else ""
-    raise CheckpointError(f"{wanted} is not there; a KOALA folder needs it.{only} It is published at {url}")

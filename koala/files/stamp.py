@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,3 +27,15 @@ def stamp(path: Path | int) -> Stamp:
     """A file's stamp, by its path or the number of the open file; of a link, its target's. Raises OSError."""
     found = os.stat(path)
     return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Changes when one of these files is replaced, overwritten in place, deleted or made."""
+    return ";".join(f"{path}:{_state(path)}" for path in paths)
+
+
+def _state(path: Path) -> str:
+    try:
+        return ":".join(map(str, stamp(path)))
+    except OSError:
+        return "absent"
