@@ -46,7 +46,7 @@ def _end_of_data(raw: bytes) -> int | None:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         return max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         return None
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..architecture.keys import Shape
 from .bad_files import describe_bad_file
-from .conventions import UNET_PREFIX
+from .conventions import UNET_PREFIX, label
 from .stamp import Stamp, stamp
 
 
@@ -72,11 +72,25 @@ def read_header(path: Path, wanted: str = "KOALA weights") -> Header:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is empty, cut short, a web page, a pickle, or otherwise not a safetensors file.
+        CheckpointError: the file is empty, cut short, a web page, a pickle, or otherwise not a safetensors file; or the
+            system does not let it be read.
     """
+    try:
+        return _read_header(path, wanted)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{label(path)} cannot be read ({error.strerror or error}); expected a .safetensors file of {wanted}. "
+            f"Check that ComfyUI may read it, or choose another file."
+        ) from None
+
+
+def _read_header(path: Path, wanted: str) -> Header:
     if not path.is_file():
         path.stat()  # raises FileNotFoundError
         raise CheckpointError(describe_bad_file(path, wanted, "not a file"))
+    path.open("rb").close()  # the library calls whatever it may not open "not found"
     before = stamp(path)
     try:
         with safe_open(path, framework="np") as file:
