@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..host import saver as koala_saver
 from ..host.model import WEIGHT_DTYPES
 from ..host.protocols import Clip, Model, Vae
+from ..host.transfer.weights import require_own_weights
 from .base import CATEGORY, shown
 
 CHECKPOINT = "checkpoint"
@@ -86,6 +87,7 @@ class KoalaCheckpointSave(io.ComfyNode):
     def execute(
         cls, model: Model, format: dict[str, str], weight_dtype: str, clip: Clip | None = None, vae: Vae | None = None
     ) -> io.NodeOutput:
+        require_own_weights(model)
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
             format["filename_prefix"], folder_paths.get_output_directory()
         )

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from ...koala.architecture.layout import Layout, name
@@ -15,6 +14,7 @@ from ..model import is_koala, model_facts
 from ..protocols import Conditioning, Model
 from .attention import ATTENTION_PATCHES, BLOCK_PATCHES, Remapped, places, unmatched
 from .control import chain, fits, watched
+from .weights import foreign_weights, require_own_hooks, require_own_weights
 
 REMAP = "put KOALA Attention Patches behind the node that set it"
 
@@ -90,17 +90,19 @@ def incompatible_patches(model: Model) -> list[str]:
             f"{len(stray)} attention patches (from IP-Adapter or similar) are on blocks that {name(layout)} lacks "
             f"({places(stray)}), so they use SDXL's numbers; {REMAP}"
         )
-    return [*lines, *_weight_patches(model, lineage)]
+    return [*lines, *foreign_weights(model), *_merge_by_block(model, lineage)]
 
 
 def compatible(model: Model, *conditionings: Conditioning) -> Model:
     """Check, before a KOALA is sampled, that nothing would silently act on the wrong layers.
 
     Returns the MODEL to sample: itself, or a clone that checks what only sampling shows.
-    Raises ValueError for attention patches or ControlNets that still go by SDXL's numbers.
+    Raises ValueError for attention patches and ControlNets that go by SDXL's numbers, and for other models' weights.
     """
+    require_own_weights(model)
     if not is_koala(model):
         return model
+    require_own_hooks(model, conditionings)
     lineage = model_facts(model).lineage
     koala = name(lineage.student)
     stray = unmatched(model.model_options["transformer_options"], lineage)
@@ -155,24 +157,15 @@ def _numbers(lineage: Lineage, part: str) -> str:
     return f"SDXL's {part} " + ", ".join(f"{sdxl} is its {own}" for sdxl, own in pairs)
 
 
-def _weight_patches(model: Model, lineage: Lineage) -> Iterator[str]:
-    """Weight patches that cannot have been made for this KOALA."""
-    shapes = {key: tuple(weight.shape) for key, weight in model.model.state_dict().items() if key in model.patches}
-    misfits, ratios = [], set()
-    for key, listed in model.patches.items():
-        in_block = re.match(r"diffusion_model\.(input_blocks|output_blocks)\.\d+\.", key)
-        for strength, value, strength_model, *_ in listed:
-            pair: Any = getattr(value, "weights", None)
-            if getattr(value, "name", "") == "lora" and pair[0].shape[0] * prod(pair[1].shape[1:]) != prod(shapes[key]):
-                misfits.append(key)
-            if isinstance(value, list) and in_block:
-                ratios.add((strength, strength_model))
-    if misfits:
-        yield (
-            f"a LoRA with {len(misfits)} modules of another shape than {name(lineage.student)}'s (first: "
-            f"{misfits[0]}): an SDXL LoRA from the stock Load LoRA, which also changed wrong layers; load it with "
-            f"KOALA LoRA Loader"
-        )
+def _merge_by_block(model: Model, lineage: Lineage) -> Iterator[str]:
+    """A merge that gives SDXL's blocks their own ratios."""
+    ratios = {
+        (strength, strength_model)
+        for key, listed in model.patches.items()
+        if re.match(r"diffusion_model\.(input_blocks|output_blocks)\.\d+\.", key)
+        for strength, value, strength_model, *_ in listed
+        if isinstance(value, list)
+    }
     if len(ratios) > 1:
         yield (
             f"a merge with a ratio for each block: the merge node's blocks are SDXL's, and {name(lineage.student)} "
