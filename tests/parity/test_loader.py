@@ -5,21 +5,27 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comfy.ops
 import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors.torch import save_file
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host.model import WEIGHT_DTYPES, model_facts
 from koala_sdxl.koala.architecture import keys, layout
 from koala_sdxl.koala.files import inspect as checkpoint
+from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.nodes.load import load_parts
 from tests.parity import forms
+from tests.unit import files
 from tools.harness import testhost
 from tools.measure import parity
 from tools.synthetic import random_weights
@@ -114,6 +120,37 @@ def test_layouts_that_core_does_not_know_are_built(shape: layout.Layout, tmp_pat
     assert wanted.keys() == network.keys()
     assert all(torch.equal(tensor.to(wanted[name].dtype), wanted[name]) for name, tensor in network.items())
     assert model_facts(model).layout == shape
+
+
+def _core_builds(shape: layout.Layout) -> bool:
+    """Whether core's network of a layout has that layout's tensors."""
+    config = comfy.supported_models.SDXL(koala_loader.unet_config(shape)).unet_config
+    try:
+        network = UNetModel(**config, device=torch.device("meta"), operations=comfy.ops.disable_weight_init)
+    except (ValueError, ZeroDivisionError, RuntimeError):
+        return False
+    return keys.shapes_of(network.state_dict()) == {tensor.comfy: tensor.shape for tensor in keys.tensors(shape)}
+
+
+@pytest.mark.parametrize("cut", [layout.KOALA_700M, layout.KOALA_1B], ids=layout.name)
+@pytest.mark.parametrize(
+    "channels",
+    [
+        *((320, 640, 1280), (32, 64, 128), (64, 64, 64), (96, 192, 384), (32, 64, 192), (320, 640, 640)),
+        *((33, 66, 132), (48, 96, 192), (32, 96, 128), (32, 64, 96), (64, 96, 192), (64, 128, 160), (16, 64, 128)),
+    ],
+    ids=str,
+)
+def test_widths_are_refused_exactly_where_core_does_not_build_them(
+    channels: tuple[int, ...], cut: layout.Layout, tmp_path: Path
+) -> None:
+    shape = replace(cut, channels=channels)
+    path = files.write(tmp_path / "mine.safetensors", files.unet(shape))
+    if _core_builds(shape):
+        assert checkpoint.inspect_unet(path).layout == shape
+    else:
+        with pytest.raises(CheckpointError, match=r"^mine\.safetensors is an SDXL sub-network with a stage of "):
+            checkpoint.inspect_unet(path)
 
 
 @pytest.mark.parametrize("choice", list(WEIGHT_DTYPES))
