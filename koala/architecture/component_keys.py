@@ -41,18 +41,17 @@ TRANSPOSED_PROJECTION = "text_projection"
 """The projection as a bare parameter, transposed: in open_clip, and in files of ComfyUI's first years."""
 
 UNUSED_IN_TEXT_ENCODERS: tuple[tuple[str, str], ...] = (
-    ("text_model.embeddings.position_ids", "the numbers of the positions, which transformers saved before 4.31"),
-    ("embeddings.position_ids", "the same, under the names of transformers 5"),
-    ("logit_scale", "CLIP's temperature, which compares texts with images"),
-    ("attn_mask", "open_clip's causal mask, a constant"),
-    ("vision_model.", "the image encoder of a whole CLIP, transformers' names"),
-    ("visual_projection.", "its projection"),
-    ("visual.", "the image encoder of a whole CLIP, open_clip's names"),
+    (r"(.+\.)?embeddings\.position_ids", "the numbers of the positions, which transformers saved before 4.31"),
+    (r"logit_scale", "CLIP's temperature, which compares texts with images"),
+    (r"attn_mask", "open_clip's causal mask, a constant"),
+    (r"(vision_model|visual_projection|visual)\..+", "the image encoder of a whole CLIP, transformers' or open_clip's"),
 )
-"""Tensor (or, with a dot at the end, tensors) that a text encoder's file may hold besides -> what it is."""
+"""Names, as patterns, of tensors that a text encoder's file may hold besides its own -> what they are."""
 UNUSED_IN_CLIP_L: tuple[tuple[str, str], ...] = (
-    (TRANSPOSED_PROJECTION, "its projection, which ComfyUI saved beside the network in its first years"),
-    (PROJECTION, "the same; SDXL takes CLIP-L's hidden states alone"),
+    (
+        r"text_projection(\.weight)?",
+        "its projection, beside the network in ComfyUI's first checkpoints; SDXL has no use for it",
+    ),
 )
 """The same for CLIP-L alone."""
 
@@ -123,8 +122,11 @@ def _joined(tensors: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
 
 def unused_in_text_encoder(name: str, kind: TextKind) -> bool:
     """Whether a file may hold this tensor besides the encoder's own."""
-    table = (*UNUSED_IN_TEXT_ENCODERS, *(UNUSED_IN_CLIP_L if kind == "l" else ()))
-    return any(name.startswith(unused) if unused.endswith(".") else name == unused for unused, _ in table)
+    return _is_listed(name, (*UNUSED_IN_TEXT_ENCODERS, *(UNUSED_IN_CLIP_L if kind == "l" else ())))
+
+
+def _is_listed(name: str, table: Iterable[tuple[str, str]]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern, _ in table)
 
 
 # --- autoencoder -------------------------------------------------------------------------------------------------
@@ -161,10 +163,10 @@ VAE_MATRICES = re.compile(
 """The middle attention: convolutions of (width, width, 1, 1) under original names, (width, width) under diffusers'."""
 
 UNUSED_IN_VAES: tuple[tuple[str, str], ...] = (
-    ("loss.", "the discriminator and perceptual loss that it was trained with"),
-    ("model_ema.", "moving averages of its weights, and their counters"),
+    (r"loss\..+", "the discriminator and perceptual loss that it was trained with"),
+    (r"model_ema\..+", "moving averages of its weights, and their counters"),
 )
-"""Tensors that a VAE's file may hold besides, by the beginning of their names -> what they are."""
+"""Names, as patterns, of tensors that a VAE's file may hold besides its own -> what they are."""
 
 
 def vae_naming(found: Iterable[str]) -> VAENaming:
@@ -235,7 +237,7 @@ def _middle(module: str, width: int) -> Iterator[tuple[str, Shape]]:
 
 def unused_in_vae(name: str) -> bool:
     """Whether a file may hold this tensor besides the autoencoder's own."""
-    return name.startswith(tuple(beginning for beginning, _ in UNUSED_IN_VAES))
+    return _is_listed(name, UNUSED_IN_VAES)
 
 
 def vae_name(original: str, stages: int) -> str:

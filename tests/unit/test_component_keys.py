@@ -110,4 +110,6 @@ def test_what_is_unused_is_named_with_its_reason() -> None:
     assert tables.unused_in_text_encoder("text_projection", "l")
     assert not tables.unused_in_text_encoder("text_projection", "g")
     assert not tables.unused_in_text_encoder("logit_scale.x", "l")
+    assert not tables.unused_in_text_encoder("copy.logit_scale", "l")
+    assert tables.unused_in_text_encoder("transformer.text_model.embeddings.position_ids", "g")
     assert not tables.unused_in_vae("encoder.loss.weight")
