@@ -70,8 +70,12 @@ def _lost(base: Base, clean: Clean, files: Mapping[str, torch.Tensor], loaded: A
     for module in clean.applied - applied:
         parts = {name for name in clean.files if name[1:].startswith((f"{module}.", f"{module}_lora."))}
         now = {name for name in files if name[1:].startswith((f"{module}.", f"{module}_lora."))}
-        if parts == now and all(_bytes(files[name]) == _bytes(clean.files[name]) for name in parts):
+        if parts == now and all(_equal(files[name], clean.files[name]) for name in parts):
             yield f"{module} is untouched, and not applied"
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return (first.dtype, first.shape, _bytes(first)) == (second.dtype, second.shape, _bytes(second))
 
 
 def _applied(loaded: Any) -> set[str]:

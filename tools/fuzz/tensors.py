@@ -34,10 +34,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Clean:
-    """An undamaged base: where each loaded tensor lies, and the shapes of the file's tensors."""
+    """An undamaged base: where each loaded tensor lies, and all the file's tensors."""
 
     places: Mapping[str, Place]
-    shapes: Mapping[str, tuple[int, ...]]
+    names: frozenset[str]
 
 
 PARTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -90,7 +90,7 @@ def learn(base: Base, path: Path, loaded: Any) -> Clean:
             places[name] = place
         elif name not in MADE:
             raise LookupError(f"{base.name}: {name} is not in the file")
-    return Clean(places, {name: tuple(tensor.shape) for name, tensor in files.items()})
+    return Clean(places, frozenset(files))
 
 
 def differences(base: Base, clean: Clean, path: Path, loaded: Any) -> Iterator[str]:
@@ -104,21 +104,21 @@ def differences(base: Base, clean: Clean, path: Path, loaded: Any) -> Iterator[s
                 yield f"{name} is in no file"
             continue
         used.add(place.tensor)
-        yield from _faults(name, tensor, place, files, clean)
+        yield from _faults(name, tensor, place, files)
     for name in files.keys() - used:
         if name in {place.tensor for place in clean.places.values()}:
             yield f"{name} was not loaded"
-        elif name not in clean.shapes and _belongs(name, clean) and not name.endswith(UNUSED):
+        elif name not in clean.names and _belongs(name, clean) and not name.endswith(UNUSED):
             yield f"{name} is in the file beyond the model's tensors, and was not loaded"
 
 
-def _faults(name: str, tensor: torch.Tensor, place: Place, files: State, clean: Clean) -> Iterator[str]:
+def _faults(name: str, tensor: torch.Tensor, place: Place, files: State) -> Iterator[str]:
     source = files.get(place.tensor)
     if source is None:
         yield f"{name} was loaded, {place.tensor} is not in the file"
     elif STORED_NAMES[source.dtype] not in WEIGHTS:
         yield f"{place.tensor}, stored as {STORED_NAMES[source.dtype]}, became weights"
-    elif _axes(source.shape) != _axes(clean.shapes[place.tensor]):
+    elif _axes(PARTS[place.part](source).shape) != _axes(tensor.shape):
         yield f"{place.tensor} of {list(source.shape)} became {name} of {list(tensor.shape)}"
     elif not _same(tensor, PARTS[place.part](source)):
         yield f"{name} differs from {place.tensor}"
