@@ -11,9 +11,11 @@ from comfy_api.latest import io
 
 from ..host.protocols import Clip, Hooks, Model
 from ..host.transfer.lora import apply_lora, hook_lora
+from ..koala.lora.modules import WORDS
 from ..koala.lora.origin import TrainedOn
 from ..koala.lora.plan import Plan
-from ..koala.lora.report import WORDS, coverage, report, summary
+from ..koala.lora.report import coverage, report, summary
+from ..koala.lora.scale import config_beside
 from .base import ADD_ONS, SHOWS, fingerprint, paths_of, shown
 
 STRENGTH = 20.0
@@ -96,7 +98,9 @@ class KoalaLoraLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = "", **_: Any) -> str:
         """Changes when the file is replaced on disk under the same name."""
-        return fingerprint(*paths_of("loras", lora_name))
+        return fingerprint(
+            *(file for path in paths_of("loras", lora_name) for file in (path, config_beside(path)) if file)
+        )
 
     @classmethod
     def execute(
@@ -146,7 +150,9 @@ class KoalaHookLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = "", **_: Any) -> str:
         """Changes when the file is replaced on disk under the same name."""
-        return fingerprint(*paths_of("loras", lora_name))
+        return fingerprint(
+            *(file for path in paths_of("loras", lora_name) for file in (path, config_beside(path)) if file)
+        )
 
     @classmethod
     def execute(

@@ -1,133 +1,114 @@
-"""LoRA files: their names of a U-Net's modules, the tensors of a module, and which weight these are made for.
-
-"LoRA" stands for every kind of adapter file: LoRA and LoCon, LoHa, LoKr, GLoRA, OFT, DoRA, full differences, norms and
-biases. All of them are a module's name and a suffix.
-"""
+"""What LoRA files call the modules of a U-Net and of the two text encoders."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from math import prod
-
-from torch import Tensor
 
 from ..architecture import keys
+from ..architecture.components import TEXT_LAYER_TENSORS
 from ..architecture.keys import Shape, tensors
 from ..architecture.layout import Layout
-from ..files.conventions import UNET_PREFIX
+from .kinds import split
 
-SUFFIX = re.compile(
-    r"(?:\.(?:alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|reshape_weight|rescale"
-    r"|lora_(?:up|down|mid)\.weight|lora_[AB](?:\.default)?(?:\.weight)?|lora(?:_linear_layer)?\.(?:up|down)\.weight"
-    r"|lora_magnitude_vector(?:\.default)?(?:\.weight)?"
-    r"|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|[ab][12]\.weight|oft_(?:blocks|diag))"
-    r"|_lora\.(?:up|down)\.weight)$"
-)
-MAGNITUDE = ".lora_magnitude_vector"  # PEFT's name, and a flat shape, for what every other tool calls dora_scale
-TEXT = re.compile(r"^(?:lora_te\d?_|lora_prior_te_|text_encoders?(?:_\d)?\.|conditioner\.)")
+TEXT = re.compile(r"^(?:lora_te\d?_|lora_prior_te_|(?:base_model\.model\.)?text_encoders?(?:_\d)?\.|conditioner\.)")
 
-Groups = Mapping[str, Mapping[str, str]]
-"""Module's name in the file -> suffix -> the tensor's full name."""
+_DOTTED = re.compile(r"^(?:(?:base_model\.model|model|unet|diffusion_model)\.)+")
+"""What stands before a module's name where its parts are divided by dots: SGM and ComfyUI, diffusers, PEFT."""
+_FLAT = re.compile(r"^(?:lora_unet_|lycoris_)")
+"""The same where they are divided by underscores: kohya, OneTrainer; LyCORIS as SimpleTuner writes it."""
 
+TEXT_ENCODERS = {"clip_l": ("lora_te1_", "lora_te_", "text_encoder."), "clip_g": ("lora_te2_", "text_encoder_2.")}
+"""ComfyUI's name of each text encoder -> what the names of its modules begin with in LoRA files."""
+TEXT_LAYERS = {"clip_l": 12, "clip_g": 32}
+"""SDXL's, where the text encoders themselves are not at hand."""
 
-def split(key: str) -> tuple[str, str]:
-    """Module and suffix of a LoRA's tensor; the suffix is empty for a tensor of another kind."""
-    found = SUFFIX.search(key)
-    return (key[: found.start()], found[0]) if found else (key, "")
+Groups = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""Module's name in the file -> suffix -> the tensors with it, by their full names; one, unless the file is damaged."""
 
 
 @cache
-def aliases(layout: Layout) -> dict[str, keys.Tensor]:
-    """What LoRA files call each of a layout's modules -> the module's weight.
-
-    kohya (both numberings), LyCORIS as SimpleTuner writes it, SGM and ComfyUI, diffusers (attention processors and
-    PEFT, with PEFT's own prefixes), OneTrainer (as kohya's).
-    """
+def _modules(layout: Layout) -> dict[str, keys.Tensor]:
+    """A layout's modules under every name that is found for them, without prefixes, dotted and flat -> the weight."""
     found: dict[str, keys.Tensor] = {}
     for tensor in tensors(layout):
-        if not tensor.diffusers.endswith(".weight"):
-            continue
-        diffusers, comfy = (known.removesuffix(".weight") for known in (tensor.diffusers, tensor.comfy))
-        processor = diffusers.replace(".to_", ".processor.to_").removesuffix(".0" if "to_out" in diffusers else "")
-        for form in {diffusers, processor}:
-            for prefix in ("", "unet.", "base_model.model.", "unet.base_model.model.", "base_model.model.unet."):
-                found[prefix + form] = tensor
-        for prefix in ("diffusion_model.", UNET_PREFIX):
-            found[prefix + comfy] = tensor
-        for form in (comfy, diffusers):
-            found[f"lora_unet_{form.replace('.', '_')}"] = tensor
-        found[f"lycoris_{diffusers.replace('.', '_')}"] = tensor
+        if tensor.diffusers.endswith(".weight"):
+            diffusers, comfy = (known.removesuffix(".weight") for known in (tensor.diffusers, tensor.comfy))
+            processor = diffusers.replace(".to_", ".processor.to_").removesuffix(".0" if "to_out" in diffusers else "")
+            outer = diffusers.removesuffix(".0") if "to_out" in diffusers else diffusers
+            for name in (diffusers, processor, outer, comfy):
+                found[name] = found[name.replace(".", "_")] = tensor
     return found
 
 
-def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors that ``names`` lists, by their new names; PEFT's flat DoRA magnitudes get the dimensions of the
-    weight that they scale, as other tools write them."""
-    return {new: _upright(weights, old) if MAGNITUDE in old else weights[old] for old, new in names.items()}
+def find(layout: Layout, module: str) -> keys.Tensor | None:
+    """The weight that a module of a LoRA file stands for in a layout; None where it has no such module."""
+    known = _modules(layout)
+    if flat := _FLAT.match(module):
+        return known.get(module[flat.end() :])
+    return known.get(_DOTTED.sub("", module))
 
 
-def _upright(weights: Mapping[str, Tensor], magnitude: str) -> Tensor:
-    module, _, end = magnitude.partition(MAGNITUDE)
-    down = weights.get(f"{module}.lora_A{end or '.weight'}")
-    return weights[magnitude].reshape(-1, *[1] * ((2 if down is None else down.ndim) - 1))
+def bare(module: str) -> str:
+    """A module's name without what tools put before it: as PEFT knows it within its model."""
+    for prefixes in TEXT_ENCODERS.values():
+        for prefix in prefixes:
+            if module.startswith(prefix):
+                return module.removeprefix(prefix).removeprefix("base_model.model.")
+    return _DOTTED.sub("", module)
 
 
-def fits(suffixes: Mapping[str, str], shapes: Mapping[str, Shape], weight: Shape) -> bool:
-    """Whether a module's tensors are made for a weight of this shape; True for kinds that do not show it.
+def text_shapes() -> dict[str, Shape | None]:
+    """The weights of SDXL's text encoders under ComfyUI's names, where no encoders are at hand to tell their shapes."""
+    return {
+        f"{encoder}.transformer.text_model.encoder.layers.{layer}.{name}": None
+        for encoder, layers in TEXT_LAYERS.items()
+        for layer in range(layers)
+        for name in TEXT_LAYER_TENSORS
+    }
 
-    Args:
-        suffixes: the module's, each with the tensor's full name.
-        shapes: of every tensor in the file, by full name.
-        weight: shape of the weight to change.
+
+def text_aliases(weights: Iterable[str]) -> dict[str, str]:
+    """What LoRA files call each module of the text encoders -> ComfyUI's name of it.
+
+    ``weights``: ComfyUI's names of the encoders' tensors. Files come from kohya and OneTrainer, diffusers before and
+    since PEFT, and PEFT; names from transformers 4 (with ``text_model.``) and 5 (without).
     """
-    found = size({suffix: shapes[key] for suffix, key in suffixes.items()})
-    return found is None or found == (weight[0], prod(weight[1:]))
+    found: dict[str, str] = {}
+    for weight in weights:
+        encoder, _, rest = weight.partition(".transformer.")
+        if encoder not in TEXT_ENCODERS or not rest.endswith(".weight"):
+            continue
+        module = f"{encoder}.transformer.{rest.removesuffix('.weight')}"
+        name = rest.removesuffix(".weight")
+        processor = re.sub(r"self_attn\.([qkv]|out)_proj$", r"self_attn.to_\1", name)
+        found[f"text_encoders.{module}"] = module
+        for form in {name, name.removeprefix("text_model."), processor}:
+            for prefix in TEXT_ENCODERS[encoder]:
+                if prefix.endswith("_"):
+                    found[prefix + form.replace(".", "_")] = module
+                else:
+                    for outer in ("", "base_model.model."):
+                        found[f"{outer}{prefix}{form}"] = found[f"{prefix}{outer}{form}"] = module
+    return found
 
 
-def size(module: Mapping[str, Shape]) -> tuple[int, int] | None:
-    """Rows and columns of the weight that a module's tensors are made for; None for kinds that do not show it.
+def group(names: Iterable[str], is_module: Callable[[str], bool]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The tensors of a LoRA file by module and suffix.
 
-    ``module``: suffix -> shape. Mirrors how ComfyUI's weight adapters multiply the matrices of each kind.
+    A tensor with an unknown suffix belongs to the module that its name begins with, as far as ``is_module`` knows one,
+    and is a module of its own otherwise, with an empty suffix.
     """
-    try:
-        return _size_of(module)
-    except IndexError:  # a scalar or vector in place of a matrix: fits no weight
-        return 0, 0
-
-
-def _size_of(module: Mapping[str, Shape]) -> tuple[int, int] | None:
-    if diff := module.get(".diff") or module.get(".w_norm") or module.get(".set_weight"):
-        return diff[0], prod(diff[1:])
-    if ".hada_w1_a" in module:
-        return _product(module, ".hada_w1_a", ".hada_w1_b", ".hada_t1")
-    if any(suffix.startswith(".lokr_") for suffix in module):
-        first, second = (
-            _matrix(module[f".lokr_w{n}"])
-            if f".lokr_w{n}" in module
-            else _product(module, f".lokr_w{n}_a", f".lokr_w{n}_b", f".lokr_t{n}")
-            for n in (1, 2)
-        )
-        return first[0] * second[0], first[1] * second[1]
-    up = _one(module, r"lora_up|lora_B|lora\.up|linear_layer\.up")
-    down = _one(module, r"lora_down|lora_A|lora\.down|linear_layer\.down")
-    if up and down:
-        return up[0], prod(down[1:]) * prod(module.get(".lora_mid.weight", ())[2:])
-    return None
-
-
-def _one(module: Mapping[str, Shape], pattern: str) -> Shape | None:
-    return next((shape for suffix, shape in module.items() if re.search(pattern, suffix)), None)
-
-
-def _matrix(shape: Shape) -> tuple[int, int]:
-    return shape[0], prod(shape[1:])
-
-
-def _product(module: Mapping[str, Shape], first: str, second: str, core: str) -> tuple[int, int]:
-    """Rows and columns of a product of two matrices, or of a Tucker core with both."""
-    a, b = module.get(first, ()), module.get(second, ())
-    if core in module:
-        return a[1], b[1] * prod(module[core][2:])
-    return a[0], prod(b[1:])
+    found: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
+    for name in names:
+        module, suffix = split(name)
+        if not suffix:
+            outer = name
+            while outer := outer.rpartition(".")[0]:
+                if is_module(outer):
+                    module, suffix = outer, name[len(outer) :]
+                    break
+        found[module][suffix] = (*found[module].get(suffix, ()), name)
+    return found

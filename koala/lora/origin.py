@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from ..architecture.keys import Shape, tensors
+from ..architecture.keys import tensors
 from ..architecture.layout import SDXL, SSD_1B, VEGA, Layout, name
 from ..architecture.lineage import KEPT_TRANSFORMERS, at_widths_of
 from ..files.header import CheckpointError
 from ..files.other_models import FAMILIES_BY_TEXT_WIDTH
-from .names import Groups, aliases, fits, size
+from .kinds import Made
+from .names import find
 
 TrainedOn = Literal["auto", "SDXL", "KOALA"]
 
@@ -32,6 +33,17 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     ("Stable Cascade", r"(lora_prior_unet|clip_txt_mapper)"),
 )
 
+_METADATA = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "base_model_name_or_path")
+"""Entries of a LoRA's metadata that may name the model that it was trained on: kohya's, the model spec's, PEFT's."""
+
+_RELATIVES: dict[Layout, str] = {
+    SSD_1B: "SSD-1B",
+    VEGA: "Segmind Vega",
+    **{layout: name(layout) for layout in KEPT_TRANSFORMERS},
+}
+_ABSENT = "absent"
+_IN_METADATA = {"SSD-1B": r"ssd[-_]?1b", "Segmind Vega": r"\bvega\b|segmind[-_]vega"}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -42,82 +54,117 @@ class Origin:
     evidence: str
 
 
-_RELATIVES: dict[Layout, str] = {
-    SSD_1B: "SSD-1B",
-    VEGA: "Segmind Vega",
-    **{layout: name(layout) for layout in KEPT_TRANSFORMERS},
-}
+@dataclass(frozen=True)
+class Suspect:
+    """A layout that a LoRA may have been trained on, and its name."""
+
+    layout: Layout
+    model: str
 
 
 def origin_of(
     file: str,
-    groups: Groups,
-    shapes: Mapping[str, Shape],
+    modules: Mapping[str, Made | None],
     metadata: Mapping[str, str],
     target: Layout,
     trained_on: TrainedOn,
 ) -> Origin:
-    """Tell SDXL's LoRAs from KOALA's own by the transformer blocks that they name.
+    """Tell which model a LoRA was trained on, by the modules that are known in any model of SDXL's family.
+
+    Names and shapes that one model alone has are proof. Where several have them all, a LoRA that changes exactly one
+    model's transformer blocks is that model's; failing that, its metadata counts; failing that, SDXL is assumed.
 
     Args:
         file: its name, for messages.
-        groups: its modules of the U-Net.
-        shapes: of its tensors.
+        modules: its modules of the U-Net, each with what its tensors make, None where they make nothing.
         metadata: of the file.
         target: layout of the model that it is to be applied to.
         trained_on: what the person chose.
 
     Raises CheckpointError for a LoRA of another model, saying which.
     """
-    _refuse_other_family(file, groups, shapes, target)
-    sdxl, own = at_widths_of(target, SDXL), name(target)
+    _refuse_other_family(file, modules, target)
+    sdxl, own = Suspect(at_widths_of(target, SDXL), "SDXL"), Suspect(target, name(target))
     if trained_on != "auto":
-        return Origin(sdxl, "SDXL", "as chosen") if trained_on == "SDXL" else Origin(target, own, "as chosen")
-    for layout, relative in _RELATIVES.items():
-        if not _is_for(groups, at_widths_of(target, layout)):
-            continue
-        if at_widths_of(target, layout) == target:
-            return Origin(target, own, f"it has exactly {own}'s transformer blocks")
-        raise CheckpointError(
-            f"{file} is a LoRA for {relative} (it has exactly its transformer blocks); expected one for SDXL or "
-            f"for {own}. Use it with that model."
+        return (
+            Origin(sdxl.layout, "SDXL", "as chosen") if trained_on == "SDXL" else Origin(target, own.model, "as chosen")
         )
-    only_own = next((module for module in groups if module in aliases(target) and module not in aliases(sdxl)), None)
-    if only_own:
-        return Origin(target, own, f"it has layers by {own}'s own numbers, such as {only_own}")
-    return Origin(sdxl, "SDXL", _evidence_of_sdxl(groups, shapes, metadata, target))
+    relatives = [Suspect(at_widths_of(target, layout), model) for layout, model in _RELATIVES.items()]
+    everyone = [own, sdxl, *(relative for relative in relatives if relative.layout != target)]
+    known = {module: made for module, made in modules.items() if any(find(s.layout, module) for s in everyone)}
+    misfits = {suspect.model: _misfits(known, suspect.layout) for suspect in everyone}
+    fewest = min(map(len, misfits.values()))
+    fitting = [suspect for suspect in everyone if len(misfits[suspect.model]) == fewest]
+    if exact := next((s for s in fitting if s != sdxl and _changed(known, s.layout) == _transformers(s.layout)), None):
+        if exact == own:
+            return Origin(target, own.model, f"it has exactly {own.model}'s transformer blocks")
+        raise _of_relative(file, exact.model, own.model, "it has exactly its transformer blocks")
+    return _of_several(file, _stated(metadata), fitting, own, sdxl, misfits)
 
 
-def _evidence_of_sdxl(groups: Groups, shapes: Mapping[str, Shape], metadata: Mapping[str, str], target: Layout) -> str:
-    known, own = aliases(target), name(target)
-    absent = next(
-        (module for module in groups if module in aliases(at_widths_of(target, SDXL)) and module not in known), None
+def _of_several(
+    file: str,
+    stated: str,
+    fitting: list[Suspect],
+    own: Suspect,
+    sdxl: Suspect,
+    misfits: Mapping[str, Mapping[str, str]],
+) -> Origin:
+    """The origin of a LoRA that changes no model's transformer blocks exactly, by what the fitting models lack."""
+    if own in fitting and sdxl not in fitting:
+        first, problem = next(iter(misfits["SDXL"].items()))
+        has = f"layers by {own.model}'s own numbers" if problem == _ABSENT else "a shape that SDXL lacks"
+        return Origin(own.layout, own.model, f"it has {has}, such as {first}")
+    named = next(
+        (s for s in fitting if s != sdxl and re.search(_IN_METADATA.get(s.model, "koala"), stated, re.I)), None
     )
-    if absent:
-        return f"it has layers that {own} lacks, such as {absent}"
-    misshapen = (
-        module
-        for module, suffixes in groups.items()
-        if module in known and not fits(suffixes, shapes, known[module].shape)
+    if named == own:
+        return Origin(own.layout, own.model, f'its metadata says "{stated}"')
+    if named:
+        raise _of_relative(file, named.model, own.model, f'its metadata says "{stated}"')
+    others = [suspect.model for suspect in fitting if suspect not in (own, sdxl)]
+    if sdxl not in fitting:
+        raise _of_relative(file, " or ".join(others), own.model, "it has layers that SDXL lacks")
+    said = f' (its metadata says "{stated}")' if stated else ""
+    if own in fitting:
+        why = f"as {own.model} has all of its layers, too; choose KOALA if that is wrong"
+        return Origin(sdxl.layout, "SDXL", f"assumed{said}, {why}")
+    first, problem = next(iter(misfits[own.model].items()))
+    why = f"it has layers that {own.model} lacks, such as {first}"
+    if problem != _ABSENT:
+        why = f"its {first} has the shape of SDXL's"
+    if others:
+        return Origin(sdxl.layout, "SDXL", f"assumed{said}: {why}; {', '.join(others)} would fit, too")
+    return Origin(sdxl.layout, "SDXL", why)
+
+
+def _misfits(known: Mapping[str, Made | None], layout: Layout) -> dict[str, str]:
+    """The modules that a layout lacks or has in another shape -> what is wrong with them, first those it lacks."""
+    absent, misshapen = {}, {}
+    for module, made in known.items():
+        weight = find(layout, module)
+        if weight is None:
+            absent[module] = _ABSENT
+        elif made is not None and not made.fits(weight.shape):
+            misshapen[module] = "of another shape"
+    return absent | misshapen
+
+
+def _of_relative(file: str, model: str, own: str, evidence: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is a LoRA for {model} ({evidence}); expected one for SDXL or for {own}. Use it with that model."
     )
-    if first := next(misshapen, None):
-        return f"its {first} has the shape of SDXL's"
-    base = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture")
-    stated = f' (its metadata says "{base}")' if base else ""
-    return f"assumed{stated}, as {own} has all of its layers, too; choose KOALA if that is wrong"
 
 
-def _is_for(groups: Groups, layout: Layout) -> bool:
-    """True for a LoRA with exactly the transformer blocks of ``layout`` and no module that it lacks."""
-    return _changed_transformers(groups, layout) == _transformers(layout) and all(
-        module in aliases(layout) for module in groups
-    )
+def _stated(metadata: Mapping[str, str]) -> str:
+    """What a LoRA's metadata say of the model that it was trained on."""
+    return ", ".join(dict.fromkeys(metadata[key][:80] for key in _METADATA if metadata.get(key)))
 
 
-def _changed_transformers(groups: Groups, layout: Layout) -> set[str]:
+def _changed(known: Mapping[str, Made | None], layout: Layout) -> set[str]:
     """The transformer blocks that a LoRA changes, by their names in ``layout``."""
-    known = aliases(layout)
-    return _blocks_of(known[module].diffusers for module in groups if module in known)
+    found = (find(layout, module) for module in known)
+    return _blocks_of(tensor.diffusers for tensor in found if tensor)
 
 
 @cache
@@ -129,26 +176,25 @@ def _blocks_of(names: Iterable[str]) -> set[str]:
     return {found[0] for known in names if (found := re.match(r".+transformer_blocks\.\d+", known))}
 
 
-def _refuse_other_family(file: str, groups: Groups, shapes: Mapping[str, Shape], target: Layout) -> None:
+def _refuse_other_family(file: str, modules: Mapping[str, Made | None], target: Layout) -> None:
     """Raise CheckpointError for a LoRA that was made for another family of models than SDXL's."""
-    expected = f"expected a LoRA for SDXL or for {name(target)}. Use it with a model of its own kind."
+    both = f"SDXL or for {name(target)}" if target.context == SDXL.context else f"{name(target)} or an SDXL as narrow"
+    expected = f"expected a LoRA for {both}. Use it with a model of its own kind."
     widths = Counter(
-        found[1]
-        for module, suffixes in groups.items()
-        if _CONTEXT.search(module) and (found := size({suffix: shapes[key] for suffix, key in suffixes.items()}))
+        made.columns for module, made in modules.items() if made and made.columns and _CONTEXT.search(module)
     )
     if widths and target.context not in widths:
         width = widths.most_common(1)[0][0]
         kind = FAMILIES_BY_TEXT_WIDTH.get(width, "another model")
         raise CheckpointError(f"{file} is a LoRA for {kind} (text width {width}, not {target.context}); {expected}")
-    flat = [module.replace(".", "_") for module in groups]
+    flat = [module.replace(".", "_") for module in modules]
     for family_name, pattern in _FAMILIES:
         if any(re.search(pattern, module) for module in flat):
             raise CheckpointError(f"{file} is a LoRA for {family_name}; {expected}")
     sdxl = at_widths_of(target, SDXL)
-    if not any(module in aliases(sdxl) or module in aliases(target) for module in groups):
-        first = ", ".join(sorted(groups)[:3])
+    if not any(find(layout, module) for module in modules for layout in (sdxl, target)):
+        first = ", ".join(sorted(modules)[:3])
         raise CheckpointError(
-            f"{file} is a LoRA for an unknown model (none of its {len(groups)} modules is SDXL's; first: {first}); "
+            f"{file} is a LoRA for an unknown model (none of its {len(modules)} modules is SDXL's; first: {first}); "
             f"{expected}"
         )

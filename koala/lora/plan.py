@@ -1,67 +1,108 @@
-"""An SDXL LoRA's tensors -> the names of the KOALA layers that they belong to. Looks at names and shapes only.
+"""An SDXL LoRA's tensors -> the names of the KOALA layers that they belong to, and what becomes of each module.
 
-Whatever the kind of adapter, renaming its modules is all that is needed.
+Looks at names, shapes, types and a few single numbers; the weights themselves are read by ``weights.py``. Whatever the
+kind of adapter, renaming its modules is all that is needed.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from ..architecture import keys
 from ..architecture.keys import Shape, tensors
-from ..architecture.layout import Layout, name
-from ..architecture.lineage import KeptTransformers, lineage
+from ..architecture.layout import SDXL, Layout, name
+from ..architecture.lineage import KeptTransformers, at_widths_of, lineage
 from ..files.conventions import label
-from ..files.header import CheckpointError, read_header
+from ..files.header import CheckpointError, Header, read_header
 from ..files.other_models import describe
-from .names import MAGNITUDE, TEXT, Groups, aliases, fits, split
+from .kinds import MalformedError, other_kind
+from .modules import WORDS, Contents, Layer, Module, Outcome, Tables, judge, placed
+from .names import TEXT, find, group, text_aliases, text_shapes
 from .origin import Origin, TrainedOn, origin_of
-
-Outcome = Literal["applied", "removed", "folded", "mismatch", "unknown"]
-"""``removed``: its layer is one that KOALA lacks. ``folded``: the same, and its change is added to the nearest kept
-transformer block. ``mismatch``: the layer is there, in another shape."""
-
-
-@dataclass(frozen=True)
-class Module:
-    """One module that a LoRA changes, and what became of it."""
-
-    name: str
-    """As in the file."""
-    stage: str
-    """One of ``STAGES``."""
-    outcome: Outcome
+from .scale import Config, configs
+from .weights import read_values
 
 
 @dataclass(frozen=True)
 class Plan:
     """Where the tensors of a LoRA file go on one layout."""
 
-    file: str
+    path: Path
     target: Layout
     origin: Origin | None
     """The model that it was trained on; None for a LoRA of text encoders alone."""
-    names: Mapping[str, str] = field(repr=False)
-    """Tensor name in the file -> ComfyUI's name on the target."""
-    folds: tuple[Mapping[str, str], ...] = field(repr=False)
-    """The same for the changes of removed transformer blocks, each to be applied by itself on top."""
-    text: tuple[str, ...] = field(repr=False)
-    """Tensor names for the text encoders, which are the same on SDXL and every KOALA."""
     modules: tuple[Module, ...] = field(repr=False)
-
-    def count(self, outcome: Outcome, stage: str | None = None) -> int:
-        """How many modules of a stage, or of all stages, had this outcome."""
-        return sum(module.outcome == outcome and stage in (None, module.stage) for module in self.modules)
+    """Those of the U-Net."""
+    text: tuple[Module, ...] = field(repr=False)
+    """Those of the text encoders, which are the same on SDXL and every KOALA."""
+    configured: str = ""
+    """Where its strength stands, if not in alphas of its own."""
 
     @property
-    def text_modules(self) -> int:
-        """How many modules of the text encoders it changes."""
-        return len({split(key)[0] for key in self.text})
+    def file(self) -> str:
+        """Its name for messages."""
+        return label(self.path)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Tensor name in the file -> ComfyUI's name, for the U-Net's modules that are applied."""
+        return _names(module for module in self.modules if module.outcome == "applied")
+
+    @property
+    def folds(self) -> tuple[tuple[Module, ...], ...]:
+        """The changes of removed transformer blocks, to be applied on top, in groups that name no layer twice."""
+        packed: list[dict[str, Module]] = []
+        for module in self.modules:
+            if module.outcome == "folded":
+                free = next((one for one in packed if module.target not in one), None)
+                if free is None:
+                    packed.append(free := {})
+                free[module.target] = module
+        return tuple(tuple(one.values()) for one in packed)
+
+    @property
+    def applied(self) -> tuple[Module, ...]:
+        """All modules whose tensors are used, of U-Net and text encoders."""
+        return tuple(module for module in (*self.modules, *self.text) if module.outcome in ("applied", "folded"))
+
+    def count(self, outcome: Outcome, stage: str | None = None) -> int:
+        """How many of the U-Net's modules, in a stage or in all, had this outcome."""
+        return sum(module.outcome == outcome and stage in (None, module.stage) for module in self.modules)
+
+    def with_faults(self, faults: Mapping[str, tuple[Outcome, str]]) -> Plan:
+        """The plan without the modules that turned out not to be applicable: name -> outcome and reason."""
+
+        def judged(modules: Iterable[Module]) -> tuple[Module, ...]:
+            return tuple(
+                replace(module, outcome=faults[module.name][0], reason=faults[module.name][1])
+                if module.name in faults
+                else module
+                for module in modules
+            )
+
+        return replace(self, modules=judged(self.modules), text=judged(self.text)) if faults else self
+
+    def require_any(self) -> None:
+        """Raise CheckpointError where not one module is applied."""
+        if self.applied:
+            return
+        everything = (*self.modules, *self.text)
+        first = next((module for module in everything if module.reason), everything[0])
+        found = Counter(module.outcome for module in everything)
+        counts = ", ".join(f"{count} {WORDS[outcome]}" for outcome, count in found.items())
+        raise CheckpointError(
+            f"{self.file}: none of its {len(everything)} modules can be applied to {name(self.target)}"
+            f"{' or these text encoders' if self.text else ''} ({counts}; first: {first.name}"
+            f"{', ' + first.reason if first.reason else ''}). Leave this LoRA out, or use it on the model that it was "
+            f"made for."
+        )
+
+
+def _names(modules: Iterable[Module]) -> dict[str, str]:
+    return {old: new for module in modules for old, new in module.names.items()}
 
 
 def inspect_lora(
@@ -70,6 +111,7 @@ def inspect_lora(
     trained_on: TrainedOn = "auto",
     fold: bool = False,
     kept_transformers: KeptTransformers | None = None,
+    text: Mapping[str, Shape] | None = None,
 ) -> Plan:
     """Plan how a LoRA file is applied to a KOALA.
 
@@ -80,34 +122,65 @@ def inspect_lora(
         fold: whether the changes of removed transformer blocks are added to the nearest block that was kept (an
             experiment) instead of left out.
         kept_transformers: which of SDXL's transformer blocks the model's file says that it kept.
+        text: ComfyUI's names and the shapes of the text encoders' tensors; None where they are not at hand, and the
+            names of SDXL's count.
 
     Raises:
-        CheckpointError: the file is not a LoRA, was made for another model, or has no layer in common with ``target``.
+        CheckpointError: the file is not a LoRA, was made for another model, or nothing of it can be applied.
         ValueError: no lineage of ``target`` is known and one is needed.
     """
     header = read_header(path, "a LoRA")
     file = label(path)
-    groups: dict[str, dict[str, str]] = defaultdict(dict)
-    for key in header.shapes:
-        module, suffix = split(key)
-        groups[module][suffix] = key
+    weights = text_shapes() if text is None else dict(text)
+    encoders = text_aliases(weights)
+    sdxl = at_widths_of(target, SDXL)
+    groups = group(
+        header.shapes,
+        lambda module: module in encoders or any(find(layout, module) is not None for layout in (sdxl, target)),
+    )
     if not any(suffix for suffixes in groups.values() for suffix in suffixes):
-        raise CheckpointError(
-            f"{file} is {describe(header.shapes)}; expected a LoRA with tensors such as "
-            f"lora_unet_input_blocks_4_1_proj_in.lora_up.weight. Choose a LoRA that was made for SDXL or for KOALA."
-        )
-    text = tuple(key for module, suffixes in groups.items() if TEXT.match(module) for key in suffixes.values())
-    unet = {module: suffixes for module, suffixes in groups.items() if not TEXT.match(module)}
-    origin = origin_of(file, unet, header.shapes, header.metadata, target, trained_on) if unet else None
-    names, folds, modules = _assign(unet, header.shapes, target, origin, fold, kept_transformers)
-    plan = Plan(file, target, origin, names, folds, text, modules)
-    if unet and not (plan.names or plan.folds or plan.text):
-        raise CheckpointError(
-            f"{file}: none of its {len(unet)} modules matches a layer of {name(target)} "
-            f"({plan.count('removed')} belong to layers that it lacks, {plan.count('mismatch')} have another shape, "
-            f"{plan.count('unknown')} are unknown, first: {next(iter(unet))}). Leave this LoRA out, or use it on SDXL."
-        )
+        raise _not_a_lora(file, header)
+    tables = Tables(header.shapes, header.dtypes, read_values(header, groups))
+    settings = configs(header)
+    contents = {module: judge(suffixes, tables) for module, suffixes in groups.items()}
+    _refuse_other_kinds(file, groups, contents)
+    unet = {module: found for module, found in contents.items() if not TEXT.match(module)}
+    origin = None
+    if unet:
+        base = next((config.base for config in settings.values()), "")
+        metadata = {"base_model_name_or_path": base, **header.metadata}
+        origin = origin_of(file, {module: found.made for module, found in unet.items()}, metadata, target, trained_on)
+    placing = _Placing(tables)
+    modules = _unet(placing, unet, target, origin, fold, kept_transformers, settings.get("unet"))
+    texts = _text(placing, contents, encoders, weights, settings)
+    source = next((config.source for config in settings.values()), "")
+    plan = Plan(path, target, origin, modules, texts, source)
+    plan.require_any()
     return plan
+
+
+def _not_a_lora(file: str, header: Header) -> CheckpointError:
+    kind = describe(header.shapes)
+    first = ", ".join(sorted(header.shapes)[:3])
+    found = (
+        f"an adapter of an unknown kind ({len(header.shapes)} tensors, first: {first})" if kind == "a LoRA" else kind
+    )
+    return CheckpointError(
+        f"{file} is {found}; expected a LoRA with tensors such as lora_unet_input_blocks_4_1_proj_in.lora_up.weight. "
+        f"Choose a LoRA that was made for SDXL or for KOALA."
+    )
+
+
+def _refuse_other_kinds(file: str, groups: Mapping[str, Iterable[str]], contents: Mapping[str, Contents]) -> None:
+    """Raise CheckpointError for a file whose modules are all of a kind that ComfyUI does not apply."""
+    kinds = Counter(kind for suffixes in groups.values() for suffix in suffixes if (kind := other_kind(suffix)))
+    judged = [found for found in contents.values() if "" not in found.tensors]
+    if kinds and all(found.outcome in ("unsupported", "incomplete") for found in judged):
+        article = "" if kinds.most_common(1)[0][0].startswith(("a ", "an ")) else "a file of "
+        raise CheckpointError(
+            f"{file} is {article}{' and '.join(kinds)}, which ComfyUI cannot apply; expected a LoRA, LoCon, LoHa, "
+            f"LoKr, GLoRA, OFT, DoRA or weight differences. Convert it to one of them, or leave it out."
+        )
 
 
 STAGES = ("ends", "down 1", "down 2", "down 3", "middle", "up 1", "up 2", "up 3", "unknown")
@@ -121,71 +194,104 @@ def stage(module: str) -> str:
     return "middle" if module.startswith("mid_block") else "ends"
 
 
-def _assign(
-    groups: Groups,
-    shapes: Mapping[str, Shape],
+class _Placing:
+    """Puts modules onto layers, and knows which layer has been taken already."""
+
+    def __init__(self, file: Tables) -> None:
+        self.file = file
+        self.taken: dict[str, str] = {}
+
+    def place(self, module: str, stage: str, contents: Contents, layer: Layer, config: Config | None) -> Module:
+        """The module on a layer, or what is wrong with it there; see ``modules.placed``."""
+        try:
+            if other := self.taken.get(layer.name):
+                raise MalformedError(f"it changes the same layer as {other}")
+            found = placed(module, stage, contents, layer, self.file, config)
+        except MalformedError as error:
+            return Module(module, stage, "malformed", str(error))
+        self.taken[layer.name] = module
+        return found
+
+    def fold(self, module: str, stage: str, contents: Contents, layer: Layer, config: Config | None) -> Module:
+        """The same for a change that is added to another layer than its own."""
+        try:
+            return replace(placed(module, stage, contents, layer, self.file, config), outcome="folded")
+        except MalformedError as error:
+            return Module(module, stage, "malformed", str(error))
+
+
+def _unet(
+    placing: _Placing,
+    contents: Mapping[str, Contents],
     target: Layout,
     origin: Origin | None,
     fold: bool,
     kept_transformers: KeptTransformers | None,
-) -> tuple[dict[str, str], tuple[dict[str, str], ...], tuple[Module, ...]]:
-    """Where each module goes: ``Plan``'s names, folds and modules."""
-    known = aliases(origin.layout) if origin else {}
+    config: Config | None,
+) -> tuple[Module, ...]:
+    """What becomes of each module of the U-Net."""
+    if origin is None:
+        return ()
     own = {_module(tensor.diffusers): tensor for tensor in tensors(target) if tensor.diffusers.endswith(".weight")}
+    biases = {_module(tensor.diffusers) for tensor in tensors(target) if tensor.diffusers.endswith(".bias")}
     descendants = own  # module of the model that the LoRA was trained on -> the target's weight that came from it
     neighbours: Mapping[str, str] = {}
-    if origin and origin.layout != target:
+    if origin.layout != target:
         ancestry = lineage(target, kept_transformers)
         descendants = {
             _module(teacher.diffusers): own[_module(student.diffusers)] for student, teacher in ancestry.tensors
         }
         neighbours = ancestry.neighbours if fold else {}
-    names: dict[str, str] = {}
-    folds: list[dict[str, str]] = []
-    modules: list[Module] = []
-    for module, suffixes in groups.items():
-        weight = known.get(module)
-        if weight is None:
-            modules.append(Module(module, "unknown", "unknown"))
-            continue
-        source = _module(weight.diffusers)
-        outcome: Outcome = "removed"
-        if not fits(suffixes, shapes, weight.shape):
-            outcome = "mismatch"
-        elif source in descendants:
-            outcome = "applied"
-            names |= _renamed(suffixes, descendants[source])
-        elif source in neighbours and _is_sum(suffixes):
-            outcome = "folded"
-            folds.append(_renamed(suffixes, own[neighbours[source]]))
-        modules.append(Module(module, stage(source), outcome))
-    return names, tuple(_packed(folds)), tuple(modules)
+
+    def become(module: str, found: Contents) -> Module:
+        weight = find(origin.layout, module)
+        source = _module(weight.diffusers) if weight else ""
+        where = stage(source) if weight else "unknown"
+        if found.outcome and (weight or _is_other_kind(found)):
+            return Module(module, where, found.outcome, found.reason)
+        if weight is None or found.made is None:
+            return Module(module, where, "unknown")
+        if not found.made.fits(weight.shape):
+            return Module(module, where, "mismatch")
+        folded = source not in descendants
+        if folded and not (source in neighbours and found.made.kind.is_sum and ".dora_scale" not in found.tensors):
+            return Module(module, where, "removed")
+        layer = own[neighbours[source]] if folded else descendants[source]
+        name = f"diffusion_model.{layer.comfy.removesuffix('.weight')}"
+        put = placing.fold if folded else placing.place
+        return put(module, where, found, Layer(name, layer.shape, _module(layer.diffusers) in biases), config)
+
+    return tuple(become(module, found) for module, found in contents.items())
 
 
-def _packed(folds: list[dict[str, str]]) -> list[dict[str, str]]:
-    """As few maps as possible, none of which has two tensors for one name."""
-    packed: list[dict[str, str]] = []
-    for names in folds:
-        free = next((other for other in packed if not set(names.values()) & set(other.values())), None)
-        if free is None:
-            packed.append(dict(names))
-        else:
-            free |= names
-    return packed
+def _text(
+    placing: _Placing,
+    contents: Mapping[str, Contents],
+    encoders: Mapping[str, str],
+    weights: Mapping[str, Shape | None],
+    settings: Mapping[str, Config],
+) -> tuple[Module, ...]:
+    """What becomes of each module of the text encoders."""
+
+    def become(module: str, found: Contents) -> Module:
+        known = encoders.get(module)
+        if found.outcome and (known or _is_other_kind(found)):
+            return Module(module, "text", found.outcome, found.reason)
+        if known is None or found.made is None:
+            return Module(module, "text", "unknown")
+        shape = weights[f"{known}.weight"]
+        if shape is not None and not found.made.fits(shape):
+            return Module(module, "text", "mismatch")
+        config = settings.get("text_encoder_2" if known.startswith("clip_g") else "text_encoder")
+        layer = Layer(f"text_encoders.{known}", shape, f"{known}.bias" in weights)
+        return placing.place(module, "text", found, layer, config)
+
+    return tuple(become(module, found) for module, found in contents.items() if TEXT.match(module))
 
 
-def _renamed(suffixes: Mapping[str, str], weight: keys.Tensor) -> dict[str, str]:
-    """Names of a module's tensors in the file -> ComfyUI's names on a weight of the target."""
-    module = f"diffusion_model.{weight.comfy.removesuffix('.weight')}"
-    return {
-        key: module + (".dora_scale" if suffix.startswith(MAGNITUDE) else suffix) for suffix, key in suffixes.items()
-    }
+def _is_other_kind(found: Contents) -> bool:
+    return any(map(other_kind, found.tensors))
 
 
 def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0]
-
-
-def _is_sum(suffixes: Mapping[str, str]) -> bool:
-    """Whether a change is added to the weight, so that one made for another layer can be added, too."""
-    return not any(suffix.startswith((".dora", MAGNITUDE, ".set", ".oft", ".rescale")) for suffix in suffixes)

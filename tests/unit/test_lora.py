@@ -22,7 +22,8 @@ from koala_sdxl.koala.architecture.layout import (
 )
 from koala_sdxl.koala.architecture.lineage import at_widths_of, lineage
 from koala_sdxl.koala.files.header import CheckpointError
-from koala_sdxl.koala.lora.names import aliases, renamed
+from koala_sdxl.koala.lora.kinds import UP
+from koala_sdxl.koala.lora.names import find
 from koala_sdxl.koala.lora.plan import Plan, inspect_lora
 from koala_sdxl.koala.lora.report import report
 from tools.synthetic import adapters
@@ -55,9 +56,9 @@ def test_every_naming_reaches_every_layer_that_was_kept(naming: str, koala: Layo
     made = plan(state, write, small(koala))
     line = lineage(small(koala))
     style = adapters.NAMINGS[naming]
-    up = style.suffixes.get(".lora_up.weight", ".lora_up.weight")
+    up = style.suffixes.get(UP, UP)
     wanted = {
-        style.module(whole) + up: f"diffusion_model.{part.comfy.removesuffix('.weight')}{up}"
+        style.module(whole) + up: f"diffusion_model.{part.comfy.removesuffix('.weight')}{UP}"
         for part, whole in line.tensors
         if adapters.in_attention(part)
     }
@@ -149,11 +150,12 @@ def test_removed_transformer_blocks_are_folded_into_the_nearest_kept_one(write: 
     assert (made.count("applied"), made.count("folded"), made.count("removed")) == (222, 150, 350)
     # blocks 5 to 9 of three modules all go to block 4: five changes for each place, never two in one map
     assert len(made.folds) == 5
-    goals = [set(names.values()) for names in made.folds]
-    assert all(len(names) == len(set(names.values())) for names in made.folds)
+    goals = [[module.target for module in modules] for modules in made.folds]
+    assert all(len(found) == len(set(found)) for found in goals)
     assert all(".transformer_blocks.4." in goal for found in goals for goal in found)
-    first = "diffusion_model.output_blocks.2.1.transformer_blocks.5.attn1.to_q.lora_up.weight"
-    assert made.folds[0][first] == "diffusion_model.output_blocks.1.1.transformer_blocks.4.attn1.to_q.lora_up.weight"
+    first = "diffusion_model.output_blocks.2.1.transformer_blocks.5.attn1.to_q"
+    folded = next(module for module in made.folds[0] if module.name == first)
+    assert folded.target == "diffusion_model.output_blocks.1.1.transformer_blocks.4.attn1.to_q"
 
 
 def test_changes_that_are_no_sums_are_not_folded(write: Write) -> None:
@@ -165,8 +167,8 @@ def test_changes_that_are_no_sums_are_not_folded(write: Write) -> None:
 def test_text_encoders_keep_their_names(write: Write) -> None:
     state = adapters.lora(SMALL_SDXL, only=adapters.in_attention) | adapters.text_lora(2, 32, 128)
     made = plan(state, write)
-    assert made.text_modules == 12
-    assert all(key.startswith("lora_te1_") for key in made.text)
+    assert [module.outcome for module in made.text] == 12 * ["applied"]
+    assert made.text[0].target == "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
     assert len(made.modules) == 722
     only_text = plan(adapters.text_lora(2, 32, 128), write)
     assert only_text.origin is None
@@ -179,18 +181,6 @@ def test_unknown_modules_are_counted_by_name(write: Write) -> None:
     made = plan(state, write)
     assert made.count("unknown") == 1
     assert "unknown modules: lora_unet_my_own_layer" in report(made, "none")
-
-
-def test_peft_magnitudes_get_the_weights_dimensions() -> None:
-    weights = {
-        "m.lora_A.weight": torch.ones(2, 3, 3, 3),
-        "m.lora_magnitude_vector": torch.arange(5.0),
-        "n.lora_A.default.weight": torch.ones(2, 3),
-        "n.lora_magnitude_vector.default.weight": torch.arange(5.0),
-    }
-    moved = renamed(weights, {key: key.replace("lora_magnitude_vector", "dora_scale") for key in weights})
-    assert moved["m.dora_scale"].shape == (5, 1, 1, 1)
-    assert moved["n.dora_scale.default.weight"].shape == (5, 1)
 
 
 def test_the_report_counts_by_stage(write: Write) -> None:
@@ -208,10 +198,11 @@ def test_the_report_counts_by_stage(write: Write) -> None:
     ]
 
 
-def test_no_two_modules_share_an_alias() -> None:
-    known = aliases(SMALL_SDXL)
-    modules = [tensor for tensor in tensors(SMALL_SDXL) if tensor.diffusers.endswith(".weight")]
-    assert set(known.values()) == set(modules)
+def test_every_module_is_found_by_its_names() -> None:
+    for tensor in tensors(SMALL_SDXL):
+        if tensor.diffusers.endswith(".weight"):
+            for naming in adapters.NAMINGS.values():
+                assert find(SMALL_SDXL, naming.module(tensor)) == tensor
 
 
 # --- what cannot be used ------------------------------------------------------------------------------------------
@@ -288,4 +279,4 @@ def test_nothing_to_apply_is_an_error(write: Write) -> None:
         SMALL_SDXL, only=lambda tensor: tensor.diffusers.startswith("mid_block") and adapters.in_attention(tensor)
     )
     said = refused(gone, write)
-    assert said.startswith("some.safetensors: none of its 102 modules matches a layer of koala-tiny (102 belong to")
+    assert said.startswith("some.safetensors: none of its 102 modules can be applied to koala-tiny (102 removed with")

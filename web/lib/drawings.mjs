@@ -8,7 +8,16 @@ import { plotCurve, polyline, SIZE, tabulateCoverage } from "./figures.mjs";
  * @typedef {{ badge?: string, curve?: Curve, coverage?: Coverage }} Drawing
  */
 
-const COLOURS = { applied: "#4caf7a", folded: "#9ccc65", removed: "#6b7280", mismatch: "#f59e0b", unknown: "#ef4444" };
+const COLOURS = {
+  applied: "#4caf7a",
+  folded: "#9ccc65",
+  removed: "#6b7280",
+  mismatch: "#f59e0b",
+  incomplete: "#f97316",
+  malformed: "#ec4899",
+  unsupported: "#a855f7",
+  unknown: "#ef4444",
+};
 const BADGE = "#2f6b4f";
 const WIDGET = "koala_shown";
 const WIDTH = 340; // pixels that text and drawings need

@@ -8,7 +8,7 @@ const PLOT = { left: 34, right: 292, top: 30, bottom: 138 }; // pixels; labels s
  * Noise levels of a run, and those that the model was published with. Both descend, and may end with 0.
  * @typedef {{ title: string, sigmas: number[], published: string, reference: number[] }} Curve
  *
- * @typedef {"applied" | "folded" | "removed" | "mismatch" | "unknown"} Outcome
+ * @typedef {"applied" | "folded" | "removed" | "mismatch" | "incomplete" | "malformed" | "unsupported" | "unknown"} Outcome
  * @typedef {Partial<Record<Outcome, number>>} Counts
  *
  * How many of a LoRA's modules had which outcome in each stage of the U-Net, and what to call each outcome.

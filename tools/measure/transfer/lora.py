@@ -31,16 +31,37 @@ class Square(NamedTuple):
 
 
 def square(koala: Layout, kind: str = "LoRA", naming: str = "kohya, LDM blocks", strength: float = 0.8) -> Square:
-    """Both ways round for a random LoRA; the stock loader applies it to SDXL, ours to KOALA."""
+    """Both ways round for a random LoRA; the stock loader applies it to SDXL, ours to KOALA. For DoRA, which the stock
+    loader computes in another way than the tools that train it, PEFT's formula is applied to SDXL."""
     sdxl, cut_out = pair(koala)
     state = adapters.lora(SMALL_SDXL, kind, naming)
     stock_state = adapters.lora(SMALL_SDXL, kind)  # the stock loader does not know all names, so one that it knows
-    patched, _ = comfy.sd.load_lora_for_models(sdxl, None, dict(stock_state), strength, 0.0)
+    if kind == "DoRA":
+        changed = sdxl_weights() | _decomposed(stock_state, strength)
+    else:
+        changed = baked(comfy.sd.load_lora_for_models(sdxl, None, dict(stock_state), strength, 0.0)[0])
     with on_disk(state) as path:
         ours = apply_lora(cut_out, clip(), path, strength, 0.0).model
-    cut_afterwards = lineage(small(koala)).cut(baked(patched), "comfy")
+    cut_afterwards = lineage(small(koala)).cut(changed, "comfy")
     original = lineage(small(koala)).cut(sdxl_weights(), "comfy")
     return Square(difference(cut_afterwards, baked(ours)), difference(cut_afterwards, original))
+
+
+def _decomposed(state: State, strength: float) -> State:
+    """Weights of the small SDXL with a DoRA of kohya's names, as PEFT merges it (peft/tuners/lora/variants.py): each
+    row of weight and change together gets the magnitude as its norm."""
+    weights, style = sdxl_weights(), adapters.NAMINGS["kohya, LDM blocks"]
+    changed = {}
+    for tensor in tensors(SMALL_SDXL):
+        module = style.module(tensor)
+        if f"{module}.dora_scale" in state:
+            up, down = state[f"{module}.lora_up.weight"], state[f"{module}.lora_down.weight"]
+            weight = weights[tensor.comfy]
+            change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * state[f"{module}.alpha"] / len(down)
+            norms = (weight + change).flatten(1).norm(dim=1).reshape(state[f"{module}.dora_scale"].shape)
+            whole = state[f"{module}.dora_scale"] * (weight + change) / norms
+            changed[tensor.comfy] = weight + strength * (whole - weight)
+    return changed
 
 
 class Reach(NamedTuple):
