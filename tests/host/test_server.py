@@ -7,6 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tools.harness.client import Client
@@ -64,7 +65,7 @@ def test_extra_model_folders_a_given_port_and_the_end_by_an_exception(host: Host
 @pytest.mark.slow
 def test_a_server_that_dies_at_work_is_reported_with_its_log(host: Host) -> None:
     def kill(*_: object) -> None:
-        server.process.kill()
+        psutil.Process(server.process.pid).children()[0].kill()
 
     graph = {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},

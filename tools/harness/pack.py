@@ -12,11 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
 
+from tools.harness import lifeline
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 
@@ -33,8 +33,8 @@ def install(custom_nodes: Path, checkout: Path = ROOT) -> Path:
 @functools.cache  # once a process: squeezing the built-in model takes seconds, and tests start several servers
 def archive(checkout: Path) -> bytes:
     """The registry's zip of ``checkout``. Raises UserError."""
-    with tempfile.TemporaryDirectory(prefix="koala-pack-") as temporary:
-        copy = Path(temporary) / "copy"
+    with lifeline.folder("koala-pack-") as temporary:
+        copy = temporary / "copy"
         for name in source_files(checkout):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkout / name, copy / name)
@@ -48,8 +48,8 @@ def run_comfy_cli(arguments: list[str], folder: Path) -> str:
     Raises UserError with its output if it fails.
     """
     command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", *arguments]
-    with tempfile.TemporaryDirectory(prefix="comfy-cli-") as home:
-        private = {"HOME": home, "XDG_CONFIG_HOME": home, "RUFF_CACHE_DIR": home, "DO_NOT_TRACK": "1"}
+    with lifeline.folder("comfy-cli-") as home:
+        private = {**dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "RUFF_CACHE_DIR"), str(home)), "DO_NOT_TRACK": "1"}
         private["GIT_CEILING_DIRECTORIES"] = str(folder.parent)  # one around the scratch folder is none of ours
         environment = {**os.environ, **private}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

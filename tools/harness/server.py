@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,14 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.harness import pack
+from tools.harness import lifeline, pack
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host, requirement_lines
 
 ADDRESS = "127.0.0.1"
 READY_WITHIN = 900.0  # seconds; a first start on a busy machine with a cold disk takes minutes
-STOPPED_WITHIN = 10.0
-FOLDERS = ("custom_nodes", "input", "models", "output", "user")
+ENDED_WITHIN = 10.0
+FOLDERS = ("custom_nodes", "input", "models", "output", "tmp", "user")
 # Prints what the server's Python can do: an accelerator, and which of the packages named on its command line it lacks.
 PROBE = """
 import importlib.metadata, json, sys
@@ -46,7 +45,7 @@ class Server:
     url: str
     base: Path  # its --base-directory: models/, input/, output/, user/, custom_nodes/
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes]  # of tools/harness/lifeline.py
 
     def last_lines(self, count: int = 30) -> str:
         """The end of its log, without colours."""
@@ -64,14 +63,13 @@ def running(
 ) -> Iterator[Server]:
     """Start ComfyUI with the packed pack, wait until it answers, and stop it at the end, whatever happens.
 
-    Everything it writes goes to a temporary base folder. ``model_folders`` adds folders to those in which it looks for
-    models (key as in ``folder_paths``, such as "checkpoints"); ``arguments`` are added to its command line. A GPU is
-    used where PyTorch finds one. Raises UserError if the port is taken, or if the server stops by itself: the message
-    has the last lines of its log.
+    Everything it writes goes to a temporary base folder; both go when this process is killed, too. ``model_folders``
+    adds folders to those in which it looks for models (key as in ``folder_paths``, such as "checkpoints");
+    ``arguments`` are added to its command line. A GPU is used where PyTorch finds one. Raises UserError if the port is
+    taken, or if the server stops by itself: the message has the last lines of its log.
     """
     check_port(port)
-    with tempfile.TemporaryDirectory(prefix="koala-comfyui-", ignore_cleanup_errors=True) as temporary:
-        base = Path(temporary)
+    with lifeline.folder("koala-comfyui-") as base:
         for name in FOLDERS:
             (base / name).mkdir()
         probe = start_probe(host)  # importing torch takes as long as packing
@@ -83,13 +81,8 @@ def running(
             command += ["--extra-model-paths-config", str(base / "extra_model_paths.yaml")]
         log = base / "comfyui.log"
         with open(log, "wb") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=host.folder,
-                env=environment(host),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            process = lifeline.start(
+                command, cwd=host.folder, env=environment(host, base), stdout=output, stderr=subprocess.STDOUT
             )
         server = Server(f"http://{ADDRESS}:{port}", base, log, process)
         try:
@@ -97,12 +90,12 @@ def running(
             yield server
         except ConnectionError as error:
             try:
-                process.wait(STOPPED_WITHIN)  # its connections close a moment before it is gone
+                process.wait(ENDED_WITHIN)  # its connections close a moment before it is gone
             except subprocess.TimeoutExpired:
                 raise error from None
             raise crashed(server, "while it was at work") from error
         finally:
-            stop(process)
+            lifeline.stop(process)
 
 
 def base_command(host: Host, base: Path, port: int) -> list[str]:
@@ -112,11 +105,16 @@ def base_command(host: Host, base: Path, port: int) -> list[str]:
     return [str(host.python), "main.py", *files, *network]
 
 
-def environment(host: Host) -> dict[str, str]:
-    """The server's environment: this checkout's modules out of its sight, no bytecode into a borrowed folder."""
+def environment(host: Host, base: Path | None = None) -> dict[str, str]:
+    """The server's environment: this checkout's modules out of its sight, no bytecode into a borrowed folder.
+
+    Temporary files, such as those of PyTorch, go below ``base``.
+    """
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     if host.borrowed:
         variables["PYTHONDONTWRITEBYTECODE"] = "1"
+    if base:
+        variables |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(base / "tmp"))
     return {**variables, "PYTHONUNBUFFERED": "1"}
 
 
@@ -177,16 +175,6 @@ def crashed(server: Server, when: str) -> UserError:
     """The error for a server that ended by itself."""
     status = server.process.returncode
     return UserError(f"ComfyUI ended {when} (exit status {status}). The last lines of its log:\n{server.last_lines()}")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server; by force if it does not listen."""
-    process.terminate()
-    try:
-        process.wait(STOPPED_WITHIN)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def check_port(port: int | None) -> None:

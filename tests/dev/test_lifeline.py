@@ -1,0 +1,151 @@
+"""Servers, what they start, and temporary folders end with the process that has them, whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tools.harness import lifeline
+from tools.harness.errors import UserError
+from tools.harness.testhost import ROOT
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
+PATIENCE = 120.0  # seconds, for a machine that is busy; what is waited for takes a moment
+OWNER = """
+import sys
+from tools.harness import lifeline
+with lifeline.folder("koala-lifeline-") as folder:
+    process = lifeline.start([sys.executable, "-c", sys.argv[1], str(folder)])
+    print(folder, flush=True)
+    process.wait()
+"""
+"""Has a folder, and a process that is told of it, until it ends."""
+FAMILY = """
+import itertools, os, subprocess, sys, time
+below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+for number in itertools.count():
+    with open(os.path.join(sys.argv[1], str(number)), "w") as file:
+        file.write(f"{os.getpid()} {below.pid}")
+    time.sleep(0.02)
+"""
+"""A process with one below it, that never stops to write files with both their ids."""
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    """Return once it is so."""
+    until = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def gone(process: psutil.Process) -> bool:
+    """True if it has ended; a container's first process may leave it a zombie for ever."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def owner() -> Iterator[tuple[psutil.Process, Path, list[psutil.Process]]]:
+    """A process, the folder that it has, and the two processes that it has."""
+    with subprocess.Popen([sys.executable, "-c", OWNER, FAMILY], cwd=ROOT, stdout=subprocess.PIPE, text=True) as begun:
+        folder = Path(begun.stdout.readline().strip())  # type: ignore[union-attr]
+        first = folder / "0"
+        wait_for(lambda: first.exists() and first.read_text())
+        family = [psutil.Process(int(pid)) for pid in first.read_text().split()]
+        yield psutil.Process(begun.pid), folder, family
+        begun.kill()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"])
+@posix
+def test_all_ends_with_the_owner(owner: tuple[psutil.Process, Path, list[psutil.Process]], name: str) -> None:
+    process, folder, family = owner
+    process.send_signal(getattr(signal, name))
+    wait_for(lambda: all(map(gone, [process, *family])))
+    wait_for(lambda: not folder.exists())
+
+
+@posix
+def test_a_keeper_that_is_told_to_end_takes_its_process_along(
+    owner: tuple[psutil.Process, Path, list[psutil.Process]],
+) -> None:
+    _, folder, family = owner
+    keeper = family[0].parent()
+    assert keeper
+    keeper.terminate()
+    wait_for(lambda: all(map(gone, [keeper, *family])))
+    wait_for(lambda: not folder.exists())  # its owner has nothing more to wait for
+
+
+def test_what_listens_to_no_signal_is_ended_by_force() -> None:
+    deaf = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\n"
+    process = lifeline.start([sys.executable, "-c", deaf + "time.sleep(1000)"], stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.read(1) == b"1"
+    below = psutil.Process(process.pid).children()
+    lifeline.stop(process)
+    assert len(below) == 1
+    assert all(map(gone, below))
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("import sys; print(sys.stdin.read() == '')", 0),
+        ("raise SystemExit(3)", 3),
+        pytest.param("import os; os.kill(os.getpid(), 9)", -9, marks=posix),
+        pytest.param("import os; os.kill(os.getpid(), 15)", -15, marks=posix),
+    ],
+)
+def test_the_exit_status_is_the_commands(code: str, status: int) -> None:
+    process = lifeline.start([sys.executable, "-c", code])
+    assert process.wait() == status
+    lifeline.stop(process)
+
+
+def test_what_a_process_leaves_behind_goes_when_it_ends() -> None:
+    leave = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], "
+    leave += "stdout=subprocess.DEVNULL).pid)"
+    process = lifeline.start([sys.executable, "-c", leave], stdout=subprocess.PIPE)
+    assert process.stdout
+    left = int(process.stdout.read())
+    assert process.wait() == 0
+    wait_for(lambda: not psutil.pid_exists(left) or gone(psutil.Process(left)))
+
+
+def test_a_program_that_there_is_not_is_named() -> None:
+    process = lifeline.start(["/nothing/here"], stderr=subprocess.PIPE)
+    said = process.communicate()[1].decode()
+    assert said == "/nothing/here cannot be run: No such file or directory\n"
+    assert process.returncode == 127
+
+
+def test_a_folder_goes_at_the_end_of_its_block(tmp_path: Path) -> None:
+    with contextlib.suppress(ZeroDivisionError), lifeline.folder("mine-", tmp_path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").touch()
+        assert folder.parent == tmp_path
+        assert folder.name.startswith("mine-")
+        raise ZeroDivisionError
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="file: no temporary folder can be made here"),
+        lifeline.folder("mine-", tmp_path / "file"),
+    ):
+        pass

@@ -1,0 +1,58 @@
+"""Processes and temporary folders that go with the process that has them, whatever ends it, SIGKILL included.
+
+Each hangs on a pipe, and only this process has the end that is written to. When that closes, at the end of a ``with``
+block or because this process is gone, keeper.py at the other end stops the process and all that it started, or removes
+the folder. There is no other way in which they end, so every run tries it; it is the same on every system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.harness import keeper
+from tools.harness.errors import UserError
+
+KEEPER = (sys.executable, "-I", "-S", keeper.__file__)  # without packages it is there in 20 ms
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command that ends by ``stop``, or when this process does.
+
+    ``options`` are Popen's, but for stdin, which is empty. Of what is returned, exit status, ``poll`` and ``wait`` are
+    the command's; the pid is its keeper's, whose only child it is.
+    """
+    return subprocess.Popen([*KEEPER, "run", *command], stdin=subprocess.PIPE, start_new_session=True, **options)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End what ``start`` began, by force if it does not listen for ten seconds; return when it is gone."""
+    if process.stdin:
+        process.stdin.close()
+    process.wait()
+
+
+@contextlib.contextmanager
+def folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A temporary folder, in the system's place for them or in ``parent``. Raises UserError if none can be made."""
+    place = str(parent or tempfile.gettempdir())
+    with subprocess.Popen(
+        [*KEEPER, "keep", prefix, place],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            answer = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+            if "error" in answer:
+                raise UserError(f"{place}: no temporary folder can be made here ({answer['error']}).")
+            yield Path(answer["folder"])
+        finally:
+            stop(process)
