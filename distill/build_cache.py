@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from ..koala.files import atomic_write as disk
+from ..koala.files.unfinished import PATTERN
 from . import sources
 from .buckets import Size, buckets, fit, nearest
 from .cache import INDEX, Cache, Index, Shard, full_identity, ready
@@ -248,4 +250,6 @@ def _delete(folder: Path) -> None:
     for pattern in ("latents-*.safetensors*", f"{INDEX}*"):
         for path in folder.glob(pattern):
             path.unlink()
+    for path in folder.glob(PATTERN):
+        shutil.rmtree(path)
     folder.rmdir()

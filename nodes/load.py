@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..host.transfer.compatibility import incompatible_patches
 from ..koala.architecture.layout import Layout
 from ..koala.files.dtypes import dtype_name
 from ..koala.files.inspect import inspect_model, inspect_text_encoders, inspect_vae
+from ..koala.files.unfinished import PATTERN
 from ..koala.model_report import badge, report
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
@@ -174,6 +176,7 @@ def diffusers_folders() -> dict[str, Path]:
             if "model_index.json" in files:
                 folders.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
                 inner.clear()  # its subfolders are not models of their own
+            inner[:] = [name for name in inner if not fnmatch(name, PATTERN)]
     return folders
 
 

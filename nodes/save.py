@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import folder_paths
@@ -13,10 +15,13 @@ from ..host import saver as koala_saver
 from ..host.model import WEIGHT_DTYPES
 from ..host.protocols import Clip, Model, Vae
 from ..host.transfer.weights import require_own_weights
+from ..koala.files.atomic_write import SHOWN, SaveError
 from .base import CATEGORY, shown
 
 CHECKPOINT = "checkpoint"
 FOLDER = "diffusers folder"
+PREFIXES = {CHECKPOINT: "checkpoints/KOALA", FOLDER: "diffusers/KOALA"}
+"""Format -> default of its ``filename_prefix``."""
 
 
 def _prefix_input(default: str, tooltip: str) -> io.String.Input:
@@ -46,7 +51,7 @@ class KoalaCheckpointSave(io.ComfyNode):
                             CHECKPOINT,
                             [
                                 _prefix_input(
-                                    "checkpoints/KOALA",
+                                    PREFIXES[CHECKPOINT],
                                     "Path below the output folder; a number is added. Loaders also look in "
                                     "output/checkpoints. For a U-Net alone use diffusion_models/KOALA.",
                                 )
@@ -56,7 +61,7 @@ class KoalaCheckpointSave(io.ComfyNode):
                             FOLDER,
                             [
                                 _prefix_input(
-                                    "diffusers/KOALA", "Name of the folder below the output folder; a number is added."
+                                    PREFIXES[FOLDER], "Name of the folder below the output folder; a number is added."
                                 )
                             ],
                         ),
@@ -88,15 +93,36 @@ class KoalaCheckpointSave(io.ComfyNode):
         cls, model: Model, format: dict[str, str], weight_dtype: str, clip: Clip | None = None, vae: Vae | None = None
     ) -> io.NodeOutput:
         require_own_weights(model)
-        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
-            format["filename_prefix"], folder_paths.get_output_directory()
-        )
+        folder, stem, counter, subfolder = _place(format["filename_prefix"], PREFIXES[format["format"]])
         as_folder = format["format"] == FOLDER
         target = Path(folder, f"{stem}_{counter:05}_" + ("" if as_folder else ".safetensors"))
         save = koala_saver.save_folder if as_folder else koala_saver.save_checkpoint
         save(target, model, clip, vae, weight_dtype, _graph(cls))
         written = Path(subfolder, target.name).as_posix()
         return shown(f"saved as {written}", written)
+
+
+def _place(prefix: str, default: str) -> tuple[str, str, int, str]:
+    """Folder, name, number of the next file and folder below the output folder, as core's saving nodes choose them.
+
+    Nothing at all is the default; a folder alone, such as "checkpoints/", gets the default's name in it. Raises
+    SaveError where there can be no such folder.
+    """
+    if not prefix.strip():
+        prefix = default
+    elif os.path.basename(prefix).strip() in ("", ".", ".."):
+        prefix = os.path.join(prefix, os.path.basename(default))
+    try:
+        if "\0" in prefix:
+            raise OSError(errno.EINVAL, "it holds a zero byte")
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
+            os.path.normpath(prefix), folder_paths.get_output_directory()
+        )
+    except OSError as error:
+        raise SaveError(
+            f"filename_prefix {prefix[:SHOWN]}: no such folder can be made ({error.strerror}). Choose another one."
+        ) from error
+    return folder, stem, counter, subfolder
 
 
 def _graph(node: type[io.ComfyNode]) -> dict[str, str]:

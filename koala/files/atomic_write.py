@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .unfinished import unfinished
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHOWN = 60
+"""Characters of a name that is too long."""
 SYSTEM_ERRORS = (
     re.compile(r"I/O error: (?P<text>.*) \(os error (?P<code>\d+)\)"),
     re.compile(r'code: (?P<code>\d+), .*message: "(?P<text>.*)"'),
@@ -33,7 +36,7 @@ class SaveError(OSError):
 def written_whole(target: Path, size: int = 0, replace: bool = False) -> Iterator[Path]:
     """Yield a path beside ``target`` to write a file or folder to; it then gets its name.
 
-    Whatever is raised inside, what was written is deleted.
+    Whatever is raised inside, what was written is deleted; what a process left that was killed is deleted by the next.
 
     Args:
         target: the file or folder.
@@ -41,24 +44,21 @@ def written_whole(target: Path, size: int = 0, replace: bool = False) -> Iterato
         replace: whether to replace a file or folder that has the name already; otherwise it stays as it is.
 
     Raises SaveError in place of any OSError, such as a full disk, and before anything is written where the disk has too
-    little room.
+    little room, or the name is taken or too long.
     """
-    aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
+        _require_name(target, replace)
         free = shutil.disk_usage(target.parent).free
         if free < size:
             raise OSError(errno.ENOSPC, f"{_gigabytes(free)} are free")
-        yield aside
-        if replace:
-            _replace(aside, target)
-        else:
-            _rename(aside, target)
+        with unfinished(target.parent) as aside:
+            yield aside
+            if replace:
+                _replace(aside, target)
+            else:
+                _rename(aside, target)
     except OSError as error:
-        _delete(aside)
         raise SaveError(_reason(target, size, error)) from error
-    except BaseException:
-        _delete(aside)
-        raise
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -103,6 +103,14 @@ def _system_error(said: str) -> OSError:
     return OSError(said)
 
 
+def _require_name(target: Path, replace: bool) -> None:
+    """Raises OSError where a name is too long for the file system, or taken and not to be replaced."""
+    with suppress(FileNotFoundError):
+        target.lstat()
+        if not replace:
+            raise FileExistsError(errno.EEXIST, "the name is taken", str(target))
+
+
 def _rename(aside: Path, target: Path) -> None:
     """Give a finished file or folder its name; raises FileExistsError where something has it."""
     if aside.is_file():
@@ -127,14 +135,6 @@ def _replace(aside: Path, target: Path) -> None:
     os.replace(aside, target)
 
 
-def _delete(aside: Path) -> None:
-    with suppress(OSError):  # what led here matters more than a failure to tidy up
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
-
-
 def _reason(target: Path, size: int, error: OSError) -> str:
     if error.errno in FULL:
         return (
@@ -143,6 +143,11 @@ def _reason(target: Path, size: int, error: OSError) -> str:
         )
     if isinstance(error, FileExistsError):
         return f"{target.name} is in {target.parent} already and was left as it is. Run again, or choose another name."
+    if error.errno == errno.ENAMETOOLONG:
+        return (
+            f"{target.name[:SHOWN]}... is too long a name for {target.parent}: it has {len(os.fsencode(target.name))} "
+            f"bytes with its number and ending. Choose a shorter one and run again; nothing was written."
+        )
     return (
         f"{target.name} could not be written in {target.parent}: {error.strerror or error}. "
         f"Make the folder writable, or choose another one, and run again; nothing was left behind."

@@ -13,6 +13,7 @@ all. For a newly trained model, with ``dtypes = stored_dtypes("fp16")``::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite, isnan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,17 +77,30 @@ def cast_state(state: Mapping[str, torch.Tensor], dtypes: StoredDtypes) -> State
 def cast(key: str, values: torch.Tensor, dtypes: StoredDtypes) -> torch.Tensor:
     """One tensor in the type to write; integers keep theirs.
 
-    Raises ValueError where a value is beyond the range of that type.
+    Raises ValueError where a value is not a finite number, whatever the type, or beyond the range of the type to write.
     """
-    dtype = dtypes.matrices if values.ndim > 1 else dtypes.others
-    if dtype is None or values.dtype == dtype or not values.is_floating_point():
+    if not values.is_floating_point():
         return values
-    limit, largest = torch.finfo(dtype).max, float(values.float().abs().max())
-    if largest > limit:
+    dtype = (dtypes.matrices if values.ndim > 1 else dtypes.others) or values.dtype
+    # before the conversion: PyTorch's into fp8_e4m3fn makes 448 of infinity
+    largest = _largest(values)
+    if not isfinite(largest):
+        what = "NaN" if isnan(largest) else "infinity"
+        raise ValueError(
+            f"{key} holds {what}; expected finite numbers. A LoRA or merge at too high a strength makes such weights: "
+            f"lower it, or load the model again."
+        )
+    if largest > (limit := torch.finfo(dtype).max):
         raise ValueError(
             f"{key} holds the value {largest:g}; {dtype_name(dtype)} ends at {limit:g}. Choose another weight_dtype."
         )
     return values.to(dtype)
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest absolute value; NaN where one is NaN, 0 where there is none."""
+    wide = values if values.itemsize > 4 else values.float()
+    return float(torch.stack(wide.aminmax()).abs().max()) if values.numel() else 0.0
 
 
 def write_checkpoint(

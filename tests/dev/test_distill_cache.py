@@ -198,7 +198,7 @@ def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(data: DataTable
 
 def test_what_a_killed_build_left_is_deleted(data: DataTable) -> None:
     left = data.cache.with_name("cache.building")
-    write(left, {"latents-00000-64x64.safetensors": b"", "latents-00001-64x64.safetensors.0f.partial": b""})
+    write(left, {"latents-00000-64x64.safetensors": b"", f"koala-{32 * 'a'}.partial/content": b""})
     data.cache.mkdir()  # empty, as somebody may have made it
     assert len(built(data, Averages())[0]) == 13
     assert names(data.cache.parent) == ["cache", "data"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from koala_sdxl.koala.files.convert import clip_g_for_checkpoint, clip_l_for_che
 from koala_sdxl.koala.files.header import read_header
 from koala_sdxl.koala.files.inspect import VAEFile
 from koala_sdxl.koala.files.write import stored_dtypes
+from koala_sdxl.nodes.load import diffusers_folders
 from koala_sdxl.nodes.save import KoalaCheckpointSave
 from tests.parity.answers import encode, predict
 from tools.measure import parity
@@ -149,6 +151,31 @@ def test_whole_numbers_are_not_cast() -> None:
     """A quantised text encoder says in bytes how it is quantised."""
     told = torch.tensor([[123, 34]], dtype=torch.uint8)
     assert koala_saver._baked({"comfy_quant": told}, stored_dtypes("fp16"))["comfy_quant"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("choice", ["default", "fp32", "fp16", "fp8_e4m3fn"])
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+@pytest.mark.parametrize("part", ["U-Net", "text encoder", "VAE"])
+def test_weights_that_are_no_numbers_are_refused(
+    part: str, value: float, what: str, choice: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever type is written, and in the VAE, which keeps its own, too."""
+    own = shutil.copyfile(koala_loader.BUILT_IN, tmp_path_factory.mktemp("own") / "koala.safetensors")
+    model, clip, vae = koala_loader.load_checkpoint(own)
+    patcher, key = {
+        "U-Net": (model, "diffusion_model.out.2.weight"),
+        "text encoder": (clip.patcher, "clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.bias"),
+        "VAE": (vae.patcher, "decoder.conv_out.weight"),
+    }[part]
+    weights = torch.zeros(patcher.model.state_dict()[key].shape)
+    weights[0] = value
+    if part == "VAE":  # core saves a VAE as it is loaded, without patches
+        patcher.model.decoder.conv_out.weight = torch.nn.Parameter(weights, requires_grad=False)
+    else:
+        assert list(patcher.add_patches({key: ("set", (weights,))})) == [key]
+    with pytest.raises(ValueError, match=rf"{key.rsplit('.', 2)[-2]}\S* holds {what}; expected finite numbers"):
+        koala_saver.save_checkpoint(tmp_path / "a", model, clip, vae, choice)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("save", [koala_saver.save_checkpoint, koala_saver.save_folder])
@@ -316,3 +343,69 @@ def test_the_graph_is_left_out_where_the_server_was_told_so(
     graph = {} if disabled else {"prompt": '{"1": {}}', "workflow": '{"nodes": []}'}
     assert {key: found[key] for key in ("prompt", "workflow") if key in found} == graph
     assert found["modelspec.title"] == "a_00001_"
+
+
+def _save(prefix: str, kind: str, output: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(folder_paths, "output_directory", str(output))
+    node = KoalaCheckpointSave.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    chosen = {"format": kind, "filename_prefix": prefix}
+    written: str = node.execute(*parity.tiny_models()[:1], chosen, "default", *parity.tiny_models()[1:]).result[0]
+    assert (output / written).exists()
+    return written
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kind", "wanted"),
+    [
+        ("", "checkpoint", "checkpoints/KOALA_00001_.safetensors"),
+        (" ", "checkpoint", "checkpoints/KOALA_00001_.safetensors"),
+        ("checkpoints/", "checkpoint", "checkpoints/KOALA_00001_.safetensors"),
+        ("own//", "checkpoint", "own/KOALA_00001_.safetensors"),
+        (".", "checkpoint", "KOALA_00001_.safetensors"),
+        ("own/..", "checkpoint", "KOALA_00001_.safetensors"),
+        ("", "diffusers folder", "diffusers/KOALA_00001_"),
+        ("diffusers/", "diffusers folder", "diffusers/KOALA_00001_"),
+        ("ö" * 100, "checkpoint", "ö" * 100 + "_00001_.safetensors"),
+        ("n" * 200, "checkpoint", "n" * 200 + "_00001_.safetensors"),
+        ("n" * 236, "checkpoint", "n" * 236 + "_00001_.safetensors"),
+        ("n" * 248, "diffusers folder", "n" * 248 + "_00001_"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_any_prefix_gives_a_name(
+    prefix: str, kind: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _save(prefix, kind, tmp_path, monkeypatch) == wanted
+    if len(prefix) < 20:
+        assert _save(prefix, kind, tmp_path, monkeypatch) == wanted.replace("00001", "00002")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "says"),
+    [
+        ("n" * 237, r"^n{60}\.\.\. is too long a name for .*: it has 256 bytes with its number and ending"),
+        ("n" * 300 + "/a", r"^filename_prefix n{60}: no such folder can be made \(File name too long\)"),
+        ("a\0b", r"^filename_prefix .*: no such folder can be made \(it holds a zero byte\)"),
+        ("taken/a", r"^filename_prefix taken/a: no such folder can be made \(Not a directory\)"),
+    ],
+    ids=["name", "folder", "zero", "file"],
+)
+def test_a_prefix_that_can_be_no_name_is_said(
+    prefix: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(disk.SaveError, match=says):
+        _save(prefix, "checkpoint", tmp_path, monkeypatch)
+    assert [item.name for item in tmp_path.iterdir()] == ["taken"]
+
+
+def test_what_a_killed_save_left_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be complete but for its name."""
+    left = tmp_path / "diffusers" / f"koala-{32 * 'a'}.partial" / "content"
+    koala_saver.save_folder(tmp_path / "whole", *parity.tiny_models())
+    left.parent.mkdir(parents=True)
+    (tmp_path / "whole").rename(left)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    assert not [path for path in diffusers_folders().values() if path.is_relative_to(tmp_path)]
+    assert _save("", "diffusers folder", tmp_path, monkeypatch) == "diffusers/KOALA_00001_"
+    assert [name for name, path in diffusers_folders().items() if path.is_relative_to(tmp_path)] == ["KOALA_00001_"]

@@ -6,8 +6,9 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from koala_sdxl.koala.files import atomic_write as disk
+from koala_sdxl.koala.files import unfinished
 from koala_sdxl.koala.files.atomic_write import SaveError, replace_file, write_bytes, write_safetensors, written_whole
 
+ROOT = Path(__file__).parents[2]
 MEGABYTE = 1 << 20
 ONE = {"x": torch.ones(1)}
 
@@ -110,7 +113,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> N
 def test_what_breaks_off_leaves_nothing_behind(tmp_path: Path, error: BaseException | type[BaseException]) -> None:
     def break_off(aside: Path) -> None:
         write_safetensors(aside, ONE, {})
-        assert list(tmp_path.iterdir()) == [aside]
+        assert list(tmp_path.iterdir()) == [aside.parent]
         raise error
 
     with (
@@ -204,6 +207,102 @@ def test_what_the_library_says_in_other_versions_or_of_other_errors(
     with pytest.raises(SaveError, match=text):
         save(tmp_path / "a", ONE)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="255 bytes are POSIX's")
+def test_a_name_that_the_file_system_takes_is_written(tmp_path: Path) -> None:
+    """However long: what is written to meanwhile has a short name."""
+    longest = "ä" * 121 + "." + "safetensors"
+    assert len(longest.encode()) == 254
+    save(tmp_path / longest, ONE)
+    with written_whole(tmp_path / ("b" * 255)) as aside:
+        aside.mkdir()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["b" * 255, longest]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="255 bytes are POSIX's")
+def test_a_name_that_is_too_long_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    begun = []
+    with (
+        pytest.raises(SaveError, match=r"^(ä){60}\.\.\. is too long a name for .*: it has 256 bytes with its number"),
+        written_whole(tmp_path / ("ä" * 128)) as aside,
+    ):
+        begun.append(aside)
+    assert not begun
+
+
+def test_a_taken_name_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    begun = []
+    with pytest.raises(SaveError, match="already and was left as it is"), written_whole(tmp_path / "a") as aside:
+        begun.append(aside)
+    assert not begun
+
+
+WRITE_AND_WAIT = """
+import sys, time
+from pathlib import Path
+import torch
+import tools  # gives the pack its import name
+from koala_sdxl.koala.files.atomic_write import write_bytes, write_safetensors, written_whole
+target = Path(sys.argv[1])
+with written_whole(target) as aside:
+    if target.suffix:
+        write_safetensors(aside, {"x": torch.ones(1)}, {})
+    else:
+        (aside / "unet").mkdir(parents=True)
+        write_bytes(aside / "model_index.json", b"{}")
+    print("written", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process in the middle of writing this file or folder."""
+    command = [sys.executable, "-c", WRITE_AND_WAIT, str(target)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "written\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a"])
+def test_what_a_killed_process_left_is_deleted_by_the_next(name: str, tmp_path: Path) -> None:
+    with writing(tmp_path / name) as process:
+        process.kill()
+        process.wait()
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    assert not list(tmp_path.rglob("*.safetensors"))  # nothing that a list of models would have
+    _age(left)
+    save(tmp_path / name, ONE)
+    assert [item.name for item in tmp_path.iterdir()] == [name]
+
+
+def _age(folder: Path) -> None:
+    os.utime(folder / unfinished.LOCK, (1e9, 1e9))
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with writing(tmp_path / "theirs.safetensors"):
+        (other,) = tmp_path.iterdir()
+        _age(other)
+        save(tmp_path / "ours.safetensors", ONE)
+        assert (other / "content").is_file()
+        assert sorted(item.name for item in tmp_path.iterdir()) == [other.name, "ours.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["koala-mine.partial", "mine.partial", "koala-" + "0" * 32])
+def test_nothing_of_anybody_elses_is_deleted(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / unfinished.LOCK).touch()
+    _age(tmp_path / name)
+    save(tmp_path / "a.safetensors", ONE)
+    assert sorted(item.name for item in tmp_path.iterdir()) == sorted(["a.safetensors", name])
 
 
 @pytest.mark.parametrize("folder", [False, True])

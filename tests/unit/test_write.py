@@ -17,7 +17,7 @@ from koala_sdxl.koala.files import convert, export
 from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from koala_sdxl.koala.files.convert import State
 from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder, inspect_model
-from koala_sdxl.koala.files.write import TextAndVAE, cast_state, stored_dtypes, write_checkpoint, write_folder
+from koala_sdxl.koala.files.write import TextAndVAE, cast, cast_state, stored_dtypes, write_checkpoint, write_folder
 from koala_sdxl.koala.model_info import ModelFacts, assumed_facts
 from tools.tiny import SHIPPED
 
@@ -154,3 +154,47 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
     with pytest.raises(ValueError, match=r"^the VAE lacks encoder"):
         write_folder(target, facts, unet, text_and_vae._replace(vae={}), VOCABULARY)
     assert not list(tmp_path.iterdir())
+
+
+NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32]
+
+
+@pytest.mark.parametrize("stored", [torch.float64, *NARROW], ids=str)
+@pytest.mark.parametrize("choice", ["default", "fp32", "fp16", "bf16", "fp8_e4m3fn"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_what_is_not_finite_is_refused_in_every_type(stored: torch.dtype, choice: str, value: float) -> None:
+    """Also where nothing is converted, and where the conversion would make a number of it."""
+    if stored == torch.float8_e4m3fn and value == value:
+        value = float("nan")  # it has no infinity
+    weights = torch.ones(3, 4, dtype=torch.float32)
+    weights[1, 2] = value
+    what = "NaN" if value != value else "infinity"
+    bits = weights.to(stored)
+    if stored == torch.float8_e4m3fn:
+        bits.view(torch.uint8)[1, 2] = 0x7F
+    with pytest.raises(ValueError, match=rf"^mid\.weight holds {what}; expected finite numbers\. .* lower it, or load"):
+        cast("mid.weight", bits, stored_dtypes(choice))
+    with pytest.raises(ValueError, match=rf"^mid\.bias holds {what}"):
+        cast("mid.bias", bits[1], stored_dtypes(choice))
+
+
+@pytest.mark.parametrize(
+    ("stored", "choice", "value"),
+    [
+        (torch.float32, "fp8_e4m3fn", 449.0),
+        (torch.float32, "fp16", -65505.0),
+        (torch.bfloat16, "fp16", 1e5),
+        (torch.float64, "fp32", 1e300),
+        (torch.float64, "bf16", 1e39),
+    ],
+)
+def test_what_is_beyond_the_type_is_refused(stored: torch.dtype, choice: str, value: float) -> None:
+    with pytest.raises(ValueError, match=r"^w holds the value \S+; \S+ ends at \S+ Choose another weight_dtype\.$"):
+        cast("w", torch.full((2, 2), value, dtype=stored), stored_dtypes(choice))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
+def test_the_largest_number_of_a_type_is_written(dtype: torch.dtype) -> None:
+    weights = torch.full((2, 2), torch.finfo(dtype).max, dtype=dtype)
+    assert cast("w", weights, stored_dtypes("default")) is weights
+    assert cast("w", torch.empty(0, 2, dtype=dtype), stored_dtypes("fp16")).dtype == torch.float16
