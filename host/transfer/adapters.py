@@ -9,7 +9,7 @@ between goes straight from the old weight to the new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +27,12 @@ class Replacing(WeightAdapterBase):  # type: ignore[misc]
         self.loaded_keys = loaded_keys
         self.weights = weights
 
+    def changed(self, weight: Tensor, key: str, strength: float) -> Tensor:
+        """The new weight at a strength; same shape and dtype. ``weight`` must not be changed."""
+        return weight + strength * (self.replacement(weight, key) - weight)
+
     def replacement(self, weight: Tensor, key: str) -> Tensor:
-        """The new weight; same shape and dtype. ``weight`` must not be changed."""
+        """The new weight at full strength; the same."""
         raise NotImplementedError
 
     def calculate_weight(
@@ -43,8 +47,7 @@ class Replacing(WeightAdapterBase):  # type: ignore[misc]
         **named: Any,
     ) -> Tensor:
         """ComfyUI's way to apply a patch: ``weight``, changed in place, at any strength."""
-        replaced = self.replacement(weight, key)
-        weight += function((strength * (replaced - weight)).type(weight.dtype))
+        weight += function((self.changed(weight, key, strength) - weight).type(weight.dtype))
         return weight
 
 
@@ -69,10 +72,13 @@ class Rotated(Replacing):
 
     name = "rotation"
 
-    def replacement(self, weight: Tensor, key: str) -> Tensor:
+    def changed(self, weight: Tensor, key: str, strength: float) -> Tensor:
         inner, rescale = self.weights
-        rotated = applied(inner, weight, key)
-        return rotated if rescale is None else rotated * rescale.to(rotated)
+        if inner.name == "boft" and strength:  # as LyCORIS does: each factor at this strength, their product as it is
+            rotated = weight + (applied(inner, weight, key, strength) - weight) / strength
+        else:
+            rotated = weight + strength * (applied(inner, weight, key) - weight)
+        return rotated if rescale is None else rotated * (1 + strength * (rescale.to(rotated) - 1))
 
 
 class Replaced(Replacing):
@@ -85,9 +91,25 @@ class Replaced(Replacing):
         return whole.to(weight)
 
 
-def applied(adapter: WeightAdapterBase, weight: Tensor, key: str) -> Tensor:
-    """A weight with one of ComfyUI's adapters applied at full strength; the weight itself is not changed."""
-    changed: Tensor = adapter.calculate_weight(
-        weight.clone(), key, 1.0, 1.0, None, lambda change: change, torch.float32
-    )
+def applied(adapter: WeightAdapterBase, weight: Tensor, key: str, strength: float = 1.0) -> Tensor:
+    """A weight with one of ComfyUI's adapters applied; the weight itself is not changed."""
+    changed: Tensor = adapter.calculate_weight(weight.clone(), key, strength, 1.0, None, _unchanged, torch.float32)
     return changed
+
+
+def _unchanged(change: Tensor) -> Tensor:
+    return change
+
+
+def without_core(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """A module's tensors with the Tucker core of a LoKr multiplied out, which ComfyUI's adapter computes and then fails
+    to use (``torch.kron`` of a transposed view); others as they are. Names begin with ``module``."""
+    names = [f"{module}.lokr_{part}" for part in ("t2", "w2_a", "w2_b")]
+    if names[0] not in tensors:
+        return dict(tensors)
+    core, first, second = (tensors[name].float() for name in names)
+    factor = torch.einsum("ijkl,jr,ip->prkl", core, second, first)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in names}
+    if f"{module}.lokr_w1" in rest and f"{module}.alpha" in rest:  # two whole factors: ComfyUI asks for no alpha
+        factor = factor * (float(rest.pop(f"{module}.alpha")) / len(core))
+    return rest | {f"{module}.lokr_w2": factor.contiguous()}

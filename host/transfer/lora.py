@@ -20,7 +20,7 @@ from ...koala.lora.report import text_summary
 from ...koala.lora.weights import Loaded, load
 from ..model import model_facts
 from ..protocols import Clip, Hooks, Model
-from .adapters import Decomposed, Replaced, Rotated
+from .adapters import Decomposed, Replaced, Rotated, without_core
 
 Patches = dict[str, Any]
 """ComfyUI's name of a weight or bias -> a patch for it."""
@@ -97,6 +97,9 @@ def _patches(tensors: Mapping[str, Tensor]) -> Patches:
     """Patches from a LoRA's tensors under the names of ``koala.lora.kinds``."""
     own = {name: tensor for name, tensor in tensors.items() if not name.endswith((DORA_SCALE, RESCALE))}
     weights = {module: _key(module) for module in (split(name)[0] for name in own)}
+    for module in weights:
+        if module + ".lokr_t2" in own:
+            own = without_core(own, module)
     patches: Patches = comfy.lora.load_lora(own, weights)
     for module, key in weights.items():
         if (norms := tensors.get(module + DORA_SCALE)) is not None:

@@ -30,7 +30,7 @@ UP, DOWN, MID = ".lora_up.weight", ".lora_down.weight", ".lora_mid.weight"
 _ADAPTER = r"(?:\.[^.]+)?"  # the name of a PEFT adapter, in files that were not written by PEFT's own save_pretrained
 
 SPELLINGS: tuple[tuple[str, str], ...] = (
-    (UP_BIAS, rf"\.lora_B{_ADAPTER}\.bias"),
+    (UP_BIAS, rf"\.lora_B{_ADAPTER}\.bias|[._]lora\.up\.bias|\.lora_linear_layer\.up\.bias"),
     (UP, rf"\.lora_up\.weight|\.lora_B{_ADAPTER}?(?:\.weight)?|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight"),
     (DOWN, rf"\.lora_down\.weight|\.lora_A{_ADAPTER}?(?:\.weight)?|[._]lora\.down\.weight"
      r"|\.lora_linear_layer\.down\.weight"),
@@ -61,6 +61,7 @@ OTHER_KINDS: tuple[tuple[str, str], ...] = (
     (r"\.lora_embedding_[AB]", "a LoRA of an embedding"),
     (r"\.lora_diag", "KaSA"),
     (r"\.lora_monteclora_sampler", "MonteCLoRA"),
+    (r"\.base_layer\.(?:weight|bias)", "a trained weight or bias of the model itself"),
     (r"\.on_input", "LyCORIS's IA3"),
     (r"\.(?:q_layer|p_layer)\.weight|\.lambda_layer", "T-LoRA"),
     (r"\.bm\.weight", "GLoRA with a Tucker core"),
@@ -68,6 +69,8 @@ OTHER_KINDS: tuple[tuple[str, str], ...] = (
     *((rf"\.{prefix}_\w+", name) for prefix, name in _PEFT_METHODS.items()),
 )
 """Suffixes of kinds that ComfyUI does not apply, and what such an adapter is called."""
+
+_WHOLE = "a whole weight or bias, as PEFT's modules_to_save are"
 
 _SUFFIX = re.compile("|".join(f"(?P<s{n}>{spelling})$" for n, (_, spelling) in enumerate(SPELLINGS)))
 _OTHER = re.compile(
@@ -212,8 +215,8 @@ def read(module: Mapping[str, Shape]) -> Made:
     Raises UnsupportedError, IncompleteError or MalformedError.
     """
     if strange := sorted(suffix for suffix in module if not _is_known(suffix)):
-        method = other_kind(strange[0])
-        raise UnsupportedError(f"{method} ({strange[0][1:]})" if method else f"unknown tensor {strange[0][1:]}")
+        known = other_kind(strange[0]) or {".weight": _WHOLE, ".bias": _WHOLE}.get(strange[0], "")
+        raise UnsupportedError(f"{known} ({strange[0][1:]})" if known else f"unknown tensor {strange[0][1:]}")
     main = frozenset(module) & _TENSORS
     kind = _kind(main, alone=BIAS in module)
     if kind is None:

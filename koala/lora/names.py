@@ -19,6 +19,7 @@ _DOTTED = re.compile(r"^(?:(?:base_model\.model|model|unet|diffusion_model)\.)+"
 """What stands before a module's name where its parts are divided by dots: SGM and ComfyUI, diffusers, PEFT."""
 _FLAT = re.compile(r"^(?:lora_unet_|lycoris_)")
 """The same where they are divided by underscores: kohya, OneTrainer; LyCORIS as SimpleTuner writes it."""
+_FLAT_ALL = re.compile(r"^(?:lora_unet_|lycoris_|lora_te\d?_)")
 
 TEXT_ENCODERS = {"clip_l": ("lora_te1_", "lora_te_", "text_encoder."), "clip_g": ("lora_te2_", "text_encoder_2.")}
 """ComfyUI's name of each text encoder -> what the names of its modules begin with in LoRA files."""
@@ -47,7 +48,7 @@ def find(layout: Layout, module: str) -> keys.Tensor | None:
     """The weight that a module of a LoRA file stands for in a layout; None where it has no such module."""
     known = _modules(layout)
     if flat := _FLAT.match(module):
-        return known.get(module[flat.end() :])
+        return known.get(module[flat.end() :].replace(".", "_"))
     return known.get(_DOTTED.sub("", module))
 
 
@@ -110,5 +111,7 @@ def group(names: Iterable[str], is_module: Callable[[str], bool]) -> dict[str, d
                 if is_module(outer):
                     module, suffix = outer, name[len(outer) :]
                     break
+        if _FLAT_ALL.match(module):
+            module = module.replace(".", "_")  # diffusers' conversion to kohya's names leaves some dots of a DoRA
         found[module][suffix] = (*found[module].get(suffix, ()), name)
     return found

@@ -18,7 +18,7 @@ from ..architecture.lineage import KeptTransformers, at_widths_of, lineage
 from ..files.conventions import label
 from ..files.header import CheckpointError, Header, read_header
 from ..files.other_models import describe
-from .kinds import MalformedError, other_kind
+from .kinds import MalformedError, other_kind, split
 from .modules import WORDS, Contents, Layer, Module, Outcome, Tables, judge, placed
 from .names import TEXT, find, group, text_aliases, text_shapes
 from .origin import Origin, TrainedOn, origin_of
@@ -138,12 +138,12 @@ def inspect_lora(
         header.shapes,
         lambda module: module in encoders or any(find(layout, module) is not None for layout in (sdxl, target)),
     )
-    if not any(suffix for suffixes in groups.values() for suffix in suffixes):
+    if not any(split(key)[1] for key in header.shapes):
         raise _not_a_lora(file, header)
     tables = Tables(header.shapes, header.dtypes, read_values(header, groups))
-    settings = configs(header)
     contents = {module: judge(suffixes, tables) for module, suffixes in groups.items()}
     _refuse_other_kinds(file, groups, contents)
+    settings = configs(header)
     unet = {module: found for module, found in contents.items() if not TEXT.match(module)}
     origin = None
     if unet:
