@@ -13,7 +13,7 @@ TILES = (64, 32, 16)
 """Sides, in latents, of the tiles in which an image is decoded that is too large to be decoded at once."""
 
 
-class Vae(comfy.sd.VAE):
+class Vae(comfy.sd.VAE):  # type: ignore[misc]  # ComfyUI's classes are untyped
     """The host's VAE, which also decodes in tiles on a CPU, where no error tells that memory is short."""
 
     def decode(self, samples_in: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -33,12 +33,14 @@ class Vae(comfy.sd.VAE):
             free = comfy.model_management.get_free_memory(self.device)
             tile = decode_tile(height, width, need, free)
         if tile is None:
-            return super().decode(samples_in, *arguments, **options)
+            image: torch.Tensor = super().decode(samples_in, *arguments, **options)
+            return image
         logging.info(
             f"KOALA: decoding {8 * width}x{8 * height} pixels in tiles of {8 * tile}: the full size may take "
             f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB."
         )
-        return self.decode_tiled(samples_in, tile_x=tile, tile_y=tile, overlap=tile // 4)
+        image = self.decode_tiled(samples_in, tile_x=tile, tile_y=tile, overlap=tile // 4)
+        return image
 
 
 def decode_tile(height: int, width: int, need: float, free: float) -> int | None:

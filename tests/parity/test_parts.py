@@ -231,9 +231,9 @@ def test_a_host_that_builds_another_network_is_noticed(streams: bool, monkeypatc
     deeper = replace(found.text_encoder, sizes=replace(found.text_encoder.sizes, layers=4))
     with pytest.raises(CheckpointError, match=says + "16 missing"):
         koala_loader._clip(deeper, found.text_encoder_2)
-    deeper = replace(found.vae, sizes=replace(found.vae.sizes, layers=2))
+    taller = replace(found.vae, sizes=replace(found.vae.sizes, layers=2))
     with pytest.raises(CheckpointError, match=says):
-        koala_loader._vae(deeper)
+        koala_loader._vae(taller)
 
 
 def test_no_weight_is_left_to_chance(encoders: tuple[State, State]) -> None:

@@ -12,6 +12,7 @@ from koala_sdxl.koala.architecture import component_keys as tables
 from koala_sdxl.koala.architecture.component_detection import autoencoder_sizes, text_encoder_sizes
 from koala_sdxl.koala.architecture.component_keys import TextNaming, text_tensors, vae_tensors
 from koala_sdxl.koala.architecture.components import CLIP_G, CLIP_L, SDXL_VAE, Autoencoder, TextEncoder
+from koala_sdxl.koala.architecture.keys import Shape
 from tests.unit import reference
 from tests.unit.reference import Shapes
 
@@ -90,18 +91,20 @@ def test_the_attentions_old_names_are_those_that_diffusers_still_reads() -> None
 
 def test_one_damaged_tensor_does_not_change_the_sizes() -> None:
     """A size is what most tensors say: the message can then name the one that differs."""
-    for size, build in ENCODERS.values():
+    for encoder, build in ENCODERS.values():
         whole = build()
         for name in whole:
-            if name == "text_projection.weight":
-                continue
-            for damage in ((), (7,), (7, 7, 7)):
-                assert text_encoder_sizes({**whole, name: damage}) == size, name
-    for size, channels in AUTOENCODERS.values():
+            if name != "text_projection.weight":
+                for damage in _DAMAGE:
+                    assert text_encoder_sizes({**whole, name: damage}) == encoder, name
+    for vae, channels in AUTOENCODERS.values():
         whole = reference.vae(channels)
         for name in whole:
-            for damage in ((), (7,), (7, 7, 7, 7)):
-                assert autoencoder_sizes({**whole, name: damage}) == size, name
+            for damage in _DAMAGE:
+                assert autoencoder_sizes({**whole, name: damage}) == vae, name
+
+
+_DAMAGE: tuple[Shape, ...] = ((), (7,), (7, 7, 7), (7, 7, 7, 7))
 
 
 def test_what_is_unused_is_named_with_its_reason() -> None:

@@ -157,7 +157,8 @@ def test_a_tensor_too_many_is_refused(part: str, extra: str, tmp_path: Path) -> 
 def test_a_damaged_part_of_a_folder_is_refused(part: str, tmp_path: Path) -> None:
     folder, draw = published(tmp_path / "koala", KOALA_TINY), random.Random(part)
     (path,) = (folder / part).glob("*.safetensors")
-    sample = Sample(read_header(path).shapes, lambda _: inspect_folder(folder), read_header(path).dtypes)
+    header = read_header(path)
+    sample = Sample(dict(header.shapes), lambda _: inspect_folder(folder), dict(header.dtypes))
     for name in draw.sample(sorted(sample.shapes), 8):
         for damage, shapes, dtypes in damaged(sample, draw, name):
             files.write(path, shapes, dtypes)
@@ -216,7 +217,7 @@ def test_a_vae_may_bring_what_it_was_trained_with(extra: str, tmp_path: Path) ->
 
 def test_attention_as_a_matrix_or_a_convolution(tmp_path: Path) -> None:
     for naming in ("original", "diffusers", "diffusers 0.17"):
-        shapes = vae_tensors(TINY_VAE, naming)  # type: ignore[arg-type]
+        shapes = vae_tensors(TINY_VAE, naming)
         name = next(key for key in shapes if key.endswith((".q.weight", ".to_q.weight", ".query.weight")))
         other = shapes[name][:2] if len(shapes[name]) == 4 else (*shapes[name], 1, 1)
         inspect_vae(files.write(tmp_path / "vae.safetensors", {**shapes, name: other}))
