@@ -15,10 +15,9 @@ class Schedule(NamedTuple):
     """A noise schedule.
 
     ``sigmas``: (steps + 1,) float32, descending, ends in 0, or above it where the model's configuration has
-    ``final_sigmas_type`` sigma_min; one more where diffusers' rounding gives a trailing
-    schedule a step more than asked for (61 steps, 103, and a few others). ``full_variance``: how unit noise is scaled
-    before it becomes (or is added to) the first latent: by sqrt(sigma^2 + 1) if true, else by sigma, sigma being the
-    first.
+    ``final_sigmas_type`` sigma_min; one more where diffusers' rounding gives a trailing schedule a step more than asked
+    for (61 steps, 103, and a few others). ``full_variance``: how unit noise is scaled before it becomes (or is added
+    to) the first latent: by sqrt(sigma^2 + 1) if true, else by sigma, sigma being the first.
     """
 
     sigmas: torch.Tensor
