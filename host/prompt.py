@@ -44,7 +44,7 @@ def encode_reference(clip: Clip, text: str) -> Encoded:
     Raises ValueError for a CLIP that is not SDXL's, and for a text with half a surrogate pair.
     """
     tokens = reference_tokens(clip, text)
-    sections = {name: [[(token, 1.0) for token in part.ids]] for name, part in tokens.items()}
+    sections = {name: [[(token, 1.0) for token in _filled(clip, name, part.ids)]] for name, part in tokens.items()}
     return Encoded(clip.encode_from_tokens_scheduled(sections), {name: part.lost for name, part in tokens.items()})
 
 
@@ -66,6 +66,13 @@ def zeros(conditioning: Conditioning) -> Conditioning:
         [torch.zeros_like(text), {**rest, "pooled_output": torch.zeros_like(rest["pooled_output"])}]
         for text, rest in conditioning
     ]
+
+
+def _filled(clip: Clip, name: str, ids: list[int]) -> list[int]:
+    """As many tokens as the encoder has positions, which is 248 in LongCLIP: ComfyUI takes no fewer. What follows a
+    token does not change it, and ComfyUI cuts both encoders' texts to the same length."""
+    length: int = getattr(getattr(clip.tokenizer, ENCODERS[name]), "max_length", PROMPT_TOKENS)
+    return ids + ids[-1:] * (length - len(ids))
 
 
 def _tokens(tokenizer: Any, text: str) -> Tokens:

@@ -19,7 +19,6 @@ from ..architecture.component_keys import (
     text_name,
     vae_name,
 )
-from ..architecture.components import PROMPT_TOKENS
 
 State = dict[str, torch.Tensor]
 LOGIT_SCALE = 4.6055
@@ -38,9 +37,13 @@ def transformers_names(encoder: Mapping[str, torch.Tensor]) -> State:
 
 
 def clip_l_for_checkpoint(encoder: Mapping[str, torch.Tensor]) -> State:
-    """CLIP-L as single-file checkpoints store it: transformers' names, and the positions' numbers, (1, 77) int64."""
+    """CLIP-L as single-file checkpoints store it: transformers' names, and the positions' numbers, (1, n) int64.
+
+    n is 77; 248 in LongCLIP.
+    """
     state = {key: tensor for key, tensor in transformers_names(encoder).items() if key not in UNUSED_IN_CLIP_L}
-    state["text_model.embeddings.position_ids"] = torch.arange(PROMPT_TOKENS).expand((1, -1))
+    positions = len(state["text_model.embeddings.position_embedding.weight"])
+    state["text_model.embeddings.position_ids"] = torch.arange(positions).expand((1, -1))
     return {f"transformer.{key}": tensor for key, tensor in state.items()}
 
 

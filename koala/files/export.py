@@ -107,7 +107,7 @@ def unet_config(layout: Layout, side: int = 1024) -> dict[str, object]:
 
 
 def text_config(part: str, size: TextEncoder) -> dict[str, object]:
-    """config.json of ``text_encoder`` or ``text_encoder_2``; CLIP's own vocabulary of 49408 words, 77 places."""
+    """config.json of ``text_encoder`` or ``text_encoder_2``; CLIP's own vocabulary of 49408 words."""
     return {
         "architectures": [TEXT_MODELS[part]],
         "model_type": "clip_text_model",
@@ -117,7 +117,7 @@ def text_config(part: str, size: TextEncoder) -> dict[str, object]:
         "num_hidden_layers": size.layers,
         "projection_dim": size.projection or size.hidden,
         "hidden_act": "quick_gelu" if part == "text_encoder" else "gelu",
-        "max_position_embeddings": PROMPT_TOKENS,
+        "max_position_embeddings": size.positions,
         "vocab_size": 49408,
         "bos_token_id": 49406,
         "eos_token_id": 49407,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from comfy_extras.nodes_model_merging import CLIPSave, VAESave
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl import koala_loader
+from koala_sdxl.host import saver
 from koala_sdxl.koala.architecture.component_keys import old_vae_name
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.files import convert
@@ -196,6 +198,44 @@ def test_long_clip_is_loaded_as_core_loads_it(prompt: str, encoders: tuple[State
     (wanted, pooled), *_ = theirs.encode_from_tokens_scheduled(theirs.tokenize(prompt))
     assert torch.equal(text, wanted)
     assert torch.equal(rest["pooled_output"], pooled["pooled_output"])
+
+
+@pytest.mark.parametrize("prompt", ["a red circle", "circle " * 200])
+def test_the_reference_mode_takes_long_clips_first_77_positions(
+    prompt: str, encoders: tuple[State, State], tmp_path: Path
+) -> None:
+    """diffusers gives it 77 tokens, as it gives any CLIP-L."""
+    long = torch.randn(248, 32, generator=torch.Generator().manual_seed(0)).half()
+    path, found = tmp_path / "g.safetensors", []
+    save_file(encoders[1], path)
+    for name, positions in (("long", long), ("short", long[:77].contiguous())):
+        save_file({**encoders[0], POSITIONS: positions}, tmp_path / f"{name}.safetensors")
+        clip = koala_loader.load_clip(*inspect_text_encoders(tmp_path / f"{name}.safetensors", path, KOALA_TINY))
+        found.append(parity.KoalaPrompt.execute(clip, prompt, "", "no style", "reference").result[0][0])
+    (text, rest), (wanted, pooled) = found
+    assert text.shape == wanted.shape == (1, 77, 96)
+    assert torch.allclose(text, wanted, atol=1e-5)
+    assert torch.equal(rest["pooled_output"], pooled["pooled_output"])
+
+
+def test_long_clip_is_saved_with_its_positions(encoders: tuple[State, State], tmp_path: Path) -> None:
+    paths = [tmp_path / "l.safetensors", tmp_path / "g.safetensors"]
+    long = {**encoders[0], POSITIONS: torch.randn(248, 32).half()}
+    for state, path in zip((long, encoders[1]), paths, strict=True):
+        save_file(state, path)
+    model, _, vae = parity.tiny_models()
+    clip = koala_loader.load_clip(*inspect_text_encoders(paths[0], paths[1], KOALA_TINY))
+    saver.save_checkpoint(tmp_path / "whole.safetensors", model, clip, vae)
+    saver.save_folder(tmp_path / "folder", model, clip, vae)
+    for again in (
+        koala_loader.load_checkpoint(tmp_path / "whole.safetensors"),
+        koala_loader.load_folder(tmp_path / "folder"),
+    ):
+        assert same(networks(*again[1:]), networks(clip, vae))
+    config = json.loads((tmp_path / "folder" / "text_encoder" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 248
+    ids = load_file(tmp_path / "whole.safetensors")[f"{CLIP_PREFIXES[0]}transformer.text_model.embeddings.position_ids"]
+    assert ids.shape == (1, 248)
 
 
 # Never lenient
