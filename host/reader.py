@@ -66,7 +66,7 @@ def _read(source: Source, dtype: torch.dtype | None) -> Iterator[tuple[str, torc
 
 def _fill(memory: torch.Tensor, file: FileIO, source: Source) -> None:
     """Read as many bytes as ``memory`` has from where the file stands. Raises CheckpointError where it ends before."""
-    rest = memoryview(memory.numpy())
+    rest = memory.numpy().data
     while rest:
         count = file.readinto(rest)  # at most 2 GB at a time
         if not count:
