@@ -33,7 +33,7 @@ from .dtypes import BY_STORED_NAME
 from .folder import SCHEDULER_FILE, UNET_CONFIG_FILE, folder_files, require_part
 from .header import CheckpointError, Header, Source, read_header
 from .other_models import describe
-from .recognise import published_unet, recognise_unet, require_exact, require_plain
+from .recognise import published_unet, recognise_unet, require_epsilon, require_exact, require_plain
 from .recognise_parts import recognise_text_encoder, recognise_vae
 
 
@@ -256,6 +256,7 @@ def _unet(header: Header) -> UNetFile:
 
 def _model(header: Header) -> Model:
     unet, file = _unet(header), label(header.path)
+    require_epsilon(header)
     place = f"{file}: the metadata {SCHEDULER_KEY}"
     remedy = f"Save the model again, or take the published file: {published_unet(unet.layout, header.path)}"
     scheduler = complete_scheduler(parse_json(unet.metadata.get(SCHEDULER_KEY, "{}"), place), place, remedy)

@@ -19,6 +19,10 @@ QUANTISED = (
     *(".comfy_quant", ".weight_format", ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".zero_point"),
 )
 """Ends of names that only files of quantised weights have."""
+OTHER_PREDICTIONS = ("v_pred", "ztsnr", "edm_mean", "edm_vpred.sigma_max")
+"""Tensors that tell ComfyUI that a U-Net of SDXL's family predicts something else (supported_models.py)."""
+PREDICTION_KEY = "modelspec.prediction_type"
+"""ModelSpec's metadata: "epsilon", or "v"."""
 LEAST_LIKENESS = 0.1
 """Share of names that a damaged file must have in common with a KOALA's to be compared with it."""
 
@@ -74,6 +78,18 @@ def require_plain(subject: str, stored: Collection[str], names: Iterable[str], r
         raise CheckpointError(
             f"{subject} quantised or in an unusual type ({', '.join(sorted(stored))}); expected plain weights in one "
             f"of {', '.join(BY_STORED_NAME)}. Quantised files need the loader of the pack that made them. {remedy}"
+        )
+
+
+def require_epsilon(header: Header) -> None:
+    """Check that nothing in a file says that its U-Net predicts anything but epsilon. Raises CheckpointError."""
+    stated = header.metadata.get(PREDICTION_KEY, "")
+    signs = [f"the tensor {name}" for name in OTHER_PREDICTIONS if name in header.shapes]
+    signs += [f"the metadata {PREDICTION_KEY} = {stated}"] if stated.startswith("v") else []
+    if signs:
+        raise CheckpointError(
+            f"{label(header.path)} does not predict epsilon, as {signs[0]} tells; every KOALA does. Choose another "
+            f"file."
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from koala_sdxl.koala.architecture.keys import NUMBERINGS
-from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.inspect import (
     inspect_checkpoint,
@@ -110,6 +110,27 @@ def test_random_damage_is_always_described(tmp_path: Path, numbering: str) -> No
             assert layout != KOALA_700M
             assert files.unet(layout, numbering) == found, (seed, harm)  # type: ignore[arg-type]
         assert said.startswith(path.name), (seed, harm)
+
+
+@pytest.mark.parametrize(
+    ("sign", "metadata", "says"),
+    [
+        ("v_pred", {}, "the tensor v_pred"),
+        ("edm_vpred.sigma_max", {}, r"the tensor edm_vpred\.sigma_max"),
+        ("other", {"modelspec.prediction_type": "v"}, "the metadata modelspec.prediction_type = v"),
+    ],
+)
+def test_a_checkpoint_that_does_not_predict_epsilon(
+    sign: str, metadata: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    found = files.unet(KOALA_TINY, "comfy", "model.diffusion_model.")
+    path = files.write(tmp_path / "it.safetensors", {**found, sign: (0,)}, metadata=metadata)
+    with pytest.raises(
+        CheckpointError, match=rf"^it\.safetensors does not predict epsilon, as {says} tells; every KOALA"
+    ):
+        inspect_model(path)
+    fine = {"modelspec.prediction_type": "epsilon"}
+    inspect_model(files.write(path, {**found, "other": (0,)}, metadata=fine))
 
 
 @pytest.mark.parametrize(
