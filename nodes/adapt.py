@@ -64,9 +64,13 @@ class KoalaAttentionPatches(io.ComfyNode):
     @classmethod
     def execute(cls, model: Model) -> io.NodeOutput:
         facts, remapped = model_facts(model), model.clone()
-        koala = name(facts.layout)
-        count, dropped = attention.remap(remapped.model_options["transformer_options"], facts.lineage)
-        text = f"{count} patches remapped to {koala}'s blocks"
-        if dropped:
-            text += f"; {len(dropped)} dropped, as {koala} lacks their blocks ({attention.places(dropped)})"
+        koala, options = name(facts.layout), remapped.model_options
+        remapping = attention.remap(options["transformer_options"], facts.lineage)
+        text = f"{remapping.remapped} patches remapped to {koala}'s blocks"
+        if remapping.dropped:
+            stray = attention.places(place for place, _ in remapping.dropped)
+            text += f"; {len(remapping.dropped)} dropped, as {koala} lacks their blocks ({stray})"
+        further = attention.drop_companions(options, remapping)
+        further += attention.idle_line(options["transformer_options"], facts.lineage)
+        text = "\n".join((text, *further))
         return shown(text, remapped, text)

@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-from ..host.model import attached_facts, model_facts
+from ..host.model import attached_facts, is_koala, model_facts
 from ..host.protocols import Conditioning, Latent, Model
-from ..host.transfer.compatibility import compatible
+from ..host.transfer.compatibility import compatible, incompatible_patches
 from ..koala.architecture.layout import name
 from ..koala.releases import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala.schedule import Schedule, schedule
@@ -168,6 +168,7 @@ class KoalaSampler(io.ComfyNode):
         denoise: float,
     ) -> io.NodeOutput:
         model = compatible(model, positive, negative)
+        incompatible = incompatible_patches(model) if is_koala(model) else ()
         settings, why = _settings(model, preset)
         made = _schedule(model, settings.steps, settings.spacing, denoise)
         sampler = comfy.samplers.sampler_object(sampler_name)
@@ -179,7 +180,8 @@ class KoalaSampler(io.ComfyNode):
         )
         run = len(made.sigmas) - 1
         shortened = "" if run >= settings.steps else f", the last {run} of them run"
-        return shown(f"{settings}{shortened}, {sampler_name}\n{why}", output.result[0])
+        text = "\n".join((f"{settings}{shortened}, {sampler_name}", why, *incompatible))
+        return shown(text, output.result[0])
 
 
 def _settings(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:

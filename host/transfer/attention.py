@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ...koala.architecture.layout import name
 from ...koala.architecture.lineage import Lineage
+from .places import Place, own_places, share_state, transformer_weights
+from .references import made_by
 
 ATTENTION_PATCHES = ("attn1_patch", "attn2_patch", "attn1_output_patch", "attn2_output_patch", "middle_patch")
 """ComfyUI's patches that run in every transformer block and read its number, and its block's, from the options."""
@@ -14,9 +17,6 @@ BLOCK_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_bl
 """ComfyUI's patches that run in every block and read the block's number from the options."""
 ATTENTION_REPLACEMENTS = "patches_replace"
 """Key of the options that holds what replaces attention in one place: kind -> place -> function."""
-
-Place = tuple[Any, ...]
-"""Where attention is replaced: (block name, number) or (block name, number, transformer block)."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class Remapped:
 
     def __call__(self, *arguments: Any) -> Any:
         options = arguments[-1]  # the last argument of every patch that is called inside a block
-        own = {name: options[name] for name in ("block", "block_index", "transformer_index") if name in options}
+        own = {key: options[key] for key in ("block", "block_index", "transformer_index") if key in options}
         options.update(sdxl_numbers(self.lineage, own))
         try:
             return self.patch(*arguments)
         finally:
             options.update(own)
 
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.patch, name)
-        return (lambda *arguments: Remapped(attribute(*arguments), self.lineage)) if name == "to" else attribute
+    def __getattr__(self, attribute: str) -> Any:
+        own = getattr(self.patch, attribute)
+        return (lambda *arguments: Remapped(own(*arguments), self.lineage)) if attribute == "to" else own
 
 
 def sdxl_numbers(lineage: Lineage, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,10 +60,22 @@ def sdxl_numbers(lineage: Lineage, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Remapping(NamedTuple):
-    """How many of a MODEL's patches were remapped to KOALA's blocks, and the places of those that have no block."""
+    """How many of a MODEL's patches were remapped to KOALA's blocks; places and patches that have no block there."""
 
     remapped: int
-    dropped: tuple[Place, ...]
+    dropped: tuple[tuple[Place, Any], ...]
+
+
+class Idle(NamedTuple):
+    """Remapped patches whose weights are for transformers of SDXL that a KOALA lacks: they have no effect.
+
+    ``transformers``: those that have a weight; ``lost``: those of them that the KOALA lacks.
+    """
+
+    count: int
+    of: int
+    transformers: tuple[int, ...]
+    lost: tuple[int, ...]
 
 
 def remap(options: MutableMapping[str, Any], lineage: Lineage) -> Remapping:
@@ -73,16 +85,16 @@ def remap(options: MutableMapping[str, Any], lineage: Lineage) -> Remapping:
     transformer blocks the model kept.
     """
     patches, replacements = options.get("patches", {}), options.get(ATTENTION_REPLACEMENTS, {})
-    if any(patches.get(name) for name in ATTENTION_PATCHES) or any(replacements.values()):
+    if any(patches.get(kind) for kind in ATTENTION_PATCHES) or any(replacements.values()):
         lineage.require_transformers()
     count = 0
-    for name in (*ATTENTION_PATCHES, *BLOCK_PATCHES):
-        if listed := patches.get(name):
+    for kind in (*ATTENTION_PATCHES, *BLOCK_PATCHES):
+        if listed := patches.get(kind):
             count += sum(not isinstance(patch, Remapped) for patch in listed)
-            patches[name] = [patch if isinstance(patch, Remapped) else Remapped(patch, lineage) for patch in listed]
-    dropped: list[Place] = []
+            patches[kind] = [patch if isinstance(patch, Remapped) else Remapped(patch, lineage) for patch in listed]
+    dropped: list[tuple[Place, Any]] = []
     targets = _targets(lineage) if replacements else {}
-    for name, by_place in replacements.items():
+    for kind, by_place in replacements.items():
         remapped = {place: patch for place, patch in by_place.items() if isinstance(patch, Remapped)}
         for place, patch in by_place.items():
             if isinstance(patch, Remapped):
@@ -91,14 +103,68 @@ def remap(options: MutableMapping[str, Any], lineage: Lineage) -> Remapping:
                 remapped[targets[place]] = Remapped(patch, lineage)
                 count += 1
             else:
-                dropped.append(place)
-        replacements[name] = remapped
+                dropped.append((place, patch))
+        replacements[kind] = remapped
     return Remapping(count, tuple(dropped))
+
+
+def drop_companions(model_options: MutableMapping[str, Any], remapping: Remapping) -> list[str]:
+    """Take functions around cfg off a MODEL's options (a clone's own) that count on dropped attention patches: they
+    share variables with those, and with no patch that is left. Returns a line on each for a report."""
+    gone = [patch for _, patch in remapping.dropped]
+    left = [patch.patch for patch in _remapped(model_options["transformer_options"]).values()]
+    dropped = []
+    for key, held in list(model_options.items()):
+        functions = held if isinstance(held, list) else [held] if callable(held) else []
+        lost = [function for function in functions if share_state(function, gone) and not share_state(function, left)]
+        dropped += [
+            f"dropped: {key} of {made_by(function)}: it counts on attention patches that were dropped"
+            for function in lost
+        ]
+        if lost and isinstance(held, list):
+            model_options[key] = [function for function in held if function not in lost]
+        elif lost:
+            del model_options[key]
+    return dropped
+
+
+def idle(options: Mapping[str, Any], lineage: Lineage) -> Idle:
+    """The remapped patches that have no effect, as their weights are for other transformers than theirs."""
+    count, weighted, patches = 0, set(), _remapped(options)
+    order, blocks = lineage.attention_order, list(lineage.depths)
+    for (_, place), patch in patches.items():
+        weights = transformer_weights(patch.patch, len(_transformers(lineage)))
+        if weights is not None:
+            used = {index for index, weight in weights.items() if weight}
+            weighted |= used
+            count += order[blocks.index(place[:2])] not in used
+    lost = weighted - set(order)
+    return Idle(count if lost else 0, len(patches), tuple(sorted(weighted)), tuple(sorted(lost)))
+
+
+def idle_line(options: Mapping[str, Any], lineage: Lineage) -> list[str]:
+    """A line on them for a report; none where every patch has an effect."""
+    found = idle(options, lineage)
+    if not found.count:
+        return []
+    koala, blocks = name(lineage.student), _transformers(lineage)
+
+    def listed(indices: Iterable[int]) -> str:
+        return ", ".join(f"{index} ({places([blocks[index]])})" for index in indices)
+
+    all_of_them = f"transformer{'' if len(found.transformers) == 1 else 's'} {listed(found.transformers)}"
+    lacks = (
+        f"which {koala} lacks" if found.lost == found.transformers else f"of which {koala} lacks {listed(found.lost)}"
+    )
+    return [
+        f"{found.count} of the {found.of} remapped patches have no effect: their weights are for SDXL's {all_of_them}, "
+        f"{lacks} (IP-Adapter's style is transformer 6, its composition 3); choose one weight for all layers"
+    ]
 
 
 def unmatched(options: Mapping[str, Any], lineage: Lineage) -> tuple[Place, ...]:
     """Places of attention replacements on blocks that the KOALA lacks: they were set by SDXL's numbers."""
-    own = {*lineage.depths, *((*block, index) for block, depth in lineage.depths.items() for index in range(depth))}
+    own = own_places(lineage)
     return tuple(
         place
         for kind in ("attn1", "attn2")
@@ -111,6 +177,22 @@ def places(keys: Iterable[Place]) -> str:
     """Places for a person: "input 4, input 7, output 0 layer 8"; the first few of them."""
     named = dict.fromkeys(f"{key[0]} {key[1]}" + (f" layer {key[2]}" if len(key) > 2 else "") for key in keys)
     return ", ".join(list(named)[:4]) + (" ..." if len(named) > 4 else "")
+
+
+def _remapped(options: Mapping[str, Any]) -> dict[tuple[str, Place], Remapped]:
+    """Replacements that were remapped, by their kind and KOALA's place."""
+    kinds = options.get(ATTENTION_REPLACEMENTS, {})
+    return {
+        (kind, place): patch
+        for kind, by_place in kinds.items()
+        for place, patch in by_place.items()
+        if isinstance(patch, Remapped)
+    }
+
+
+def _transformers(lineage: Lineage) -> tuple[Place, ...]:
+    """SDXL's blocks with attention, in the order in which ComfyUI counts them."""
+    return tuple(Lineage(lineage.teacher).depths)
 
 
 def _targets(lineage: Lineage) -> dict[Place, Place]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage
 from ..model import is_koala, model_facts
 from ..protocols import Conditioning, Model
-from .attention import ATTENTION_PATCHES, BLOCK_PATCHES, Remapped, places, unmatched
+from .attention import ATTENTION_PATCHES, BLOCK_PATCHES, Remapped, idle_line, places, unmatched
 from .control import chain, fits, watched
+from .places import places_of
+from .references import made_by
 from .weights import foreign_weights, require_own_hooks, require_own_weights
 
 REMAP = "put KOALA Attention Patches behind the node that set it"
@@ -24,17 +26,17 @@ class IncompatibleNode:
     """A stock node that does not do on a KOALA what it does on SDXL.
 
     ``node``: the class whose functions it leaves on a MODEL. ``applies``: whether that is so for a layout and the
-    function's own variables. ``reason``: why, and what to do.
+    function's own variables. ``reason``: why, and what to do. ``remappable``: whether KOALA Attention Patches mends it.
     """
 
     node: str
     title: str
     applies: Callable[[Layout, Mapping[str, Any]], bool]
     reason: str
+    remappable: bool = False
 
 
 _NO_MIDDLE = "it works on the middle block's attention, and {model} has no middle block: {effect}; remove it"
-_DEEP_SHRINK = "PatchModelAddDownscale"
 
 INCOMPATIBLE_NODES = (
     IncompatibleNode(
@@ -64,10 +66,11 @@ INCOMPATIBLE_NODES = (
         "max_depth to 1 or remove it",
     ),
     IncompatibleNode(
-        _DEEP_SHRINK,
+        "PatchModelAddDownscale",
         "PatchModelAddDownscale (Kohya Deep Shrink)",
         lambda _, variables: "block_number" in variables,
         "it uses SDXL's block number, and {model} numbers its blocks differently ({numbers}); " + REMAP,
+        remappable=True,
     ),
 )
 
@@ -78,10 +81,12 @@ def incompatible_patches(model: Model) -> list[str]:
     Raises ValueError for a MODEL that is not a KOALA model.
     """
     lineage = model_facts(model).lineage
-    layout, functions = lineage.student, list(_functions(model))
+    layout, left_on = lineage.student, [*_functions(model)]
     lines = []
     for known in INCOMPATIBLE_NODES:
-        left = [function for function in functions if _node(function) == known.node]
+        left = [
+            each.function for each in left_on if each.node == known.node and not (each.remapped and known.remappable)
+        ]
         if any(known.applies(layout, inspect.getclosurevars(function).nonlocals) for function in left):
             reason = known.reason.format(model=name(layout), numbers=_numbers(lineage, "input"))
             lines.append(f"{known.title}: {reason}")
@@ -90,6 +95,8 @@ def incompatible_patches(model: Model) -> list[str]:
             f"{len(stray)} attention patches (from IP-Adapter or similar) are on blocks that {name(layout)} lacks "
             f"({places(stray)}), so they use SDXL's numbers; {REMAP}"
         )
+    lines += [f"{each.origin}: {each.fault}; {each.remedy}" for each in _by_sdxls_numbers(left_on, lineage)]
+    lines += idle_line(model.model_options["transformer_options"], lineage)
     return [*lines, *foreign_weights(model), *_merge_by_block(model, lineage)]
 
 
@@ -117,6 +124,10 @@ def compatible(model: Model, *conditionings: Conditioning) -> Model:
             f"use SDXL's numbers; expected KOALA's. Put KOALA Attention Patches behind the node that set them "
             f"(IP-Adapter or similar)."
         )
+    for each in _by_sdxls_numbers(_functions(model), lineage):
+        if each.wrong:
+            remedy = each.remedy[0].upper() + each.remedy[1:]
+            raise ValueError(f"this MODEL has a function ({each.origin}) that {each.fault}. {remedy}.")
     controls = {
         id(control): control
         for conditioning in conditionings
@@ -133,22 +144,61 @@ def compatible(model: Model, *conditionings: Conditioning) -> Model:
     return watched(model, unknown) if unknown else model
 
 
-def _functions(model: Model) -> Iterator[Any]:
-    """Every function that nodes have left on a MODEL, without what was remapped and so is right."""
+class _Left(NamedTuple):
+    """A function that a node left on a MODEL: a patch inside the U-Net, or a function around it."""
+
+    function: Any
+    is_patch: bool
+    remapped: bool
+
+    @property
+    def node(self) -> str:
+        """The class of the node, where its own method made the function."""
+        return str(getattr(self.function, "__qualname__", "")).partition(".")[0]
+
+
+def _functions(model: Model) -> Iterator[_Left]:
+    """Every function that nodes have left on a MODEL, apart from replacements of attention, whose places are known."""
     options = model.model_options
     patches = options["transformer_options"].get("patches", {})
-    candidates = [patch for kind in (*ATTENTION_PATCHES, *BLOCK_PATCHES) for patch in patches.get(kind, ())]
+    for patch in (patch for kind in (*ATTENTION_PATCHES, *BLOCK_PATCHES) for patch in patches.get(kind, ())):
+        remapped = isinstance(patch, Remapped)
+        yield _Left(patch.patch if remapped else patch, True, remapped)
     for option in options.values():
-        candidates.extend(option if isinstance(option, list) else [option])
-    for candidate in candidates:
-        function = candidate.patch if isinstance(candidate, Remapped) else candidate
-        is_right = isinstance(candidate, Remapped) and inspect.isfunction(function) and _node(function) == _DEEP_SHRINK
-        if inspect.isfunction(function) and not is_right:
-            yield function
+        for function in option if isinstance(option, list) else [option]:
+            if callable(function):
+                yield _Left(function, False, False)
 
 
-def _node(function: Callable[..., Any]) -> str:
-    return function.__qualname__.partition(".")[0]
+@dataclass(frozen=True)
+class _ByNumbers:
+    """A function that keeps SDXL's numbers. ``wrong``: it works on some layers nevertheless, other ones."""
+
+    origin: str
+    fault: str
+    remedy: str
+    wrong: bool
+
+
+def _by_sdxls_numbers(functions: Iterable[_Left], lineage: Lineage) -> Iterator[_ByNumbers]:
+    """The functions that work on blocks that the KOALA lacks, of nodes that are not known by name."""
+    koala, known = name(lineage.student), {node.node for node in INCOMPATIBLE_NODES}
+    for each in functions:
+        if each.node in known or each.remapped:
+            continue
+        own, stray = places_of(each.function, lineage)
+        if own and stray:
+            fault = (
+                f"goes by SDXL's numbers: {len(stray)} of the {len(own) + len(stray)} places of attention in it are on "
+                f"blocks that {koala} lacks ({places(stray)}), so it targets the wrong layers"
+            )
+        elif stray:
+            fault = f"it works on attention that {koala} lacks ({places(stray)}) and has no effect"
+        else:
+            continue
+        numbers = f"{_numbers(lineage, 'input')}; {_numbers(lineage, 'output')}"
+        remedy = REMAP if each.is_patch else f"set it by {koala}'s numbers ({numbers}) or remove it"
+        yield _ByNumbers(made_by(each.function), fault, remedy, bool(own))
 
 
 def _numbers(lineage: Lineage, part: str) -> str:

@@ -15,6 +15,7 @@ from ...koala.architecture.lineage import Lineage, is_teacher
 from ..model import attached_facts, model_facts, unet_layout
 from ..protocols import Model
 from . import attention
+from .compatibility import incompatible_patches
 from .references import UNetSearch, made_by, replaced_forwards
 
 COMPILED = "torch.compile"
@@ -53,7 +54,7 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
     lines += _carry_weight_patches(sdxl, new, lineage, sieve)
 
     new.model_options = _free_options(comfy.utils.deepcopy_list_dict(sdxl.model_options), sieve)
-    lines += _remap(new.model_options["transformer_options"], lineage)
+    lines += _remap(new.model_options, lineage)
 
     outside = {key: patch for key, patch in sdxl.object_patches.items() if not key.startswith(_UNET)}
     new.object_patches |= sieve.of_mapping("object patch", outside)
@@ -75,7 +76,7 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
     for kind, set_on in (("injections (motion modules, for example)", sdxl.injections), ("hooks", sdxl.forced_hooks)):
         if set_on:
             lines.append(f"dropped: {kind}, which change SDXL's own layers")
-    return Swapped(new, "\n".join((*lines, *_replaced(sdxl), *sieve.lines())))
+    return Swapped(new, "\n".join((*lines, *_replaced(sdxl), *sieve.lines(), *incompatible_patches(new))))
 
 
 class _Sieve:
@@ -165,14 +166,15 @@ def _free_functions(*kinds: tuple[str, Mapping[str, Mapping[Any, Iterable[Any]]]
 
 
 def _remap(options: dict[str, Any], lineage: Lineage) -> list[str]:
-    """Remap the attention and block patches in place; returns lines for the report."""
+    """Remap the attention and block patches in a MODEL's options, in place; returns lines for the report."""
     own, lines = name(lineage.student), []
-    remapping = attention.remap(options, lineage)
+    remapping = attention.remap(options["transformer_options"], lineage)
     if remapping.remapped:
         lines.append(f"attention and block patches: {remapping.remapped} remapped to {own}'s blocks")
     if remapping.dropped:
-        lines.append(f"dropped: attention patches on blocks that {own} lacks ({attention.places(remapping.dropped)})")
-    return lines
+        stray = attention.places(place for place, _ in remapping.dropped)
+        lines.append(f"dropped: attention patches on blocks that {own} lacks ({stray})")
+    return lines + attention.drop_companions(options, remapping)
 
 
 def _replaced(sdxl: Model) -> list[str]:
