@@ -21,6 +21,8 @@ TrainedOn = Literal["auto", "SDXL", "KOALA"]
 
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 
+_TEXT_ENCODER = re.compile(r"^(?:base_model\.model\.)?(?:text_model\.)?encoder\.layers\.\d+\.(?:self_attn|mlp)\.")
+
 # What the modules of other families are called, with underscores for dots. Searched from the top.
 _FAMILIES: tuple[tuple[str, str], ...] = (
     ("Stable Diffusion 1.x or 2.x", r"(down_blocks_0_attentions|up_blocks_3_attentions|input_blocks_1_1_)"),
@@ -193,6 +195,11 @@ def _refuse_other_family(file: str, modules: Mapping[str, Made | None], target: 
             raise CheckpointError(f"{file} is a LoRA for {family_name}; {expected}")
     sdxl = at_widths_of(target, SDXL)
     if not any(find(layout, module) for module in modules for layout in (sdxl, target)):
+        if any(_TEXT_ENCODER.search(module) for module in modules):
+            raise CheckpointError(
+                f"{file} is a LoRA of a CLIP text encoder, and its names do not say of which of SDXL's two; expected "
+                f"names that begin with text_encoder. (CLIP-L) or text_encoder_2. (CLIP-G). Save it with such names."
+            )
         first = ", ".join(sorted(modules)[:3])
         raise CheckpointError(
             f"{file} is a LoRA for an unknown model (none of its {len(modules)} modules is SDXL's; first: {first}); "

@@ -93,11 +93,12 @@ class Plan:
         first = next((module for module in everything if module.reason), everything[0])
         found = Counter(module.outcome for module in everything)
         counts = ", ".join(f"{count} {WORDS[outcome]}" for outcome, count in found.items())
+        trained = f"; trained on {self.origin.model}: {self.origin.evidence}" if self.origin else ""
         raise CheckpointError(
             f"{self.file}: none of its {len(everything)} modules can be applied to {name(self.target)}"
             f"{' or these text encoders' if self.text else ''} ({counts}; first: {first.name}"
-            f"{', ' + first.reason if first.reason else ''}). Leave this LoRA out, or use it on the model that it was "
-            f"made for."
+            f"{', ' + first.reason if first.reason else ''}{trained}). Leave this LoRA out, or use it on the model that "
+            f"it was made for."
         )
 
 
@@ -176,9 +177,8 @@ def _refuse_other_kinds(file: str, groups: Mapping[str, Iterable[str]], contents
     kinds = Counter(kind for suffixes in groups.values() for suffix in suffixes if (kind := other_kind(suffix)))
     judged = [found for found in contents.values() if "" not in found.tensors]
     if kinds and all(found.outcome in ("unsupported", "incomplete") for found in judged):
-        article = "" if kinds.most_common(1)[0][0].startswith(("a ", "an ")) else "a file of "
         raise CheckpointError(
-            f"{file} is {article}{' and '.join(kinds)}, which ComfyUI cannot apply; expected a LoRA, LoCon, LoHa, "
+            f"{file} holds {' and '.join(kinds)}, which ComfyUI cannot apply; expected a LoRA, LoCon, LoHa, "
             f"LoKr, GLoRA, OFT, DoRA or weight differences. Convert it to one of them, or leave it out."
         )
 

@@ -153,16 +153,21 @@ def _refuse_methods(file: str, source: str, stated: Mapping[str, Any]) -> None:
     for prefix, method in _BASE_ALTERED.items():
         if start.startswith(prefix):
             raise CheckpointError(
-                f"{file} is a {method} adapter ({source} says init_lora_weights: {start}), which belongs to weights "
+                f"{file} is {_a(method)} adapter ({source} says init_lora_weights: {start}), which belongs to weights "
                 f"that {method} itself altered; expected a LoRA for SDXL's own weights. Convert it with PEFT "
                 f"(save_pretrained with path_initial_model_for_weight_conversion)."
             )
     for key, method in _VARIANTS.items():
         if stated.get(key):
             raise CheckpointError(
-                f"{file} is a {method} adapter ({source} says {key}), which ComfyUI cannot apply; expected a LoRA, "
+                f"{file} is {_a(method)} adapter ({source} says {key}), which ComfyUI cannot apply; expected a LoRA, "
                 f"LoCon, LoHa, LoKr or DoRA. Leave it out, or convert it."
             )
+
+
+def _a(method: str) -> str:
+    """A method's name with its article."""
+    return f"{'an' if method[0] in 'AOa' else 'a'} {method}"
 
 
 def _is_number(value: object) -> bool:
