@@ -46,7 +46,7 @@ def differences(base: Base, clean: Clean, path: Path, loaded: Any) -> Iterator[s
             used.add(name)
         elif other := present.get(_bytes(value)):
             used.add(other)
-        elif name or isinstance(value, torch.Tensor):
+        elif isinstance(value, torch.Tensor) or (name in files) or not _is_rank(value, name, files):
             yield f"{place[0]} is patched with numbers that the file lacks, in the place of {name}"
     applied = _applied(loaded)
     for module in applied:
@@ -61,6 +61,12 @@ def differences(base: Base, clean: Clean, path: Path, loaded: Any) -> Iterator[s
     if said != done:
         yield f"text encoders: {loaded.text}, {done} changed"
     yield from _lost(base, clean, files, loaded, applied)
+
+
+def _is_rank(value: float, name: str | None, files: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a number that the file lacks is its module's rank: an alpha that changes nothing."""
+    module = name.removesuffix(".alpha") if name else ""
+    return any(value in tensor.shape for key, tensor in files.items() if key.startswith(module))
 
 
 def _lost(base: Base, clean: Clean, files: Mapping[str, torch.Tensor], loaded: Any, applied: set[str]) -> Iterator[str]:
@@ -98,7 +104,7 @@ def _values(value: Any) -> tuple[Any, ...]:
     weights = getattr(value, "weights", value)
     flat: list[Any] = []
     for part in weights if isinstance(weights, tuple | list) else (weights,):
-        flat += _values(part) if isinstance(part, tuple | list) else [part]
+        flat += _values(part) if isinstance(part, tuple | list) or hasattr(part, "weights") else [part]
     return tuple(flat)
 
 
@@ -123,9 +129,9 @@ def _count(patches: Mapping[Any, Any], network: torch.nn.Module) -> int:
 
 
 def _bytes(value: torch.Tensor | float | int) -> bytes:
-    """A number or tensor as bytes; a file's tensor of one number is told as the number that an adapter keeps."""
+    """A number or tensor as bytes; a tensor of one number is the number that an adapter keeps."""
     if not isinstance(value, torch.Tensor):
         return repr(float(value)).encode()
-    if value.numel() == 1 and value.ndim == 0:
+    if value.numel() == 1:
         return repr(float(value)).encode()
     return Weights.of({"": value}).tensors[""].data

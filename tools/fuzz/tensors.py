@@ -103,13 +103,21 @@ def differences(base: Base, clean: Clean, path: Path, loaded: Any) -> Iterator[s
             if name not in MADE and not any(_same(tensor, other) for other in files.values()):
                 yield f"{name} is in no file"
             continue
-        used.add(place.tensor)
-        yield from _faults(name, tensor, place, files)
+        found = _found(place.tensor, files)
+        used.add(found)
+        yield from _faults(name, tensor, place._replace(tensor=found), files)
     for name in files.keys() - used:
         if name in {place.tensor for place in clean.places.values()}:
             yield f"{name} was not loaded"
         elif name not in clean.names and _belongs(name, clean) and not name.endswith(UNUSED):
             yield f"{name} is in the file beyond the model's tensors, and was not loaded"
+
+
+def _found(name: str, files: State) -> str:
+    """A tensor's name in damaged files: its own, or that with one beginning more, as whole checkpoints have."""
+    path, _, key = name.partition(":")
+    longer = (other for other in files if other.startswith(f"{path}:") and other.endswith(f".{key}"))
+    return name if name in files else next(longer, name)
 
 
 def _faults(name: str, tensor: torch.Tensor, place: Place, files: State) -> Iterator[str]:
