@@ -97,8 +97,8 @@ class Plan:
         raise CheckpointError(
             f"{self.file}: none of its {len(everything)} modules can be applied to {name(self.target)}"
             f"{' or these text encoders' if self.text else ''} ({counts}; first: {first.name}"
-            f"{', ' + first.reason if first.reason else ''}{trained}). Leave this LoRA out, or use it on the model that "
-            f"it was made for."
+            f"{', ' + first.reason if first.reason else ''}{trained}). Leave this LoRA out, or use it on the "
+            f"model that it was made for."
         )
 
 
