@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from ..architecture.component_detection import read_autoencoder, read_text_encoder
+from ..architecture.component_keys import PROJECTION
 from ..architecture.components import Autoencoder, TextEncoder
 from ..architecture.keys import coverage, renaming, shapes_of
 from ..architecture.layout import name
@@ -208,7 +209,10 @@ def _require_layout(facts: ModelFacts, unet: Mapping[str, torch.Tensor]) -> None
 
 def _text_encoder(part: str, encoder: Mapping[str, torch.Tensor]) -> TextEncoder:
     try:
-        return read_text_encoder(shapes_of(encoder))
+        size = read_text_encoder(shapes_of(encoder))
+        if part == "text_encoder_2" and not size.projection:
+            raise KeyError(PROJECTION)
+        return size
     except KeyError as missing:
         raise ValueError(f"{part} lacks {missing.args[0]}; expected a complete CLIP text encoder.") from None
 

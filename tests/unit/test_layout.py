@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from koala_sdxl.koala.architecture.layout import (
     Layout,
     blocks,
     compact,
+    fault,
     is_subnetwork,
     name,
 )
@@ -138,3 +140,24 @@ def test_names() -> None:
 def test_pooled_width_is_what_the_six_size_ids_leave() -> None:
     assert (SDXL.pooled, KOALA_TINY.pooled) == (1280, 64)
     assert (SDXL.time_width, KOALA_TINY.time_width) == (1280, 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"channels": (33, 66, 132)}, "a stage of 33 channels; expected a multiple of 32"),
+        ({"channels": (32, 96, 128)}, "a stage of 96 channels; expected a multiple of 64"),
+        ({"channels": (128, 192, 256)}, "a stage of 192 channels; expected a multiple of the first stage's 128"),
+        ({"channels": (0, 64, 128)}, "a stage of 0 channels; expected a multiple of 32"),
+        ({"context": 0}, "a text context of width 0"),
+        ({"added": 1536}, "1536 added channels; expected more than the size ids' 1536"),
+    ],
+    ids=str,
+)
+def test_sizes_of_no_network(changes: dict[str, Any], says: str) -> None:
+    assert fault(replace(KOALA_700M, **changes)) == says
+
+
+@pytest.mark.parametrize("known", [*KOALA_NAMES, SDXL, SSD_1B, VEGA], ids=name)
+def test_every_known_layout_is_sound(known: Layout) -> None:
+    assert fault(known) == ""

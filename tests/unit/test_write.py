@@ -151,6 +151,9 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
     half = {key: tensor for key, tensor in text_and_vae.text_encoder_2.items() if not key.endswith(query[10:])}
     with pytest.raises(ValueError, match=r"^text_encoder_2 lacks .*q_proj\.weight; expected a complete CLIP"):
         write_checkpoint(target, facts, unet, text_and_vae._replace(text_encoder_2=half))
+    flat = {key: tensor for key, tensor in text_and_vae.text_encoder_2.items() if key != "text_projection.weight"}
+    with pytest.raises(ValueError, match=r"^text_encoder_2 lacks text_projection\.weight; expected a complete CLIP"):
+        write_checkpoint(target, facts, unet, text_and_vae._replace(text_encoder_2=flat))
     with pytest.raises(ValueError, match=r"^the VAE lacks encoder"):
         write_folder(target, facts, unet, text_and_vae._replace(vae={}), VOCABULARY)
     assert not list(tmp_path.iterdir())
