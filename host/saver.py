@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd1_clip
@@ -26,6 +29,7 @@ from ..koala.model_info import ModelFacts
 from .model import model_facts
 from .protocols import Clip, Model, Patcher, Vae
 
+T = TypeVar("T")
 TEXT_PREFIXES = ("clip_l.transformer.", "clip_g.transformer.")
 """Names' prefixes of the two text encoders in core's CLIP; the inner names are transformers 4's."""
 
@@ -110,7 +114,8 @@ def _patched(patcher: Model | Patcher, module: torch.nn.Module, prefix: str = ""
 
 def _unet(facts: ModelFacts, model: Model, dtypes: StoredDtypes) -> State:
     """The U-Net's tensors under diffusers' names, baked."""
-    state = _patched(model, model.model.diffusion_model, "diffusion_model.")
+    prefix = "diffusion_model."
+    state = _patched(model, model.model.diffusion_model, prefix)
     cover = keys.coverage(facts.layout, "comfy", shapes_of(state))
     if not cover.exact:
         odd = (*cover.missing, *cover.extra, *cover.misshapen)
@@ -120,7 +125,7 @@ def _unet(facts: ModelFacts, model: Model, dtypes: StoredDtypes) -> State:
             f"quantised nor otherwise rebuilt."
         )
     names = keys.renaming(facts.layout, "comfy", "diffusers")
-    return {names[key]: tensor for key, tensor in _baked(state, dtypes).items()}
+    return {names[key]: tensor for key, tensor in _baked(state, dtypes, _under(model.patches, prefix)).items()}
 
 
 def _text_and_vae(facts: ModelFacts, clip: Clip, vae: Vae, dtypes: StoredDtypes) -> TextAndVAE:
@@ -142,14 +147,14 @@ def _text(facts: ModelFacts, clip: Clip, dtypes: StoredDtypes) -> tuple[State, S
             f"this CLIP {what}; {name(facts.layout)} expects SDXL's two text encoders of width {wanted[0]} and pooled "
             f"{wanted[1]}. Connect the CLIP that belongs to the MODEL."
         )
-    baked = _baked(state, dtypes)
+    baked = _baked(state, dtypes, clip.patcher.patches)
     clip_l, clip_g = (_under(baked, prefix) for prefix in TEXT_PREFIXES)
     clip_g["logit_scale"] = baked["clip_g.logit_scale"]
     return clip_l, clip_g
 
 
-def _under(state: Mapping[str, torch.Tensor], prefix: str) -> State:
-    """Tensors whose names begin with ``prefix``, which is taken off."""
+def _under(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Tensors, or their patches, whose names begin with ``prefix``, which is taken off."""
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
@@ -166,8 +171,10 @@ def _autoencoder(vae: Vae) -> State:
     return diffusers_vae(_baked(state, StoredDtypes(None, None)), len(sizes.channels))
 
 
-def _baked(state: Mapping[str, torch.Tensor], dtypes: StoredDtypes) -> State:
-    """Tensors on the CPU, patches applied, floats in the types to write.
+def _baked(
+    state: Mapping[str, torch.Tensor], dtypes: StoredDtypes, patches: Mapping[str, list[Any]] = MappingProxyType({})
+) -> State:
+    """Tensors on the CPU, patches applied, floats in the types to write; ``patches`` are those that core applies.
 
     Each tensor moves the node's progress bar, or ends the run if it was cancelled.
     """
@@ -176,6 +183,10 @@ def _baked(state: Mapping[str, torch.Tensor], dtypes: StoredDtypes) -> State:
     for key, tensor in state.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
         # core's stand-in for a weight that is not patched yet bakes it as it is taken to the CPU
-        baked[key] = cast(key, tensor.to("cpu").detach(), dtypes)
+        own = tensor.to("cpu").detach()
+        if key in patches and own.is_floating_point() and own.itemsize == 1:
+            # core has made 448 of infinity, where the weights are fp8: what the patches make is looked at before that
+            cast(key, comfy.lora.calculate_weight(patches[key], own.float(), key), stored_dtypes("default"))
+        baked[key] = cast(key, own, dtypes)
         bar.update(1)
     return baked

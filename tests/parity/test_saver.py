@@ -178,6 +178,29 @@ def test_weights_that_are_no_numbers_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_infinity_is_refused_where_core_would_keep_it_as_448(
+    loaded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose weights are fp8 in memory is patched in fp8, by core."""
+    own = shutil.copyfile(koala_loader.BUILT_IN, tmp_path / "koala.safetensors")
+    model = koala_loader.load_checkpoint(own, "fp8_e4m3fn")[0]
+    key = "diffusion_model.out.2.weight"
+    weights = torch.zeros(model.model.state_dict()[key].shape)
+    weights[0] = float("inf")
+    model.add_patches({key: ("diff", (weights,))})
+    if loaded:
+        comfy.model_management.load_models_gpu([model])
+        assert model.model.state_dict()[key].float().abs().max() == 448
+    else:
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_: None)
+    with pytest.raises(ValueError, match=r"out\.2\.weight holds infinity"):
+        koala_saver.save_checkpoint(tmp_path / "a", model, None, None)
+    model.patches.clear()
+    model.add_patches({key: ("diff", (torch.ones_like(weights),))})
+    koala_saver.save_checkpoint(tmp_path / "a", model, None, None)
+
+
 @pytest.mark.parametrize("save", [koala_saver.save_checkpoint, koala_saver.save_folder])
 def test_a_value_beyond_the_types_range_is_refused(save: Any, tmp_path: Path) -> None:
     model, clip, vae = parity.tiny_models()
