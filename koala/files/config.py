@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from math import inf
 from pathlib import Path
@@ -85,19 +84,19 @@ change no schedule.
 def read_json(path: Path) -> dict[str, object]:
     """A small config file's contents, empty where there is no such file.
 
-    Raises CheckpointError as ``parse_json``, and where it is no file or cannot be read.
+    Raises CheckpointError as ``parse_json``, and where it cannot be read or is a link to nothing.
     """
     place = "/".join(path.parts[-3:])
-    if not os.path.lexists(path):
-        return {}
-    if not path.is_file():
-        raise CheckpointError(
-            f"{place} is a folder, or a link to a file that is not there; expected a model's configuration. "
-            f"Restore the published file."
-        )
     try:
         with path.open("rb") as file:
             text = file.read(CONFIG_LIMIT + 1)
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return {}
+        raise CheckpointError(
+            f"{place} is a link to a file that is not there; expected a model's configuration. "
+            f"Restore the published file."
+        ) from None
     except OSError as error:
         raise CheckpointError(
             f"{place} cannot be read ({error.strerror}); expected a model's configuration. Restore the published file."
