@@ -135,9 +135,8 @@ def idle(options: Mapping[str, Any], lineage: Lineage) -> Idle:
     for (_, place), patch in patches.items():
         weights = transformer_weights(patch.patch, len(_transformers(lineage)))
         if weights is not None:
-            used = {index for index, weight in weights.items() if weight}
-            weighted |= used
-            count += order[blocks.index(place[:2])] not in used
+            weighted |= weights.keys()
+            count += order[blocks.index(place[:2])] not in weights
     lost = weighted - set(order)
     return Idle(count if lost else 0, len(patches), tuple(sorted(weighted)), tuple(sorted(lost)))
 

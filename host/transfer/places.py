@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from ...koala.architecture.lineage import Lineage
 
 Place = tuple[Any, ...]
@@ -24,7 +26,7 @@ MOST_VALUES = 20_000
 _PARTS = ("input", "middle", "output")
 _MODULE = re.compile(r"(?:(input|output)_blocks?[._](\d+)|(middle)_block)[._]1[._]transformer_blocks[._](\d+)")
 _CONTAINERS = (list, tuple, set, frozenset, deque)
-_OPAQUE = ("torch", "comfy", "numpy", "builtins")
+_OPAQUE = ("torch", "comfy", "numpy", "builtins", "weakref")
 """Packages whose objects hold no other node's settings."""
 
 
@@ -47,14 +49,15 @@ def places_of(function: object, lineage: Lineage) -> Places:
 
 
 def transformer_weights(function: object, count: int) -> dict[int, float] | None:
-    """A function's weight for each of some of a U-Net's ``count`` attention modules; None where it has none such."""
-    for _, names in _values(function):
-        for name, weights in names.items():
-            if "weight" in name.lower() and type(weights) is dict and weights:
-                numbers = all(type(index) is int and 0 <= index < count for index in weights)
-                if numbers and all(isinstance(weight, int | float) for weight in weights.values()):
-                    return weights
-    return None
+    """A function's weight for each of some of a U-Net's ``count`` attention modules, zeros left out; None where it has
+    none such, or another weight as well, which counts everywhere."""
+    named = (held for _, names in _values(function) for name, held in names.items() if "weight" in name.lower())
+    each = [weight for held in named for weight in (held if isinstance(held, list) else [held])]
+    weights = [weight for weight in each if isinstance(weight, int | float | dict | torch.Tensor)]
+    by_transformer = [weight for weight in weights if isinstance(weight, dict) and weight.keys() <= {*range(count)}]
+    if not weights or len(by_transformer) < len(weights):
+        return None
+    return {index: weight for part in by_transformer for index, weight in part.items() if weight}
 
 
 def share_state(function: object, others: Iterable[object]) -> bool:
@@ -105,7 +108,7 @@ def _names(value: object) -> Mapping[str, Any]:
         return dict(value.keywords)  # type: ignore[attr-defined]
     if issubclass(kind, dict):
         return {key: held for key, held in value.items() if type(key) is str}  # type: ignore[attr-defined]
-    if issubclass(kind, type) or kind.__module__.partition(".")[0] in _OPAQUE:
+    if issubclass(kind, type | torch.nn.Module) or kind.__module__.partition(".")[0] in _OPAQUE:
         return {}
     slots = (name for base in kind.__mro__ for name in getattr(base, "__slots__", ()))
     return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}

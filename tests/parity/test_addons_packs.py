@@ -70,7 +70,24 @@ class Callbacks:
         return out
 
 
-def styled(model: Any, weight: Any, ran: set[int] | None = None) -> Any:
+class Parallel:
+    """An older pattern of the same: a list for each setting, with an entry for each adapter."""
+
+    def __init__(self, callback: Callable[..., Any], **settings: Any) -> None:
+        self.callback = callback
+        self.module_key = settings["module_key"]
+        self.weights = [settings["weight"], *settings.get("more", ())]
+        self.weight_types = ["style transfer" for _ in self.weights]
+        self.adapters = [torch.nn.Linear(2, 2) for _ in self.weights]  # whose own "weight" is none of these
+
+    def __call__(self, q: Any, k: Any, v: Any, options: Any) -> Any:
+        out = q
+        for weight in self.weights:
+            out = out + self.callback(out, options, self.module_key, weight)
+        return out
+
+
+def styled(model: Any, weight: Any, ran: set[int] | None = None, patch: Any = Callbacks, **more: Any) -> Any:
     """An IP-Adapter on all of SDXL's places; ``weight`` is one number, or one for each of some transformers."""
 
     def adapter(out: Any, options: Any, module_key: str, weight: Any) -> Any:
@@ -83,10 +100,11 @@ def styled(model: Any, weight: Any, ran: set[int] | None = None) -> Any:
             ran.add(index)
         return out * weight
 
-    return transfer.ip_adapter(model, lambda place: Callbacks(adapter, module_key=str(place), weight=weight))
+    return transfer.ip_adapter(model, lambda place: patch(adapter, module_key=str(place), weight=weight, **more))
 
 
 @koalas
+@pytest.mark.parametrize("patch", [Callbacks, Parallel])
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
@@ -96,16 +114,18 @@ def styled(model: Any, weight: Any, ran: set[int] | None = None) -> Any:
     ],
     ids=["style", "composition", "style and composition"],
 )
-def test_style_and_composition_have_no_effect_and_it_is_said(layout: Layout, weights: Any, words: str) -> None:
+def test_style_and_composition_have_no_effect_and_it_is_said(
+    layout: Layout, weights: Any, words: str, patch: Any
+) -> None:
     ran: set[int] = set()
     count = len(transfer.attention_places(layout))
-    bound, text = KoalaAttentionPatches.execute(styled(koala(layout), weights, ran)).result
-    plain = KoalaAttentionPatches.execute(styled(koala(layout), {})).result[0]
+    bound, text = KoalaAttentionPatches.execute(styled(koala(layout), weights, ran, patch)).result
+    plain = KoalaAttentionPatches.execute(styled(koala(layout), {}, patch=patch)).result[0]
     torch.testing.assert_close(sampled(bound, layout), sampled(plain, layout), rtol=0, atol=0)
     assert ran == set()
     said = f"{count} of the {count} remapped patches have no effect: their weights are for SDXL's {words}, which "
     assert said in text
-    _, report = swap(styled(transfer.pair(layout)[0], weights), koala(layout))
+    _, report = swap(styled(transfer.pair(layout)[0], weights, patch=patch), koala(layout))
     assert said in report
     (line,) = named(bound)
     assert line.startswith(said)
@@ -132,6 +152,8 @@ def test_one_weight_for_all_has_nothing_to_be_said() -> None:
     bound, text = KoalaAttentionPatches.execute(styled(koala(), 0.8)).result
     assert "no effect" not in text
     assert named(bound) == []
+    both = styled(koala(), {6: 0.5}, patch=Parallel, more=(0.5,))  # a second adapter, with an effect everywhere
+    assert "no effect" not in KoalaAttentionPatches.execute(both).result[1]
 
 
 # --- guidance by places in closures -------------------------------------------------------------------------------

@@ -181,6 +181,16 @@ def test_keyframes_masks_and_weights_by_layer_are_kept(koala: Layout, order: str
 
 
 @orders
+def test_students_with_layouts_in_no_table_too(order: str, tmp_path: Path) -> None:
+    layout = transfer.small(PRUNED[7])
+    model = transfer.model(layout, adapters.unet(layout), tmp_path)
+    wanted = asked(applied(transfer.controlnet()), transfer.pair(KOALA_700M)[0])
+    for own, sdxl in zip(asked(ORDERS[order](transfer.controlnet()), model), wanted, strict=True):
+        assert equal(own["output"], [sdxl["output"][skip] for skip in (0, 2, 3, 5, 6, 7, 8)])
+        assert equal(own["middle"], sdxl["middle"])
+
+
+@orders
 def test_on_sdxl_nothing_changes(order: str) -> None:
     whole, _ = transfer.pair(KOALA_700M)
     for own, sdxl in zip(
