@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> int:
         top.error(f"unrecognized arguments: {' '.join(further)}")
     try:
         folder = getattr(options, "comfyui", None)
+        if hasattr(options, "comfyui"):
+            testhost.check_program(os.environ.get("COMFYUI_PYTHON"))
         if folder:  # looked for here, where the Python is still the user's own
             os.environ["COMFYUI_PYTHON"] = str(testhost.own_host(folder, os.environ.get("COMFYUI_PYTHON")).python)
         python = testhost.ensure(testhost.TOOLS if folder else testhost.FULL)

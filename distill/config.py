@@ -174,7 +174,7 @@ def read(path: Path) -> Config:
     Raises UserError with one line for each fault, which begins with the key.
     """
     try:
-        found = tomllib.loads(path.read_text("utf-8"))
+        found = tomllib.loads(path.read_text("utf-8-sig"))  # Windows' editors may begin a file with a mark
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); expected a TOML file. distill/example.toml is one."
@@ -188,9 +188,13 @@ def read(path: Path) -> Config:
         if isinstance(table, dict) and name in table:
             table[name] = _from(path.parent, table[name])
     try:
-        return Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
+        config = Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {fault}" for fault in _faults(error, found))) from None
+    for name, folder in (("output", config.output), ("data.cache", config.data.cache)):
+        for taken in (place for place in (folder, *folder.parents) if place.is_file()):
+            raise UserError(f"{path}: {name} = {str(folder)!r} cannot be a folder: {taken} is a file. Change it.")
+    return config
 
 
 def _from(folder: Path, value: Any) -> Any:

@@ -63,7 +63,10 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
     if done.exists():
         say(f"{done} exists already; nothing to do.")
         return done
-    config.output.mkdir(parents=True, exist_ok=True)
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output = {str(config.output)!r} cannot be made ({error.strerror}). Change it.") from None
     checkpoints.require_same_run(config)
     csv = [CsvTracker(config.output / "metrics.csv")] if "csv" in config.log.to else []
     accelerator = Accelerator(

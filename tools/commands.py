@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import options
 from tools.harness import testhost
 from tools.harness.assets import SHIPPED
+from tools.harness.errors import UserError
 
 AddOptions = Callable[[argparse.ArgumentParser], object]
 GENERATED = ("workflows", "blueprints", "locales", "thumbnails", "pictures", "frozen")
@@ -23,6 +25,10 @@ SECTIONS = ("machine", "macs", "load", "step", "decode", "sample", "memory", "qu
 """Sections of the benchmark, in the order in which they are measured."""
 REPORT, SEARCH = "report", "search"
 """What the benchmark can do beside measuring sections."""
+GROUPS = ("curve", "place", "layers", "addons")
+"""Groups of the distillation study's runs."""
+MOST_STEPS, MOST_SEED = 1000, 2**64 - 1
+"""What KOALA Sampler takes."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +49,25 @@ def host_options(parser: argparse.ArgumentParser) -> None:
     """Options of the commands that start a server."""
     parser.add_argument(
         "--comfyui",
-        type=Path,
+        type=options.comfyui,
         default=os.environ.get("COMFYUI_PATH") or None,
         metavar="DIR",
         help="your own ComfyUI, which is not changed (default: COMFYUI_PATH, else one that is fetched); it is run by "
         "the Python in its own venv, else by the one that runs this, unless COMFYUI_PYTHON names another",
     )
-    parser.add_argument("--port", type=int, help="port of the server on this machine (default: a free one)")
+    parser.add_argument("--port", type=options.port, help="port of the server on this machine (default: a free one)")
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py demo``."""
     parser.add_argument("--prompt", help="what to draw; without it: a contact sheet of several prompts")
     parser.add_argument("--negative", default="", help="what to keep out of the image")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="sampling steps (default: what the model was published with)")
-    parser.add_argument("--model", help="a KOALA folder or .safetensors file (default: the built-in koala-tiny)")
-    parser.add_argument("--out", type=Path, help="PNG to write, or a folder (default: ./koala-demo/)")
+    parser.add_argument("--seed", type=options.number(0, MOST_SEED), default=0)
+    steps = options.number(1, MOST_STEPS)
+    parser.add_argument("--steps", type=steps, help="sampling steps (default: what the model was published with)")
+    model = options.existing("a KOALA folder or .safetensors file")
+    parser.add_argument("--model", type=model, help="a KOALA folder or .safetensors file (default: koala-tiny)")
+    parser.add_argument("--out", type=options.image_to_write, help="PNG to write, or a folder (default: ./koala-demo/)")
     host_options(parser)
 
 
@@ -76,7 +84,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="*",
         metavar="WHAT",
-        choices=[[], *GENERATED],
+        type=options.one_of(*GENERATED),
         help=f"{', '.join(GENERATED)} (default: all)",
     )
     parser.add_argument(
@@ -87,31 +95,48 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redraw", action="store_true", help="draw images again that are up to date, too")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """True for a folder with the two files that make CLIP's tokenizer."""
+    return all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+
+
 def train_tiny_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py train-tiny``."""
-    parser.add_argument("--work", type=Path, default=Path("koala-tiny-training"), help="checkpoints and the result")
+    parser.add_argument(
+        "--work", type=options.folder_to_write, default="koala-tiny-training", help="checkpoints and the result"
+    )
     parser.add_argument("--teacher", action="store_true", help="train sdxl-tiny instead")
-    parser.add_argument("--tokenizer", type=Path, help="CLIP's (default: the fetched ComfyUI's comfy/sd1_tokenizer)")
+    tokenizer = options.existing("a folder with CLIP's tokenizer", has_tokenizer)
+    parser.add_argument("--tokenizer", type=tokenizer, help="CLIP's (default: the fetched ComfyUI's)")
 
 
 def pack_tiny_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py pack-tiny``."""
-    parser.add_argument("--model", type=Path, required=True, help="koala-tiny's diffusers folder, trained or distilled")
-    parser.add_argument("--out", type=Path, default=SHIPPED)
+    model = options.existing("koala-tiny's diffusers folder", Path.is_dir)
+    parser.add_argument(
+        "--model", type=model, required=True, help="koala-tiny's diffusers folder, trained or distilled"
+    )
+    parser.add_argument("--out", type=options.file_to_write, default=SHIPPED)
 
 
 def evaluate_tiny_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py evaluate-tiny``."""
-    parser.add_argument("--model", type=Path, default=SHIPPED, help="koala-tiny's file")
-    parser.add_argument("--card", type=Path, default=SHIPPED.with_suffix(".md"), help="images go beside it")
+    model = options.existing("koala-tiny's file", Path.is_file)
+    parser.add_argument("--model", type=model, default=SHIPPED, help="koala-tiny's file")
+    card = SHIPPED.with_suffix(".md")
+    parser.add_argument("--card", type=options.file_to_write, default=card, help="images go beside it")
 
 
 def lineage_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py lineage``."""
-    parser.add_argument("teacher", metavar="SDXL", type=Path, help="a .safetensors file or a Hugging Face folder")
-    parser.add_argument("student", metavar="KOALA", type=Path, help="likewise, cut out of that SDXL")
+    weights = options.existing("a .safetensors file or a Hugging Face folder")
+    parser.add_argument("teacher", metavar="SDXL", type=weights, help="a .safetensors file or a Hugging Face folder")
+    parser.add_argument("student", metavar="KOALA", type=weights, help="likewise, cut out of that SDXL")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write koala/architecture/lineage.py's tables here, too"
+        "--out",
+        type=options.file_to_write,
+        metavar="FILE",
+        help="write koala/architecture/lineage.py's tables here, too",
     )
 
 
@@ -121,12 +146,16 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
         "sections",
         nargs="*",
         metavar="SECTION",
-        choices=[[], *SECTIONS, REPORT, SEARCH],
+        type=options.one_of(*SECTIONS, REPORT, SEARCH),
         help=f"{', '.join(SECTIONS)}; {REPORT}: measure nothing, write the report again (default: all sections)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is measured (default: 3)")
+    parser.add_argument(
+        "--repeats", type=options.number(1), default=3, help="how often each thing is measured (default: 3)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--full", type=int, metavar="N", help=f"{SEARCH}: how many of 25 steps are full steps")
+    parser.add_argument(
+        "--full", type=options.number(1), metavar="N", help=f"{SEARCH}: how many of 25 steps are full steps"
+    )
     parser.add_argument("--sampler", default="euler", help=f"{SEARCH}: a sampler without noise (default: euler)")
 
 
@@ -138,15 +167,19 @@ def nodes_options(parser: argparse.ArgumentParser) -> None:
 
 def fuzz_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py fuzz``."""
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--cases", type=int, default=2000, metavar="N", help="how many damaged files (default: 2000)")
-    parser.add_argument("--only", type=int, metavar="CASE", help="this case alone, whatever becomes of it")
+    parser.add_argument("--seed", type=options.number(0), default=7)
+    parser.add_argument(
+        "--cases", type=options.number(1), default=2000, metavar="N", help="how many damaged files (default: 2000)"
+    )
+    parser.add_argument(
+        "--only", type=options.number(0), metavar="CASE", help="this case alone, whatever becomes of it"
+    )
     parser.add_argument("--record", action="store_true", help="write the figures to docs/reliability.md")
 
 
 def soak_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py soak``."""
-    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="how many (default: 500)")
+    parser.add_argument("--prompts", type=options.number(1), default=500, metavar="N", help="how many (default: 500)")
     parser.add_argument("--record", action="store_true", help="write the figures to docs/reliability.md")
 
 
@@ -157,9 +190,12 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
 
 def study_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py distill-study``."""
-    parser.add_argument("--work", type=Path, default=testhost.cache_folder() / "distillation-study")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each; 0: only write")
-    parser.add_argument("--only", nargs="*", default=[], help="some groups of runs: curve, place, layers, addons")
+    parser.add_argument("--work", type=options.folder_to_write, default=testhost.cache_folder() / "distillation-study")
+    parser.add_argument(
+        "--jobs", type=options.number(0), default=2, help="runs at the same time, one thread each; 0: only write"
+    )
+    group = options.one_of(*GROUPS)
+    parser.add_argument("--only", nargs="*", default=[], type=group, help=f"some groups of runs: {', '.join(GROUPS)}")
 
 
 COMMANDS = {
@@ -220,7 +256,7 @@ COMMANDS = {
 
 def top() -> argparse.ArgumentParser:
     """dev.py's own command line: one sub-parser for each command."""
-    parser = argparse.ArgumentParser(prog="dev.py", description="Everything for developers of the KOALA node pack.")
+    parser = options.Parser(prog="dev.py", description="Everything for developers of the KOALA node pack.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         _declare(command, commands.add_parser(name, help=command.help))
@@ -229,7 +265,7 @@ def top() -> argparse.ArgumentParser:
 
 def parser(name: str) -> argparse.ArgumentParser:
     """One command's own parser."""
-    return _declare(COMMANDS[name], argparse.ArgumentParser(prog=f"dev.py {name}"))
+    return _declare(COMMANDS[name], options.Parser(prog=f"dev.py {name}"))
 
 
 def _declare(command: Command, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -242,7 +278,12 @@ def _declare(command: Command, parser: argparse.ArgumentParser) -> argparse.Argu
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Run a command with the arguments that come after its name; returns the exit status."""
+    """Run a command with the arguments that come after its name; returns the exit status. Raises UserError."""
+    from koala_sdxl.koala.files.header import CheckpointError
+
     module, function = COMMANDS[name].function.split(":")
-    status: int | None = getattr(importlib.import_module(module), function)(list(arguments))
+    try:
+        status: int | None = getattr(importlib.import_module(module), function)(list(arguments))
+    except CheckpointError as error:  # what the pack says of a file is meant for the person, too
+        raise UserError(str(error)) from error
     return status or 0

@@ -53,7 +53,7 @@ class Request:
     negative: str = ""
     seed: int = 0
     steps: int | None = None
-    model: str | None = None
+    model: Path | None = None
     out: Path | None = None
 
 
@@ -107,7 +107,13 @@ def run(host: Host, request: Request, port: int | None = None) -> int:
 
 def serve(host: Host, port: int | None = None) -> int:
     """Leave the server up until Ctrl+C; returns the exit status. Raises UserError."""
-    DEFAULT_FOLDER.mkdir(exist_ok=True)
+    try:
+        DEFAULT_FOLDER.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{DEFAULT_FOLDER.absolute()} cannot be made ({error.strerror}); expected to make or use this folder for "
+            "pictures. Move what is in its place, or start in another folder."
+        ) from error
     say("Starting ComfyUI ...")
     with server.running(host, port=port, arguments=["--output-directory", str(DEFAULT_FOLDER.resolve())]) as running:
         say(f"The canvas: {running.url}")
@@ -116,12 +122,12 @@ def serve(host: Host, port: int | None = None) -> int:
         raise server.crashed(running, "by itself")
 
 
-def find_weights(model: str | None) -> Weights:
+def find_weights(model: Path | None) -> Weights:
     """Look at the model's files, headers only. Raises UserError if it is none that can be drawn with."""
     try:
         if model is None:
             return Weights(inspect_checkpoint(SHIPPED).model.facts("the built-in koala-tiny"))
-        path = Path(model).expanduser().resolve()
+        path = model.expanduser().resolve()
         if path.is_dir():
             facts = inspect_folder(path).model.facts(path.name)
             return Weights(facts, path, "diffusers", (("source", "diffusers folder"), ("source.folder", path.name)))

@@ -67,6 +67,6 @@ def test_captions_are_broken_to_fit() -> None:
 def test_weights_that_are_none_are_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "page.safetensors").write_text("<html>not found</html>")
     with pytest.raises(UserError, match=r"page\.safetensors"):
-        demo.find_weights(str(tmp_path / "page.safetensors"))
+        demo.find_weights(tmp_path / "page.safetensors")
     with pytest.raises(UserError, match="nothing-here"):
-        demo.find_weights(str(tmp_path / "nothing-here"))
+        demo.find_weights(tmp_path / "nothing-here")

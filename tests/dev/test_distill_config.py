@@ -187,3 +187,19 @@ def test_what_is_no_toml_is_named(tmp_path: Path) -> None:
         config.read(tmp_path / "nowhere.toml")
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         config.read(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + GIVEN.encode())
+    assert config.read(path) == config.read(written(tmp_path, GIVEN))
+
+
+@pytest.mark.parametrize(("key", "name"), [("output", "out"), ("data.cache", "cache")])
+@pytest.mark.parametrize("below", ["", "/deeper/down"])
+def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path, key: str, name: str, below: str) -> None:
+    (tmp_path / name).write_text("mine")
+    text = GIVEN.replace(f'"{name}"', f'"{name}{below}"')
+    folder = str(tmp_path / f"{name}{below}")
+    said = f"{key} = {folder!r} cannot be a folder: {tmp_path / name} is a file. Change it."
+    assert faults(tmp_path, text) == [said]

@@ -13,6 +13,7 @@ from tools import PACK, commands
 from tools.check import gates, structure
 from tools.check.coverage import Coverage
 from tools.check.usage import Usage
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, say
 
 PROCESSES = 2  # of pytest
@@ -30,8 +31,9 @@ def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     """Run the checks, then the tests; stops at the first that fails and returns its exit status.
 
     Without ``everything`` the tests marked nightly are left out. The last line of output is pytest's summary, if it
-    comes to that.
+    comes to that. Raises UserError for files of tests that are not there, which pytest would say minutes later.
     """
+    require_paths(pytest_arguments)
     usage = Usage()
     for title, check in (
         ("ruff check", lint),
@@ -49,6 +51,16 @@ def run(pytest_arguments: Sequence[str], everything: bool = False) -> int:
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
     return pytest.main([*arguments(everything), *pytest_arguments], plugins=[usage, Coverage(not pytest_arguments)])
+
+
+def require_paths(words: Sequence[str]) -> None:
+    """Raise UserError if a word that can only be a file of tests, or a folder of them, is none."""
+    for before, word in zip(("", *words), words, strict=False):
+        path = word.split("::")[0]
+        if word.startswith("-") or before.startswith("-") or not ("/" in path or path.endswith(".py")):
+            continue  # an option, or what may be an option's value
+        if not (ROOT / path).exists():
+            raise UserError(f"{word}: no such test; expected a file or folder below tests/, such as tests/unit.")
 
 
 def arguments(everything: bool) -> list[str]:

@@ -20,6 +20,7 @@ from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host, requirement_lines
 
 ADDRESS = "127.0.0.1"
+LAST_PORT = 65535
 READY_WITHIN = 900.0  # seconds; a first start on a busy machine with a cold disk takes minutes
 ENDED_WITHIN = 10.0
 FOLDERS = ("custom_nodes", "input", "models", "output", "tmp", "user")
@@ -178,9 +179,11 @@ def crashed(server: Server, when: str) -> UserError:
 
 
 def check_port(port: int | None) -> None:
-    """Raise UserError if something else listens on the port already."""
+    """Raise UserError if there is no such port, or something else listens on it already."""
     if port is None:
         return
+    if not 0 < port <= LAST_PORT:
+        raise UserError(f"Port {port}: expected 1 to {LAST_PORT}, or none to take a free one.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection lately closed does not count
         try:

@@ -122,14 +122,25 @@ def own_host(folder: Path, python: str | None) -> Host:
     """A ComfyUI that the person already has.
 
     It is run by ``python`` if that is given; else by the one in its own virtual environment or, as in the portable
-    Windows build, beside it; else by the one that runs this. Raises UserError if the folder holds no ComfyUI.
+    Windows build, beside it; else by the one that runs this. Raises UserError if the folder holds no ComfyUI, or
+    ``python`` is no program.
     """
+    check_program(python)
     folder = folder.expanduser().resolve()
     if not (folder / "main.py").is_file() or not (folder / "folder_paths.py").is_file():
         raise UserError(f"{folder}: no ComfyUI here (no main.py and folder_paths.py). Give the folder that you cloned.")
     own = [python_of(folder / "venv"), python_of(folder / ".venv"), folder.parent / "python_embeded" / "python.exe"]
     found = next((path for path in own if path.exists()), Path(sys.executable))
     return Host(folder, Path(python) if python else found, borrowed=True)
+
+
+def check_program(python: str | None) -> None:
+    """Raise UserError if the Python that COMFYUI_PYTHON names cannot be run."""
+    if python and not shutil.which(python):
+        raise UserError(
+            f"COMFYUI_PYTHON is {python}, which is no program that can be run; expected the Python of your ComfyUI. "
+            "Set it to that, or unset it."
+        )
 
 
 def ensure(environment: Environment) -> Path:

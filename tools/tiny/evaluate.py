@@ -131,12 +131,13 @@ def evaluate(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = commands.parser("evaluate-tiny").parse_args(argv)
+    metadata = read_header(arguments.model).metadata  # says what is wrong with another file
     figures, pictures = evaluate(arguments.model)
     stem = arguments.card.with_suffix("")
     sheet.save(pictures["prompts"][:72], 12, stem.with_name(stem.name + "-sheet.png"))
     pairs = torch.cat([pictures["plain"][:12], pictures["without_red"][:12]])
     sheet.save(pairs, 12, stem.with_name(stem.name + "-negative-red.png"))
-    distilled = json.loads(read_header(arguments.model).metadata.get(DISTILLATION_KEY, "null"))
+    distilled = json.loads(metadata.get(DISTILLATION_KEY, "null"))
     arguments.card.write_text(card.write(figures, stem.name, distilled))
     print(json.dumps(figures, indent=2))
     return 0

@@ -59,10 +59,11 @@ def main(arguments: list[str]) -> None:
     """The command line."""
     parser = commands.parser("bench")
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error("--repeats: expected 1 or more")
     if (options.full is None) == (SEARCH in options.sections):
         parser.error(f"--full N goes with {SEARCH}, and {SEARCH} needs it")
+    alone = [word for word in (SEARCH, REPORT) if word in options.sections]
+    if alone and len(options.sections) > 1:
+        parser.error(f"{' '.join(options.sections)}: expected {alone[0]} by itself, or sections")
     if SEARCH in options.sections:
         search.run(options.full, options.sampler)
         return

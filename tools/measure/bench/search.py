@@ -63,12 +63,27 @@ def better(table: Table, sigmas: Sequence[float], score: Callable[[Table], float
 
 
 def run(full: int, sampler: str) -> None:
-    """Search for tables of ``full`` full steps and print each better one. Raises UserError for an impossible number."""
+    """Search for tables of ``full`` full steps and print each better one.
+
+    Raises UserError for an impossible number or sampler.
+    """
+    require_sampler(sampler)
     sigmas = schedule(STEPS, "leading").sigmas[:-1].tolist()
     first = start(full, sigmas, [table for reuse in REUSE.values() for table in reuse if table])
     for table, psnr in better(first, sigmas, scorer(sampler, sigmas)):
         levels = ", ".join(f"{sigmas[step]:.4g}" for step in table)
         say(f"{psnr:.2f} dB  steps {', '.join(map(str, table))}  sigmas {levels}")
+
+
+def require_sampler(name: str) -> None:
+    """Raise UserError for a sampler that ComfyUI does not have."""
+    from tools.measure.bench import engines
+
+    engines.activate("cpu")
+    from comfy.samplers import SAMPLER_NAMES
+
+    if name not in SAMPLER_NAMES:
+        raise UserError(f"bench search: --sampler {name}; expected one of {', '.join(SAMPLER_NAMES)}.")
 
 
 def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:
