@@ -60,8 +60,9 @@ def started(folder: Path, *arguments: str) -> Iterator[Run]:
     terminal, inner = os.openpty()
     command = [sys.executable, "-c", IN_A_TERMINAL, sys.executable, str(ROOT / "dev.py"), *arguments]
     environment = {**os.environ, "TMPDIR": str(folder / "temporary"), "COMFYUI_PATH": "", "TERM": "xterm"}
-    streams = {"stdin": inner, "stdout": inner, "stderr": inner}
-    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams) as begun:
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, start_new_session=True, stdin=inner, stdout=inner, stderr=inner
+    ) as begun:
         os.close(inner)
         run = Run(psutil.Process(begun.pid), folder / "temporary", terminal)
         try:

@@ -103,7 +103,7 @@ def remove(folder: str) -> None:
 
 def main(task: str, *arguments: str) -> None:
     """End as the command did: with its exit status, or by the same signal."""
-    status = {"run": run, "keep": keep}[task](*arguments)
+    status = run(*arguments) if task == "run" else keep(*arguments)
     sys.stderr.flush()
     if status < 0 and not WINDOWS:
         if -status != signal.SIGKILL:
