@@ -77,9 +77,59 @@ def _soak(entry: history.Entry) -> Iterator[str]:
     )
 
 
+SHOWN: tuple[tuple[str, str], ...] = (
+    (
+        "a sample of 200 damaged files on each change",
+        "tests/dev/test_fuzz.py::test_damaged_files_are_refused_by_name_or_loaded_as_they_are",
+    ),
+    ("a cancelled run leaves nothing behind", "tests/host/test_nodes.py::test_a_cancelled_run_leaves_nothing_behind"),
+    (
+        "a cancelled run with KOALA Accelerate leaves nothing behind",
+        "tests/speed/test_accelerate.py::test_a_cancelled_run_leaves_nothing",
+    ),
+    (
+        "a cancelled save leaves nothing behind",
+        "tests/parity/test_saver.py::test_a_cancelled_save_leaves_nothing_behind",
+    ),
+    (
+        "what a killed save left is deleted by the next",
+        "tests/unit/test_disk.py::test_what_a_killed_process_left_is_deleted_by_the_next",
+    ),
+    (
+        "a file gets its name only when all of it is on the disk",
+        "tests/unit/test_disk.py::test_all_is_on_the_disk_before_it_gets_its_name",
+    ),
+    (
+        "a disk that is too small is refused before anything is written",
+        "tests/unit/test_disk.py::test_a_disk_that_is_too_small_is_refused_untouched",
+    ),
+    (
+        "a disk that fills up while a model is saved: a message, nothing left",
+        "tests/unit/test_disk.py::test_a_disk_that_fills_up_meanwhile_leaves_nothing_behind",
+    ),
+    (
+        "the same by the node in a server",
+        "tests/host/test_save_node.py::test_a_full_disk_is_said_and_left_as_it_was",
+    ),
+    (
+        "a file that is overwritten in place does not change a loaded model",
+        "tests/parity/test_overwritten.py::test_a_loaded_model_is_not_the_files_any_more",
+    ),
+    (
+        "a file that was replaced is read again",
+        "tests/host/test_nodes.py::test_a_model_is_loaded_once_and_again_when_its_file_changes",
+    ),
+    (
+        "a server of `dev.py` ends with the process that started it, whatever ends that",
+        "tests/dev/test_killed.py::test_a_signal_ends_the_server_too",
+    ),
+)
+"""What tests assert, and one test of each."""
+
 TESTS = (
     "## Kills, cancels, full disks",
     "",
-    "Asserted by tests, on each change:",
+    "Asserted by tests, of which this table names one each:",
     "",
+    *table(("what", "test"), ((what, f"`{test}`") for what, test in SHOWN)),
 )

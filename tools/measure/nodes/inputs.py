@@ -55,6 +55,9 @@ def inputs_of(node: Any, optional: bool = True) -> dict[str, Any]:
 NOT_NEUTRAL: dict[str, float] = {"ModelMerge": 0.5, "UNet": 1.2}
 """Beginning of a node's name -> value for its widgets whose default value is 1, at which these nodes change nothing."""
 
+FOR_SMALL_IMAGES: dict[tuple[str, str], int] = {("FreSca", "freq_cutoff"): 4, ("HyperTile", "tile_size"): 64}
+"""Node and widget -> value in the place of a default value that is beyond koala-tiny's images."""
+
 
 def reason_left_out(name: str) -> str:
     """Why a node is not run; empty for one that is."""
@@ -85,6 +88,8 @@ def filled(name: str, model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(kind, list) or kind == "COMBO":
             choices = kind if isinstance(kind, list) else options["options"]
             inputs[key] = options.get("default", choices[0])
+        elif (name, key) in FOR_SMALL_IMAGES:
+            inputs[key] = FOR_SMALL_IMAGES[name, key]
         elif "default" in options:
             inputs[key] = _default(name, options["default"])
         elif kind in made:

@@ -108,8 +108,9 @@ def page(entry: Mapping[str, Any]) -> str:
             "model of its layers, as narrow, with random weights: whether a node changes the result can be seen, "
             "whether for the better cannot. Each node was run by KSampler and by KOALA Sampler, alone, before KOALA "
             "Accelerate and behind it (preset balanced), with the default values of its widgets; those that do nothing "
-            "at 1 (model merging, attention multipliers) at 0.5 and 1.2. Second models are the same with a LoRA or "
-            "another last layer.",
+            "at 1 (model merging, attention multipliers) at 0.5 and 1.2, and two whose values are beyond koala-tiny's "
+            "small images (FreSca, HyperTile) at smaller ones. Second models are the same with a LoRA or another last "
+            "layer.",
             "",
             "- *works*: the result is another than without the node, and koala-tiny still draws what is asked for",
             "- *no effect*: the result is the same as without the node",

@@ -79,7 +79,7 @@ def prepared() -> Iterator[None]:
             yield
         finally:
             _folder.clear()
-            for cached in (models, fixtures_of, _baseline):
+            for cached in (models, fixtures_of, _prompts, _baseline):
                 cached.cache_clear()
 
 
@@ -108,6 +108,7 @@ def fixtures_of(model: str) -> dict[str, Any]:
     return {**fixtures_of("700M"), "second MODEL": other}
 
 
+@cache
 def _prompts(model: str, negative: str) -> Any:
     return KoalaPrompt.execute(models()[model][1], PROMPT, negative, "no style", "reference").result
 
