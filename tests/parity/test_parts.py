@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import comfy.sd
 import comfy.sdxl_clip
+import comfy.supported_models
 import comfy.supported_models_base
 import comfy.text_encoders.long_clipl
 import pytest
 import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy_extras.nodes_model_merging import CLIPSave, VAESave
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host import saver
 from koala_sdxl.koala.architecture.component_keys import old_vae_name
-from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.architecture.components import CLIP_G, CLIP_L, SDXL_VAE
+from koala_sdxl.koala.architecture.keys import Shape
+from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL
 from koala_sdxl.koala.files import convert
 from koala_sdxl.koala.files.conventions import CLIP_PREFIXES, VAE_PREFIX
 from koala_sdxl.koala.files.header import CheckpointError
-from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_text_encoders, inspect_vae
+from koala_sdxl.koala.files.inspect import (
+    inspect_checkpoint,
+    inspect_text_and_vae,
+    inspect_text_encoder,
+    inspect_text_encoders,
+    inspect_vae,
+)
 from koala_sdxl.nodes.load import load_parts
+from tests.unit import files
 from tools.measure import parity
 
 State = dict[str, torch.Tensor]
@@ -148,6 +159,35 @@ def test_what_cores_nodes_save_is_loaded(tmp_path: Path) -> None:
     )
     comfy.sd.save_checkpoint(str(tmp_path / "whole.safetensors"), model, clip, vae)
     assert same(networks(*koala_loader.load_checkpoint(tmp_path / "whole.safetensors")[1:]), networks(clip, vae))
+
+
+def _named(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    return {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_sdxl_as_core_builds_and_saves_it_is_whole(tmp_path: Path) -> None:
+    """At true size, names and shapes alone; with what published checkpoints hold besides."""
+    clip = comfy.sdxl_clip.SDXLClipModel(device="meta", dtype=torch.float16).state_dict()
+    saved = comfy.supported_models.SDXL(koala_loader.unet_config(SDXL)).process_clip_state_dict_for_saving(dict(clip))
+    ddconfig = {
+        **{"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128},
+        **{"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0},
+    }
+    with torch.device("meta"):
+        vae = AutoencoderKL(ddconfig=ddconfig, embed_dim=4).state_dict()
+    shapes: dict[str, Shape] = {**_named("", saved), **_named("first_stage_model.", vae)}
+    more: dict[str, Shape] = {
+        "denoiser.sigmas": (1000,),
+        "conditioner.embedders.0.logit_scale": (),
+        "conditioner.embedders.0.text_projection.weight": (768, 768),
+        "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids": (1, 77),
+    }
+    for found in (shapes, shapes | more):
+        first, second, third = inspect_text_and_vae(files.write(tmp_path / "sd_xl_base_1.0.safetensors", found), SDXL)
+        assert (first.sizes, second.sizes, third.sizes) == (CLIP_L, CLIP_G, SDXL_VAE)
+    alone = {name.removeprefix("clip_g.transformer."): t for name, t in clip.items() if name.startswith("clip_g.tr")}
+    assert inspect_text_encoder(files.write(tmp_path / "g.safetensors", _named("", alone))).sizes == CLIP_G
+    assert inspect_vae(files.write(tmp_path / "sdxl_vae.safetensors", _named("", vae))).sizes == SDXL_VAE
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16], ids=str)
