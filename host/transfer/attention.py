@@ -72,7 +72,7 @@ class Idle(NamedTuple):
     ``transformers``: those that have a weight; ``lost``: those of them that the KOALA lacks.
     """
 
-    count: int
+    patches: int
     of: int
     transformers: tuple[int, ...]
     lost: tuple[int, ...]
@@ -130,7 +130,8 @@ def drop_companions(model_options: MutableMapping[str, Any], remapping: Remappin
 
 def idle(options: Mapping[str, Any], lineage: Lineage) -> Idle:
     """The remapped patches that have no effect, as their weights are for other transformers than theirs."""
-    count, weighted, patches = 0, set(), _remapped(options)
+    weighted: set[int] = set()
+    count, patches = 0, _remapped(options)
     order, blocks = lineage.attention_order, list(lineage.depths)
     for (_, place), patch in patches.items():
         weights = transformer_weights(patch.patch, len(_transformers(lineage)))
@@ -144,7 +145,7 @@ def idle(options: Mapping[str, Any], lineage: Lineage) -> Idle:
 def idle_line(options: Mapping[str, Any], lineage: Lineage) -> list[str]:
     """A line on them for a report; none where every patch has an effect."""
     found = idle(options, lineage)
-    if not found.count:
+    if not found.patches:
         return []
     koala, blocks = name(lineage.student), _transformers(lineage)
 
@@ -156,7 +157,7 @@ def idle_line(options: Mapping[str, Any], lineage: Lineage) -> list[str]:
         f"which {koala} lacks" if found.lost == found.transformers else f"of which {koala} lacks {listed(found.lost)}"
     )
     return [
-        f"{found.count} of the {found.of} remapped patches have no effect: their weights are for SDXL's {all_of_them}, "
+        f"{found.patches} of the {found.of} remapped patches have no effect: their weights are for SDXL's {all_of_them}, "
         f"{lacks} (IP-Adapter's style is transformer 6, its composition 3); choose one weight for all layers"
     ]
 

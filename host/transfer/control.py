@@ -50,8 +50,9 @@ class _Adapter:
 
     def _own(self, method: str) -> Callable[..., Any]:
         """The ControlNet's own method, as another pack set it or as its class has it."""
-        own: Callable[..., Any] = getattr(type(self.control), method).__get__(self.control)
-        return self._behind.get(method, own)
+        own = getattr(type(self.control), method).__get__(self.control)
+        found: Callable[..., Any] = self._behind.get(method, own)
+        return found
 
     def pre_run(self, model: BaseModel, percent_to_timestep_function: Callable[[float], float]) -> None:
         lineage = sampled_lineage(model)

@@ -48,6 +48,8 @@ def adapted(control: Any) -> Any:
 class Keyframed:
     """Mixed into core's classes. Sets its functions on the instance, where they go before any class's."""
 
+    previous_controlnet: Any
+
     def begin(self, base: Any) -> None:
         self.base = base
         self.keyframes: tuple[tuple[float, float], ...] = ()
@@ -64,13 +66,13 @@ class Keyframed:
         started = [strength for sigma, strength in self.strengths if float(t[0]) <= sigma]
         self.now = started[-1] if started else 1.0
         if self.now == 0.0:
-            before: Any = self.previous_controlnet
+            before = self.previous_controlnet
             return None if before is None else before.get_control(x, t, cond, batched, options)
         return self.base.get_control(x, t, cond, batched, options)
 
     def control_merge_by_layer(self, control: Any, before: Any, output_dtype: Any) -> Any:
         """A strength for each of SDXL's layers, and a mask."""
-        merged = comfy.controlnet.ControlBase.control_merge(self, control, None, output_dtype)  # type: ignore[arg-type]
+        merged = comfy.controlnet.ControlBase.control_merge(self, control, None, output_dtype)
         for listed in merged.values():
             for layer, residual in enumerate(listed):
                 if residual is not None:
