@@ -157,8 +157,8 @@ def idle_line(options: Mapping[str, Any], lineage: Lineage) -> list[str]:
         f"which {koala} lacks" if found.lost == found.transformers else f"of which {koala} lacks {listed(found.lost)}"
     )
     return [
-        f"{found.patches} of the {found.of} remapped patches have no effect: their weights are for SDXL's {all_of_them}, "
-        f"{lacks} (IP-Adapter's style is transformer 6, its composition 3); choose one weight for all layers"
+        f"{found.patches} of the {found.of} remapped patches have no effect: their weights are for SDXL's "
+        f"{all_of_them}, {lacks} (IP-Adapter's style is transformer 6, its composition 3); choose one weight for all layers"
     ]
 
 
