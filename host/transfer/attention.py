@@ -158,7 +158,7 @@ def idle_line(options: Mapping[str, Any], lineage: Lineage) -> list[str]:
     )
     return [
         f"{found.patches} of the {found.of} remapped patches have no effect: their weights are for SDXL's "
-        f"{all_of_them}, {lacks} (IP-Adapter's style is transformer 6, its composition 3); choose one weight for all layers"
+        f"{all_of_them}, {lacks} (IP-Adapter's style is transformer 6, its composition 3); choose one weight for all"
     ]
 
 
