@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from safetensors import safe_open
+
 from ..architecture.keys import Shape
+from ..files.header import Header
 from .kinds import (
     ALPHA,
     BIAS,
@@ -22,7 +25,7 @@ from .kinds import (
     UnsupportedError,
     read,
 )
-from .names import bare
+from .names import Groups, bare
 from .scale import Config
 
 Outcome = Literal["applied", "folded", "removed", "mismatch", "incomplete", "malformed", "unsupported", "unknown"]
@@ -105,6 +108,27 @@ class Tables:
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, str]
     values: Values
+
+
+FEW = 16
+"""Elements of the largest tensor that ``tables`` reads: a shape, or a number."""
+
+
+def tables(header: Header, groups: Groups) -> Tables:
+    """What is known of a file's tensors: its header, and the numbers of its alphas and shapes; those of many elements
+    are left out. ``groups``: its tensors, by module and suffix."""
+    wanted = [
+        name
+        for suffixes in groups.values()
+        for suffix in (ALPHA, RESHAPE)
+        for name in suffixes.get(suffix, ())
+        if math.prod(header.shapes[name]) <= FEW and header.dtypes[name] != "BOOL"
+    ]
+    values: Values = {}
+    if wanted:
+        with safe_open(header.path, framework="pt") as file:
+            values = {name: tuple(map(float, file.get_tensor(name).flatten().tolist())) for name in wanted}
+    return Tables(header.shapes, header.dtypes, values)
 
 
 def judge(suffixes: Mapping[str, tuple[str, ...]], file: Tables) -> Contents:

@@ -19,11 +19,10 @@ from ..files.conventions import label
 from ..files.header import CheckpointError, Header, read_header
 from ..files.other_models import describe
 from .kinds import MalformedError, other_kind, split
-from .modules import WORDS, Contents, Layer, Module, Outcome, Tables, judge, placed
+from .modules import WORDS, Contents, Layer, Module, Outcome, Tables, judge, placed, tables
 from .names import TEXT, find, group, text_aliases, text_shapes
 from .origin import Origin, TrainedOn, origin_of
 from .scale import Config, configs
-from .weights import read_values
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,8 @@ def inspect_lora(
     )
     if not any(split(key)[1] for key in header.shapes):
         raise _not_a_lora(file, header)
-    tables = Tables(header.shapes, header.dtypes, read_values(header, groups))
-    contents = {module: judge(suffixes, tables) for module, suffixes in groups.items()}
+    known = tables(header, groups)
+    contents = {module: judge(suffixes, known) for module, suffixes in groups.items()}
     _refuse_other_kinds(file, groups, contents)
     settings = configs(header)
     unet = {module: found for module, found in contents.items() if not TEXT.match(module)}
@@ -151,7 +150,7 @@ def inspect_lora(
         base = next((config.base for config in settings.values()), "")
         metadata = {"base_model_name_or_path": base, **header.metadata}
         origin = origin_of(file, {module: found.made for module, found in unet.items()}, metadata, target, trained_on)
-    placing = _Placing(tables)
+    placing = _Placing(known)
     modules = _unet(placing, unet, target, origin, fold, kept_transformers, settings.get("unet"))
     texts = _text(placing, contents, encoders, weights, settings)
     source = next((config.source for config in settings.values()), "")

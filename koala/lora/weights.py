@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..files.header import Header
-from .kinds import ALPHA, RESHAPE
-from .modules import Outcome, Values
-
-if TYPE_CHECKING:
-    from .modules import Module
-    from .plan import Plan
-
-FEW = 16
-"""Elements of the largest tensor that ``read_values`` reads: a shape, or a number."""
+from .modules import Module, Outcome
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -31,22 +22,6 @@ class Loaded:
     folds: tuple[Mapping[str, Tensor], ...] = field(repr=False)
     """Changes of removed transformer blocks, each group to be applied by itself on top."""
     text: Mapping[str, Tensor] = field(repr=False)
-
-
-def read_values(header: Header, groups: Mapping[str, Mapping[str, Iterable[str]]]) -> Values:
-    """The numbers of a file's alphas and other single values, by the tensors' names; those of many elements are left
-    out."""
-    wanted = [
-        name
-        for suffixes in groups.values()
-        for suffix in (ALPHA, RESHAPE)
-        for name in suffixes.get(suffix, ())
-        if torch.Size(header.shapes[name]).numel() <= FEW and header.dtypes[name] != "BOOL"
-    ]
-    if not wanted:
-        return {}
-    with safe_open(header.path, framework="pt") as file:
-        return {name: tuple(map(float, file.get_tensor(name).flatten().tolist())) for name in wanted}
 
 
 def load(plan: Plan) -> Loaded:
