@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from koala_sdxl.koala.architecture.layout import name
+from koala_sdxl.koala.architecture.layout import KOALA_700M, name
 from tools import commands
 from tools.harness import testhost
 from tools.measure.markdown import table
 from tools.measure.transfer.attention_patches import patched_layers
 from tools.measure.transfer.control_residuals import residuals
+from tools.measure.transfer.libraries.compare import BOUND, Outcome, compare
+from tools.measure.transfer.libraries.kinds import KINDS, versions
 from tools.measure.transfer.lora import SQUARE_BOUND, reach, square
 from tools.measure.transfer.models import KOALAS
 from tools.synthetic import adapters
@@ -54,6 +56,8 @@ def text() -> str:
             ),
         ),
         "",
+        *adapter_files(),
+        "",
         "## ControlNet",
         "",
         "An SDXL ControlNet (random weights, core's loader and sampler) gives nine residuals for skip connections and "
@@ -90,6 +94,38 @@ def text() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def adapter_files() -> list[str]:
+    """The section on files that the training libraries themselves write."""
+    found = [(kind, compare(kind, KOALA_700M)[0]) for kind in KINDS]
+    names = ", ".join(f"{library} {version}" for library, version in versions().items())
+    refused = [kind.name for kind, compared in found if compared.refused]
+    return [
+        "### Files of the training libraries",
+        "",
+        f"{names}: each attaches an adapter with random numbers to a narrow SDXL and saves it. What the library itself "
+        f"merges into SDXL is cut to KOALA-700M; KOALA LoRA Loader applies the file to a KOALA-700M that was cut out "
+        f"before. *Right*: of the weights and biases that the library changed, how many are the same both ways. "
+        f"*Difference*: the largest, as a share of the weight's own change (fp32; bound {BOUND:g}). The report names "
+        f"every module that is not applied.",
+        "",
+        *table(
+            ("library", "kind", "strength", "U-Net right", "difference", "text encoders right", "difference"),
+            (
+                (kind.library, kind.name, f"{kind.strength:g}", *_shares(compared.unet), *_shares(compared.text))
+                for kind, compared in found
+                if not compared.refused
+            ),
+        ),
+        "",
+        f"Refused by their own names, as ComfyUI cannot apply them: {', '.join(refused)}.",
+    ]
+
+
+def _shares(part: Outcome) -> tuple[str, str]:
+    changed = part.right + part.wrong + part.untouched
+    return (f"{part.right} of {changed}", f"{part.difference:.1g}") if changed else ("", "")
 
 
 def main(arguments: list[str]) -> int:
