@@ -93,6 +93,12 @@ def _loras() -> Iterator[Base]:
     for kind, naming in dict.fromkeys(ways):
         yield _lora(f"LoRA file, {kind}, {naming}", adapters.lora(sdxl, kind, naming, only=_some))
     yield _lora("LoRA file, KOALA's own", adapters.lora(KOALA_TINY, only=adapters.in_attention))
+    plain = adapters.lora(sdxl, "LoRA", "diffusers, PEFT", only=_some)
+    plain = {key: tensor for key, tensor in plain.items() if not key.endswith(".alpha")}
+    for place, rslora in enumerate((False, True)):
+        stated = {"unet.r": adapters.RANK, "unet.lora_alpha": 3.0 + place, "unet.use_rslora": rslora}
+        name = f"LoRA file, diffusers, PEFT, strength in the header{', rsLoRA' if rslora else ''}"
+        yield _lora(name, plain, {"lora_adapter_metadata": json.dumps(stated)})
     text = adapters.text_lora(1, 32, 128) | adapters.text_lora(1, 64, 256, "lora_te2")
     yield _lora("LoRA file, with text encoders", adapters.lora(sdxl, only=_some) | text)
 
@@ -105,11 +111,11 @@ def _some(tensor: Any) -> bool:
     )
 
 
-def _lora(name: str, state: State) -> Base:
+def _lora(name: str, state: State, metadata: Mapping[str, str] | None = None) -> Base:
     alphas = [key for key in state if key.endswith(".alpha")]
     for place, key in enumerate(alphas):  # each its own: which one a patch has can be told
         state[key] = torch.tensor(1.0 + place / 256)
-    return Base(name, "LoRA", _load_lora, {"": Weights.of(state)}, is_lora=True)
+    return Base(name, "LoRA", _load_lora, {"": Weights.of(state, metadata)}, is_lora=True)
 
 
 def _load_lora(path: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,18 +13,20 @@ from typing import Any
 import comfy.lora
 import torch
 
+from koala_sdxl.koala.files.header import read_header
 from tools.fuzz.bases import Base, Weights, lora_target
 from tools.fuzz.tensors import file_tensors
 
-Slots = dict[tuple[str, int, int], "torch.Tensor | float | int"]
-"""(patched weight, number of the patch, number of its value) -> value."""
+Place = tuple[str, int, int]
+"""Patched weight, number of the patch, number of its value."""
+Slots = dict[Place, "torch.Tensor | float | int"]
 
 
 @dataclass(frozen=True)
 class Clean:
     """An undamaged LoRA: the file's tensor that each patch's value is, and the modules that are applied."""
 
-    names: Mapping[tuple[str, int, int], str]
+    names: Mapping[Place, str]
     applied: frozenset[str]
     files: Mapping[str, torch.Tensor]
 
@@ -40,13 +44,14 @@ def differences(base: Base, clean: Clean, path: Path, loaded: Any) -> Iterator[s
     files = file_tensors(base, path)
     present = {_bytes(tensor): name for name, tensor in files.items()}
     used: set[str] = set()
-    for place, value in _slots(loaded).items():
+    slots, scale = _slots(loaded), _stated_scale(path)
+    for place, value in slots.items():
         name = clean.names.get(place)
         if name in files and _bytes(value) == _bytes(files[name]):
             used.add(name)
         elif other := present.get(_bytes(value)):
             used.add(other)
-        elif isinstance(value, torch.Tensor) or (name in files) or not _is_rank(value, name, files):
+        elif isinstance(value, torch.Tensor) or name in files or not _is_scale(value, place, slots, scale):
             yield f"{place[0]} is patched with numbers that the file lacks, in the place of {name}"
     applied = _applied(loaded)
     for module in applied:
@@ -63,10 +68,20 @@ def differences(base: Base, clean: Clean, path: Path, loaded: Any) -> Iterator[s
     yield from _lost(base, clean, files, loaded, applied)
 
 
-def _is_rank(value: float, name: str | None, files: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a number that the file lacks is its module's rank: an alpha that changes nothing."""
-    module = name.removesuffix(".alpha") if name else ""
-    return any(value in tensor.shape for key, tensor in files.items() if key.startswith(module))
+def _is_scale(value: float, place: Place, slots: Slots, scale: float) -> bool:
+    """Whether a number that the file lacks is the alpha that its configuration asks for: a rank, times its scale."""
+    beside = [other for where, other in slots.items() if where[:2] == place[:2] and isinstance(other, torch.Tensor)]
+    return any(math.isclose(value, size * scale, rel_tol=1e-6) for other in beside for size in other.shape)
+
+
+def _stated_scale(path: Path) -> float:
+    """The scale that PEFT's configuration in a file's header asks for, 1 where there is none."""
+    text = read_header(path).metadata.get("lora_adapter_metadata")
+    stated = {key.removeprefix("unet."): value for key, value in json.loads(text).items()} if text else {}
+    if not stated:
+        return 1.0
+    rank = stated.get("r", 8)
+    return float(stated.get("lora_alpha", 8)) / (math.sqrt(rank) if stated.get("use_rslora") else rank)
 
 
 def _lost(base: Base, clean: Clean, files: Mapping[str, torch.Tensor], loaded: Any, applied: set[str]) -> Iterator[str]:

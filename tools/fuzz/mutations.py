@@ -214,8 +214,9 @@ def metadata(weights: Weights, random: Random) -> str:
         text = random.choice(['{"down_blocks.1.attentions.0": [0]}', '{"x": [1]}', '{"down_blocks.1.attentions.0": 1}'])
     elif key == "lora_adapter_metadata" and random.random() < 0.7:
         values = [None, 0, -1, 1e308, float("nan"), "4", [4], {"a": 1}, True, 4]
-        stated = {f"{place}.{name}": random.choice(values) for place in ("unet", "") for name in ("r", "lora_alpha")}
-        text = json.dumps(stated | {"unet.use_rslora": random.choice(values), "unet.alpha_pattern": values[7]})
+        stated = {"unet.r": random.choice((2, 2, *values)), "unet.lora_alpha": random.choice((1, 16.0, *values))}
+        stated |= {"unet.use_rslora": random.choice((True, False, None)), "unet.alpha_pattern": {"a": 1}}
+        text = json.dumps(stated)
     weights.metadata[key] = text
     return f"metadata {key} = {text[:60]!r}"
 
