@@ -74,10 +74,12 @@ def require_plain(subject: str, stored: Collection[str], names: Iterable[str], r
 
     Raises CheckpointError.
     """
-    if set(stored) - BY_STORED_NAME.keys() or any(key.endswith(QUANTISED) for key in names):
+    marks = [key for key in names if key.endswith(QUANTISED)]
+    if marks or set(stored) - BY_STORED_NAME.keys():
+        found = ", ".join((*sorted(stored), *marks[:1]))
         raise CheckpointError(
-            f"{subject} quantised or in an unusual type ({', '.join(sorted(stored))}); expected plain weights in one "
-            f"of {', '.join(BY_STORED_NAME)}. Quantised files need the loader of the pack that made them. {remedy}"
+            f"{subject} quantised or in an unusual type ({found}); expected plain weights in one of "
+            f"{', '.join(BY_STORED_NAME)}. Quantised files need the loader of the pack that made them. {remedy}"
         )
 
 

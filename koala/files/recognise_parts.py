@@ -24,6 +24,8 @@ from .header import CheckpointError, Source
 from .other_models import describe
 from .recognise import require_plain
 
+OF_A_CHECKPOINT = "Fetch the file again, or choose another checkpoint."
+
 
 def recognise_text_encoder(source: Source, kind: TextKind | None = None, outer: str = "") -> TextEncoder:
     """Sizes of the text encoder in a source, which is complete.
@@ -39,16 +41,21 @@ def recognise_text_encoder(source: Source, kind: TextKind | None = None, outer: 
     try:
         size = text_encoder_sizes(shapes)
     except KeyError as missing:
-        what = f"CLIP-{kind.upper()}" if kind else "a CLIP-L or CLIP-G text encoder of SDXL"
+        if kind:
+            raise CheckpointError(
+                f"{label(source.path)}: its CLIP-{kind.upper()} has no layers; expected tensors under {source.prefix} "
+                f"with the names of transformers or open_clip. {OF_A_CHECKPOINT}"
+            ) from None
         raise CheckpointError(
-            f"{label(source.path)} is {describe(source.header.shapes)}; expected {what}, under the names of "
-            f"transformers or open_clip (missing: {source.prefix}{missing.args[0]}). Put SDXL's text encoders into "
-            f"models/text_encoders."
+            f"{label(source.path)} is {describe(source.header.shapes)}; expected a CLIP-L or CLIP-G text encoder of "
+            f"SDXL, under the names of transformers or open_clip (missing: {missing.args[0]}). Put SDXL's text "
+            f"encoders into models/text_encoders."
         ) from None
     role = kind or size.kind
     if role == "g":
         size = replace(size, projection=size.hidden)
-    part = Part(source, outer or source.prefix, f"CLIP-{role.upper()}", "Fetch the text encoder again.")
+    remedy = OF_A_CHECKPOINT if kind else "Fetch the text encoder again."
+    part = Part(source, outer or source.prefix, f"CLIP-{role.upper()}", remedy)
     part.require_sizes(size.fault)
     part.require_exact(expected_text_tensors(size, shapes), lambda key: unused_in_text_encoder(key, role))
     return size
@@ -60,11 +67,16 @@ def recognise_vae(source: Source) -> Autoencoder:
     try:
         size = autoencoder_sizes(shapes)
     except KeyError as missing:
+        if source.prefix:
+            raise CheckpointError(
+                f"{label(source.path)}: its VAE has no stages; expected tensors such as "
+                f"{source.prefix}{missing.args[0]}. {OF_A_CHECKPOINT}"
+            ) from None
         raise CheckpointError(
             f"{label(source.path)} is {describe(source.header.shapes)}; expected SDXL's VAE (missing: "
-            f"{source.prefix}{missing.args[0]}). Put SDXL's VAE into models/vae."
+            f"{missing.args[0]}). Put SDXL's VAE into models/vae."
         ) from None
-    part = Part(source, source.prefix, "VAE", "Put SDXL's VAE into models/vae.")
+    part = Part(source, source.prefix, "VAE", OF_A_CHECKPOINT if source.prefix else "Put SDXL's VAE into models/vae.")
     part.require_sizes(size.fault)
     part.require_exact(expected_vae_tensors(size, shapes), unused_in_vae)
     return size

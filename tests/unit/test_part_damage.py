@@ -183,6 +183,30 @@ def test_the_first_line_counts_and_names(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        ("conditioner.embedders.0.transformer.", "its CLIP-L has no layers; expected tensors under {} with"),
+        ("conditioner.embedders.1.model.", "its CLIP-G has no layers; expected tensors under {} with"),
+        ("first_stage_model.", "its VAE has no stages; expected tensors such as {}encoder.down.0.block.0.conv1.weight"),
+    ],
+)
+def test_a_part_under_other_names_is_named_with_those_that_are_expected(before: str, says: str, tmp_path: Path) -> None:
+    """Whatever stands in the place of a part: the message names the file, the part and the names it should have."""
+    shapes, dtypes = BUILT_IN
+    outer = before.removesuffix("transformer.").removesuffix("model.") if before.startswith("cond") else before
+    names = {name: name.replace(before, f"{outer}net.") for name in shapes}
+    path = files.write(
+        tmp_path / "it.safetensors",
+        {names[name]: shape for name, shape in shapes.items()},
+        {names[name]: dtype for name, dtype in dtypes.items()},
+    )
+    with pytest.raises(CheckpointError) as caught:
+        inspect_text_and_vae(path)
+    assert str(caught.value).startswith(f"it.safetensors: {says.format(before)}")
+    assert str(caught.value).endswith(" Fetch the file again, or choose another checkpoint.")
+
+
 def test_an_encoder_that_lost_its_last_layer_is_not_a_smaller_encoder(tmp_path: Path) -> None:
     found = {name: shape for name, shape in reference.clip_l().items() if ".layers.11." not in name}
     with pytest.raises(CheckpointError, match=r"16 missing \(first: text_model\.encoder\.layers\.11\."):
