@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import dev
-from tools.commands import MOST_SEED, MOST_STEPS
+from tools.commands import COMMANDS, MOST_SEED, MOST_STEPS
 from tools.harness.testhost import ROOT
 
 WRONG = {
@@ -72,6 +72,7 @@ WRONG = {
         ("--seed -1", "--seed: -1: expected a whole number of 0 or more"),
         ("--only first", "--only: first: expected a whole number of 0 or more"),
     ],
+    "nodes": [("--reprot", "unrecognized arguments: --reprot")],
     "soak": [("--prompts 0", "--prompts: 0: expected a whole number of 1 or more")],
     "train-tiny": [
         ("--work {file}", "--work: {file}: expected a folder; this is a file"),
@@ -98,6 +99,10 @@ WRONG = {
 }
 """Command -> arguments, and what is said of them."""
 CASES = [(command, words, said) for command, cases in WRONG.items() for words, said in cases]
+
+
+def test_every_command_has_its_cases() -> None:
+    assert {name for name, command in COMMANDS.items() if not command.passes_on} == WRONG.keys()
 
 
 @pytest.fixture(scope="module")

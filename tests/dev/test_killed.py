@@ -1,4 +1,4 @@
-"""`dev.py serve` and `demo` leave nothing behind, whatever ends them: no server, no memory, no temporary folder."""
+"""`dev.py serve` and `demo` leave nothing behind, whatever ends them: no server, no browser, no temporary folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from tests.dev.test_lifeline import gone, wait_for
+from tools.harness import browser
+from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
@@ -112,3 +114,32 @@ def test_a_demo_that_is_killed_while_it_packs(host: Host, tmp_path: Path) -> Non
         wait_for(run.is_packing)
         run.process.kill()
         leaves_nothing(run, [])
+
+
+BROWSER = """
+import time
+from tools.harness import browser
+with browser.browser() as started:
+    started.new_page()
+    print("ready", flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_browser_ends_with_its_process(tmp_path: Path, name: str) -> None:
+    """Playwright's own doing: its driver stops the browser, and removes the profile, when it is left alone."""
+    try:
+        browser.chromium()
+    except UserError as problem:
+        pytest.skip(str(problem))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", BROWSER]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as begun:
+        assert begun.stdout
+        assert begun.stdout.readline() == "ready\n"
+        below = psutil.Process(begun.pid).children(recursive=True)
+        assert len(below) > 1
+        begun.send_signal(getattr(signal, name))
+    wait_for(lambda: all(map(gone, below)))
+    wait_for(lambda: not any(tmp_path.iterdir()))
