@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,16 @@ def apply(folder: Path, state: State, strength: float = 0.8) -> Any:
     return apply_lora(parity.tiny_models()[0], transfer.clip(), folder / "some.safetensors", strength, strength)
 
 
+@cache
+def weights() -> State:
+    """koala-tiny's U-Net, unpatched."""
+    found: State = parity.tiny_models()[0].model_state_dict()
+    return found
+
+
 def changed(model: Any, key: str) -> bool:
     """Whether a weight's patches change it, to finite numbers of the same shape."""
-    weight = model.model_state_dict()[key].float()
+    weight = weights()[key].float()
     patched = comfy.lora.calculate_weight(model.patches[key], weight.clone(), key)
     return patched.shape == weight.shape and bool(patched.isfinite().all()) and not torch.equal(patched, weight)
 

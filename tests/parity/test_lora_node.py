@@ -11,6 +11,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_hooks import SetClipHooks
 from safetensors.torch import save_file
 
 from koala_sdxl.koala.architecture.keys import tensors
@@ -80,7 +81,9 @@ def test_a_lora_of_the_text_encoders_alone(loras: Path) -> None:
     assert len(clip.patcher.patches) == 6
     assert report == "some.safetensors\ntext encoders: 6 of 6 applied"
     far = {key.replace("layers_0", "layers_30"): value for key, value in adapters.text_lora(1, 32, 128).items()}
-    with pytest.raises(CheckpointError, match=r"^some\.safetensors: none of its 6 modules can be applied .* \(6 unknown"):
+    with pytest.raises(
+        CheckpointError, match=r"^some\.safetensors: none of its 6 modules can be applied .* \(6 unknown"
+    ):
         load(loras, far, model)
 
 
@@ -143,6 +146,30 @@ def test_a_hooked_lora_samples_as_a_loaded_one(loras: Path) -> None:
     found = transfer.sample(model, hooked, steps=2)
     assert (wanted - plain).abs().max() > 0.01
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_hooked_lora_encodes_as_a_loaded_one(loras: Path) -> None:
+    """Both text encoders, DoRA in diffusers' names among it: the text is the same by hooks and by the loader."""
+    model = parity.tiny_models()[0]
+    state = adapters.text_lora(2, 32, 128, "lora_te1") | adapters.text_lora(2, 64, 256, "lora_te2_text_model_x")
+    module = "text_encoder_2.encoder.layers.0.mlp.fc1"
+    state = {key: value for key, value in state.items() if "_x_" not in key} | {
+        f"{module}.lora_A.weight": 0.2 * torch.randn(2, 64),
+        f"{module}.lora_B.weight": 0.2 * torch.randn(256, 2),
+        f"{module}.lora_magnitude_vector": 1 + torch.rand(256),
+    }
+    loaded = load(loras, state, model, strength_clip=0.7)[1]
+    hooks, report = KoalaHookLora.execute(model, "some.safetensors", 1.0, 0.7, "auto").result
+    assert "text encoders: 13 for the CLIP that the hooks are set on" in report
+    (hooked,) = SetClipHooks().apply_hooks(transfer.clip(), False, False, hooks)
+    wanted, found, plain = (encode(clip) for clip in (loaded, hooked, transfer.clip()))
+    assert (wanted - plain).abs().max() > 0.01
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def encode(clip: Any) -> torch.Tensor:
+    """A text through a CLIP: both encoders' tokens, [1, tokens, width]."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize("a red star"))[0][0]
 
 
 def test_a_hook_can_be_scheduled_and_added_to_others(loras: Path) -> None:
