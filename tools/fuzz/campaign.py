@@ -94,10 +94,10 @@ def main(arguments: list[str]) -> int:
             results.append(result)
             if result.verdict.outcome in FAULTS or options.only is not None:
                 print(result.line, flush=True)
-    for kind, found in figures(results).items():
-        print(f"{kind}: {', '.join(f'{count} {what}' for what, count in found.items()) or 'none'}")
+    for kind, outcomes in figures(results).items():
+        print(f"{kind}: {', '.join(f'{count} {what}' for what, count in outcomes.items()) or 'none'}")
     if options.record and options.only is None:
-        found = {"seed": options.seed, "cases": options.cases, "kinds": figures(results)}
+        found: dict[str, Any] = {"seed": options.seed, "cases": options.cases, "kinds": figures(results)}
         reliability.record("fuzz", {**found, "seconds": round(time.monotonic() - start)})
     faults = sum(result.verdict.outcome in FAULTS for result in results)
     print(f"{len(results)} cases of seed {options.seed} in {time.monotonic() - start:.0f} s: {faults} faults")

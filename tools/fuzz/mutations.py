@@ -257,8 +257,10 @@ def scheduler(config: dict[str, Any], random: Random) -> str:
     return f"{key} = {str(config[key])[:40]}"
 
 
-ODD_JSON = (b"", b"null", b"[]", b"{", b"7", b"NaN", b'"x"', b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 20000)
-ODD_JSON += (b'{"a":' * 20000, b'{"beta_start": 1e999}', b'{"beta_start": NaN}', b"<html>", b"\x80\x02}q.", b"{}")
+ODD_JSON: tuple[bytes, ...] = (
+    *(b"", b"null", b"[]", b"{", b"7", b"NaN", b'"x"', b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 20000),
+    *(b'{"a":' * 20000, b'{"beta_start": 1e999}', b'{"beta_start": NaN}', b"<html>", b"\x80\x02}q.", b"{}"),
+)
 
 
 def odd_json(content: bytes, random: Random) -> tuple[bytes, str]:

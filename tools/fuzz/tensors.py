@@ -43,10 +43,9 @@ class Clean:
 PARTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "whole": lambda tensor: tensor,
     "transposed": lambda tensor: tensor.T.contiguous(),
-    **{
-        f"third {index}": lambda tensor, index=index: tensor[index * len(tensor) // 3 : (index + 1) * len(tensor) // 3]
-        for index in range(3)
-    },
+    "third 0": lambda tensor: tensor.chunk(3)[0],
+    "third 1": lambda tensor: tensor.chunk(3)[1],
+    "third 2": lambda tensor: tensor.chunk(3)[2],
 }
 
 
