@@ -15,7 +15,8 @@ from ..protocols import Executor, Guider, Model
 from . import cpu_routines
 from .branches import Branches, Call
 from .feature_cache import Key, Run
-from .plan import FULL_RANGE, Acceleration, falls, full_steps
+from .gates import gates
+from .plan import FULL_RANGE, Acceleration, Gates, falls, full_steps
 
 KEY = "koala_accelerate"
 SINGLE_STEP_SAMPLERS = frozenset(f"sample_{name}" for name in ("euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2"))
@@ -94,9 +95,11 @@ class _Wrappers:
         before = guider.model_options
         require_no_other_cache(before)
         full = full_steps_of(self.settings, sigmas, _name(sampler))
-        run = Run(sigmas[:-1].tolist(), full, guider.model_patcher)
+        run = Run(sigmas[:-1].tolist(), full, guider.model_patcher, _gates(guider))
         run.no_reuse = (
-            _why_no_reuse(sampler, sigmas, before) if self.settings.reuse.single_step else "features are not reused"
+            _why_no_reuse(sampler, sigmas, before) or run.gates.unknown
+            if self.settings.reuse.single_step
+            else "features are not reused"
         )
         guider.model_options = create_model_options_clone(before)
         guider.model_options["transformer_options"][KEY] = run
@@ -139,7 +142,7 @@ class _Wrappers:
         unet = executor.class_obj
         if unet not in self.branches:
             self.branches[unet] = Branches(unet)
-        branches, keys = self.branches[unet], _keys(call, run.patcher)
+        branches, keys = self.branches[unet], _keys(call, run)
         extrapolated, store = torch.compiler.disable(run.extrapolated), torch.compiler.disable(run.store)
         feature = extrapolated(keys)
 
@@ -165,17 +168,23 @@ def _uncompiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return uncompiled
 
 
-def _keys(call: Call, patcher: Model | None) -> list[Key]:
+def _gates(guider: Guider) -> Gates:
+    percent_to_sigma = guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
+    return gates(guider.model_options["transformer_options"], getattr(guider, "conds", {}), percent_to_sigma)
+
+
+def _keys(call: Call, run: Run) -> list[Key]:
     """What a deep feature belongs to, for each part of a call: the prompt, the size, which residuals a ControlNet adds,
-    and the weights, as far as hooks (LoRAs scheduled over the steps) change them in the course of a run."""
+    between which gates of patches the noise level is, and the weights, as far as hooks (LoRAs scheduled over the steps)
+    change them in the course of a run."""
     uuids = call.transformer_options["uuids"]
     size = (call.x.shape[0] // len(uuids), *call.x.shape[1:])
     control = {
         name for name, residuals in (call.control or {}).items() if any(residual is not None for residual in residuals)
     }
-    current = patcher.current_hooks if patcher is not None else None
+    current = run.patcher.current_hooks if run.patcher is not None else None
     weights = tuple((hook.hook_ref, hook.strength) for hook in (current.hooks if current is not None else ()))
-    return [(uuid, size, frozenset(control), weights) for uuid in uuids]
+    return [(uuid, size, frozenset(control), weights, run.phase) for uuid in uuids]
 
 
 def _why_no_reuse(sampler: object, sigmas: torch.Tensor, options: Mapping[str, Any]) -> str:

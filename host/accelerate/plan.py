@@ -7,7 +7,7 @@ which begins in the middle.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -55,6 +55,24 @@ class Acceleration:
     routines: str = EXACT
     reuse: Reuse = NO_REUSE
     guided: tuple[float, float] = FULL_RANGE
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What may change with the noise level within a run.
+
+    ``levels``: noise levels (sigma) at which a patch or a ControlNet begins or ends. ``unknown``: why they are not all
+    known; empty if they are. ``patched``: whether the U-Net has patches, with which the tables here were not measured.
+    """
+
+    levels: frozenset[float] = frozenset()
+    unknown: str = ""
+    patched: bool = False
+
+    def phase(self, sigma: float) -> Hashable:
+        """The same for noise levels that no gate lies between; one that is itself a gate's is a phase of its own, as
+        some gates include their level and some do not."""
+        return sum(level > sigma for level in self.levels), sigma in self.levels
 
 
 def falls(sigmas: Sequence[float]) -> bool:

@@ -17,6 +17,7 @@ from koala_sdxl.host.accelerate.plan import (
     REUSE,
     WARMUP_LEVELS,
     WARMUP_STEPS,
+    Gates,
     falls,
     full_steps,
 )
@@ -275,3 +276,30 @@ def test_the_same_prompt_twice_in_a_step_ends_it() -> None:
     assert "tiled" in course.no_reuse
     assert evaluate(course, 2, 1) is None
     assert str(course).startswith("3 of 4 passes ran the full U-Net")
+
+
+def test_with_patches_only_a_trend_that_holds_is_extrapolated() -> None:
+    patched = Gates(patched=True)
+    steady = Run(HALVES, frozenset({0, 1, 2}), gates=patched)
+    assert [evaluate(steady, sigma, value) is None for sigma, value in ((16, 10), (8, 8), (4, 6), (2, 5))] == [
+        *(True, True, True, False)
+    ]
+    course = Run(HALVES, frozenset({0, 1, 2}), gates=patched)
+    values = ((16, 10), (8, 8), (4, 9), (2, 10), (1, 11), (0.5, 12))
+    assert [evaluate(course, sigma, value) is None for sigma, value in values] == [*[True] * 4, False, False]
+    assert str(course).startswith("4 of 6 passes ran the full U-Net, 0 with guidance: 1 of them as patches")
+    broken = Run(HALVES, frozenset({0, 1, 2}), gates=patched)
+    assert all(evaluate(broken, sigma, math.nan) is None for sigma in HALVES)
+
+
+def test_a_gate_begins_a_trend_anew() -> None:
+    """What belongs to features of before it is another key."""
+    course = Run(HALVES, frozenset({0, 1}), gates=Gates(frozenset({5.0})))
+    found = []
+    for sigma in HALVES:
+        course.begin(sigma)
+        keys = ["prompt", course.phase]
+        found.append(course.extrapolated([tuple(keys)]) is None)
+        if found[-1]:
+            course.store([tuple(keys)], feature(1))
+    assert found == [True, True, True, True, False, False]
