@@ -68,7 +68,8 @@ def hooked(model: Model, hook: Any) -> Fit:
 
 def foreign_weights(model: Model) -> Iterator[str]:
     """What another model's weights are on a MODEL, in words, each with what to do."""
-    own = name(model_facts(model).layout) if is_koala(model) else "this MODEL"
+    koala = is_koala(model)
+    own = name(model_facts(model).layout) if koala else "this MODEL"
     if (found := merges(model)).wrong:
         total = found.fitting + len(found.misfits)
         yield (
@@ -76,7 +77,7 @@ def foreign_weights(model: Model) -> Iterator[str]:
             f"than {own}'s (first: {found.misfits[0]}), and the rest are of layers that have the same names and are "
             f"not the same; {MERGE_KOALAS}"
         )
-    if (found := changes(model)).wrong:
+    if koala and (found := changes(model)).wrong:
         yield (
             f"a LoRA with {len(found.misfits)} modules of another shape than {own}'s (first: {found.misfits[0]}): an "
             f"SDXL LoRA from the stock Load LoRA, which also changed wrong layers; load it with KOALA LoRA Loader"
@@ -86,7 +87,7 @@ def foreign_weights(model: Model) -> Iterator[str]:
 def require_own_weights(model: Model) -> None:
     """Check, before a MODEL is sampled or saved, that no other model's weights are in it where they do not belong.
 
-    Raises ValueError for a merge with a model of another layout, and for a LoRA that was made for one.
+    Raises ValueError for a merge with a model of another layout, and for a KOALA with a LoRA that was made for one.
     """
     for found in foreign_weights(model):
         raise ValueError(f"this MODEL has {found}.")

@@ -15,6 +15,7 @@ from comfy_extras.nodes_hooks import CreateHookLora, SetHookKeyframes
 from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeBlocks, ModelMergeSimple, ModelSubtract
 from safetensors.torch import save_file
 
+from koala_sdxl.host.model import ATTACHMENT
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SSD_1B
 from koala_sdxl.koala.architecture.lineage import lineage
 from koala_sdxl.nodes.load import KoalaModelInfo
@@ -60,6 +61,13 @@ def sdxl() -> Any:
     return transfer.pair(KOALA_700M)[0]
 
 
+def from_a_stock_loader() -> Any:
+    """An SDXL MODEL that our loader attached nothing to."""
+    plain = sdxl().clone()
+    plain.remove_attachments(ATTACHMENT)
+    return plain
+
+
 def koala() -> Any:
     return transfer.pair(KOALA_700M)[1]
 
@@ -69,7 +77,7 @@ MERGES: dict[str, Callable[[], Any]] = {
     "subtract": lambda: merge(koala(), sdxl(), -1.0, 1.0),
     "add the difference of two": lambda: merge(koala(), merge(sdxl(), sdxl(), -0.3, 0.3), 1.0, 1.0),
     "the output blocks alone": lambda: merge(koala(), sdxl(), only="output_blocks."),
-    "SDXL with KOALA in it": lambda: merge(sdxl(), koala()),
+    "SDXL with KOALA in it": lambda: merge(from_a_stock_loader(), koala()),
 }
 
 
@@ -129,7 +137,7 @@ def test_koalas_can_be_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert not sampled(merged).isnan().any()
     save(merge(koala(), other))
     assert list(tmp_path.rglob("merged*.safetensors"))
-    whole = merge(sdxl(), sdxl())
+    whole = merge(from_a_stock_loader(), sdxl())
     assert sampled(whole).shape == (1, 4, 16, 16)
 
 
@@ -147,6 +155,12 @@ def test_sdxls_lora_from_the_stock_loader_is_refused(tmp_path: Path, monkeypatch
     own, _ = comfy.sd.load_lora_for_models(koala(), None, adapters.lora(KOALA_TINY), 1.0, 0.0)
     assert named(own) == []
     assert not torch.equal(sampled(own), sampled(koala()))
+
+
+def test_other_models_loras_are_not_ours_to_judge() -> None:
+    """KOALA Sampler samples any model with custom settings; ComfyUI warns of what does not match."""
+    odd, _ = comfy.sd.load_lora_for_models(from_a_stock_loader(), None, adapters.lora(KOALA_TINY), 1.0, 0.0)
+    assert sampled(odd).shape == (1, 4, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["LoCon with mid", "LoHa", "LoKr", "LoKr, low rank", "DoRA", "whole differences"])
