@@ -34,6 +34,7 @@ LONGEST = (
     "full-size",
     "dev/test_bench.py",
     "dev/test_gates.py",
+    "adapters/test_kinds.py",
     "parity/test_transfer.py",
 )
 """What takes longest, in that order, but for full-size models beside the server's."""
