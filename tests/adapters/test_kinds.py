@@ -20,7 +20,7 @@ from tools.measure.transfer.libraries.sdxl import Kind
 
 def kinds(chosen: Callable[[Kind], bool]) -> pytest.MarkDecorator:
     """A test for each of these kinds."""
-    return pytest.mark.parametrize("kind", list(filter(chosen, KINDS)), ids=str)
+    return pytest.mark.parametrize("kind", [kind for kind in KINDS if chosen(kind)], ids=str)
 
 
 @kinds(lambda kind: not kind.refused and not kind.left_out)

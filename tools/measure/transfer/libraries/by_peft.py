@@ -21,7 +21,7 @@ from tools.measure.transfer.libraries.sdxl import (
 )
 
 CONFIG = "adapter_config.json"
-peft.tuners.boft.layer._FBD_CUDA = False  # its BOFT would compile a CUDA extension; False: there is none
+peft.tuners.boft.layer._FBD_CUDA = False  # type: ignore[assignment]  # else its BOFT compiles a CUDA extension
 
 
 def write(
@@ -87,11 +87,11 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 
-_FEW = {"target_modules": r".*attentions\.0\.transformer_blocks\.0\.attn1\.to_q"}
+_FEW = r".*attentions\.0\.transformer_blocks\.0\.attn1\.to_q"
 
 
 def _other(name: str, make: Callable[..., Any], **options: Any) -> Kind:
-    return _kind(name, make, refused=rf" {name}, which ComfyUI cannot apply", **_FEW, **options)
+    return _kind(name, make, refused=rf" {name}, which ComfyUI cannot apply", target_modules=_FEW, **options)
 
 
 OTHERS: tuple[Kind, ...] = (
