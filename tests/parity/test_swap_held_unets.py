@@ -19,6 +19,8 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 
@@ -384,6 +386,25 @@ def test_what_is_free_of_it_is_carried_over() -> None:
     assert swapped.get_model_object("model_sampling") is sampling
     (line,) = [line for line in report.splitlines() if line.startswith("dropped: ")]
     assert "Keeper.after" in line
+
+
+CORES: dict[str, Callable[[Any], Any]] = {
+    "EasyCache": lambda model: EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False),
+    "LazyCache": lambda model: LazyCacheNode.execute(model, 0.2, 0.15, 0.95, False),
+    "FreeU": lambda model: FreeU_V2.execute(model, 1.1, 1.2, 0.9, 0.2),
+    "Differential Diffusion": lambda model: DifferentialDiffusion.execute(model, 1.0),
+}
+
+
+@pytest.mark.parametrize("node", CORES)
+def test_cores_nodes_are_carried_over_after_a_run_too(node: str) -> None:
+    """What a function remembers of a run on SDXL is not its U-Net."""
+    whole, koala = transfer.pair(KOALA_700M)
+    patched = CORES[node](whole).result[0]
+    sampled(patched)
+    swapped, report = swap(patched, koala)
+    assert "dropped" not in report
+    assert reached(swapped, own_parts(whole)) == []
 
 
 def test_a_forward_that_was_replaced_on_a_module_is_named(tmp_path: Path) -> None:
