@@ -149,3 +149,27 @@ def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
         lifeline.folder("mine-", tmp_path / "file"),
     ):
         pass
+
+
+WORKER = """
+import sys, time
+from tools.harness import lifeline
+for line in lifeline.lines(sys.stdin):
+    print(line.strip(), flush=True)
+    time.sleep(float(line))
+"""
+"""Answers, and then works for so many seconds."""
+
+
+@pytest.mark.parametrize(("seconds", "status"), [("0", 0), ("1000", 1)])
+def test_who_answers_to_lines_ends_with_them_even_at_work(seconds: str, status: int) -> None:
+    command = [sys.executable, "-c", WORKER]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin
+        assert worker.stdout
+        for _ in range(1 if float(seconds) else 3):
+            worker.stdin.write(f"{seconds}\n")
+            worker.stdin.flush()
+            assert worker.stdout.readline() == f"{seconds}\n"
+        worker.stdin.close()
+    assert worker.returncode == status

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tools.harness import keeper
 from tools.harness.errors import UserError
 
 KEEPER = (sys.executable, "-I", "-S", keeper.__file__)  # without packages it is there in 20 ms
+
+
+FINISHED_WITHIN = 5.0  # seconds for what is to be done after the last answer
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -56,3 +62,28 @@ def folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
             yield Path(answer["folder"])
         finally:
             stop(process)
+
+
+def lines(stream: TextIO) -> Iterator[str]:
+    """The lines of a stream as they come, for a process whose stdin it is and that answers to each.
+
+    When it closes while a line is being worked on, who has asked is gone: this process ends, with exit status 1.
+    """
+    came: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    idle = threading.Event()
+
+    def read() -> None:
+        for line in stream:
+            came.put(line)
+        came.put(None)
+        if not idle.wait(FINISHED_WITHIN):
+            os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        idle.set()
+        line = came.get()
+        if line is None:
+            return
+        idle.clear()
+        yield line
