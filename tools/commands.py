@@ -162,6 +162,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
 def nodes_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py nodes``."""
     parser.add_argument("nodes", nargs="*", metavar="NODE", help="show what comes of these, and write nothing")
+    parser.add_argument("--rest", action="store_true", help="measure only what the newest run did not reach")
     parser.add_argument("--report", action="store_true", help="measure nothing, write the page again")
 
 

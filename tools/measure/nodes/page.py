@@ -18,6 +18,7 @@ from tools.measure.nodes.runs import ALONE, LEAST_EFFECT, MODELS, PLACES, ROUNDI
 
 PAGE = testhost.ROOT / "docs" / "core-nodes.md"
 HISTORY = PAGE.with_suffix(".json")
+NOT_REACHED = "not reached: the run was stopped before"
 Figures = dict[str, Any]
 """Node -> {"reason": text} where it was not run, else {place: ``Run`` as an object}."""
 
@@ -35,20 +36,25 @@ def key(place: Place) -> str:
 
 
 def measure(names: Iterable[str]) -> Figures:
-    """Run nodes in every place."""
-    found: Figures = {}
-    for name in names:
-        if reason := reason_left_out(name):
-            found[name] = {"reason": reason}
-            continue
-        made: dict[str, Run] = {}
-        for place in places():
-            alone = made.get(key(replace(place, place=ALONE)))
-            least = ROUNDING if alone and alone.outcome == "no effect" else LEAST_EFFECT
-            made[key(place)] = runs.run(name, place, least)
-        found[name] = {place: _rounded(run) for place, run in made.items()}
-        print(name, *dict.fromkeys(run.outcome for run in made.values()), sep="\t", flush=True)
+    """Run nodes in every place. Ctrl+C ends it: those that were not reached have that for a reason."""
+    found: Figures = {name: {"reason": reason_left_out(name) or NOT_REACHED} for name in names}
+    try:
+        for name in found:
+            if not reason_left_out(name):
+                found[name] = _measured(name)
+                print(name, *dict.fromkeys(run["outcome"] for run in found[name].values()), sep="\t", flush=True)
+    except KeyboardInterrupt:
+        print("Stopped. `dev.py nodes --rest` goes on.")
     return found
+
+
+def _measured(name: str) -> dict[str, Any]:
+    made: dict[str, Run] = {}
+    for place in places():
+        alone = made.get(key(replace(place, place=ALONE)))
+        least = ROUNDING if alone and alone.outcome == "no effect" else LEAST_EFFECT
+        made[key(place)] = runs.run(name, place, least)
+    return {place: _rounded(run) for place, run in made.items()}
 
 
 def _rounded(run: Run) -> dict[str, Any]:
@@ -59,21 +65,26 @@ def main(arguments: list[str]) -> int:
     """Measure, add to the history, and write the page; with names, only print what comes of these nodes."""
     options = commands.parser("nodes").parse_args(arguments)
     every = host_nodes()
-    unknown = set(options.nodes) - every.keys()
-    if unknown:
+    if unknown := set(options.nodes) - every.keys():
         raise UserError(f"{', '.join(sorted(unknown))}: no node of ComfyUI's that takes and gives a MODEL")
+    before: Figures = history.read(HISTORY)[-1]["figures"] if options.rest or options.report else {}
     if not options.report:
+        rest = [name for name in every if before.get(name, {}).get("reason", NOT_REACHED) == NOT_REACHED]
         logging.disable(logging.CRITICAL)
         with runs.prepared():
-            figures = measure(options.nodes or every)
+            figures = measure(options.nodes or rest)
         if options.nodes:
             for name, found in figures.items():
                 print(name, *(f"  {place}: {made}" for place, made in found.items()), sep="\n")
             return 0
-        machine = meter.machine("cpu")
-        history.add(HISTORY, {"machine": machine, "figures": figures})
+        add({**before, **figures})
     PAGE.write_text(page(history.read(HISTORY)[-1]), "utf-8")
     return 0
+
+
+def add(figures: Figures) -> None:
+    """Add figures of all nodes to the history."""
+    history.add(HISTORY, {"machine": meter.machine("cpu"), "figures": figures})
 
 
 WORDS: dict[str, str] = {
