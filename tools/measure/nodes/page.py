@@ -173,8 +173,8 @@ def _notes(found: Mapping[str, Any]) -> str:
     """Errors' first lines, further passes through the U-Net, and an empty negative prompt."""
     notes = list(dict.fromkeys(made["said"] for made in found.values() if made["said"]))
     rows = {found[key(Place(model, SAMPLERS[0], ALONE))]["rows"] for model in MODELS} - {0, 2}
-    notes += [f"{count:g} passes a step instead of 2" for count in sorted(rows)]
+    notes += [f"{count:g} {'pass' if count == 1 else 'passes'} a step instead of 2" for count in sorted(rows)]
     empty = found[key(places()[-1])]["outcome"]
     if empty != found[key(replace(places()[-1], empty_negative=False))]["outcome"]:
         notes.append(f"with an empty negative prompt (zeros, KOALA Prompt's *reference*): {WORDS[empty]}")
-    return ". ".join(note.replace("|", "\\|") for note in notes)
+    return "; ".join(note.replace("|", "\\|").removesuffix(".") for note in notes)
