@@ -119,7 +119,8 @@ def adapter_files() -> list[str]:
             ),
         ),
         "",
-        f"Refused by their own names, as ComfyUI cannot apply them: {', '.join(refused)}.",
+        f"Refused by their own names, as ComfyUI cannot apply them, or as they belong to weights that their method "
+        f"altered: {', '.join(refused)}.",
     ]
 
 

@@ -123,5 +123,5 @@ KINDS: tuple[Kind, ...] = (
     _kind("BOFT, rescaled", "boft", rescaled=True),
     _kind("norms", "locon", names=(ATTENTION, NORMS), train_norm=True),
     _kind("full", "full", strength=0.6),
-    _kind("IA3", "ia3", refused="LyCORIS's IA3, which ComfyUI cannot apply"),
+    _kind("LyCORIS's IA3", "ia3", refused="LyCORIS's IA3, which ComfyUI cannot apply"),
 )
