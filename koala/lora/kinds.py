@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import Literal
 
 from ..architecture.keys import Shape
 
@@ -115,7 +116,8 @@ class Kind:
     """A kind of adapter: the forms that its tensors may have, what may stand beside them, and how it acts.
 
     ``is_sum``: its change is added to the weight, so that one made for another layer can be added, too. ``rank``: the
-    letter of its rank, by which an alpha is divided; empty for kinds without.
+    letter of its rank, by which an alpha is divided; empty for kinds without. ``alpha``: what its alpha means, the
+    strength of the change ("scale") or the largest rotation, as a share of the rows ("limit"); empty for kinds without.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Kind:
     beside: frozenset[str] = frozenset()
     is_sum: bool = True
     rank: str = ""
+    alpha: Literal["scale", "limit", ""] = ""
 
 
 _LOKR_FIRST = ({".lokr_w1": "ab"}, {".lokr_w1_a": "ar", ".lokr_w1_b": "rb"})
@@ -139,6 +142,7 @@ KINDS: tuple[Kind, ...] = (
         (Form({UP: "or.", DOWN: "ri."}), Form({UP: "or.", MID: "rrkl", DOWN: "rc."}, columns="ckl")),
         frozenset({ALPHA, DORA_SCALE, RESHAPE, UP_BIAS}),
         rank="r",
+        alpha="scale",
     ),
     Kind(
         "LoHa",
@@ -152,12 +156,14 @@ KINDS: tuple[Kind, ...] = (
         ),
         frozenset({ALPHA, DORA_SCALE}),
         rank="r",
+        alpha="scale",
     ),
     Kind(
         "LoKr",
         tuple(Form(first | second, "ap", columns) for first, (second, columns) in product(_LOKR_FIRST, _LOKR_SECOND)),
         frozenset({ALPHA, DORA_SCALE}),
         rank="r",
+        alpha="scale",
     ),
     Kind(
         "GLoRA",
@@ -165,9 +171,10 @@ KINDS: tuple[Kind, ...] = (
         frozenset({ALPHA}),
         is_sum=False,
         rank="r",
+        alpha="scale",
     ),
-    Kind("OFT", (Form({ROTATION: "nss"}, "ns", ""),), frozenset({ALPHA, RESCALE}), is_sum=False),
-    Kind("BOFT", (Form({ROTATION: "mnbb"}, "nb", ""),), frozenset({ALPHA, RESCALE}), is_sum=False),
+    Kind("OFT", (Form({ROTATION: "nss"}, "ns", ""),), frozenset({ALPHA, RESCALE}), is_sum=False, alpha="limit"),
+    Kind("BOFT", (Form({ROTATION: "mnbb"}, "nb", ""),), frozenset({ALPHA, RESCALE}), is_sum=False, alpha="limit"),
     Kind("weight difference", (Form({".diff": "oi."}, exact=True),)),
     Kind("norm difference", (Form({".w_norm": "o"}, columns="", exact=True),), frozenset({NORM_BIAS})),
     Kind("whole weight", (Form({WHOLE: "oi."}, exact=True),), is_sum=False),

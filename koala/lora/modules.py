@@ -183,8 +183,9 @@ def placed(module: str, stage: str, contents: Contents, layer: Layer, file: Tabl
     """
     made, tensors, target = contents.made, contents.tensors, layer.name
     assert made is not None
-    if layer.weight is not None:
-        _check(tensors, layer.weight, layer.has_bias, file)
+    weight = layer.weight or made.shape or ((made.rows, made.columns) if made.rows and made.columns else None)
+    if weight is not None:
+        _check(tensors, weight, layer.has_bias, file)
     names = {
         name: target + (BIAS if suffix in (BIAS, UP_BIAS) else suffix)
         for suffix, name in tensors.items()
@@ -192,7 +193,7 @@ def placed(module: str, stage: str, contents: Contents, layer: Layer, file: Tabl
     }
     scale, assumed = _scale(contents, made, config, bare(module))
     numbers, factors = {}, {}
-    if made.kind.name in ("OFT", "BOFT"):  # alpha limits the rotation, as a share of the rows; 0: no limit
+    if made.kind.alpha == "limit":  # 0: no limit
         numbers[target + ALPHA] = (contents.alpha or 0.0) * (made.rows or 0)
     elif made.rank is not None:
         numbers[target + ALPHA] = contents.alpha or scale * made.rank
@@ -204,19 +205,15 @@ def placed(module: str, stage: str, contents: Contents, layer: Layer, file: Tabl
         target + suffix: shape
         for suffix in (DORA_SCALE, RESCALE)
         if suffix in tensors
-        and (shape := scale_shape(tensors[suffix], file.shapes[tensors[suffix]], layer.weight or _matrix(made)))
+        and weight
+        and (shape := scale_shape(tensors[suffix], file.shapes[tensors[suffix]], weight))
     }
     return Module(module, stage, "applied", "", target, names, numbers, factors, shapes, assumed)
 
 
-def _matrix(made: Made) -> Shape:
-    """The shape of the linear layer that a module is made for."""
-    return made.rows or 0, made.columns or 0
-
-
 def _scale(contents: Contents, made: Made, config: Config | None, module: str) -> tuple[float, bool]:
     """Factor of a module's change, and whether it is assumed."""
-    if made.kind.name not in ("LoRA", "LoHa", "LoKr", "GLoRA"):
+    if made.kind.alpha != "scale":
         return 1.0, False
     if contents.alpha is not None:
         # kohya's tools and LyCORIS read an alpha of 0 as the rank; LyCORIS gives two whole factors of a LoKr none
@@ -248,9 +245,10 @@ def _check(tensors: Mapping[str, str], weight: Shape, has_bias: bool, file: Tabl
 
 def scale_shape(name: str, shape: Shape, weight: Shape) -> Shape | None:
     """The shape with which a DoRA's magnitudes, or a rescale, multiply a weight: one for each row, or one for each
-    input channel. None where they are made for another weight. PEFT's magnitudes are for rows, and flat."""
+    input channel. None where they are made for another weight. PEFT's magnitudes, and a rescale, are for rows."""
     rows = (weight[0], *[1] * (len(weight) - 1))
     if math.prod(shape) == weight[0] and ("magnitude" in name or len(shape) == 1 or shape[0] == weight[0]):
         return rows
     columns = (1, weight[1], *[1] * (len(weight) - 2)) if len(weight) > 1 else None
-    return columns if columns and shape[:2] == columns[:2] and math.prod(shape) == weight[1] else None
+    fits = columns and shape[:2] == columns[:2] and math.prod(shape) == weight[1] and not name.endswith(RESCALE)
+    return columns if fits else None

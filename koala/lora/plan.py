@@ -153,7 +153,10 @@ def inspect_lora(
     placing = _Placing(known)
     modules = _unet(placing, unet, target, origin, fold, kept_transformers, settings.get("unet"))
     texts = _text(placing, contents, encoders, weights, settings)
-    source = next((config.source for config in settings.values()), "")
+    without = any(
+        found.made and found.made.kind.alpha == "scale" and found.alpha is None for found in contents.values()
+    )
+    source = next((config.source for config in settings.values() if without), "")
     plan = Plan(path, target, origin, modules, texts, source)
     plan.require_any()
     return plan

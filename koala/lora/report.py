@@ -19,7 +19,7 @@ def summary(plan: Plan, text: str) -> str:
     if plan.origin:
         lines.append(f"trained on {plan.origin.model}: {plan.origin.evidence}")
         lines.append(f"U-Net on {name(plan.target)}: {_counts(Counter(module.outcome for module in plan.modules))}")
-    if plan.configured and any(module.numbers or module.factors for module in plan.applied):
+    if plan.configured:
         lines.append(f"strength: alpha and rank as {plan.configured} says")
     if assumed := sum(module.assumed for module in plan.applied):
         lines.append(f"strength: alpha is unknown for {assumed} modules, taken to be the rank (scale 1)")
