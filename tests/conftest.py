@@ -112,3 +112,10 @@ def full_size() -> Iterator[None]:
     """For a test with a full-size model."""
     with large.alone():
         yield
+
+
+@pytest.fixture
+def several_processes() -> Iterator[None]:
+    """For a test that starts several with PyTorch: together they hold what a full-size model does, so none beside."""
+    with large.alone():
+        yield

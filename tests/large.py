@@ -1,4 +1,7 @@
-"""Full-size models one at a time, as a machine of 10 GB has room for no more; and what else memory has a say in."""
+"""Full-size models, or as much in several processes, one at a time: a machine of 10 GB has room for no more.
+
+And what else memory has a say in.
+"""
 
 from __future__ import annotations
 

@@ -186,6 +186,7 @@ def test_weights_that_are_no_numbers_are_no_result(place: Path, whole: Path, tmp
 # --- going on ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("several_processes")
 def test_a_killed_run_goes_on_as_if_nothing_had_been(place: Path, whole: Path) -> None:
     path, folder = described(place, "killed", LONG), place / "killed"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -97,6 +97,7 @@ TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("several_processes")
 def test_two_processes_train_one_student(place: Path, cached: Path) -> None:
     """Their first step is that of the mean of both gradients, worked out here."""
     settings = {"training": {"steps": 2, "checkpoint_every": 1, "ema": 0.0}}
