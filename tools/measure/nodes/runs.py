@@ -118,6 +118,7 @@ def run(node: str, place: Place, least: float = LEAST_EFFECT) -> Run:
     try:
         koala = _with_node(node, place)
         latent, rows = sample(koala, place)
+        spoiled = _spoiled(koala, latent, place)
     except Exception as error:
         return _failed(error)
     wanted, _ = _baseline(place)
@@ -126,7 +127,7 @@ def run(node: str, place: Place, least: float = LEAST_EFFECT) -> Run:
     difference = float((latent - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
     if difference <= least:
         return Run("no effect", "", difference, rows)
-    return Run("spoils" if _spoiled(koala, latent, place) else "works", "", difference, rows)
+    return Run("spoils" if spoiled else "works", "", difference, rows)
 
 
 def _with_node(node: str, place: Place) -> Any:
@@ -150,7 +151,7 @@ def _baseline(place: Place, steps: int = STEPS, images: int = 1) -> tuple[torch.
 
 def _spoiled(koala: Any, latent: torch.Tensor, place: Place) -> bool:
     """Whether pictures do not show any more what was asked for; only koala-tiny can be asked for anything."""
-    if place.model != "700M" or right(latent):
+    if place.model != "700M" or not bool(latent.isfinite().all()) or right(latent):
         return False
     careful = place, CAREFUL_STEPS, CAREFUL_IMAGES
     return 2 * right(sample(koala, *careful)[0]) < right(_baseline(*careful)[0])
