@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tools.harness import testhost
+from tools.harness import inprocess, testhost
 from tools.measure import history
 from tools.measure.bench import meter
 from tools.measure.markdown import table
@@ -17,6 +17,7 @@ OUTCOMES = ("refused", "loaded", "foreign traceback", "silent difference")
 
 def record(kind: str, figures: Mapping[str, Any]) -> None:
     """Add today's figures to the history, and write the page. ``kind``: "fuzz" or "soak"."""
+    inprocess.activate()  # the machine's entry names ComfyUI's version
     history.add(HISTORY, {"kind": kind, "machine": meter.machine("cpu"), "figures": dict(figures)})
     PAGE.write_text(page(history.read(HISTORY)), "utf-8")
 
@@ -73,7 +74,7 @@ def _soak(entry: history.Entry) -> Iterator[str]:
         f"koala-tiny; other prompts, seeds and sizes each time, every third with KOALA Accelerate, every fifth with a "
         f"LoRA; after every 25 all models are freed and loaded again. Memory of the server: {found['warm']:.0f} MB "
         f"after 50 prompts, {found['end']:.0f} MB at the end, {found['most']:.0f} MB at most; a straight line through "
-        f"the readings after the first 50 prompts grows by {found['growth']:.1f} MB for 100 prompts."
+        f"the readings after the first 50 prompts changes by {found['growth']:+.1f} MB for 100 prompts."
     )
 
 
