@@ -113,8 +113,8 @@ class Run:
     def _is_cached(self, key: Key) -> bool:
         """Whether there are two features, the later of the last full evaluation: a prompt that comes and goes begins
         anew. Their trend goes on from the earlier one's noise level downwards."""
-        cached = self._features.get(key, ())
-        if len(cached) < CACHED_FEATURES:
+        cached = self._features.get(key)
+        if cached is None or len(cached) < CACHED_FEATURES:
             return False
         (earlier, _), (later, _) = cached
         return later == self._newest and later > 0 and 0 < self._sigma <= earlier < math.inf

@@ -173,8 +173,8 @@ def test_levels_that_a_patch_holds(patch: Any, levels: set[float]) -> None:
 
 
 def test_what_cannot_be_read_is_said() -> None:
-    large = closure(4.0, 0.7)
-    large.__closure__[0].cell_contents = [0.5] * MOST_OBJECTS  # type: ignore[index]
+    large: Any = closure(4.0, 0.7)
+    large.__closure__[0].cell_contents = [0.5] * MOST_OBJECTS
     for patch in (lambda q, k, v, options: (q * options["sigmas"][0], k, v), large):
         assert "changes with the noise level; where is not known" in found(patch).unknown
     assert found(plain_numbers(1.5, 0.5)).unknown == ""
