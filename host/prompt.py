@@ -94,7 +94,7 @@ def _tokenizer(clip: Clip, name: str) -> Any:
             f"the CLIP's tokenizer {ENCODERS[name]} was not read from a folder with CLIP's vocabulary (found "
             f"{str(folder)!r}); expected ComfyUI's own. Set mode to comfy."
         )
-    return _padded(type(own), folder, PADDING if name == "g" else END)
+    return _padded(own.__class__, folder, PADDING if name == "g" else END)
 
 
 @cache
