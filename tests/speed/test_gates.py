@@ -33,7 +33,9 @@ class ImageTokens:
 
     def __init__(self, unet: Any, tokens: torch.Tensor, weight: float, sigma_start: float, sigma_end: float) -> None:
         self.unet = unet
-        self.settings = [{"weight": weight, "sigma_start": sigma_start, "sigma_end": sigma_end, "tokens": tokens}]
+        self.settings: list[dict[str, Any]] = [
+            {"weight": weight, "sigma_start": sigma_start, "sigma_end": sigma_end, "tokens": tokens}
+        ]
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         out = optimized_attention(q, k, v, options["n_heads"])
