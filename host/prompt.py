@@ -71,7 +71,7 @@ def zeros(conditioning: Conditioning) -> Conditioning:
 def _filled(clip: Clip, name: str, ids: list[int]) -> list[int]:
     """As many tokens as the encoder has positions, which is 248 in LongCLIP: ComfyUI takes no fewer. What follows a
     token does not change it, and ComfyUI cuts both encoders' texts to the same length."""
-    length: int = getattr(getattr(clip.tokenizer, ENCODERS[name]), "max_length", PROMPT_TOKENS)
+    length: int = getattr(_host_tokenizer(clip, name), "max_length", PROMPT_TOKENS)
     return ids + ids[-1:] * (length - len(ids))
 
 
@@ -80,9 +80,14 @@ def _tokens(tokenizer: Any, text: str) -> Tokens:
     return Tokens(ids, tokenizer.decode(tokenizer(text)["input_ids"][PROMPT_TOKENS - 1 : -1]))
 
 
+def _host_tokenizer(clip: Clip, name: str) -> Any:
+    """ComfyUI's own, around a transformers tokenizer; None where the CLIP is not SDXL's."""
+    return vars(clip.tokenizer).get(ENCODERS[name])
+
+
 def _tokenizer(clip: Clip, name: str) -> Any:
     """The transformers tokenizer that diffusers uses for an encoder."""
-    own = getattr(getattr(clip.tokenizer, ENCODERS[name], None), "tokenizer", None)
+    own = getattr(_host_tokenizer(clip, name), "tokenizer", None)
     if own is None:
         raise ValueError(
             f"this CLIP is not SDXL's: it has no tokenizer {ENCODERS[name]}; expected the CLIP of a KOALA or SDXL "
@@ -108,6 +113,6 @@ def _require_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the prompt has half a character (\\u{ord(text[error.start]):04x}) at position {error.start + 1}; "
+            f"the prompt has half a character (a lone surrogate) at position {error.start + 1}; "
             f"expected text in Unicode. Delete it, or paste the text again."
         ) from error

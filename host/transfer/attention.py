@@ -38,9 +38,9 @@ class Remapped:
         finally:
             options.update(own)
 
-    def __getattr__(self, attribute: str) -> Any:
-        own = getattr(self.patch, attribute)
-        return (lambda *arguments: Remapped(own(*arguments), self.lineage)) if attribute == "to" else own
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self.patch, name)
+        return (lambda *arguments: Remapped(own(*arguments), self.lineage)) if name == "to" else own
 
 
 def sdxl_numbers(lineage: Lineage, own: Mapping[str, Any]) -> dict[str, Any]:

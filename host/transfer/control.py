@@ -39,8 +39,7 @@ class _Adapter:
         self._behind = {method: vars(control)[method] for method in self.METHODS if method in vars(control)}
         self.lineage: Lineage | None = None
         """Of the model that is sampled; None where its U-Net takes SDXL's residuals."""
-        for method in self.METHODS:
-            setattr(control, method, getattr(self, method))
+        vars(control).update(pre_run=self.pre_run, get_control=self.get_control, copy=self.copy, copy_to=self.copy_to)
 
     @property
     def control(self) -> ControlNet:

@@ -158,7 +158,8 @@ OLD_ATTENTION_NAMES = (
 )
 """diffusers' name -> its name until version 0.17."""
 VAE_MATRICES = re.compile(
-    r"\.mid(\.attn_1\.(q|k|v|proj_out)|_block\.attentions\.0\.(to_(q|k|v|out\.0)|query|key|value|proj_attn))\.weight$"
+    r"(\.mid\.attn_1\.(q|k|v|proj_out)"
+    r"|\.mid_block\.attentions\.0\.(to_(q|k|v|out\.0)|query|key|value|proj_attn))\.weight$"
 )
 """The middle attention: convolutions of (width, width, 1, 1) under original names, (width, width) under diffusers'."""
 

@@ -135,6 +135,16 @@ EXCEPTED = (
         r"getattr\(self\.patch, name\)",
         "stands for another node's patch: whatever is asked of it, the patch answers",
     ),
+    Excepted(
+        "dynamic_attribute_access",
+        r"getattr\(value, name\) for name in slots",
+        "reads what an object of another node keeps in slots; nothing is called",
+    ),
+    Excepted(
+        "dynamic_attribute_access",
+        r"getattr\(type\(self\.control\), method\)",
+        "method is one of four methods of a ControlNet, written out above",
+    ),
 )
 LONGEST_WORD = 60
 """Characters between two spaces of a prose text, at most. nodesafe counts how evenly characters are used, by which
