@@ -25,7 +25,6 @@ TEXT_LAYER_MODULES = (
     *(f"self_attn.{projection}_proj" for projection in ("q", "k", "v", "out")),
     *("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
 )
-TEXT_LAYER_TENSORS = tuple(f"{module}.{kind}" for module in TEXT_LAYER_MODULES for kind in ("weight", "bias"))
 """What a text encoder's layer consists of, transformers' names."""
 
 TextKind = Literal["l", "g"]

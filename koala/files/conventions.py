@@ -23,10 +23,15 @@ WEIGHT_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_m
 TEXT_NAMES = ("model.fp16.safetensors", "model.safetensors")
 FOLDER_PARTS = {"unet": WEIGHT_NAMES, "text_encoder": TEXT_NAMES, "text_encoder_2": TEXT_NAMES, "vae": WEIGHT_NAMES}
 """Folder of each model in a diffusers folder -> file names of its weights, the preferred one first."""
+PEFT_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_NAMES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")
+"""The names that PEFT and diffusers give to every adapter that they save, each in a folder of its own."""
 
 
 def label(path: Path) -> str:
-    """A file's name for messages, with its folders where it has the name that it has in every published folder."""
+    """A file's name for messages, with its folders where it has a name that many have."""
+    if path.name in ADAPTER_NAMES:
+        return f"{folder_label(path.parent)}/{path.name}"
     if path.name not in FOLDER_PARTS.get(path.parent.name, ()):
         return path.name
     return "/".join(part for part in (folder_label(path.parent.parent), path.parent.name, path.name) if part)

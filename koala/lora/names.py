@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
 from ..architecture import keys
-from ..architecture.components import TEXT_LAYER_TENSORS
+from ..architecture.component_keys import PROJECTION, text_tensors
+from ..architecture.components import CLIP_G, CLIP_L
 from ..architecture.keys import Shape, tensors
 from ..architecture.layout import Layout
 from .kinds import split
@@ -23,8 +24,6 @@ _FLAT_ALL = re.compile(r"^(?:lora_unet_|lycoris_|lora_te\d?_)")
 
 TEXT_ENCODERS = {"clip_l": ("lora_te1_", "lora_te_", "text_encoder."), "clip_g": ("lora_te2_", "text_encoder_2.")}
 """ComfyUI's name of each text encoder -> what the names of its modules begin with in LoRA files."""
-TEXT_LAYERS = {"clip_l": 12, "clip_g": 32}
-"""SDXL's, where the text encoders themselves are not at hand."""
 
 Groups = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Module's name in the file -> suffix -> the tensors with it, by their full names; one, unless the file is damaged."""
@@ -62,12 +61,11 @@ def bare(module: str) -> str:
 
 
 def text_shapes() -> dict[str, Shape | None]:
-    """The weights of SDXL's text encoders under ComfyUI's names, where no encoders are at hand to tell their shapes."""
+    """The tensors of SDXL's text encoders under ComfyUI's names, where no encoders are at hand to tell their shapes."""
     return {
-        f"{encoder}.transformer.text_model.encoder.layers.{layer}.{name}": None
-        for encoder, layers in TEXT_LAYERS.items()
-        for layer in range(layers)
-        for name in TEXT_LAYER_TENSORS
+        f"{encoder}.transformer.{name}": None
+        for encoder, size in (("clip_l", CLIP_L), ("clip_g", CLIP_G))
+        for name in (*text_tensors(size, "transformers"), PROJECTION)  # ComfyUI gives CLIP-L a projection, too
     }
 
 

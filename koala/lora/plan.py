@@ -93,11 +93,16 @@ class Plan:
         found = Counter(module.outcome for module in everything)
         counts = ", ".join(f"{count} {WORDS[outcome]}" for outcome, count in found.items())
         trained = f"; trained on {self.origin.model}: {self.origin.evidence}" if self.origin else ""
+        damaged = found.keys() <= {"incomplete", "malformed"}
+        remedy = (
+            "Fetch the file again, or leave this LoRA out."
+            if damaged
+            else "Leave this LoRA out, or use it on the model that it was made for."
+        )
         raise CheckpointError(
             f"{self.file}: none of its {len(everything)} modules can be applied to {name(self.target)}"
             f"{' or these text encoders' if self.text else ''} ({counts}; first: {first.name}"
-            f"{', ' + first.reason if first.reason else ''}{trained}). Leave this LoRA out, or use it on the "
-            f"model that it was made for."
+            f"{', ' + first.reason if first.reason else ''}{trained}). {remedy}"
         )
 
 

@@ -22,7 +22,8 @@ def summary(plan: Plan, text: str) -> str:
     if plan.configured:
         lines.append(f"strength: alpha and rank as {plan.configured} says")
     if assumed := sum(module.assumed for module in plan.applied):
-        lines.append(f"strength: alpha is unknown for {assumed} modules, taken to be the rank (scale 1)")
+        modules = "module" if assumed == 1 else "modules"
+        lines.append(f"strength: alpha is unknown for {assumed} {modules}, taken to be the rank (scale 1)")
     lines += _faults((*plan.modules, *plan.text))
     return "\n".join((*lines, f"text encoders: {text}"))
 

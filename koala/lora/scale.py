@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files.conventions import label
+from ..files.conventions import PEFT_WEIGHTS, label
 from ..files.header import CheckpointError, Header
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """What the entries of diffusers' metadata begin with."""
 DEFAULT = 8
@@ -89,12 +88,12 @@ def configs(header: Header) -> dict[str, Config]:
 
 
 def config_beside(path: Path) -> Path | None:
-    """The configuration that belongs to a file as PEFT saves it: beside ``adapter_model.safetensors``, or beside the
+    """The configuration that belongs to a file as PEFT saves it: beside ``PEFT_WEIGHTS``, or beside the
     only .safetensors file of a folder. None where there is none, or where it could be another file's."""
     config = path.with_name(CONFIG_NAME)
     if not config.is_file():
         return None
-    alone = path.name == WEIGHTS_NAME or not any(other != path for other in path.parent.glob("*.safetensors"))
+    alone = path.name == PEFT_WEIGHTS or not any(other != path for other in path.parent.glob("*.safetensors"))
     return config if alone else None
 
 
