@@ -44,6 +44,7 @@ UNUSED_IN_TEXT_ENCODERS: tuple[tuple[str, str], ...] = (
     (r"(.+\.)?embeddings\.position_ids", "the numbers of the positions, which transformers saved before 4.31"),
     (r"logit_scale", "CLIP's temperature, which compares texts with images"),
     (r"attn_mask", "open_clip's causal mask, a constant"),
+    (r"input_resolution|context_length|vocab_size", "sizes that OpenAI's own files hold as numbers"),
     (r"(vision_model|visual_projection|visual)\..+", "the image encoder of a whole CLIP, transformers' or open_clip's"),
 )
 """Names, as patterns, of tensors that a text encoder's file may hold besides its own -> what they are."""

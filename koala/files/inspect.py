@@ -33,7 +33,7 @@ from .dtypes import BY_STORED_NAME
 from .folder import SCHEDULER_FILE, UNET_CONFIG_FILE, folder_files, require_part
 from .header import CheckpointError, Header, Source, read_header
 from .other_models import describe
-from .recognise import published_unet, recognise_unet, require_epsilon, require_exact, require_plain
+from .recognise import recognise_unet, require_epsilon, require_exact, require_plain, source_of
 from .recognise_parts import recognise_text_encoder, recognise_vae
 
 
@@ -241,7 +241,7 @@ def _unet(header: Header) -> UNetFile:
     for key in shapes.keys() & names(layout, numbering):
         weights[header.dtypes[prefix + key]] += prod(shapes[key])
     file = label(header.path)
-    remedy = f"Take the published file: {published_unet(layout, header.path)}"
+    remedy = f"Fetch {source_of(layout, header.path)}"
     require_plain(f"{file} holds {name(layout)}'s U-Net", weights, shapes, remedy)
     require_exact(header.path, layout, numbering, shapes)
     return UNetFile(
@@ -258,7 +258,7 @@ def _model(header: Header) -> Model:
     unet, file = _unet(header), label(header.path)
     require_epsilon(header)
     place = f"{file}: the metadata {SCHEDULER_KEY}"
-    remedy = f"Save the model again, or take the published file: {published_unet(unet.layout, header.path)}"
+    remedy = f"Save the model again, or fetch {source_of(unet.layout, header.path)}"
     scheduler = complete_scheduler(parse_json(unet.metadata.get(SCHEDULER_KEY, "{}"), place), place, remedy)
     return Model(
         unet,

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..architecture.detection import find_layout
 from ..architecture.keys import NUMBERINGS, Numbering, Shape, coverage, names
 from ..architecture.layout import KOALA_NAMES, Layout, fault, is_subnetwork, name
-from ..releases import release_for
+from ..releases import RELEASES, release_for
 from . import other_models
 from .conventions import WEIGHT_NAMES, folders_above, label
 from .dtypes import BY_STORED_NAME
@@ -102,8 +102,15 @@ def require_exact(path: Path, layout: Layout, numbering: Numbering, unet: Mappin
         return
     raise CheckpointError(
         f"{label(path)} does not match {name(layout)}'s {len(names(layout, numbering))} tensors: {cover}. "
-        f"Fetch the published file again: {published_unet(layout, path)}"
+        f"Fetch {source_of(layout, path)}"
     )
+
+
+def source_of(layout: Layout, path: Path) -> str:
+    """Where to fetch a file of this layout from, for an error; only what was released is published."""
+    if any(release.layout == layout for release in RELEASES):
+        return f"the published file: {published_unet(layout, path)}"
+    return "the file again from where it came from."
 
 
 def published_unet(layout: Layout, path: Path) -> str:

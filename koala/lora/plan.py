@@ -93,7 +93,7 @@ class Plan:
         found = Counter(module.outcome for module in everything)
         counts = ", ".join(f"{count} {WORDS[outcome]}" for outcome, count in found.items())
         trained = f"; trained on {self.origin.model}: {self.origin.evidence}" if self.origin else ""
-        damaged = found.keys() <= {"incomplete", "malformed"}
+        damaged = found.keys() - {"removed"} and found.keys() <= {"incomplete", "malformed", "removed"}
         remedy = (
             "Fetch the file again, or leave this LoRA out."
             if damaged

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from koala_sdxl.koala.architecture.keys import NUMBERINGS
-from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout
+from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, KOALA_TINY, SDXL, Layout, compact
+from koala_sdxl.koala.architecture.layout import name as layout_name
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.inspect import (
     inspect_checkpoint,
@@ -211,3 +212,13 @@ def test_nothing_is_left_behind_or_changed(tmp_path: Path) -> None:
     inspect_model(path)
     assert (path.stat().st_mtime_ns, path.stat().st_size) == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("layout", [KOALA_700M, KOALA_TINY, compact(4, middle=False)], ids=layout_name)
+def test_only_what_was_released_is_to_be_fetched_from_its_publisher(tmp_path: Path, layout: Layout) -> None:
+    shapes = files.unet(layout)
+    del shapes["conv_out.bias"]
+    with pytest.raises(CheckpointError, match="1 missing") as caught:
+        inspect_model(files.write(tmp_path / "mine.safetensors", shapes))
+    remedy = "koala-700m/resolve/main/" if layout == KOALA_700M else "Fetch the file again from where it came from."
+    assert remedy in str(caught.value)

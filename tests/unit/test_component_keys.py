@@ -111,6 +111,7 @@ def test_what_is_unused_is_named_with_its_reason() -> None:
     rows = (*tables.UNUSED_IN_TEXT_ENCODERS, *tables.UNUSED_IN_CLIP_L, *tables.UNUSED_IN_VAES)
     assert all(reason for _, reason in rows)
     assert tables.unused_in_text_encoder("text_projection", "l")
+    assert all(tables.unused_in_text_encoder(key, "l") for key in ("input_resolution", "context_length", "vocab_size"))
     assert not tables.unused_in_text_encoder("text_projection", "g")
     assert not tables.unused_in_text_encoder("logit_scale.x", "l")
     assert not tables.unused_in_text_encoder("copy.logit_scale", "l")

@@ -152,6 +152,9 @@ def test_two_modules_of_one_layer_are_not_both_counted(tmp_path: Path) -> None:
 def test_a_damaged_file_is_to_be_fetched_again(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\(1 incomplete; .* Fetch the file again, or leave this LoRA out\.$"):
         planned(tmp_path, {MODULE + UP: ones(WIDTH, 4)})
+    removed = {GOOD.replace("blocks_4_", "blocks_5_") + part: ones(WIDTH, WIDTH) for part in (UP, ".lora_down.weight")}
+    with pytest.raises(CheckpointError, match=r"\(1 malformed, 1 removed .* Fetch the file again"):
+        planned(tmp_path, peft() | removed, header(r=8))
     with pytest.raises(CheckpointError, match=r"\(1 of another shape; .*, or use it on the model that it was made for"):
         planned(tmp_path, {MODULE + UP: ones(8, 4), MODULE + ".lora_down.weight": ones(4, 8)}, trained_on="SDXL")
 
