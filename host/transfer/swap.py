@@ -264,7 +264,7 @@ def _weight_patches(
 
 
 def _is_change(patch: tuple[Any, ...]) -> bool:
-    """True for a patch that adds to a weight, as LoRAs do; False for one that mixes in or sets another model's."""
-    _, value, strength_model, *_ = patch
-    is_weight = isinstance(value, list) or (isinstance(value, tuple) and value[0] in ("set", "model_as_lora"))
-    return strength_model == 1.0 and not is_weight
+    """True for a patch that adds to a weight, as LoRAs do, or scales it; False for one that mixes in or sets another
+    model's."""
+    value = patch[1]
+    return not (isinstance(value, list) or (isinstance(value, tuple) and value[0] in ("set", "model_as_lora")))

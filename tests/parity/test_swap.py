@@ -14,6 +14,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_extras.nodes_attention_multiply import UNetCrossAttentionMultiply
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from safetensors.torch import save_file
@@ -96,6 +97,17 @@ def test_sampling_changes_and_cfg_functions_go_along() -> None:
     assert swapped.model_options["sampler_cfg_function"] is changed.model_options["sampler_cfg_function"]
     alone = RescaleCFG().patch(ModelSamplingDiscrete().patch(koala, "eps", True)[0], 0.7)[0]
     torch.testing.assert_close(sampled(swapped), sampled(alone), rtol=0, atol=0)
+
+
+def test_scaled_weights_go_along() -> None:
+    """Core's attention multipliers scale SDXL's own weights: a merge with nothing, and no other model's."""
+    whole, koala = transfer.pair(KOALA_700M)
+    swapped, report = swap(UNetCrossAttentionMultiply.execute(whole, 1.2, 1.0, 1.1, 0.9).result[0], koala)
+    wanted = UNetCrossAttentionMultiply.execute(koala, 1.2, 1.0, 1.1, 0.9).result[0]
+    assert transfer.difference(transfer.baked(swapped), transfer.baked(wanted)) == 0
+    assert transfer.difference(transfer.baked(swapped), transfer.baked(koala)) > 0
+    assert "weight patches: 105 carried over, 245 are for layers that koala-tiny lacks" in report
+    assert "merged" not in report
 
 
 def test_wrappers_callbacks_and_attachments_go_along() -> None:
