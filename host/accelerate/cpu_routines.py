@@ -43,6 +43,7 @@ def install(model: Model, routines: str) -> str:
     model.model_options["transformer_options"].setdefault("optimized_attention_override", _by_pytorch)
     if routines == BF16 and bf16_is_faster():
         model.set_model_compute_dtype(torch.bfloat16)
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _with_foreign_layers)
         return "U-Net in bf16"
     if one_dnn_is_faster():
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _by_one_dnn)
@@ -73,6 +74,22 @@ class OneDnnProducts(TorchFunctionMode):
         if function is linear and not kwargs and _is_plain(*args):
             return _one_dnn(*args)
         return function(*args, **(kwargs or {}))
+
+
+class ForeignLayers(TorchFunctionMode):
+    """While active, layers whose weights have another type than their input compute in theirs and give their input's.
+
+    ComfyUI's layers convert their weights themselves. Those that a patch brings, as a hypernetwork's, do not, and were
+    made for the type in which the U-Net computes without KOALA Accelerate.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function not in (linear, conv2d) or args[0].dtype is args[1].dtype:
+            return function(*args, **(kwargs or {}))
+        rows, weight, *rest = args
+        return function(rows.to(weight.dtype), weight, *rest, **(kwargs or {})).to(rows.dtype)
 
 
 class Convolutions(TorchFunctionMode):
@@ -131,6 +148,11 @@ def _seconds(run: Callable[[], Any], times: int = 5) -> float:
 
 def _by_one_dnn(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
     with OneDnnProducts():
+        return executor(*args, **kwargs)
+
+
+def _with_foreign_layers(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    with ForeignLayers():
         return executor(*args, **kwargs)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_hypernetwork import HypernetworkLoader
 
 from koala_sdxl.host.accelerate import cpu_routines as kernels
 from koala_sdxl.host.accelerate.plan import BF16, EXACT, OFF, PRESETS, Acceleration
@@ -37,6 +40,41 @@ def test_bf16_is_near_and_only_where_it_is_faster(faster: Callable[..., Any], mo
     assert not torch.allclose(found, exact, atol=1e-4)
     assert decibels(found, exact) >= 39
     assert torch.equal(run(faster(Acceleration(EXACT)), texts), exact)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before it", "behind it"])
+def test_a_patchs_own_layers_keep_their_type_in_bf16(
+    first: bool, faster: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A hypernetwork's layers are in fp32, whatever the U-Net computes in."""
+    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+
+    def layers(width: int) -> dict[str, torch.Tensor]:
+        return {
+            "linear.0.weight": 0.02 * torch.randn(2 * width, width, generator=generator),
+            "linear.0.bias": torch.zeros(2 * width),
+            "linear.1.weight": torch.ones(2 * width),
+            "linear.1.bias": torch.zeros(2 * width),
+            "linear.2.weight": 0.02 * torch.randn(width, 2 * width, generator=generator),
+            "linear.2.bias": torch.zeros(width),
+            "linear.3.weight": torch.ones(width),
+            "linear.3.bias": torch.zeros(width),
+        }
+
+    content: dict[Any, Any] = {width: (layers(width), layers(width)) for width in (64, 96, 128)}
+    torch.save(content | {"is_layer_norm": True, "activation_func": "relu"}, tmp_path / "some.pt")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "hypernetworks", ([str(tmp_path)], {".pt"}))
+
+    def with_hypernetwork(model: Any) -> Any:
+        return HypernetworkLoader.execute(model, "some.pt", 0.1).result[0]
+
+    model, texts = parity.tiny_models()[0], prompts(grid_prompts(216)[0][5::54])
+    in_fp32 = run(with_hypernetwork(model), texts)
+    settings = Acceleration(BF16)
+    accelerated = faster(settings, with_hypernetwork(model)) if first else with_hypernetwork(faster(settings))
+    assert decibels(run(accelerated, texts), in_fp32) >= 35
+    assert decibels(plain(texts), in_fp32) < 35
 
 
 @pytest.mark.parametrize(("routines", "most"), [(EXACT, 0.1), (BF16, 6)])
