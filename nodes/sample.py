@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
+import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy_api.latest import io
@@ -196,7 +197,16 @@ def _settings(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:
 
 
 def _schedule(model: Model, steps: int, spacing: Spacing, denoise: float) -> Schedule:
-    """The schedule under the model's own scheduler config, or SDXL's where the MODEL has none."""
+    """The schedule under the model's own scheduler config, or SDXL's where the MODEL has none.
+
+    Raises ValueError for a MODEL that is sampled by flow matching, where these noise levels mean nothing.
+    """
+    if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+        raise ValueError(
+            "this MODEL is sampled as a flow-matching model, with noise levels from 0 to 1; expected one with SDXL's "
+            "noise levels, as KOALA's schedule has them. Remove the node that changed the sampling (ModelSamplingSD3 "
+            "or similar), or take KSampler for a model that was trained so."
+        )
     facts = attached_facts(model)
     config = facts.scheduler if facts is not None else SCHEDULER_CONFIG
     return schedule(steps, spacing, denoise, config)

@@ -9,6 +9,8 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy_extras.nodes_minimax_h3 import MiniMaxH3SigmaShift
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
 
 import nodes as core
 from koala_sdxl.host.model import ATTACHMENT, model_facts
@@ -43,6 +45,29 @@ def _some(seed: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("sampler_name", comfy.samplers.SAMPLER_NAMES)
 def test_every_sampler_of_core_runs(sampler_name: str) -> None:
     assert torch.isfinite(_run(_empty(), sampler_name=sampler_name)).all()
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        lambda model: ModelSamplingSD3().patch(model, 3.0)[0],
+        lambda model: MiniMaxH3SigmaShift.execute(model, 12.0, 3.0).result[0],
+    ],
+)
+def test_flow_matching_is_refused(node: Any) -> None:
+    """SDXL's noise levels, up to 14.6, spoil the image there, where 1 is pure noise."""
+    model = node(parity.tiny_models()[0])
+    with pytest.raises(ValueError, match=r"flow-matching.*Remove the node"):
+        _run(_empty(), model=model)
+    with pytest.raises(ValueError, match=r"flow-matching.*Remove the node"):
+        sample.KoalaScheduler.execute(model, 10, "auto", 1.0)
+
+
+@pytest.mark.parametrize("sampling", ["eps", "v_prediction", "lcm", "x0"])
+def test_other_samplings_are_not(sampling: str) -> None:
+    assert torch.isfinite(
+        _run(_empty(), model=ModelSamplingDiscrete().patch(parity.tiny_models()[0], sampling, True)[0])
+    ).all()
 
 
 def test_same_sigmas_and_noise_give_what_core_gives() -> None:
