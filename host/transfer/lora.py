@@ -57,7 +57,7 @@ def apply_lora(
     for tensors in loaded.folds:
         taken |= set(patched.add_patches(_patches(tensors), strength_model * fold))
     text = set(patched_clip.add_patches(_patches(loaded.text), strength_clip))
-    plan = loaded.plan.with_faults(_left_out(loaded.plan.modules, taken) | _left_out(loaded.plan.text, text))
+    plan = loaded.plan.with_findings(_left_out(loaded.plan.modules, taken) | _left_out(loaded.plan.text, text))
     plan.require_any()
     return Applied(patched, patched_clip, plan, text_summary(plan))
 
@@ -117,7 +117,7 @@ def _key(module: str, of: str = "weight") -> str:
 
 
 def _left_out(modules: Iterable[Module], taken: set[str]) -> dict[str, tuple[Outcome, str]]:
-    """The modules that ComfyUI did not patch, although it was asked to, for ``Plan.with_faults``."""
+    """The modules that ComfyUI did not patch, although it was asked to, for ``Plan.with_findings``."""
     return {
         module.name: ("unsupported", "this version of ComfyUI did not take its patch")
         for module in modules

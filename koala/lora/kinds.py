@@ -184,6 +184,8 @@ BIASES = (BIAS, UP_BIAS, NORM_BIAS)
 """Differences of a bias: they may stand beside any kind, or alone."""
 _KNOWN = {suffix for suffix, _ in SPELLINGS}
 _TENSORS = {suffix for kind in KINDS for form in kind.forms for suffix in form.tensors}
+FACTORS = frozenset(suffix for kind in KINDS if kind.is_sum for form in kind.forms for suffix in form.tensors)
+"""Tensors of changes that are products, or one tensor alone: where one of them is zero, so is the change."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Module:
     """One of ``STAGES``; "text" for one of the text encoders."""
     outcome: Outcome
     reason: str = ""
-    """Why it is not applied, where the outcome alone does not say it."""
+    """Why it is not applied, where the outcome alone does not say it; or why it changes nothing, though it is."""
     target: str = ""
     """ComfyUI's name of the module of the MODEL or CLIP that it changes."""
     names: Mapping[str, str] = field(default_factory=dict, repr=False)

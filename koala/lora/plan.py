@@ -71,18 +71,18 @@ class Plan:
         """How many of the U-Net's modules, in a stage or in all, had this outcome."""
         return sum(module.outcome == outcome and stage in (None, module.stage) for module in self.modules)
 
-    def with_faults(self, faults: Mapping[str, tuple[Outcome, str]]) -> Plan:
-        """The plan without the modules that turned out not to be applicable: name -> outcome and reason."""
+    def with_findings(self, findings: Mapping[str, tuple[Outcome, str]]) -> Plan:
+        """The plan with what turned out about some modules since: name -> outcome and reason."""
 
         def judged(modules: Iterable[Module]) -> tuple[Module, ...]:
             return tuple(
-                replace(module, outcome=faults[module.name][0], reason=faults[module.name][1])
-                if module.name in faults
+                replace(module, outcome=findings[module.name][0], reason=findings[module.name][1])
+                if module.name in findings
                 else module
                 for module in modules
             )
 
-        return replace(self, modules=judged(self.modules), text=judged(self.text)) if faults else self
+        return replace(self, modules=judged(self.modules), text=judged(self.text)) if findings else self
 
     def require_any(self) -> None:
         """Raise CheckpointError where not one module is applied."""

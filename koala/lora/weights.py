@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .kinds import BIASES, DORA_SCALE, FACTORS
 from .modules import Module, Outcome
 from .plan import Plan
 
@@ -26,12 +27,13 @@ class Loaded:
 
 def load(plan: Plan) -> Loaded:
     """Read the tensors of all modules that a plan applies, each copied out of the file: what is patched for long must
-    not change or vanish with the file. Modules whose numbers are not finite are left out, and are in the new plan.
+    not change or vanish with the file. Modules whose numbers are not finite are left out, and the new plan says so; it
+    also says which are applied and change nothing.
 
     Raises CheckpointError where nothing is left.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    faults: dict[str, tuple[Outcome, str]] = {}
+    findings: dict[str, tuple[Outcome, str]] = {}
     with safe_open(plan.path, framework="pt") as file:
         for module in plan.applied:
             try:
@@ -39,8 +41,11 @@ def load(plan: Plan) -> Loaded:
                     new: _read(file.get_tensor(old), new, module) for old, new in module.names.items()
                 }
             except _NotFiniteError as error:
-                faults[module.name] = "malformed", f"{error} has numbers that are not finite"
-    settled = plan.with_faults(faults)
+                findings[module.name] = "malformed", f"{error} has numbers that are not finite"
+                continue
+            if _is_idle(module, found[module.name]):
+                findings[module.name] = module.outcome, "its numbers are zeros, so it changes nothing"
+    settled = plan.with_findings(findings)
     settled.require_any()
 
     def together(modules: Iterable[Module]) -> dict[str, Tensor]:
@@ -60,13 +65,26 @@ def load(plan: Plan) -> Loaded:
 
 def _read(stored: Tensor, name: str, module: Module) -> Tensor:
     """A tensor as a module's patch has it, in memory of its own."""
-    numbers = stored if stored.itemsize > 1 else stored.float()  # PyTorch does not ask 8-bit floats whether they are
-    if not torch.isfinite(numbers).all():
+    if not torch.isfinite(_comparable(stored)).all():
         raise _NotFiniteError(name.removeprefix(module.target + "."))
     if name in module.factors:
         return stored.float() * module.factors[name]
     tensor = stored.clone()
     return tensor.reshape(module.shapes[name]) if name in module.shapes else tensor
+
+
+def _is_idle(module: Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a module's change is zero, as its tensors under ComfyUI's names say."""
+    parts = {name.removeprefix(module.target): tensor for name, tensor in tensors.items()}
+    factors = [_comparable(tensor) for suffix, tensor in parts.items() if suffix in FACTORS]
+    if not factors or parts.keys() & {DORA_SCALE, *BIASES}:
+        return False
+    return 0 in module.numbers.values() or not all(map(torch.any, factors))
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """The same numbers in a type that PyTorch compares; it does not compare 8-bit floats."""
+    return tensor if tensor.itemsize > 1 else tensor.float()
 
 
 class _NotFiniteError(ValueError):

@@ -149,25 +149,6 @@ def test_two_modules_of_one_layer_are_not_both_counted(tmp_path: Path) -> None:
     assert reason.startswith("it changes the same layer as lora_unet_")
 
 
-def test_a_damaged_file_is_to_be_fetched_again(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"\(1 incomplete; .* Fetch the file again, or leave this LoRA out\.$"):
-        planned(tmp_path, {MODULE + UP: ones(WIDTH, 4)})
-    removed = {GOOD.replace("blocks_4_", "blocks_5_") + part: ones(WIDTH, WIDTH) for part in (UP, ".lora_down.weight")}
-    with pytest.raises(CheckpointError, match=r"\(1 malformed, 1 removed .* Fetch the file again"):
-        planned(tmp_path, peft() | removed, header(r=8))
-    with pytest.raises(CheckpointError, match=r"\(1 of another shape; .*, or use it on the model that it was made for"):
-        planned(tmp_path, {MODULE + UP: ones(8, 4), MODULE + ".lora_down.weight": ones(4, 8)}, trained_on="SDXL")
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
-def test_a_name_that_every_adapter_has_is_told_with_its_folder(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path, lora()).rename(tmp_path / name)
-    assert inspect_lora(path, KOALA_TINY).file == f"{tmp_path.name}/{name}"
-    path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"^{tmp_path.name}/{name} is empty"):
-        inspect_lora(path, KOALA_TINY)
-
-
 def test_two_adapters_in_one_file_are_told_apart(tmp_path: Path) -> None:
     state = lora(PEFT, 4, ".lora_B.first.weight", ".lora_A.first.weight")
     assert planned(tmp_path, state).count("applied") == 1
@@ -286,25 +267,6 @@ def test_text_modules_are_counted_not_their_tensors(tmp_path: Path) -> None:
     state = {f"{layer}.diff": ones(64, 64), f"{layer}.diff_b": ones(64), "lora_te1_nothing.diff": ones(4)}
     plan = planned(tmp_path, state, text=shapes)
     assert text_summary(plan) == "1 of 2 applied, 1 unknown"
-
-
-@pytest.mark.parametrize(
-    ("module", "target"),
-    [
-        ("lora_te2_text_projection", "clip_g.transformer.text_projection"),
-        ("lora_te1_text_model_final_layer_norm", "clip_l.transformer.text_model.final_layer_norm"),
-        (
-            "text_encoders.clip_g.transformer.text_model.embeddings.token_embedding",
-            "clip_g.transformer.text_model.embeddings.token_embedding",
-        ),
-    ],
-)
-def test_what_lies_outside_the_layers_is_known_without_the_text_encoders(
-    tmp_path: Path, module: str, target: str
-) -> None:
-    """As core saves differences of text encoders ("Save LoRA"), and OneTrainer projections: for a hook, too."""
-    (found,) = planned(tmp_path, {f"{module}.diff": ones(8)}).text
-    assert (found.outcome, found.target) == ("applied", f"text_encoders.{target}")
 
 
 # --- strength -----------------------------------------------------------------------------------------------------
