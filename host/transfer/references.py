@@ -116,7 +116,7 @@ def made_by(held: object) -> str:
     if module in ("", "None", "builtins"):
         return ""
     pack = re.search(r"custom_nodes[/\\.]([^/\\]+?)(?:\.[\w.]*)?$|custom_nodes[/\\]([^/\\]+)", module)
-    folder = (pack[1] or pack[2]).replace("_x_", ".") if pack else module
+    folder = (pack[1] or pack[2]).replace("_x_", ".") if pack else re.split(r"[/\\]", module)[-1]  # core's own: a path
     *outer, inner = name.split(".<locals>.")
     methods = [each for each in outer if "." in each]  # a node's own method, in which it made the function
     return f"{(methods[-1:] or outer[:1] or [inner])[0]} in {folder}"

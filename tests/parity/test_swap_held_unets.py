@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
+from comfy_extras.nodes_lumina2 import RenormCFG
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 
 from koala_sdxl.host.transfer.swap import swap
@@ -111,6 +112,15 @@ def test_the_node_that_set_it_is_named() -> None:
     assert "<locals>" not in line
     assert "deep-cache-like" in line
     assert "/home/me" not in line
+
+
+def test_cores_own_node_is_named_without_a_path() -> None:
+    """ComfyUI loads its extra nodes as modules that have a path for a name."""
+    whole, koala = transfer.pair(KOALA_700M)
+    held = RenormCFG.execute(whole, 100.0, 1.0).result[0]
+    held.model_options["sampler_cfg_function"].__module__ = "/home/me/ComfyUI/comfy_extras/nodes_lumina2"
+    line = swap(held, koala).report.splitlines()[-1]
+    assert "sampler_cfg_function of RenormCFG.execute in nodes_lumina2: SDXL's U-Net is in it" in line
 
 
 def test_as_many_patches_as_were_dropped_are_said() -> None:
