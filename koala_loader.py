@@ -245,9 +245,9 @@ def _clip(first: TextEncoderFile, second: TextEncoderFile, disable_dynamic: bool
 
 
 def _vae(file: VAEFile) -> Vae:
-    sizes, own = file.sizes, file.tensors
+    sizes = file.sizes
     # the host copies them into the type that it chooses
-    weights = original_vae({name: tensor for name, tensor in read(file).items() if name in own}, len(sizes.channels))
+    weights = original_vae(read(file, only=file.tensors), len(sizes.channels))
     first = sizes.channels[0]
     config = {
         "ddconfig": {
@@ -326,9 +326,7 @@ def _text(file: TextEncoderFile, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     CLIP-L mostly comes without a projection. The host's network has one that SDXL does not use: the identity here, not
     memory that nobody has written to.
     """
-    own = file.tensors
-    weights = {name: tensor for name, tensor in read(file, dtype).items() if name in own}
-    weights = comfy.utils.clip_text_transformers_convert(weights, "", "")  # open_clip's names
+    weights = comfy.utils.clip_text_transformers_convert(read(file, dtype, file.tensors), "", "")  # open_clip's names
     if TRANSPOSED_PROJECTION in weights:
         weights[PROJECTION] = weights.pop(TRANSPOSED_PROJECTION).T.contiguous()
     named = {text_name(key): tensor for key, tensor in weights.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -22,7 +22,9 @@ def streamed() -> bool:
     return bool(comfy.memory_management.aimdo_enabled)
 
 
-def read(source: Source, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def read(
+    source: Source, dtype: torch.dtype | None = None, only: Container[str] | None = None
+) -> dict[str, torch.Tensor]:
     """A source's tensors on the CPU, by their names without the prefix; nothing else of the file is read.
 
     They are read into memory, one after the other, not mapped: a model whose file is overwritten in place would change
@@ -32,24 +34,30 @@ def read(source: Source, dtype: torch.dtype | None = None) -> dict[str, torch.Te
     Args:
         source: the file's header and the prefix.
         dtype: the type to convert to; None keeps the file's. Where ``streamed()``, it is not converted.
+        only: the tensors to read, by their names without the prefix; None for all.
 
     Raises CheckpointError where the file is not what its header was read of any more, and OSError.
     """
     length = len(source.prefix)
-    tensors = _read_by_host(source) if streamed() else _read(source, dtype)
+    names = [
+        name
+        for name in source.header.offsets
+        if name.startswith(source.prefix) and (only is None or name[length:] in only)
+    ]
+    tensors = _read_by_host(source, names) if streamed() else _read(source, names, dtype)
     return {name[length:]: tensor for name, tensor in tensors}
 
 
-def _read_by_host(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_by_host(source: Source, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     weights = comfy.utils.load_torch_file(str(source.path))
     _require_unchanged(source, source.path)
-    return ((name, tensor) for name, tensor in weights.items() if name.startswith(source.prefix))
+    return ((name, weights[name]) for name in names)
 
 
-def _read(source: Source, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in the order in which they lie in the file; those to be converted are read into the same memory."""
+def _read(source: Source, names: Collection[str], dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors, by their full names in the order in which they lie in the file; those to be converted are read into the
+    same memory."""
     header = source.header
-    names = [name for name in header.offsets if name.startswith(source.prefix)]
     types = {name: STORED_DTYPES[header.dtypes[name]] for name in names}
     sizes = {name: prod(header.shapes[name]) * types[name].itemsize for name in names}
     converted = {name for name in names if dtype not in (None, types[name])}

@@ -223,7 +223,7 @@ def read(module: Mapping[str, Shape]) -> Made:
 
     Raises UnsupportedError, IncompleteError or MalformedError.
     """
-    if strange := sorted(suffix for suffix in module if not _is_known(suffix)):
+    if strange := sorted(suffix for suffix in module if suffix not in _KNOWN):
         known = other_kind(strange[0]) or {".weight": _WHOLE, ".bias": _WHOLE}.get(strange[0], "")
         raise UnsupportedError(f"{known} ({strange[0][1:]})" if known else f"unknown tensor {strange[0][1:]}")
     main = frozenset(module) & _TENSORS
@@ -241,10 +241,6 @@ def read(module: Mapping[str, Shape]) -> Made:
     if empty := next((suffix for suffix, shape in module.items() if 0 in shape), None):
         raise MalformedError(f"{empty[1:]} is empty: {list(module[empty])}")
     return _bound(module, main)
-
-
-def _is_known(suffix: str) -> bool:
-    return suffix in _KNOWN
 
 
 def _kind(main: frozenset[str], alone: bool) -> Kind | None:

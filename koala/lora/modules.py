@@ -49,6 +49,9 @@ WORDS: dict[Outcome, str] = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """Types of weights, as the safetensors library names them: all others are codes or counts."""
 
+COUNTS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
+"""Types that an alpha or a shape may have besides."""
+
 Values = Mapping[str, tuple[float, ...]]
 """Name of a tensor with few numbers (``alpha``, ``reshape_weight``) -> its numbers."""
 
@@ -116,13 +119,13 @@ FEW = 16
 
 def tables(header: Header, groups: Groups) -> Tables:
     """What is known of a file's tensors: its header, and the numbers of its alphas and shapes; those of many elements
-    are left out. ``groups``: its tensors, by module and suffix."""
+    or of other types are left out. ``groups``: its tensors, by module and suffix."""
     wanted = [
         name
         for suffixes in groups.values()
         for suffix in (ALPHA, RESHAPE)
         for name in suffixes.get(suffix, ())
-        if math.prod(header.shapes[name]) <= FEW and header.dtypes[name] != "BOOL"
+        if math.prod(header.shapes[name]) <= FEW and header.dtypes[name] in FLOATS | COUNTS
     ]
     values: Values = {}
     if wanted:

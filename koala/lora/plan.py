@@ -18,7 +18,7 @@ from ..architecture.lineage import KeptTransformers, at_widths_of, lineage
 from ..files.conventions import label
 from ..files.header import CheckpointError, Header, read_header
 from ..files.other_models import describe
-from .kinds import MalformedError, other_kind, split
+from .kinds import DORA_SCALE, MalformedError, other_kind, split
 from .modules import WORDS, Contents, Layer, Module, Outcome, Tables, judge, placed, tables
 from .names import TEXT, find, group, text_aliases, text_shapes
 from .origin import Origin, TrainedOn, origin_of
@@ -261,7 +261,7 @@ def _unet(
         if not found.made.fits(weight.shape):
             return Module(module, where, "mismatch")
         folded = source not in descendants
-        if folded and not (source in neighbours and found.made.kind.is_sum and ".dora_scale" not in found.tensors):
+        if folded and not (source in neighbours and found.made.kind.is_sum and DORA_SCALE not in found.tensors):
             return Module(module, where, "removed")
         layer = own[neighbours[source]] if folded else descendants[source]
         name = f"diffusion_model.{layer.comfy.removesuffix('.weight')}"

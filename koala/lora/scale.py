@@ -75,10 +75,10 @@ def configs(header: Header) -> dict[str, Config]:
         stated = _object(file, f"its metadata {METADATA_KEY}", text)
         parts: dict[str, dict[str, Any]] = {}
         for key, value in stated.items():
-            part, dot, name = key.partition(".")
-            parts.setdefault(*((part, {}) if dot and part in PARTS else ("unet", {})))[
-                name if dot and part in PARTS else key
-            ] = value
+            part, _, name = key.partition(".")
+            if part not in PARTS:  # the U-Net's own function writes no part
+                part, name = "unet", key
+            parts.setdefault(part, {})[name] = value
         return {part: _config(file, "its metadata", own) for part, own in parts.items()}
     beside = config_beside(header.path)
     if beside is None:

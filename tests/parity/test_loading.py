@@ -50,9 +50,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
     """What is read from files."""
     found: list[Source] = []
 
-    def watched(source: Source, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    def watched(source: Source, *arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
         found.append(source)
-        return koala_reader.read(source, dtype)
+        return koala_reader.read(source, *arguments, **options)
 
     monkeypatch.setattr(koala_loader, "read", watched)
     return found

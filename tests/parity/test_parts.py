@@ -353,3 +353,28 @@ def test_a_vae_alone_needs_no_more_than_its_file(tmp_path: Path) -> None:
     save_file(diffusers(), tmp_path / "vae.safetensors")
     vae = koala_loader.load_vae(inspect_vae(tmp_path / "vae.safetensors"))
     assert vae.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("stored", ["F4", "C64", "U16", "F8_E8M0"])
+def test_what_is_unused_may_have_any_type(stored: str, tmp_path: Path) -> None:
+    """What a network does not need is not read: an image encoder beside a text encoder is larger than that."""
+    places = (CLIP_PREFIXES[0] + "logit_scale", CLIP_PREFIXES[1] + "model.logit_scale", VAE_PREFIX + "model_ema.decay")
+    unused = {name: torch.zeros(16, dtype=torch.uint8) for name in places}
+    path = tmp_path / "checkpoint.safetensors"
+    save_file(load_file(koala_loader.BUILT_IN) | unused, path)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8 : 8 + length])
+    count = {"F4": 32, "C64": 2, "U16": 8, "F8_E8M0": 16}[stored]
+    for name in places:
+        table[name] |= {"dtype": stored, "shape": [count]}
+    text = json.dumps(table).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    clip, vae = koala_loader.load_checkpoint_parts(path)
+    built_in = parity.tiny_models()
+    for found, wanted in (
+        (clip.cond_stage_model, built_in[1].cond_stage_model),
+        (vae.first_stage_model, built_in[2].first_stage_model),
+    ):
+        state = wanted.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())

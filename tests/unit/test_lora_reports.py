@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,18 @@ def test_zeros_beside_which_something_changes_are_not_said_to_change_nothing(tmp
 def test_an_alpha_of_zero_in_a_configuration_is_said_to_change_nothing(tmp_path: Path) -> None:
     plan = load(planned(tmp_path, peft(), header(r=4, lora_alpha=0))).plan
     assert "its numbers are zeros, so it changes nothing" in report(plan, "none")
+
+
+@pytest.mark.parametrize(("stored", "width"), [("F4", 1), ("F6_E2M3", 3), ("C64", 8), ("F8_E8M0", 1), ("BOOL", 1)])
+@pytest.mark.parametrize("suffix", [".alpha", ".reshape_weight"])
+def test_single_numbers_of_any_type_end_in_words(tmp_path: Path, suffix: str, stored: str, width: int) -> None:
+    """Of all that the safetensors library takes, whether PyTorch can read it or not."""
+    path = write(tmp_path, lora() | lora(GOOD) | {MODULE + suffix: torch.zeros(4 * width, dtype=torch.uint8)})
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8 : 8 + length])
+    table[MODULE + suffix] |= {"dtype": stored, "shape": [{"F4": 8, "F6_E2M3": 16}.get(stored, 4)]}
+    text = json.dumps(table).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    (found,) = (module for module in inspect_lora(path, KOALA_TINY).modules if module.name == MODULE)
+    assert (found.outcome, suffix[1:] in found.reason) == ("malformed", True)
