@@ -176,5 +176,6 @@ def _notes(found: Mapping[str, Any]) -> str:
     notes += [f"{count:g} {'pass' if count == 1 else 'passes'} a step instead of 2" for count in sorted(rows)]
     empty = found[key(places()[-1])]["outcome"]
     if empty != found[key(replace(places()[-1], empty_negative=False))]["outcome"]:
-        notes.append(f"with an empty negative prompt (zeros, KOALA Prompt's *reference*): {WORDS[empty]}")
+        images = " and several images at once" if empty == "error" else ""  # as they are sampled there, see runs.py
+        notes.append(f"with an empty negative prompt (zeros, KOALA Prompt's *reference*){images}: {WORDS[empty]}")
     return "; ".join(note.replace("|", "\\|").removesuffix(".") for note in notes)
