@@ -86,7 +86,7 @@ class ForeignLayers(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function not in (linear, conv2d) or args[0].dtype is args[1].dtype:
+        if function not in (linear, conv2d) or len(args) < 2 or args[0].dtype is args[1].dtype:
             return function(*args, **(kwargs or {}))
         rows, weight, *rest = args
         return function(rows.to(weight.dtype), weight, *rest, **(kwargs or {})).to(rows.dtype)

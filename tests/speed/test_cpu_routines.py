@@ -107,6 +107,15 @@ def test_one_dnn_takes_plain_products_only() -> None:
     assert torch.equal(few, torch.nn.functional.linear(rows[0, :2], weight, bias))
 
 
+def test_layers_of_another_type_give_their_inputs_type() -> None:
+    rows, weight, bias = torch.randn(2, 5, 8).bfloat16(), torch.randn(3, 8), torch.randn(3)
+    wanted = torch.nn.functional.linear(rows.float(), weight, bias).bfloat16()
+    own = torch.nn.functional.linear(rows, weight.bfloat16())
+    with kernels.ForeignLayers():
+        assert torch.equal(torch.nn.functional.linear(rows, weight, bias=bias), wanted)
+        assert torch.equal(torch.nn.functional.linear(input=rows, weight=weight.bfloat16()), own)
+
+
 def test_an_attention_that_was_chosen_stays(faster: Callable[..., Any]) -> None:
     called = []
 
