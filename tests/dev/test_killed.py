@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.dev.test_lifeline import gone, wait_for
+from tests.dev.test_lifeline import gone, python, wait_for
 from tools.harness import browser
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host
@@ -60,7 +60,7 @@ def started(folder: Path, *arguments: str) -> Iterator[Run]:
     """dev.py in another folder, in a terminal of its own."""
     (folder / "temporary").mkdir()
     terminal, inner = os.openpty()
-    command = [sys.executable, "-c", IN_A_TERMINAL, sys.executable, str(ROOT / "dev.py"), *arguments]
+    command = python("-c", IN_A_TERMINAL, sys.executable, str(ROOT / "dev.py"), *arguments)
     environment = {**os.environ, "TMPDIR": str(folder / "temporary"), "COMFYUI_PATH": "", "TERM": "xterm"}
     with subprocess.Popen(
         command, cwd=folder, env=environment, start_new_session=True, stdin=inner, stdout=inner, stderr=inner

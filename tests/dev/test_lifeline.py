@@ -39,6 +39,19 @@ for number in itertools.count():
 """
 """A process with one below it, that never stops to write files with both their ids."""
 
+DEFAULT_SIGNALS = """
+import os, signal, sys
+for name in ("SIGHUP", "SIGINT"):
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def python(*arguments: str) -> list[str]:
+    """A command that runs Python as a shell does in the foreground. `nohup`, and a shell's `&`, have signals ignored,
+    and everything below them inherits that: these tests, too."""
+    return [sys.executable, "-c", DEFAULT_SIGNALS, *arguments] if os.name == "posix" else [sys.executable, *arguments]
+
 
 def wait_for(what: Callable[[], object]) -> None:
     """Return once it is so."""
@@ -59,7 +72,7 @@ def gone(process: psutil.Process) -> bool:
 @pytest.fixture
 def owner() -> Iterator[tuple[psutil.Process, Path, list[psutil.Process]]]:
     """A process, the folder that it has, and the two processes that it has."""
-    with subprocess.Popen([sys.executable, "-c", OWNER, FAMILY], cwd=ROOT, stdout=subprocess.PIPE, text=True) as begun:
+    with subprocess.Popen(python("-c", OWNER, FAMILY), cwd=ROOT, stdout=subprocess.PIPE, text=True) as begun:
         folder = Path(begun.stdout.readline().strip())  # type: ignore[union-attr]
         first = folder / "0"
         wait_for(lambda: first.exists() and first.read_text())
