@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,19 +128,20 @@ with browser.browser() as started:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_a_browser_ends_with_its_process(tmp_path: Path, name: str) -> None:
+def test_a_browser_ends_with_its_process(name: str) -> None:
     """Playwright's own doing: its driver stops the browser, and removes the profile, when it is left alone."""
     try:
         browser.chromium()
     except UserError as problem:
         pytest.skip(str(problem))
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", BROWSER]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as begun:
-        assert begun.stdout
-        assert begun.stdout.readline() == "ready\n"
-        below = psutil.Process(begun.pid).children(recursive=True)
-        assert len(below) > 1
-        begun.send_signal(getattr(signal, name))
-    wait_for(lambda: all(map(gone, below)))
-    wait_for(lambda: not any(tmp_path.iterdir()))
+    with tempfile.TemporaryDirectory(prefix="koala-") as temporary:  # short: it is in the path of a browser's socket
+        environment = {**os.environ, "TMPDIR": temporary}
+        command = [sys.executable, "-c", BROWSER]
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as begun:
+            assert begun.stdout
+            assert begun.stdout.readline() == "ready\n"
+            below = psutil.Process(begun.pid).children(recursive=True)
+            assert len(below) > 1
+            begun.send_signal(getattr(signal, name))
+        wait_for(lambda: all(map(gone, below)))
+        wait_for(lambda: not any(Path(temporary).iterdir()))

@@ -124,7 +124,9 @@ def test_which_python_runs_a_comfyui_of_ones_own(tmp_path: Path) -> None:
     python.parent.mkdir(parents=True)
     python.touch()
     assert testhost.own_host(tmp_path, None).python == python
-    assert testhost.own_host(tmp_path, "given").python == Path("given")
+    assert testhost.own_host(tmp_path, sys.executable).python == Path(sys.executable)
+    with pytest.raises(UserError, match="COMFYUI_PYTHON is given, which is no program"):
+        testhost.own_host(tmp_path, "given")
 
 
 @pytest.mark.slow
