@@ -119,10 +119,3 @@ def several_processes() -> Iterator[None]:
     """For a test that starts several with PyTorch: together they hold what a full-size model does, so none beside."""
     with large.alone():
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _given_back() -> Iterator[None]:
-    """What a file's tests have freed is free for those of the other process, too."""
-    yield
-    large.give_back()

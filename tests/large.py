@@ -33,11 +33,6 @@ def let_go() -> None:
         management.unload_all_models()
         gc.collect()
         management.cleanup_models()
-    give_back()
-
-
-def give_back() -> None:
-    """Return to the system what this process has freed: the C library keeps small tensors' memory for the next ones."""
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc's only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
