@@ -23,6 +23,11 @@ def test_the_page_lists_every_node_of_the_host_or_why_it_was_not_run() -> None:
     )
 
 
+def test_a_run_goes_on_with_the_nodes_that_it_did_not_reach() -> None:
+    before = {"measured": {"700M": {}}, "left out": {"reason": "needs a sound"}, "later": {"reason": page.NOT_REACHED}}
+    assert page.not_reached((*before, "new"), before) == ["later", "new"]
+
+
 def test_every_node_that_is_left_out_is_one_of_the_hosts() -> None:
     assert LEFT_OUT.keys() <= host_nodes().keys()
 

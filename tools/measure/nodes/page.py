@@ -48,6 +48,11 @@ def measure(names: Iterable[str]) -> Figures:
     return found
 
 
+def not_reached(names: Iterable[str], before: Figures) -> list[str]:
+    """The nodes that ``before`` has no figures of, nor a reason why there are none."""
+    return [name for name in names if before.get(name, {"reason": NOT_REACHED}).get("reason") == NOT_REACHED]
+
+
 def _measured(name: str) -> dict[str, Any]:
     made: dict[str, Run] = {}
     for place in places():
@@ -69,10 +74,9 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{', '.join(sorted(unknown))}: no node of ComfyUI's that takes and gives a MODEL")
     before: Figures = history.read(HISTORY)[-1]["figures"] if options.rest or options.report else {}
     if not options.report:
-        rest = [name for name in every if before.get(name, {}).get("reason", NOT_REACHED) == NOT_REACHED]
         logging.disable(logging.CRITICAL)
         with runs.prepared():
-            figures = measure(options.nodes or rest)
+            figures = measure(options.nodes or not_reached(every, before))
         if options.nodes:
             for name, found in figures.items():
                 print(name, *(f"  {place}: {made}" for place, made in found.items()), sep="\n")
