@@ -35,9 +35,9 @@ def called(unet: Any, arguments: dict[str, Any], apply: Callable[..., Any]) -> t
         model.diffusion_model = sampled_unet
 
 
-def step_cache(model: Any) -> str:
-    """DeepCache's pattern: a wrapper around each pass with the U-Net in its closure."""
-    unet = unet_of(model)
+def step_cache(model: Any, held: Any = None) -> str:
+    """DeepCache's pattern: a wrapper around each pass with the U-Net, or what stands for it, in its closure."""
+    unet = unet_of(model) if held is None else held
 
     def wrapper(apply: Any, arguments: Any) -> Any:
         return called(unet, arguments, apply)
@@ -66,13 +66,7 @@ def step_cache_in_a_default(model: Any) -> str:
 
 def step_cache_of_a_copy(model: Any) -> str:
     """A deep copy is SDXL, too."""
-    unet = copy.deepcopy(unet_of(model))
-
-    def wrapper(apply: Any, arguments: Any) -> Any:
-        return called(unet, arguments, apply)
-
-    model.set_model_unet_function_wrapper(wrapper)
-    return "model_function_wrapper"
+    return step_cache(model, copy.deepcopy(unet_of(model)))
 
 
 def step_cache_by_weakref(model: Any) -> str:
@@ -86,13 +80,7 @@ def step_cache_by_weakref(model: Any) -> str:
 
 
 def step_cache_by_proxy(model: Any) -> str:
-    unet = weakref.proxy(unet_of(model))
-
-    def wrapper(apply: Any, arguments: Any) -> Any:
-        return called(unet, arguments, apply)
-
-    model.set_model_unet_function_wrapper(wrapper)
-    return "model_function_wrapper"
+    return step_cache(model, weakref.proxy(unet_of(model)))
 
 
 @dataclass
