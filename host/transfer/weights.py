@@ -46,12 +46,12 @@ class Fit:
 
 def merges(model: Model) -> Fit:
     """The weights of other models that are mixed into a MODEL's own."""
-    return _fit(_patches(model, merged=True), shapes_of(model.model.state_dict()))
+    return _fit(_patches(model, merged=True), _shapes(model))
 
 
 def changes(model: Model) -> Fit:
     """The changes to a MODEL's weights: LoRAs, and differences as large as a weight."""
-    return _fit(_patches(model, merged=False), shapes_of(model.model.state_dict()))
+    return _fit(_patches(model, merged=False), _shapes(model))
 
 
 def hooked(model: Model, hook: Any) -> Fit:
@@ -109,6 +109,13 @@ def require_own_hooks(model: Model, conditionings: Iterable[Conditioning]) -> No
                 f"another shape, {found.absent} tensors for layers that it lacks, so that others change wrong layers. "
                 f"Put KOALA Create Hook LoRA in place of Create Hook LoRA."
             )
+
+
+def _shapes(model: Model) -> dict[str, Shape]:
+    """Shapes of the weights that have patches; most MODELs that are sampled have none, and are not walked through."""
+    if not model.patches:
+        return {}
+    return shapes_of({key: weight for key, weight in model.model.state_dict().items() if key in model.patches})
 
 
 def _patches(model: Model, merged: bool) -> Iterator[tuple[str, Any]]:
