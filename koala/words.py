@@ -25,16 +25,16 @@ class Message(str):
         return made
 
 
-def message(template: str, /, **values: str | int | float) -> Message:
+def message(template: str, /, **values: object) -> Message:
     """A text to be translated.
 
     Args:
         template: English, with a {name} for each value. Written out in the call, so that it is found; the few that are
             kept in tables are marked by ``template``.
-        values: numbers, names, and texts that may be messages themselves. Numbers are formatted by the caller where
-            ``str`` will not do.
+        values: numbers, names, and texts that may be messages themselves; anything else is shown as ``str`` has it.
     """
-    return Message(template.format(**values), {"template": template, "values": data(values)})
+    shown = {key: data(value) if isinstance(value, str | int) else str(value) for key, value in values.items()}
+    return Message(template.format(**values), {"template": template, "values": shown})
 
 
 def template(text: str) -> str:

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..host.model import WEIGHT_DTYPES
 from ..koala.files import stamp
 from ..koala.files.folder import folder_files
+from ..koala.words import data
 
 CATEGORY = "KOALA"
 ADD_ONS = f"{CATEGORY}/SDXL add-ons"
@@ -26,10 +27,11 @@ cache."""
 
 
 def shown(text: str, *outputs: object, **drawing: object) -> io.NodeOutput:
-    """The node's outputs together with what the canvas shows on it: ``text`` (also in the run's history), and
-    ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws."""
-    texts: dict[str, object] = {"text": (text,)} if text else {}
-    return io.NodeOutput(*outputs, ui={**texts, DRAWING: (drawing,)})
+    """The node's outputs together with what the canvas shows on it: ``text`` (in English also in the run's history),
+    and ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws. Messages are shown in its language."""
+    texts: dict[str, object] = {"text": (str(text),)} if text else {}
+    drawn = data({"text": text, **drawing} if text else drawing)
+    return io.NodeOutput(*outputs, ui={**texts, DRAWING: (drawn,)})
 
 
 def unet_input(**further: Any) -> io.Combo.Input:

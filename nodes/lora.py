@@ -14,7 +14,7 @@ from ..host.transfer.lora import apply_lora, hook_lora
 from ..koala.lora.modules import WORDS
 from ..koala.lora.origin import TrainedOn
 from ..koala.lora.plan import Plan
-from ..koala.lora.report import coverage, report, summary
+from ..koala.lora.report import STAGE_NAMES, coverage, report, summary
 from ..koala.lora.scale import config_beside
 from .base import ADD_ONS, SHOWS, fingerprint, paths_of, shown
 
@@ -172,5 +172,5 @@ class KoalaHookLora(io.ComfyNode):
 
 def _with_coverage(plan: Plan, text: str, *outputs: object) -> io.NodeOutput:
     """A LoRA node's outputs and its report, with what became of the LoRA's modules drawn on the node."""
-    drawing = {"stages": coverage(plan), "words": WORDS}
+    drawing = {"stages": coverage(plan), "names": STAGE_NAMES, "words": WORDS}
     return shown(summary(plan, text), *outputs, report(plan, text), coverage=drawing)

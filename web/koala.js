@@ -5,6 +5,9 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { makeRoom, show } from "./lib/drawings.mjs";
 import { insert, modelSlot, swapUNet } from "./lib/graph.mjs";
+import { ENTRY, message, translate } from "./lib/words.mjs";
+
+/** @import { Translation, Words } from "./lib/words.mjs" */
 
 const SWAP = "KOALA.SwapUNet";
 const INSERT = "KOALA.InsertTextToImage";
@@ -13,12 +16,23 @@ const TEMPLATE = "KOALA-tiny text to image";
 const PACK = new URL(import.meta.url).pathname.split("/").at(-2); // the folder that the pack is installed in
 
 /**
+ * Language -> all packs' translations, as the server has them.
+ * @type {Record<string, Record<string, Translation>>}
+ */
+let translations = {};
+
+/** A text in the canvas's language. @param {Words} words */
+function say(words) {
+  return translate(words, translations[app.extensionManager.setting.get("Comfy.Locale")]?.[ENTRY]);
+}
+
+/**
  * Tell the person at the canvas.
  * @param {"info" | "warn" | "error"} severity
- * @param {string} detail
+ * @param {Words} detail
  */
 function notify(severity, detail) {
-  app.extensionManager.toast.add({ severity, summary: "KOALA", detail, life: 8000 });
+  app.extensionManager.toast.add({ severity, summary: "KOALA", detail: say(detail), life: 8000 });
 }
 
 /** @param {ComfyNode} node */
@@ -29,14 +43,17 @@ function swap(node) {
 
 function swapSelected() {
   const nodes = [...app.canvas.selectedItems].filter((item) => modelSlot(item) >= 0);
-  if (!nodes.length) notify("info", "Select a node with a MODEL output first, such as Load Checkpoint.");
+  if (!nodes.length) notify("info", message("Select a node with a MODEL output first, such as Load Checkpoint."));
   for (const node of nodes) swap(/** @type {ComfyNode} */ (node));
 }
 
 async function insertTextToImage() {
   const answer = await api.fetchApi(`/workflow_templates/${PACK}/${encodeURIComponent(TEMPLATE)}.json`);
   if (answer.ok) insert(app, await answer.json());
-  else notify("error", `Could not load the template "${TEMPLATE}" (HTTP ${answer.status}).`);
+  else {
+    const values = { template: TEMPLATE, status: answer.status };
+    notify("error", message('Could not load the template "{template}" (HTTP {status}).', values));
+  }
 }
 
 /** Whether a node is one of ours. @param {ComfyNode | null | undefined} node */
@@ -53,6 +70,11 @@ app.registerExtension({
   ],
   menuCommands: [{ path: ["Extensions", "KOALA"], commands: [SWAP, INSERT] }],
 
+  async setup() {
+    const answer = await api.fetchApi("/i18n");
+    if (answer.ok) translations = await answer.json();
+  },
+
   getNodeMenuItems(node) {
     return modelSlot(node) < 0 ? [] : [null, { content: SWAP_LABEL, callback: () => swap(node) }];
   },
@@ -67,14 +89,14 @@ app.registerExtension({
     const before = node.onExecuted;
     node.onExecuted = function (output, ...rest) {
       before?.call(this, output, ...rest);
-      show(this, output);
+      show(this, output, say);
     };
   },
 
   onNodeOutputsUpdated(outputs) {
     for (const [id, output] of Object.entries(outputs)) {
       const node = app.rootGraph?.getNodeById(id);
-      if (node && isKoala(node)) show(node, output);
+      if (node && isKoala(node)) show(node, output, say);
     }
   },
 });

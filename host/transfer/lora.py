@@ -16,8 +16,9 @@ from ...koala.lora.kinds import BIASES, DORA_SCALE, RESCALE, ROTATION, WHOLE, sp
 from ...koala.lora.modules import Module, Outcome
 from ...koala.lora.origin import TrainedOn
 from ...koala.lora.plan import Plan, inspect_lora
-from ...koala.lora.report import text_summary
+from ...koala.lora.report import hook_text_summary, text_summary
 from ...koala.lora.weights import Loaded, load
+from ...koala.words import message
 from ..model import model_facts
 from ..protocols import Clip, Hooks, Model
 from .adapters import Decomposed, Replaced, Rotated, without_core
@@ -76,10 +77,7 @@ def hook_lora(
     for hook in hooks.hooks:
         hook.weights_clip = _patches(loaded.text)
         hook.need_weight_init = False  # they are patches already, not a LoRA's tensors
-    count = sum(module.outcome == "applied" for module in loaded.plan.text)
-    rest = text_summary(loaded.plan).partition(" applied")[2]
-    text = f"{count} for the CLIP that the hooks are set on{rest}" if loaded.plan.text else "none"
-    return hooks, loaded.plan, text
+    return hooks, loaded.plan, hook_text_summary(loaded.plan)
 
 
 def _read(model: Model, path: Path, trained_on: TrainedOn, fold: bool, text: Mapping[str, Shape] | None) -> Loaded:
@@ -119,7 +117,7 @@ def _key(module: str, of: str = "weight") -> str:
 def _left_out(modules: Iterable[Module], taken: set[str]) -> dict[str, tuple[Outcome, str]]:
     """The modules that ComfyUI did not patch, although it was asked to, for ``Plan.with_findings``."""
     return {
-        module.name: ("unsupported", "this version of ComfyUI did not take its patch")
+        module.name: ("unsupported", message("this version of ComfyUI did not take its patch"))
         for module in modules
         if module.outcome in ("applied", "folded") and not _wanted(module) <= taken
     }

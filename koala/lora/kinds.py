@@ -17,6 +17,7 @@ from math import prod
 from typing import Literal
 
 from ..architecture.keys import Shape
+from ..words import message
 
 ALPHA = ".alpha"
 DORA_SCALE = ".dora_scale"
@@ -52,26 +53,26 @@ _PEFT_METHODS = {
     "delora": "DeLoRA", "waveft": "WaveFT", "gralora": "GraLoRA", "adamss": "AdaMSS", "beft": "BEFT", "deft": "DEFT",
     "frod": "FRoD", "glora": "PEFT's GLoRA", "hira": "HiRA", "lily": "Lily", "osf": "OSF", "peanut": "PEANuT",
     "psoft": "PSOFT", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA", "supertuning": "SuperTuning",
-    "shadow": "Shadow", "trainable_tokens": "trainable tokens",
+    "shadow": "Shadow", "trainable_tokens": message("trainable tokens"),
 }  # fmt: skip
 """What the tensors of PEFT's methods begin with -> the method. Sources: ``prefix`` and ``adapter_layer_names`` in
 peft/tuners."""
 
 OTHER_KINDS: tuple[tuple[str, str], ...] = (
     (r"\.(?:lora_E|ranknum)", "AdaLoRA"),
-    (r"\.lora_embedding_[AB]", "a LoRA of an embedding"),
+    (r"\.lora_embedding_[AB]", message("a LoRA of an embedding")),
     (r"\.lora_diag", "KaSA"),
     (r"\.lora_monteclora_sampler", "MonteCLoRA"),
-    (r"\.base_layer\.(?:weight|bias)", "a trained weight or bias of the model itself"),
+    (r"\.base_layer\.(?:weight|bias)", message("a trained weight or bias of the model itself")),
     (r"\.on_input", "LyCORIS's IA3"),
     (r"\.(?:q_layer|p_layer)\.weight|\.lambda_layer", "T-LoRA"),
-    (r"\.bm\.weight", "GLoRA with a Tucker core"),
-    (r"\.oft_diag", "an early OFT"),
+    (r"\.bm\.weight", message("GLoRA with a Tucker core")),
+    (r"\.oft_diag", message("an early OFT")),
     *((rf"\.{prefix}_\w+", name) for prefix, name in _PEFT_METHODS.items()),
 )
 """Suffixes of kinds that ComfyUI does not apply, and what such an adapter is called."""
 
-_WHOLE = "a whole weight or bias, as PEFT's modules_to_save are"
+_WHOLE = message("a whole weight or bias, as PEFT's modules_to_save are")
 
 _SUFFIX = re.compile("|".join(f"(?P<s{n}>{spelling})$" for n, (_, spelling) in enumerate(SPELLINGS)))
 _OTHER = re.compile(
@@ -175,10 +176,10 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind("OFT", (Form({ROTATION: "nss"}, "ns", ""),), frozenset({ALPHA, RESCALE}), is_sum=False, alpha="limit"),
     Kind("BOFT", (Form({ROTATION: "mnbb"}, "nb", ""),), frozenset({ALPHA, RESCALE}), is_sum=False, alpha="limit"),
-    Kind("weight difference", (Form({".diff": "oi."}, exact=True),)),
-    Kind("norm difference", (Form({".w_norm": "o"}, columns="", exact=True),), frozenset({NORM_BIAS})),
-    Kind("whole weight", (Form({WHOLE: "oi."}, exact=True),), is_sum=False),
-    Kind("bias difference", (Form({}, "", ""),)),
+    Kind(message("weight difference"), (Form({".diff": "oi."}, exact=True),)),
+    Kind(message("norm difference"), (Form({".w_norm": "o"}, columns="", exact=True),), frozenset({NORM_BIAS})),
+    Kind(message("whole weight"), (Form({WHOLE: "oi."}, exact=True),), is_sum=False),
+    Kind(message("bias difference"), (Form({}, "", ""),)),
 )
 BIASES = (BIAS, UP_BIAS, NORM_BIAS)
 """Differences of a bias: they may stand beside any kind, or alone."""
@@ -206,15 +207,23 @@ class Made:
         return self.rows in (None, weight[0]) and self.columns in (None, prod(weight[1:]))
 
 
-class IncompleteError(ValueError):
+class ModuleError(ValueError):
+    """A module's tensors make no change that can be computed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class IncompleteError(ModuleError):
     """A module lacks tensors; the message says which."""
 
 
-class MalformedError(ValueError):
+class MalformedError(ModuleError):
     """A module's tensors do not go together; the message says which."""
 
 
-class UnsupportedError(ValueError):
+class UnsupportedError(ModuleError):
     """A module's tensors are of a kind that ComfyUI does not apply; the message names it."""
 
 
@@ -225,21 +234,27 @@ def read(module: Mapping[str, Shape]) -> Made:
     """
     if strange := sorted(suffix for suffix in module if suffix not in _KNOWN):
         known = other_kind(strange[0]) or {".weight": _WHOLE, ".bias": _WHOLE}.get(strange[0], "")
-        raise UnsupportedError(f"{known} ({strange[0][1:]})" if known else f"unknown tensor {strange[0][1:]}")
+        tensor = strange[0][1:]
+        raise UnsupportedError(
+            message("{kind} ({tensor})", kind=known, tensor=tensor)
+            if known
+            else message("unknown tensor {tensor}", tensor=tensor)
+        )
     main = frozenset(module) & _TENSORS
     kind = _kind(main, alone=BIAS in module)
     if kind is None:
-        problem = f"tensors of several kinds ({_names(main)})" if main else f"it has {_names(set(module))} only"
-        raise (MalformedError if main else IncompleteError)(problem)
+        if main:
+            raise MalformedError(message("tensors of several kinds ({tensors})", tensors=_names(main)))
+        raise IncompleteError(message("it has {tensors} only", tensors=_names(set(module))))
     form = min((form for form in kind.forms if main <= form.tensors.keys()), key=lambda form: len(form.tensors))
     if missing := form.tensors.keys() - main:
-        raise IncompleteError(f"it lacks {_names(missing)}")
+        raise IncompleteError(message("it lacks {tensors}", tensors=_names(missing)))
     if beside := module.keys() - form.tensors.keys() - kind.beside - {BIAS}:
-        raise MalformedError(f"{_names(beside)} beside a {kind.name}")
+        raise MalformedError(message("{tensors} beside a {kind}", tensors=_names(beside), kind=kind.name))
     if sum(bias in module for bias in BIASES) > 1:
-        raise MalformedError("two differences of the bias")
+        raise MalformedError(message("two differences of the bias"))
     if empty := next((suffix for suffix, shape in module.items() if 0 in shape), None):
-        raise MalformedError(f"{empty[1:]} is empty: {list(module[empty])}")
+        raise MalformedError(message("{tensor} is empty: {shape}", tensor=empty[1:], shape=list(module[empty])))
     return _bound(module, main)
 
 
@@ -262,7 +277,7 @@ def _bound(module: Mapping[str, Shape], main: frozenset[str]) -> Made:
                 shape = module[next(iter(form.tensors))] if form.exact else None
                 return Made(kind, rows, columns, shape, sizes.get(kind.rank))
     shapes = ", ".join(f"{suffix[1:]} {list(module[suffix])}" for suffix in sorted(main))
-    raise MalformedError(f"its tensors do not go together: {shapes}")
+    raise MalformedError(message("its tensors do not go together: {shapes}", shapes=shapes))
 
 
 def _sizes(form: Form, module: Mapping[str, Shape]) -> dict[str, int] | None:

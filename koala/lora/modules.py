@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from ..architecture.keys import Shape
 from ..files.header import Header
+from ..words import Message, message
 from .kinds import (
     ALPHA,
     BIAS,
@@ -34,15 +35,15 @@ Outcome = Literal["applied", "folded", "removed", "mismatch", "incomplete", "mal
 tensors are missing. ``malformed``: they do not go together, or are not numbers that can be added to weights.
 ``unsupported``: a kind that ComfyUI does not apply. ``unknown``: no layer of that name."""
 
-WORDS: dict[Outcome, str] = {
-    "applied": "applied",
-    "folded": "folded into a neighbour",
-    "removed": "removed with KOALA's missing layers",
-    "mismatch": "of another shape",
-    "incomplete": "incomplete",
-    "malformed": "malformed",
-    "unsupported": "of a kind that ComfyUI does not apply",
-    "unknown": "unknown",
+WORDS: dict[Outcome, Message] = {
+    "applied": message("applied"),
+    "folded": message("folded into a neighbour"),
+    "removed": message("removed with KOALA's missing layers"),
+    "mismatch": message("of another shape"),
+    "incomplete": message("incomplete"),
+    "malformed": message("malformed"),
+    "unsupported": message("of a kind that ComfyUI does not apply"),
+    "unknown": message("unknown"),
 }
 """Outcome -> words, in the order in which they are listed."""
 
@@ -142,20 +143,25 @@ def judge(suffixes: Mapping[str, tuple[str, ...]], file: Tables) -> Contents:
     tensors = {suffix: names[0] for suffix, names in suffixes.items()}
     try:
         if twice := next((suffix for suffix, names in suffixes.items() if len(names) > 1), None):
-            raise MalformedError(f"two tensors for {twice[1:]}: {', '.join(suffixes[twice])}")
+            both = ", ".join(suffixes[twice])
+            raise MalformedError(message("two tensors for {name}: {tensors}", name=twice[1:], tensors=both))
         made = read({suffix: file.shapes[name] for suffix, name in tensors.items()})
         for suffix, name in tensors.items():
             if suffix not in (ALPHA, RESHAPE) and file.dtypes[name] not in FLOATS:
                 raise MalformedError(
-                    f"{suffix[1:]} is {file.dtypes[name]}, not floating point: codes of a quantised weight"
+                    message(
+                        "{tensor} is {dtype}, not floating point: codes of a quantised weight",
+                        tensor=suffix[1:],
+                        dtype=file.dtypes[name],
+                    )
                 )
         return Contents(tensors, made, alpha=_alpha(tensors, file))
     except UnsupportedError as error:
-        return Contents(tensors, None, "unsupported", str(error))
+        return Contents(tensors, None, "unsupported", error.reason)
     except IncompleteError as error:
-        return Contents(tensors, None, "incomplete", str(error))
+        return Contents(tensors, None, "incomplete", error.reason)
     except MalformedError as error:
-        return Contents(tensors, None, "malformed", str(error))
+        return Contents(tensors, None, "malformed", error.reason)
 
 
 def _alpha(tensors: Mapping[str, str], file: Tables) -> float | None:
@@ -163,11 +169,10 @@ def _alpha(tensors: Mapping[str, str], file: Tables) -> float | None:
         return None
     found = file.values.get(tensors[ALPHA], ())
     if len(found) != 1:
-        raise MalformedError(
-            f"alpha is {file.dtypes[tensors[ALPHA]]} {list(file.shapes[tensors[ALPHA]])}, not one number"
-        )
+        dtype, shape = file.dtypes[tensors[ALPHA]], list(file.shapes[tensors[ALPHA]])
+        raise MalformedError(message("alpha is {dtype} {shape}, not one number", dtype=dtype, shape=shape))
     if not math.isfinite(found[0]):
-        raise MalformedError(f"alpha is {found[0]}")
+        raise MalformedError(message("alpha is {value}", value=found[0]))
     return found[0]
 
 
@@ -225,7 +230,7 @@ def _scale(contents: Contents, made: Made, config: Config | None, module: str) -
         try:
             return config.scale(module, made.rank), False
         except ValueError as error:
-            raise MalformedError(str(error)) from None
+            raise MalformedError(*error.args) from None
     return 1.0, made.rank is not None
 
 
@@ -234,16 +239,22 @@ def _check(tensors: Mapping[str, str], weight: Shape, has_bias: bool, file: Tabl
     if bias := next((suffix for suffix in BIASES if suffix in tensors), None):
         found = file.shapes[tensors[bias]]
         if not has_bias:
-            raise MalformedError(f"it has {bias[1:]}, and the layer has no bias")
+            raise MalformedError(message("it has {tensor}, and the layer has no bias", tensor=bias[1:]))
         if found != weight[:1]:
-            raise MalformedError(f"{bias[1:]} is {list(found)}, not {list(weight[:1])}")
+            raise MalformedError(
+                message("{tensor} is {shape}, not {own}", tensor=bias[1:], shape=list(found), own=list(weight[:1]))
+            )
     if RESHAPE in tensors and (wanted := file.values.get(tensors[RESHAPE], ())) != weight:
         said = [int(value) if value.is_integer() else value for value in wanted]
-        raise MalformedError(f"reshape_weight is {said or 'no shape'}, and the layer is {list(weight)}")
+        raise MalformedError(_of_another_layer(RESHAPE, said or message("no shape"), weight))
     for suffix in (DORA_SCALE, RESCALE):
         if suffix in tensors and scale_shape(tensors[suffix], file.shapes[tensors[suffix]], weight) is None:
             found = file.shapes[tensors[suffix]]
-            raise MalformedError(f"{suffix[1:]} is {list(found)}, and the layer is {list(weight)}")
+            raise MalformedError(_of_another_layer(suffix, list(found), weight))
+
+
+def _of_another_layer(suffix: str, shape: object, weight: Shape) -> Message:
+    return message("{tensor} is {shape}, and the layer is {layer}", tensor=suffix[1:], shape=shape, layer=list(weight))
 
 
 def scale_shape(name: str, shape: Shape, weight: Shape) -> Shape | None:

@@ -14,10 +14,12 @@ from ..architecture.layout import SDXL, SSD_1B, VEGA, Layout, name
 from ..architecture.lineage import KEPT_TRANSFORMERS, at_widths_of
 from ..files.header import CheckpointError
 from ..files.other_models import FAMILIES_BY_TEXT_WIDTH
+from ..words import message
 from .kinds import Made
 from .names import find
 
 TrainedOn = Literal["auto", "SDXL", "KOALA"]
+CHOSEN = message("as chosen")
 
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 
@@ -88,9 +90,7 @@ def origin_of(
     _refuse_other_family(file, modules, target)
     sdxl, own = Suspect(at_widths_of(target, SDXL), "SDXL"), Suspect(target, name(target))
     if trained_on != "auto":
-        return (
-            Origin(sdxl.layout, "SDXL", "as chosen") if trained_on == "SDXL" else Origin(target, own.model, "as chosen")
-        )
+        return Origin(sdxl.layout, "SDXL", CHOSEN) if trained_on == "SDXL" else Origin(target, own.model, CHOSEN)
     relatives = [Suspect(at_widths_of(target, layout), model) for layout, model in _RELATIVES.items()]
     everyone = [own, sdxl, *(relative for relative in relatives if relative.layout != target)]
     known = {module: made for module, made in modules.items() if any(find(s.layout, module) for s in everyone)}
@@ -99,7 +99,7 @@ def origin_of(
     fitting = [suspect for suspect in everyone if len(misfits[suspect.model]) == fewest]
     if exact := next((s for s in fitting if s != sdxl and _changed(known, s.layout) == _transformers(s.layout)), None):
         if exact == own:
-            return Origin(target, own.model, f"it has exactly {own.model}'s transformer blocks")
+            return Origin(target, own.model, message("it has exactly {model}'s transformer blocks", model=own.model))
         raise _of_relative(file, exact.model, own.model, "it has exactly its transformer blocks")
     return _of_several(file, _stated(metadata), fitting, own, sdxl, misfits)
 
@@ -115,29 +115,41 @@ def _of_several(
     """The origin of a LoRA that changes no model's transformer blocks exactly, by what the fitting models lack."""
     if own in fitting and sdxl not in fitting:
         first, problem = next(iter(misfits["SDXL"].items()))
-        has = f"layers by {own.model}'s own numbers" if problem == _ABSENT else "a shape that SDXL lacks"
-        return Origin(own.layout, own.model, f"it has {has}, such as {first}")
+        evidence = (
+            message("it has layers by {model}'s own numbers, such as {layer}", model=own.model, layer=first)
+            if problem == _ABSENT
+            else message("it has a shape that SDXL lacks, such as {layer}", layer=first)
+        )
+        return Origin(own.layout, own.model, evidence)
+    said = message('its metadata says "{text}"', text=stated)
     named = next(
         (s for s in fitting if s != sdxl and re.search(_IN_METADATA.get(s.model, "koala"), stated, re.I)), None
     )
     if named == own:
-        return Origin(own.layout, own.model, f'its metadata says "{stated}"')
+        return Origin(own.layout, own.model, said)
     if named:
-        raise _of_relative(file, named.model, own.model, f'its metadata says "{stated}"')
+        raise _of_relative(file, named.model, own.model, said)
     others = [suspect.model for suspect in fitting if suspect not in (own, sdxl)]
     if sdxl not in fitting:
         raise _of_relative(file, " or ".join(others), own.model, "it has layers that SDXL lacks")
-    said = f' (its metadata says "{stated}")' if stated else ""
+    assumed = message("assumed ({metadata})", metadata=said) if stated else message("assumed")
     if own in fitting:
-        why = f"as {own.model} has all of its layers, too; choose KOALA if that is wrong"
-        return Origin(sdxl.layout, "SDXL", f"assumed{said}, {why}")
+        proof = message(
+            "{assumed}, as {model} has all of its layers, too; choose KOALA if that is wrong",
+            assumed=assumed,
+            model=own.model,
+        )
+        return Origin(sdxl.layout, "SDXL", proof)
     first, problem = next(iter(misfits[own.model].items()))
-    why = f"it has layers that {own.model} lacks, such as {first}"
-    if problem != _ABSENT:
-        why = f"its {first} has the shape of SDXL's"
+    if problem == _ABSENT:
+        proof = message("it has layers that {model} lacks, such as {layer}", model=own.model, layer=first)
+    else:
+        proof = message("its {layer} has the shape of SDXL's", layer=first)
     if others:
-        return Origin(sdxl.layout, "SDXL", f"assumed{said}: {why}; {', '.join(others)} would fit, too")
-    return Origin(sdxl.layout, "SDXL", why)
+        proof = message(
+            "{assumed}: {evidence}; {models} would fit, too", assumed=assumed, evidence=proof, models=", ".join(others)
+        )
+    return Origin(sdxl.layout, "SDXL", proof)
 
 
 def _misfits(known: Mapping[str, Made | None], layout: Layout) -> dict[str, str]:

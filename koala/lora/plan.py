@@ -18,6 +18,7 @@ from ..architecture.lineage import KeptTransformers, at_widths_of, lineage
 from ..files.conventions import label
 from ..files.header import CheckpointError, Header, read_header
 from ..files.other_models import describe
+from ..words import message
 from .kinds import DORA_SCALE, MalformedError, other_kind, split
 from .modules import WORDS, Contents, Layer, Module, Outcome, Tables, judge, placed, tables
 from .names import TEXT, find, group, text_aliases, text_shapes
@@ -212,10 +213,10 @@ class _Placing:
         """The module on a layer, or what is wrong with it there; see ``modules.placed``."""
         try:
             if other := self.taken.get(layer.name):
-                raise MalformedError(f"it changes the same layer as {other}")
+                raise MalformedError(message("it changes the same layer as {other}", other=other))
             found = placed(module, stage, contents, layer, self.file, config)
         except MalformedError as error:
-            return Module(module, stage, "malformed", str(error))
+            return Module(module, stage, "malformed", error.reason)
         self.taken[layer.name] = module
         return found
 
@@ -224,7 +225,7 @@ class _Placing:
         try:
             return replace(placed(module, stage, contents, layer, self.file, config), outcome="folded")
         except MalformedError as error:
-            return Module(module, stage, "malformed", str(error))
+            return Module(module, stage, "malformed", error.reason)
 
 
 def _unet(

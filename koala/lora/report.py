@@ -6,41 +6,75 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ..architecture.layout import name
+from ..words import Message, joined, lines, message
 from .modules import WORDS, Module, Outcome
 from .plan import STAGES, Plan
 
 SHOWN = 3
 """How many modules are named for one reason."""
 
+STAGE_NAMES = {
+    "ends": message("ends"),
+    **{f"down {number}": message("down {number}", number=number) for number in (1, 2, 3)},
+    "middle": message("middle"),
+    **{f"up {number}": message("up {number}", number=number) for number in (1, 2, 3)},
+    "unknown": message("unknown"),
+}
+"""What each stage is called."""
 
-def summary(plan: Plan, text: str) -> str:
+
+def summary(plan: Plan, text: str) -> Message:
     """What became of a LoRA, for a person, in a few lines. ``text`` tells of its text part."""
-    lines = [plan.file]
+    said = [plan.file]
     if plan.origin:
-        lines.append(f"trained on {plan.origin.model}: {plan.origin.evidence}")
-        lines.append(f"U-Net on {name(plan.target)}: {_counts(Counter(module.outcome for module in plan.modules))}")
+        found = _counts(Counter(module.outcome for module in plan.modules))
+        said.append(
+            message("trained on {model}: {evidence}", model=plan.origin.model, evidence=plan.origin.evidence),
+        )
+        said.append(message("U-Net on {model}: {counts}", model=name(plan.target), counts=found))
     if plan.configured:
-        lines.append(f"strength: alpha and rank as {plan.configured} says")
+        said.append(message("strength: alpha and rank as {source} says", source=plan.configured))
     if assumed := sum(module.assumed for module in plan.applied):
-        modules = "module" if assumed == 1 else "modules"
-        lines.append(f"strength: alpha is unknown for {assumed} {modules}, taken to be the rank (scale 1)")
-    lines += _faults((*plan.modules, *plan.text))
-    return "\n".join((*lines, f"text encoders: {text}"))
+        said.append(
+            message("strength: alpha is unknown for 1 module, taken to be the rank (scale 1)")
+            if assumed == 1
+            else message(
+                "strength: alpha is unknown for {count} modules, taken to be the rank (scale 1)", count=assumed
+            )
+        )
+    said += _faults((*plan.modules, *plan.text))
+    return lines(*said, message("text encoders: {found}", found=text))
 
 
-def report(plan: Plan, text: str) -> str:
+def report(plan: Plan, text: str) -> Message:
     """The summary, and a line for each stage."""
-    stages = (f"  {stage}: {_counts(found)}" for stage, found in coverage(plan).items())
-    return "\n".join((summary(plan, text), *stages))
+    stages = (
+        message("  {stage}: {counts}", stage=STAGE_NAMES[stage], counts=_counts(found))
+        for stage, found in coverage(plan).items()
+    )
+    return lines(summary(plan, text), *stages)
 
 
-def text_summary(plan: Plan) -> str:
+def text_summary(plan: Plan) -> Message:
     """What became of the modules of the text encoders, in words."""
-    if not plan.text:
-        return "none"
     found = Counter(module.outcome for module in plan.text)
-    rest = _counts({outcome: count for outcome, count in found.items() if outcome != "applied"})
-    return f"{found['applied']} of {len(plan.text)} applied{', ' + rest if rest else ''}"
+    return _with_others(
+        message("{count} of {total} applied", count=found["applied"], total=len(plan.text)), plan, found
+    )
+
+
+def hook_text_summary(plan: Plan) -> Message:
+    """The same for hooks, which have yet to be set on text encoders."""
+    found = Counter(module.outcome for module in plan.text)
+    return _with_others(message("{count} for the CLIP that the hooks are set on", count=found["applied"]), plan, found)
+
+
+def _with_others(applied: Message, plan: Plan, found: Mapping[Outcome, int]) -> Message:
+    """What is said of the modules that are applied, and how many had which other outcome."""
+    if not plan.text:
+        return message("none")
+    rest = {outcome: count for outcome, count in found.items() if outcome != "applied"}
+    return joined(", ", (applied, *([_counts(rest)] if rest else [])))
 
 
 def coverage(plan: Plan) -> dict[str, dict[Outcome, int]]:
@@ -55,15 +89,28 @@ def _faults(modules: Iterable[Module]) -> list[str]:
     for module in modules:
         if module.reason or module.outcome in ("unknown", "mismatch"):
             found.setdefault((module.outcome, module.reason), []).append(module.name)
-    lines = []
+    faults: list[str] = []
     for (outcome, reason), names in found.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        words = f"{outcome} modules" if outcome == "unknown" else WORDS[outcome]
-        lines.append(f"{words}: {', '.join(names[:SHOWN])}{more}{': ' + reason if reason else ''}")
-    if len(lines) > 2 * SHOWN:
-        lines[2 * SHOWN :] = [f"and {len(lines) - 2 * SHOWN} further faults"]
-    return lines
+        shown: str = ", ".join(names[:SHOWN])
+        if len(names) > SHOWN:
+            shown = message("{names} and {count} more", names=shown, count=len(names) - SHOWN)
+        words = message("unknown modules") if outcome == "unknown" else WORDS[outcome]
+        faults.append(
+            message("{outcome}: {modules}: {reason}", outcome=words, modules=shown, reason=reason)
+            if reason
+            else message("{outcome}: {modules}", outcome=words, modules=shown)
+        )
+    if len(faults) > 2 * SHOWN:
+        faults[2 * SHOWN :] = [message("and {count} further faults", count=len(faults) - 2 * SHOWN)]
+    return faults
 
 
-def _counts(found: Mapping[Outcome, int]) -> str:
-    return ", ".join(f"{found[outcome]} {words}" for outcome, words in WORDS.items() if found.get(outcome))
+def _counts(found: Mapping[Outcome, int]) -> Message:
+    return joined(
+        ", ",
+        (
+            message("{count} {outcome}", count=found[outcome], outcome=words)
+            for outcome, words in WORDS.items()
+            if found.get(outcome)
+        ),
+    )

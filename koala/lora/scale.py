@@ -18,6 +18,7 @@ from typing import Any
 
 from ..files.conventions import PEFT_WEIGHTS, label
 from ..files.header import CheckpointError, Header
+from ..words import message
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
@@ -60,7 +61,9 @@ class Config:
         """
         said = int(_matching(self.ranks, module, self.rank))
         if rank is not None and rank != said:
-            raise ValueError(f"its rank is {rank}, {self.source} says {said}")
+            raise ValueError(
+                message("its rank is {rank}, {source} says {said}", rank=rank, source=self.source, said=said)
+            )
         return _matching(self.alphas, module, self.alpha) / (math.sqrt(said) if self.rslora else said)
 
 
@@ -79,7 +82,7 @@ def configs(header: Header) -> dict[str, Config]:
             if part not in PARTS:  # the U-Net's own function writes no part
                 part, name = "unet", key
             parts.setdefault(part, {})[name] = value
-        return {part: _config(file, "its metadata", own) for part, own in parts.items()}
+        return {part: _config(file, message("its metadata"), own) for part, own in parts.items()}
     beside = config_beside(header.path)
     if beside is None:
         return {}

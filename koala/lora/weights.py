@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..words import message
 from .kinds import BIASES, DORA_SCALE, FACTORS
 from .modules import Module, Outcome
 from .plan import Plan
@@ -41,10 +42,11 @@ def load(plan: Plan) -> Loaded:
                     new: _read(file.get_tensor(old), new, module) for old, new in module.names.items()
                 }
             except _NotFiniteError as error:
-                findings[module.name] = "malformed", f"{error} has numbers that are not finite"
+                reason = message("{tensor} has numbers that are not finite", tensor=str(error))
+                findings[module.name] = "malformed", reason
                 continue
             if _is_idle(module, found[module.name]):
-                findings[module.name] = module.outcome, "its numbers are zeros, so it changes nothing"
+                findings[module.name] = module.outcome, message("its numbers are zeros, so it changes nothing")
     settled = plan.with_findings(findings)
     settled.require_any()
 

@@ -1,12 +1,14 @@
 import assert from "node:assert/strict";
 import { beforeEach, test } from "node:test";
 import { makeRoom, show } from "../../web/lib/drawings.mjs";
+import { message, translate } from "../../web/lib/words.mjs";
 import { Node, Observer, page } from "./fakes.mjs";
 
 const CURVE = { title: "3 steps, leading", sigmas: [10, 1, 0], published: "25 steps", reference: [10, 0.1, 0] };
 const COVERAGE = {
   stages: { "down 2": { applied: 3, folded: 1, removed: 4 }, middle: { removed: 2 } },
-  words: { applied: "applied", folded: "folded", removed: "removed", mismatch: "mismatch", unknown: "unknown" },
+  names: { "down 2": message("stage {number}", { number: 2 }), middle: "middle" },
+  words: { applied: message("applied"), folded: "folded", removed: "removed", mismatch: "mismatch", unknown: "unknown" },
 };
 
 let node;
@@ -37,20 +39,20 @@ test("a new node is widened, never narrowed", () => {
 });
 
 test("nothing to show leaves a node as it is", () => {
-  for (const output of [undefined, {}, { images: [] }, { koala: [{}], text: [] }]) show(node, output);
+  for (const output of [undefined, {}, { images: [] }, { koala: [{}], text: ["for the history"] }]) show(node, output);
   assert.deepEqual([node.widgets.length, node.badges.length], [1, 0]);
 });
 
 test("text is shown in a widget that is not saved", () => {
-  show(node, { text: ["two\nlines"] });
+  show(node, { koala: [{ text: "two\nlines" }] });
   assert.deepEqual(texts(content()), ["two\nlines"]);
   assert.equal(widget().serialize, false);
   assert.equal(widget().options.serialize, false);
 });
 
 test("a second run replaces what is shown", () => {
-  show(node, { text: ["first"], koala: [{ badge: "one" }] });
-  show(node, { text: ["second"], koala: [{ badge: "two" }] });
+  show(node, { koala: [{ text: "first", badge: "one" }] });
+  show(node, { koala: [{ text: "second", badge: "two" }] });
   assert.equal(node.widgets.length, 2);
   assert.deepEqual(texts(content()), ["second"]);
   assert.deepEqual(node.badges.map(({ text }) => text), ["two"]);
@@ -69,7 +71,7 @@ test("the classic canvas gets a badge beside those that are there, Nodes 2.0 get
 });
 
 test("the widget is as high as its content, and the node grows with it", () => {
-  show(node, { text: ["text"] });
+  show(node, { koala: [{ text: "text" }] });
   const { getMinHeight, getMaxHeight } = widget().options;
   assert.deepEqual([getMinHeight(), getMaxHeight()], [0, 0]);
   const before = node.dirty;
@@ -95,7 +97,9 @@ test("a curve has a point for each noise level, with its number, and both titles
   ]);
   assert.deepEqual(dots.map((dot) => dot.children[0].textContent)[1], "step 1: sigma 1.000");
   assert.deepEqual(texts(curve).slice(0, 2), ["sigmas: 3 steps, leading", "published: 25 steps"]);
-  const [reference, sigmas] = curve.all(({ name }) => name === "polyline").map(({ attributes }) => attributes.points);
+  const lines = curve.all(({ name }) => name === "polyline").map(({ attributes }) => attributes.points);
+  const [, reference, , sigmas, zero] = lines; // before each of the two: its piece in the legend
+  assert.equal(zero, "34,140 292,140");
   assert.equal(sigmas, dots.map(({ attributes }) => `${attributes.cx},${attributes.cy}`).join(" "));
   assert.notEqual(reference, sigmas);
 });
@@ -109,8 +113,30 @@ test("a bar has a segment for each outcome, as wide as its share", () => {
     ["folded", "1"],
     ["removed", "4"],
   ]);
-  assert.match(bars[0].children[2].style.cssText, /flex: 4 1 0; background: #6b7280/);
-  assert.equal(bars[0].children[2].title, "down 2: 4 removed");
+  assert.match(bars[0].children[2].style.cssText, /^flex: 4 1 0; color: /);
+  assert.equal(bars[0].children[2].title, "stage 2: 4 removed");
   const shown = texts(byClass("koala-coverage")[0]);
-  assert.deepEqual(shown, ["down 2", "4 / 8", "middle", "0 / 2", "■ applied", "■ folded", "■ removed"]);
+  assert.deepEqual(shown, ["stage 2", "4 / 8", "middle", "0 / 2", "applied", "folded", "removed"]);
+});
+
+test("each outcome has a pattern of its own, in the bars as in the legend", () => {
+  const outcomes = ["applied", "folded", "removed", "mismatch", "incomplete", "malformed", "unsupported", "unknown"];
+  const words = Object.fromEntries(outcomes.map((outcome) => [outcome, outcome]));
+  const stages = { down: Object.fromEntries(outcomes.map((outcome) => [outcome, 1])) };
+  show(node, { koala: [{ coverage: { stages, names: { down: "down" }, words } }] });
+  const swatches = byClass("koala-swatch");
+  const pattern = ({ style }) => style.cssText.match(/background: (.*?); box-shadow/)[1];
+  const [bar, legend] = [swatches.slice(0, 8), swatches.slice(8)];
+  assert.deepEqual(bar.map(({ dataset }) => dataset.outcome), outcomes);
+  assert.equal(new Set(bar.map(pattern)).size, outcomes.length);
+  assert.deepEqual(legend.map(pattern), bar.map(pattern));
+});
+
+test("every text is shown in the language of the canvas", () => {
+  const translation = { applied: "적용됨", "stage {number}": "{number}단계", "sigmas: {schedule}": "시그마: {schedule}" };
+  const drawing = { badge: message("applied"), text: message("applied"), curve: CURVE, coverage: COVERAGE };
+  show(node, { koala: [drawing] }, (words) => translate(words, translation));
+  assert.deepEqual(node.badges.map(({ text }) => text), ["적용됨"]);
+  const shown = texts(content());
+  for (const text of ["적용됨", "2단계", "시그마: 3 steps, leading", "folded"]) assert.ok(shown.includes(text), text);
 });

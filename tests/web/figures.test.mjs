@@ -11,10 +11,12 @@ const WORDS = {
   unknown: "unknown",
 };
 
+const NAMES = { "down 2": "Down 2", middle: "Middle", up: "Up", down: "Down" };
+
 test("a schedule goes from the plot's top left to its bottom right, equal ratios being equal heights", () => {
   const { sigmas, left } = plotCurve({ sigmas: [16, 4, 1], reference: [16, 1] });
   assert.equal(left, 34);
-  assert.deepEqual(sigmas.map(({ x, y }) => [round(x), round(y)]), [[34, 30], [163, 84], [292, 138]]);
+  assert.deepEqual(sigmas.map(({ x, y }) => [round(x), round(y)]), [[34, 30], [163, 77], [292, 124]]);
 });
 
 test("both schedules have the whole width and one scale", () => {
@@ -25,11 +27,14 @@ test("both schedules have the whole width and one scale", () => {
   assert.equal(sigmas[1].y, reference[2].y);
 });
 
-test("a level of 0 lies where the lowest level does", () => {
-  const { sigmas, labels } = plotCurve({ sigmas: [10, 0.1, 0], reference: [10, 0.1, 0] });
-  assert.equal(sigmas[2].y, 138);
-  assert.equal(round(sigmas[1].y), 138);
-  assert.equal(labels.length, 3);
+test("a level of 0 lies below the lowest level, with a label of its own", () => {
+  const { sigmas, labels, zero } = plotCurve({ sigmas: [10, 0.1, 0], reference: [10, 0.1] });
+  assert.deepEqual(sigmas.map(({ y }) => round(y)), [30, 124, 140]);
+  assert.deepEqual(labels.at(-1), { y: 140, text: "0" });
+  assert.equal(zero, 140);
+  const without = plotCurve({ sigmas: [10, 0.1], reference: [10, 0.1] });
+  assert.equal(without.zero, undefined);
+  assert.equal(without.labels.length, 3);
 });
 
 test("the highest level, 1 and the lowest level are labelled, each at its height", () => {
@@ -53,9 +58,10 @@ test("a polyline has its points as SVG writes them", () => {
 
 test("each stage has a row with its outcomes in their order, what has an effect, and the total", () => {
   const stages = { "down 2": { applied: 3, folded: 1, removed: 4 }, middle: { removed: 2 } };
-  assert.deepEqual(tabulateCoverage({ stages, words: WORDS }).rows, [
+  assert.deepEqual(tabulateCoverage({ stages, names: NAMES, words: WORDS }).rows, [
     {
       stage: "down 2",
+      name: "Down 2",
       parts: [
         { outcome: "applied", count: 3, words: "applied" },
         { outcome: "folded", count: 1, words: "folded into a neighbour" },
@@ -64,14 +70,14 @@ test("each stage has a row with its outcomes in their order, what has an effect,
       effective: 4,
       total: 8,
     },
-    { stage: "middle", parts: [{ outcome: "removed", count: 2, words: "removed" }], effective: 0, total: 2 },
+    { stage: "middle", name: "Middle", parts: [{ outcome: "removed", count: 2, words: "removed" }], effective: 0, total: 2 },
   ]);
 });
 
 test("the legend names the outcomes that occur, in the order of their words", () => {
   const stages = { up: { unknown: 1 }, down: { removed: 1, applied: 2 } };
-  const { legend } = tabulateCoverage({ stages, words: WORDS });
+  const { legend } = tabulateCoverage({ stages, names: NAMES, words: WORDS });
   assert.deepEqual(legend.map(({ outcome }) => outcome), ["applied", "removed", "unknown"]);
   assert.equal(legend[1].words, WORDS.removed);
-  assert.deepEqual(tabulateCoverage({ stages: {}, words: WORDS }), { rows: [], legend: [] });
+  assert.deepEqual(tabulateCoverage({ stages: {}, names: NAMES, words: WORDS }), { rows: [], legend: [] });
 });

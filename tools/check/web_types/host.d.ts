@@ -28,6 +28,8 @@ interface ComfyApp {
   rootGraph?: ComfyGraph;
   canvas: ComfyCanvas;
   extensionManager: {
+    /** A setting's value by its id. */
+    setting: { get(id: string): any };
     toast: { add(message: { severity: string; summary: string; detail: string; life: number }): void };
   };
   registerExtension(extension: ComfyExtension): void;
@@ -102,6 +104,8 @@ interface ComfyExtension {
   menuCommands?: { path: string[]; commands: string[] }[];
   getNodeMenuItems?(node: ComfyNode): (null | { content: string; callback(): void })[];
   getSelectionToolboxCommands?(item: unknown): string[];
+  /** Called once, before a workflow is opened. */
+  setup?(): Promise<void>;
   nodeCreated?(node: ComfyNode): void;
   onNodeOutputsUpdated?(outputs: Record<string, ComfyOutput>): void;
 }
