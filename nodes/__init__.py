@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .adapt import KoalaAttentionPatches, KoalaControlNet
+from .adapt import KoalaAttentionPatches, KoalaControlNet, KoalaControlNetLoader
 from .load import KoalaCheckpointLoader, KoalaModelInfo
 from .lora import KoalaHookLora, KoalaLoraLoader
 from .prompt import KoalaPrompt
@@ -22,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     KoalaLoraLoader,
     KoalaHookLora,
     KoalaControlNet,
+    KoalaControlNetLoader,
     KoalaAttentionPatches,
     KoalaCheckpointSave,
 ]

@@ -8,8 +8,9 @@ from ..host.model import model_facts
 from ..host.protocols import ControlNet, Model
 from ..host.transfer import attention
 from ..host.transfer.control import adapt
+from ..host.transfer.control_file import load_control
 from ..koala.architecture.layout import name
-from .base import ADD_ONS, SHOWS, shown
+from .base import ADD_ONS, SHOWS, choices, chosen_path, fingerprint, paths_of, shown
 
 
 class KoalaControlNet(io.ComfyNode):
@@ -37,6 +38,42 @@ class KoalaControlNet(io.ComfyNode):
     @classmethod
     def execute(cls, control_net: ControlNet) -> io.NodeOutput:
         return io.NodeOutput(adapt(control_net))
+
+
+class KoalaControlNetLoader(io.ComfyNode):
+    """An SDXL ControlNet for KOALA, from its file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KoalaControlNetLoader",
+            display_name="KOALA ControlNet Loader",
+            category=ADD_ONS,
+            description="Loads an SDXL ControlNet, union ControlNet or T2I-Adapter and adapts it to KOALA's fewer "
+            "layers: Load ControlNet and KOALA ControlNet in one node. On SDXL it works as well.",
+            search_aliases=["controlnet", "load controlnet", "sdxl controlnet", "koala controlnet", "t2i adapter"],
+            inputs=[
+                io.Combo.Input(
+                    "control_net_name",
+                    options=choices("controlnet"),
+                    tooltip="A .safetensors file from models/controlnet, made for SDXL. koala-tiny's is built in.",
+                ),
+            ],
+            outputs=[
+                io.ControlNet.Output(
+                    display_name="CONTROL_NET", tooltip="The adapted ControlNet, for Apply ControlNet and other nodes."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, control_net_name: str = "") -> str:
+        """Changes when the file is replaced on disk under the same name."""
+        return fingerprint(*paths_of("controlnet", control_net_name))
+
+    @classmethod
+    def execute(cls, control_net_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_control(chosen_path("controlnet", control_net_name)))
 
 
 class KoalaAttentionPatches(io.ComfyNode):

@@ -9,6 +9,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from .. import koala_loader
 from ..host.model import WEIGHT_DTYPES
 from ..koala.files import stamp
 from ..koala.files.folder import folder_files
@@ -18,6 +19,12 @@ CATEGORY = "KOALA"
 ADD_ONS = f"{CATEGORY}/SDXL add-ons"
 DRAWING = "koala"
 """Key of a node's output for the canvas that holds what web/ draws on the node."""
+
+BUILT_IN = {
+    ("loras", "built-in koala-tiny-cyan"): koala_loader.BUILT_IN.with_name("koala-tiny-cyan.safetensors"),
+    ("controlnet", "built-in koala-tiny-outline"): koala_loader.BUILT_IN.with_name("koala-tiny-outline.safetensors"),
+}
+"""koala-tiny's add-ons, which are part of the pack: ComfyUI's folder key and the name that inputs offer -> file."""
 
 SHOWS: dict[str, Any] = (
     {"has_intermediate_output": True} if "has_intermediate_output" in io.Schema.__dataclass_fields__ else {}
@@ -55,9 +62,20 @@ def weight_dtype_input() -> io.Combo.Input:
     )
 
 
-def paths_of(folder: str, file: str) -> list[Path]:
-    """The path of a file that an input names, of ComfyUI's folder key ``folder``; empty where it does not exist."""
-    path = folder_paths.get_full_path(folder, file) if file else None
+def choices(folder: str) -> list[str]:
+    """What an input offers of ComfyUI's folder key ``folder``: the files there, and the pack's own for koala-tiny. These
+    come last, so that none is the default where there are others."""
+    return [*folder_paths.get_filename_list(folder), *(name for key, name in BUILT_IN if key == folder)]
+
+
+def chosen_path(folder: str, name: str) -> Path:
+    """The path of one of the ``choices``. Raises FileNotFoundError, naming the folder key, where it is not there."""
+    return BUILT_IN.get((folder, name)) or Path(folder_paths.get_full_path_or_raise(folder, name))
+
+
+def paths_of(folder: str, name: str) -> list[Path]:
+    """The path of one of the ``choices``; empty where it does not exist."""
+    path = BUILT_IN.get((folder, name)) or (folder_paths.get_full_path(folder, name) if name else None)
     return [Path(path)] if path else []
 
 

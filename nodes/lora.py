@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import comfy.hooks
-import folder_paths
 from comfy_api.latest import io
 
 from ..host.protocols import Clip, Hooks, Model
@@ -16,7 +14,7 @@ from ..koala.lora.origin import TrainedOn
 from ..koala.lora.plan import Plan
 from ..koala.lora.report import STAGE_NAMES, coverage, report, summary
 from ..koala.lora.scale import config_beside
-from .base import ADD_ONS, SHOWS, fingerprint, paths_of, shown
+from .base import ADD_ONS, SHOWS, choices, chosen_path, fingerprint, paths_of, shown
 
 STRENGTH = 20.0
 
@@ -25,8 +23,9 @@ def _lora_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "lora_name",
-            options=folder_paths.get_filename_list("loras"),
-            tooltip="A LoRA of any kind, trained on SDXL or on KOALA itself, from models/loras.",
+            options=choices("loras"),
+            tooltip="A LoRA of any kind, trained on SDXL or on KOALA itself, from models/loras. koala-tiny's is built "
+            "in.",
         ),
         io.Float.Input(
             "strength_model",
@@ -113,7 +112,7 @@ class KoalaLoraLoader(io.ComfyNode):
         trained_on: TrainedOn,
         fold_removed: float,
     ) -> io.NodeOutput:
-        path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+        path = chosen_path("loras", lora_name)
         applied = apply_lora(model, clip, path, strength_model, strength_clip, fold_removed, trained_on)
         return _with_coverage(applied.plan, applied.text, applied.model, applied.clip)
 
@@ -164,7 +163,7 @@ class KoalaHookLora(io.ComfyNode):
         trained_on: TrainedOn,
         prev_hooks: Hooks | None = None,
     ) -> io.NodeOutput:
-        path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+        path = chosen_path("loras", lora_name)
         hooks, plan, text = hook_lora(model, path, strength_model, strength_clip, trained_on)
         before: Hooks = prev_hooks if prev_hooks is not None else comfy.hooks.HookGroup()
         return _with_coverage(plan, text, before.clone_and_combine(hooks))

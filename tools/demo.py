@@ -24,7 +24,7 @@ from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host, say
 from tools.harness.workflow import ObjectInfo, Workflow, to_prompt, with_widget
 
-WORKFLOW = ROOT / "example_workflows" / "KOALA-tiny text to image.json"
+WORKFLOW = ROOT / "example_workflows" / "01 KOALA-tiny text to image.json"
 DEFAULT_FOLDER = Path("koala-demo")
 SHEET_PROMPTS = (
     "a gray koala on a green background",

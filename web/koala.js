@@ -12,7 +12,7 @@ import { ENTRY, message, translate } from "./lib/words.mjs";
 const SWAP = "KOALA.SwapUNet";
 const INSERT = "KOALA.InsertTextToImage";
 const SWAP_LABEL = "Swap U-Net for KOALA";
-const TEMPLATE = "KOALA-tiny text to image";
+const TEMPLATE = "01 KOALA-tiny text to image";
 const PACK = new URL(import.meta.url).pathname.split("/").at(-2); // the folder that the pack is installed in
 
 /**

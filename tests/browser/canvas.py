@@ -8,14 +8,13 @@ from typing import Any
 
 from playwright.sync_api import Page
 
-from tools.harness.testhost import ROOT
+from tools.generate.workflows import shipped
 
-FOLDER = ROOT / "example_workflows"
 Shoot = Callable[[str], Any]
 
 
-def workflow(title: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((FOLDER / f"{title}.json").read_text("utf-8"))
+def workflow(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(shipped(name).read_text("utf-8"))
     return loaded
 
 

@@ -17,7 +17,7 @@ from tools.check.gates import GATES, workflow_faults
 from tools.harness import pack
 from tools.harness.testhost import RELEASES, TESTED_RELEASE
 
-TEXT_TO_IMAGE = "KOALA-tiny text to image.json"
+TEXT_TO_IMAGE = "01 KOALA-tiny text to image.json"
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_workflow_that_does_not_fit_the_nodes(
 def test_a_file_that_the_workflow_does_not_offer_is_no_choice(
     packed: Path, tmp_path: Path, object_info: dict[str, Any]
 ) -> None:
-    path = packed / "example_workflows" / "KOALA-700M with an SDXL LoRA.json"
+    path = packed / "example_workflows" / "05 KOALA-700M with an SDXL LoRA.json"
     assert workflow_faults(path, object_info) == []
     workflow = json.loads(path.read_text("utf-8"))
     loader = next(node for node in workflow["nodes"] if node["type"] == "KoalaLoraLoader")

@@ -68,7 +68,7 @@ def test_an_image_is_out_of_date_once_its_source_is_another(tmp_path: Path, monk
 
 
 def test_a_thumbnail_goes_by_its_graph_not_by_its_note_or_the_version() -> None:
-    path = thumbnails.FOLDER / "KOALA-700M accelerated.json"
+    path = thumbnails.FOLDER / "07 KOALA-700M accelerated.json"
     workflow: dict[str, Any] = json.loads(path.read_text("utf-8"))
     before = thumbnails.source(workflow)
     for node in workflow["nodes"]:

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from koala_sdxl.distill.study.addon_pictures import judge_cyan
-from tools.generate.workflows import FOLDER, link_own_files, models
+from tools.generate.workflows import FOLDER, models, shipped
 from tools.harness.client import Client
 from tools.harness.server import Server
 from tools.harness.testhost import Host
@@ -26,7 +26,7 @@ from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
 
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
-SWAP = FOLDER / "KOALA-700M in an SDXL graph.json"
+SWAP = shipped("KOALA-700M in an SDXL graph")
 """The only one that has SDXL's own U-Net: it runs in test_transfer_nodes.py."""
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")
 """What ComfyUI logs where an adapter does not fit the model it is on."""
@@ -54,7 +54,6 @@ def place_files(
 ) -> None:
     """Put a file where each of the workflow's would go, ``file`` in a download's place, and the picture that ComfyUI
     comes with."""
-    link_own_files(workflow, server.base / "models")
     for model in models(workflow):
         target = server.base / "models" / model["directory"] / model["name"]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +123,9 @@ def require_run(
     assert not any(complaint in said for complaint in COMPLAINTS), said
 
 
-def tiny_pictures(title: str, server: Server, client: Client, host: Host) -> torch.Tensor:
+def tiny_pictures(name: str, server: Server, client: Client, host: Host) -> torch.Tensor:
     """What a workflow on koala-tiny draws, in the order of its nodes: float32 [n, 3, 128, 128] in [-1, 1]."""
-    workflow = json.loads((FOLDER / f"{title}.json").read_text("utf-8"))
+    workflow = read(shipped(name))
     place_files(workflow, server, host)
     result = client.run(to_prompt(workflow, client.object_info()))
     nodes = sorted((node for node in result.outputs if result.images(node)), key=int)

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL, SSD_1B
 from koala_sdxl.koala.architecture.lineage import at_widths_of
 from tests.host.test_example_workflows import SIDE, SWAP, place_files, random_file, read, require_run, shortened
-from tools.generate.workflows import models
+from tools.generate.workflows import models, shipped
 from tools.harness.client import Client, GraphError, Prompt
 from tools.harness.server import Server, running
-from tools.harness.testhost import ROOT, Host
+from tools.harness.testhost import Host
 from tools.harness.workflow import to_prompt
 from tools.synthetic import adapters, random_weights
 
-LORA = ROOT / "example_workflows" / "KOALA-700M with an SDXL LoRA.json"
+LORA = shipped("KOALA-700M with an SDXL LoRA")
 IN_FP8 = ("--fp8_e4m3fn-unet", "--fp8_e4m3fn-text-enc")
 """As ComfyUI keeps it on a CPU, SDXL's U-Net alone is 10 GB."""
 NARROW = {

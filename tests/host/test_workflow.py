@@ -110,12 +110,12 @@ def test_an_unknown_node_is_an_error(object_info: dict[str, Any]) -> None:
 
 def test_a_workflow_can_be_changed_again_and_again(object_info: dict[str, Any]) -> None:
     """Each change starts from the workflow as it was, which stays as it is."""
-    workflow = json.loads((ROOT / "example_workflows" / "KOALA-tiny text to image.json").read_text("utf-8"))
+    workflow = json.loads((ROOT / "example_workflows" / "01 KOALA-tiny text to image.json").read_text("utf-8"))
     for text in ("one", "two", "three", "four", "five", "six"):
         changed = with_widget(workflow, object_info, "KoalaPrompt", "positive", text)
         (encoder,) = [node for node in changed["nodes"] if node["type"] == "KoalaPrompt"]
         assert encoder["widgets_values"][0] == text
-    assert workflow == json.loads((ROOT / "example_workflows" / "KOALA-tiny text to image.json").read_text("utf-8"))
+    assert workflow == json.loads((ROOT / "example_workflows" / "01 KOALA-tiny text to image.json").read_text("utf-8"))
 
 
 def test_a_wrong_widget_or_value_is_an_error(object_info: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from koala_sdxl.koala.releases import RELEASES, identify
 from tools.generate import blueprints
 from tools.generate.__main__ import GENERATORS
 from tools.generate.canvas import SCHEMAS, Node
-from tools.generate.workflows import FOLDER, OWN_FILES, own_files
-from tools.harness.assets import SHIPPED
+from tools.generate.notes import LICENCE, MEGABYTES, size
+from tools.generate.workflows import FOLDER, graphs, workflows
 from tools.harness.testhost import ROOT
 
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
@@ -79,7 +79,6 @@ def test_downloads_are_what_the_widgets_ask_for(workflow: dict[str, Any]) -> Non
     for node in workflow["nodes"]:
         models = node["properties"].get("models", [])
         files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
-        files = [file for file in files if file not in OWN_FILES]
         assert [model["name"] for model in models] == files
         for model in models:
             owner, repository, path = model["url"].removeprefix("https://huggingface.co/").split("/", 2)
@@ -88,12 +87,26 @@ def test_downloads_are_what_the_widgets_ask_for(workflow: dict[str, Any]) -> Non
             assert model["directory"] in MODEL_FOLDERS
 
 
-def test_notes_and_the_weights_page_say_where_the_packs_own_files_lie(workflow: dict[str, Any]) -> None:
+def test_notes_link_every_download_with_size_folder_total_and_licence(workflow: dict[str, Any]) -> None:
     notes = "".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    for file in own_files(workflow):
-        assert SHIPPED.with_name(file).is_file()
-        assert f"{file} is part of the pack" in notes
-        assert f"| {file} | models/{OWN_FILES[file]} |" in WEIGHTS_PAGE
+    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    for model in models:
+        megabytes = size(MEGABYTES[model["name"]])
+        assert f"- [{model['name']}]({model['url']}), {megabytes}\n" in notes
+        assert any(f"| {megabytes} |" in line for line in WEIGHTS_PAGE.splitlines() if f"| {model['name']} |" in line)
+        assert re.search(rf"── {model['directory']}/\n(.*\n)*?.*── {re.escape(model['name'])}\n", notes)
+    total = sum(MEGABYTES[model["name"]] for model in models) / 1000
+    assert re.findall(r"Total: \*\*([\d.]+) GB", notes) == ([f"{round(total, 1):g}"] if models else [])
+    assert (LICENCE in notes) == bool(models)
+    assert ("Apache-2.0" in notes) != bool(models)
+
+
+def test_what_runs_at_once_is_listed_first() -> None:
+    """The canvas sorts by titles; a pack's files come in any order."""
+    titles = list(workflows())
+    assert titles == sorted(titles)
+    assert [title.split(" ", 1)[1] for title in titles] == list(graphs())
+    assert titles[0] == "01 KOALA-tiny text to image"
 
 
 def test_the_names_of_u_nets_tell_their_variant() -> None:

@@ -23,7 +23,6 @@ from comfy_lint.linter import lint_workflow
 from comfy_lint.schema import normalize
 from nodesafe.scanner import Scanner
 
-from tools.generate.workflows import link_own_files
 from tools.harness import pack, testhost
 from tools.harness.client import Client, Prompt
 from tools.harness.errors import UserError
@@ -204,15 +203,10 @@ def flagged(folder: Path) -> list[str]:
 
 
 def workflows(folder: Path) -> list[str]:
-    """`comfy-lint` on the API form of every example workflow, against the schemas of a bare server with the pack.
-
-    The pack's own files lie where a workflow's note has its user copy them to.
-    """
+    """`comfy-lint` on the API form of every example workflow, against the schemas of a bare server with the pack."""
     host = testhost.test_host()
     paths = sorted((folder / "example_workflows").glob("*.json"))
     with running(host, arguments=["--input-directory", str(host.folder / "input")]) as server:
-        for path in paths:
-            link_own_files(json.loads(path.read_text("utf-8")), server.base / "models")
         info = Client(server.url).object_info()
     return [complaint for path in paths for complaint in workflow_faults(path, info)]
 

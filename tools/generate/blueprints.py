@@ -14,7 +14,8 @@ from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.releases import SIZES
 from tools.generate.canvas import PROJECT, Columns, Node, Output, canvas
 from tools.generate.generator import of_texts
-from tools.generate.workflows import as_text, empty_latent, prompt, sampler
+from tools.generate.parts import empty_latent, prompt, sampler
+from tools.generate.workflows import as_text
 from tools.harness.testhost import ROOT
 
 FOLDER = ROOT / "subgraphs"
@@ -105,7 +106,7 @@ def blueprint(
 def text_to_image(title: str) -> dict[str, Any]:
     loader = Node("KoalaCheckpointLoader")
     text, latent = prompt(loader, "a gray koala on a green background"), empty_latent(SIZES[KOALA_TINY])
-    sampling = sampler(loader, text, latent["LATENT"])
+    sampling = sampler(loader["MODEL"], text, latent["LATENT"])
     decode = Node("VAEDecode", {"samples": sampling["LATENT"], "vae": loader["VAE"]})
     columns = [[loader], [text, latent], [sampling], [decode]]
     # Not the loader's source nor the sampler's preset: outside of its node a dynamic combo does not bring the widgets

@@ -115,6 +115,9 @@ SCHEMAS = {
         room=220,
     ),
     "KoalaControlNet": Schema(slots("control_net:CONTROL_NET"), {}, slots("CONTROL_NET:CONTROL_NET"), width=260),
+    "KoalaControlNetLoader": Schema(
+        {}, {"control_net_name": ("COMBO", IF_GIVEN)}, slots("CONTROL_NET:CONTROL_NET"), width=340
+    ),
     "CheckpointLoaderSimple": Schema(
         {}, {"ckpt_name": ("COMBO", IF_GIVEN)}, slots("MODEL:MODEL CLIP:CLIP VAE:VAE"), width=340
     ),
@@ -154,6 +157,51 @@ SCHEMAS = {
         slots("positive:CONDITIONING negative:CONDITIONING"),
         width=320,
     ),
+    "EmptyImage": Schema(
+        {},
+        {"width": ("INT", 512), "height": ("INT", 512), "batch_size": ("INT", 1), "color": ("INT", 0)},
+        slots("IMAGE:IMAGE"),
+    ),
+    "ImageToMask": Schema(slots("image:IMAGE"), {"channel": ("COMBO", "red")}, slots("MASK:MASK")),
+    "ImageCompositeMasked": Schema(
+        slots("destination:IMAGE source:IMAGE mask:MASK"),
+        {"x": ("INT", 0), "y": ("INT", 0), "resize_source": ("BOOLEAN", False)},
+        slots("IMAGE:IMAGE"),
+    ),
+    "PreviewImage": Schema(slots("images:IMAGE"), {}, slots("images:IMAGE"), width=360, room=360),
+    "TrainLoraNode": Schema(
+        slots("model:MODEL latents:LATENT positive:CONDITIONING"),
+        {
+            "batch_size": ("INT", 1),
+            "grad_accumulation_steps": ("INT", 1),
+            "steps": ("INT", 16),
+            "learning_rate": ("FLOAT", 0.0005),
+            "rank": ("INT", 8),
+            "optimizer": ("COMBO", "AdamW"),
+            "loss_function": ("COMBO", "MSE"),
+            "seed": (SEED, 0),
+            "training_dtype": ("COMBO", "bf16"),
+            "lora_dtype": ("COMBO", "bf16"),
+            # what follows keeps its defaults: releases of ComfyUI differ in it, and values go by their place
+        },
+        slots("lora:LORA_MODEL loss_map:LOSS_MAP steps:INT"),
+        width=320,
+        room=240,
+    ),
+    "LossGraphNode": Schema(
+        slots("loss:LOSS_MAP"), {"filename_prefix": ("STRING", "loss_graph")}, {}, width=320, room=260
+    ),
+    "SaveLoRA": Schema(
+        slots("lora:LORA_MODEL"),
+        {"prefix": ("STRING", "loras/ComfyUI_trained_lora"), "steps": ("INT", 0)},
+        {},
+        width=320,
+    ),
+    "LoraModelLoader": Schema(
+        slots("model:MODEL lora:LORA_MODEL"),
+        {"strength_model": ("FLOAT", 1.0), "bypass": ("BOOLEAN", False)},
+        slots("model:MODEL"),
+    ),
     "EmptyLatentImage": Schema(
         {}, {"width": ("INT", 1024), "height": ("INT", 1024), "batch_size": ("INT", 1)}, slots("LATENT:LATENT")
     ),
@@ -172,7 +220,7 @@ SCHEMAS = {
     "SaveImage": Schema(
         slots("images:IMAGE"), {"filename_prefix": ("STRING", "koala")}, slots("images:IMAGE"), width=360, room=360
     ),
-    "MarkdownNote": Schema({}, {"text": ("STRING", "")}, {}, width=400, room=300),
+    "MarkdownNote": Schema({}, {"text": ("STRING", "")}, {}, width=440),
 }
 """The nodes that the workflows use, as ComfyUI's GET /object_info describes them."""
 
@@ -186,15 +234,18 @@ class Output(NamedTuple):
 
 @dataclass(eq=False)
 class Node:
-    """A node: ``inputs`` maps its slots to the outputs that feed them, and its widgets to their values."""
+    """A node: ``inputs`` maps its slots to the outputs that feed them, and its widgets to such an output or a value."""
 
     type: str
     inputs: dict[str, Any] = field(default_factory=dict)
     models: tuple[dict[str, str], ...] = ()  # files that the host offers to fetch where they are absent
+    title: str = ""  # instead of the type's own
+    room: int = 0  # pixels of height beside the schema's
+    after_run: str = "randomize"  # what becomes of its seed
 
     def __post_init__(self) -> None:
-        linked = {name for name, value in self.inputs.items() if isinstance(value, Output)}
-        if linked != self.schema.sockets.keys() or not self.inputs.keys() - linked <= self.schema.widgets.keys():
+        sockets = self.schema.sockets.keys()
+        if not (sockets <= self.linked <= self.inputs.keys() <= sockets | self.schema.widgets.keys()):
             raise ValueError(
                 f"{self.type} is given {', '.join(self.inputs) or 'nothing'}; it has the slots "
                 f"{', '.join(self.schema.sockets) or 'none'}, all to be linked, and the widgets "
@@ -209,21 +260,32 @@ class Node:
         return SCHEMAS[self.type]
 
     @property
+    def linked(self) -> set[str]:
+        """The inputs that an output feeds."""
+        return {name for name, value in self.inputs.items() if isinstance(value, Output)}
+
+    @property
+    def slots(self) -> dict[str, str]:
+        """The type of each input: slots, then widgets, which can be linked as well."""
+        return self.schema.sockets | {name: "INT" if kind == SEED else kind for name, (kind, _) in self.widgets.items()}
+
+    @property
     def widgets(self) -> dict[str, tuple[str, Any]]:
-        """Type and value of each widget that the node shows."""
-        found = {name: (kind, self.inputs.get(name, value)) for name, (kind, value) in self.schema.widgets.items()}
+        """Type and value of each widget that the node shows; a linked one keeps the schema's value."""
+        given = {name: value for name, value in self.inputs.items() if name not in self.linked}
+        found = {name: (kind, given.get(name, value)) for name, (kind, value) in self.schema.widgets.items()}
         return {name: (kind, value) for name, (kind, value) in found.items() if value is not IF_GIVEN}
 
     @property
     def values(self) -> list[Any]:
         """The widgets' values in their order, a seed's followed by what becomes of it after a run."""
         widgets = self.widgets.values()
-        return [part for kind, value in widgets for part in ((value, "randomize") if kind == SEED else (value,))]
+        return [part for kind, value in widgets for part in ((value, self.after_run) if kind == SEED else (value,))]
 
     @property
     def size(self) -> tuple[int, int]:
         rows = max(len(self.schema.sockets), len(self.schema.outputs), 1)
-        height = rows * SLOT_HEIGHT + len(self.values) * WIDGET_HEIGHT + PADDING + self.schema.room
+        height = rows * SLOT_HEIGHT + len(self.values) * WIDGET_HEIGHT + PADDING + self.schema.room + self.room
         return self.schema.width, height
 
 
@@ -244,7 +306,12 @@ Columns = Sequence[Sequence[Node]]
 def canvas(title: str, columns: Columns) -> dict[str, Any]:
     """The workflow's JSON. Each column's nodes stand one below the other; they are numbered in reading order."""
     numbers = {node: number for number, node in enumerate((node for column in columns for node in column), 1)}
-    sockets = [(node, socket, *slot) for node in numbers for socket, slot in enumerate(node.schema.sockets.items())]
+    sockets = [
+        (node, socket, *slot)
+        for node in numbers
+        for socket, slot in enumerate(node.slots.items())
+        if slot[0] in node.linked
+    ]
     links = [
         Link(id, numbers[source], list(source.schema.outputs).index(output), numbers[node], socket, kind)
         for id, (node, socket, name, kind) in enumerate(sockets, 1)
@@ -275,16 +342,16 @@ def canvas(title: str, columns: Columns) -> dict[str, Any]:
 def on_canvas(node: Node, number: int, position: tuple[int, int], links: Sequence[Link]) -> dict[str, Any]:
     """One node's JSON."""
     incoming = {link.socket: link.id for link in links if link.target == number}
-    inputs: list[dict[str, Any]] = [
-        {"name": name, "type": kind, "link": incoming[socket]}
-        for socket, (name, kind) in enumerate(node.schema.sockets.items())
-    ]
-    rest: dict[str, Any] = NOTE
-    if node.type != "MarkdownNote":  # which is the canvas's own: no pack brings it, and its text takes no link
-        rest = {"properties": properties_of(node)}
-        inputs += [
-            {"name": name, "type": "INT" if kind == SEED else kind, "widget": {"name": name}, "link": None}
-            for name, (kind, _) in node.widgets.items()
+    rest: dict[str, Any] = {"title": node.title} if node.title else {}
+    inputs: list[dict[str, Any]] = []
+    if node.type == "MarkdownNote":  # the canvas's own: no pack brings it, and its text takes no link
+        rest |= NOTE
+    else:
+        rest |= {"properties": properties_of(node)}
+        inputs = [
+            {"name": name, "type": kind, **({"widget": {"name": name}} if name in node.widgets else {}), "link": link}
+            for socket, (name, kind) in enumerate(node.slots.items())
+            for link in [incoming.get(socket)]
         ]
     outputs = [
         {"name": name, "type": kind, "links": [link.id for link in links if link[1:3] == (number, output)]}

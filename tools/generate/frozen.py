@@ -1,7 +1,7 @@
 """Graphs as this version of the pack saves them, kept for ever: `python3 dev.py generate frozen`, once a version.
 
 For each shipped workflow, and for graphs that have every node of ours, a pair of files below ``FOLDER/<version>``:
-``<title>.json`` as the canvas saves a workflow (widgets by their place), ``<title>.api.json`` as it exports one for
+``<name>.json`` as the canvas saves a workflow (widgets by their place), ``<name>.api.json`` as it exports one for
 POST /prompt (inputs by their names). Later versions have to open both with every value in its place. What comes to a
 version before its release is written beside what is there, which stays as it is: ``CHECKSUMS`` lists every file.
 """
@@ -20,7 +20,7 @@ from playwright.sync_api import Page
 from tools.generate.canvas import PROJECT
 from tools.generate.generator import Generator, shown
 from tools.generate.workflows import FOLDER as SHIPPED
-from tools.generate.workflows import as_text
+from tools.generate.workflows import as_text, name_of
 from tools.harness import browser, testhost
 from tools.harness.server import running
 from tools.harness.testhost import ROOT, say
@@ -29,6 +29,7 @@ FOLDER = ROOT / "tests" / "host" / "workflows"
 CHECKSUMS = FOLDER / "SHA256SUMS"
 EVERY_NODE = "every node"
 ACCELERATED = f"{EVERY_NODE}, acceleration"
+ADD_ONS = f"{EVERY_NODE}, built-in add-ons"
 API = ".api"  # in the name of a file that is in the format of POST /prompt
 
 
@@ -133,7 +134,28 @@ ACCELERATED_GRAPH = {
     "saved": Placed("SaveLatent", {}, {"samples": ("encoded", 0)}),
 }
 """The same for the node that came after the first graph was frozen: as custom, and as a preset without a VAE."""
-BUILT = {EVERY_NODE: GRAPH, ACCELERATED: ACCELERATED_GRAPH}
+ADD_ONS_GRAPH = {
+    "tiny": Placed("KoalaCheckpointLoader", {"weight_dtype": "fp16"}),
+    "lora": Placed(
+        "KoalaLoraLoader",
+        {"lora_name": "built-in koala-tiny-cyan", "strength_model": 1.5},
+        {"model": ("tiny", 0), "clip": ("tiny", 1)},
+    ),
+    "hook": Placed("KoalaHookLora", {"lora_name": "built-in koala-tiny-cyan"}, {"model": ("lora", 0)}),
+    "report": Placed("PreviewAny", {}, {"source": ("lora", 2)}),
+    "hook report": Placed("PreviewAny", {}, {"source": ("hook", 1)}),
+    "control": Placed("KoalaControlNetLoader", {"control_net_name": "built-in koala-tiny-outline"}),
+    "prompt": Placed("KoalaPrompt", {"positive": "a cyan star"}, {"clip": ("lora", 1)}),
+    "picture": Placed("EmptyImage"),
+    "applied": Placed(
+        "ControlNetApplyAdvanced",
+        {},
+        {"positive": ("prompt", 0), "negative": ("prompt", 1), "control_net": ("control", 0), "image": ("picture", 0)},
+    ),
+    "positive": Placed("PreviewAny", {}, {"source": ("applied", 0)}),
+}
+"""The same with koala-tiny's own add-ons, which need no file."""
+BUILT = {EVERY_NODE: GRAPH, ACCELERATED: ACCELERATED_GRAPH, ADD_ONS: ADD_ONS_GRAPH}
 """Graphs that are frozen beside the shipped ones, by their titles."""
 
 BUILD = """(graph) => {
@@ -163,7 +185,7 @@ def opened(page: Page) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def write(folder: Path) -> None:
     """Write those of this version's files that are not there; what was saved once does not change."""
-    missing = [file for file in sorted(SHIPPED.glob("*.json")) if not (folder / file.name).exists()]
+    missing = {name: file for name, file in shipped().items() if not (folder / f"{name}.json").exists()}
     built = {title: graph for title, graph in BUILT.items() if not (folder / f"{title}.json").exists()}
     if not missing and not built:
         return
@@ -173,9 +195,9 @@ def write(folder: Path) -> None:
         browser.canvas(chromium, server.url, nodes_2=False) as page,
     ):
         graphs = {}
-        for file in missing:
+        for name, file in missing.items():
             browser.open_workflow(page, json.loads(file.read_text("utf-8")))
-            graphs[file.stem] = opened(page)
+            graphs[name] = opened(page)
         for title, graph in built.items():
             page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow') }")
             page.evaluate("() => window.app.rootGraph.clear()")
@@ -187,6 +209,11 @@ def write(folder: Path) -> None:
         (folder / f"{title}{API}.json").write_text(as_text(queued), "utf-8")
         say(f"frozen: {shown(folder / title)}.json")
     CHECKSUMS.write_text(checksums({**files(), **listed()}), "utf-8")
+
+
+def shipped() -> dict[str, Path]:
+    """Each shipped workflow's file by the graph's name: its place in the list may become another."""
+    return {name_of(file.stem): file for file in sorted(SHIPPED.glob("*.json"))}
 
 
 def files() -> dict[str, str]:
@@ -217,7 +244,7 @@ def check() -> list[str]:
         for name, digest in known.items()
         if present.get(name) != digest
     ]
-    wanted = [folder / f"{title}.json" for title in (*(file.stem for file in SHIPPED.glob("*.json")), *BUILT)]
+    wanted = [folder / f"{title}.json" for title in (*shipped(), *BUILT)]
     missing = [f"{shown(path)}: missing" for path in sorted(wanted) if not path.is_file()]
     unlisted = [f"{shown(FOLDER / name)}: not in {CHECKSUMS.name}" for name in present if name not in known]
     return changed + missing + unlisted

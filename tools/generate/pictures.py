@@ -25,13 +25,13 @@ HELP = testhost.ROOT / "web" / "docs" / "images"
 DOCS = testhost.ROOT / "docs"
 LORA = "an-sdxl-lora.safetensors"
 FILES = ("diffusion_models/koala-700m.fp16.safetensors", "checkpoints/sd_xl_base_1.0.safetensors")
-GRAPH = "KOALA-tiny text to image"
+GRAPH = "01 KOALA-tiny text to image"
 CANVAS = DOCS / "canvas.png"
 CUT = (150, 200, 1420, 720)  # of the canvas: left, top, right, bottom
 COLOURS = 96  # of an image's palette
 ADDED = ("KoalaScheduler", "KoalaLoraLoader", "KoalaHookLora", "KoalaAttentionPatches", "KoalaAccelerate")
 """Nodes that ``ADD`` puts beside those of the workflow, which has the others that run."""
-NOT_RUN = ("KoalaUNetSwap", "KoalaControlNet", "KoalaCheckpointSave")
+NOT_RUN = ("KoalaUNetSwap", "KoalaControlNet", "KoalaControlNetLoader", "KoalaCheckpointSave")
 """Nodes that are shown before a run."""
 
 ADD = """([lora]) => {

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser
 
 from tools.generate import drawn
 from tools.generate.generator import Generator, shown
-from tools.generate.workflows import FOLDER, link_own_files, models, own_files
+from tools.generate.workflows import FOLDER, models
 from tools.harness import browser, testhost
 from tools.harness.assets import SHIPPED
 from tools.harness.client import Client
@@ -92,7 +92,6 @@ def thumbnails(server: Server, chromium: Browser, files: Sequence[Path]) -> dict
     made = {}
     for file in files:
         workflow = json.loads(file.read_text("utf-8"))
-        link_own_files(workflow, server.base / "models")
         pictures = [graph(chromium, server, workflow)] if models(workflow) else images_of(client, info, workflow)
         made[file.with_suffix(".jpg")] = square(pictures)
     return made
