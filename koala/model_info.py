@@ -9,6 +9,7 @@ from .architecture.keys import parameters
 from .architecture.layout import SDXL, Layout
 from .architecture.lineage import KeptTransformers, Lineage, lineage
 from .releases import BASE, SCHEDULER_CONFIG, SIZES, Identity, Settings
+from .words import message
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,5 @@ def assumed_facts(layout: Layout, dtype: str, size: int) -> ModelFacts:
         dtype: our name of the type that its weights have in memory.
         size: bytes that its weights take in memory.
     """
-    identity = Identity(BASE, "loaded by another node, which does not say; base is assumed", certain=False)
-    return ModelFacts("another loader", layout, dtype, size, identity, SCHEDULER_CONFIG)
+    identity = Identity(BASE, message("Another node loaded it, which does not say."), certain=False)
+    return ModelFacts(message("another loader"), layout, dtype, size, identity, SCHEDULER_CONFIG)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
+from .words import Message, message
 
 Spacing = Literal["leading", "trailing", "linspace"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -40,8 +41,15 @@ class Settings:
     spacing: Spacing
     size: int = 1024
 
+    @property
+    def words(self) -> Message:
+        """For a person."""
+        return message(
+            "{steps} steps, cfg {cfg}, {spacing}", steps=self.steps, cfg=f"{self.cfg:g}", spacing=self.spacing
+        )
+
     def __str__(self) -> str:
-        return f"{self.steps} steps, cfg {self.cfg:g}, {self.spacing}"
+        return str(self.words)
 
 
 @dataclass(frozen=True)
@@ -110,11 +118,17 @@ def _parts(file_name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Identity:
-    """A model's variant and the evidence for it; ``certain`` is False where it is only assumed."""
+    """A model's variant, and the evidence for it in a sentence; ``certain`` is False where it is only assumed."""
 
     variant: Variant
     evidence: str
     certain: bool = True
+
+    @property
+    def words(self) -> str:
+        """The variant, for a person."""
+        name = self.variant.name
+        return name if self.certain else message("{variant} (assumed)", variant=name)
 
 
 def identify(
@@ -139,16 +153,18 @@ def identify(
         folders: names of the folders above, the nearest first; of these, only those count that name a KOALA.
     """
     if (stated := metadata.get(VARIANT_KEY)) in VARIANTS:
-        return Identity(VARIANTS[stated], f'metadata {VARIANT_KEY} = "{stated}"')
+        return Identity(
+            VARIANTS[stated], message('Its metadata says so: {key} is "{value}".', key=VARIANT_KEY, value=stated)
+        )
     if scheduler.get("timestep_spacing") == "trailing":
-        return Identity(LIGHTNING, "scheduler_config.json asks for trailing timesteps")
+        return Identity(LIGHTNING, message("Its scheduler_config.json asks for trailing timesteps."))
     if "lightning" in origin.lower():
-        return Identity(LIGHTNING, "unet/config.json names a Lightning training run")
+        return Identity(LIGHTNING, message("Its unet/config.json names a Lightning training run."))
     own = _parts(file_name)
     for part in (*own, *folders):
         named = part.lower()
         if "lightning" in named and (part in own or "koala" in named):
-            return Identity(LIGHTNING, f'the name "{part}"')
+            return Identity(LIGHTNING, message('The name "{name}" says so.', name=part))
         if any(release.name in named for release in RELEASES):
-            return Identity(BASE, f'the name "{part}"')
-    return Identity(BASE, "nothing in the file tells base from Lightning, so base is assumed", certain=False)
+            return Identity(BASE, message('The name "{name}" says so.', name=part))
+    return Identity(BASE, message("Nothing in the file tells base from Lightning."), certain=False)

@@ -10,6 +10,7 @@ from ..host.transfer import attention
 from ..host.transfer.control import adapt
 from ..host.transfer.control_file import load_control
 from ..koala.architecture.layout import name
+from ..koala.words import joined, lines, message
 from .base import ADD_ONS, SHOWS, choices, chosen_path, fingerprint, paths_of, shown
 
 
@@ -103,11 +104,17 @@ class KoalaAttentionPatches(io.ComfyNode):
         facts, remapped = model_facts(model), model.clone()
         koala, options = name(facts.layout), remapped.model_options
         remapping = attention.remap(options["transformer_options"], facts.lineage)
-        text = f"{remapping.remapped} patches remapped to {koala}'s blocks"
+        said = [message("{count} patches remapped to {model}'s blocks", count=remapping.remapped, model=koala)]
         if remapping.dropped:
-            stray = attention.places(place for place, _ in remapping.dropped)
-            text += f"; {len(remapping.dropped)} dropped, as {koala} lacks their blocks ({stray})"
+            said.append(
+                message(
+                    "{count} dropped, as {model} lacks their blocks ({places})",
+                    count=len(remapping.dropped),
+                    model=koala,
+                    places=attention.places(place for place, _ in remapping.dropped),
+                )
+            )
         further = attention.drop_companions(options, remapping)
         further += attention.idle_line(options["transformer_options"], facts.lineage)
-        text = "\n".join((text, *further))
+        text = lines(joined("; ", said), *further)
         return shown(text, remapped, text)

@@ -19,6 +19,7 @@ from ..koala.files.dtypes import dtype_name
 from ..koala.files.inspect import inspect_model, inspect_text_encoders, inspect_vae
 from ..koala.files.unfinished import PATTERN
 from ..koala.model_report import badge, report
+from ..koala.words import lines
 from .base import CATEGORY, SHOWS, fingerprint, shown, unet_input, weight_dtype_input
 
 BUILT_IN = "built-in koala-tiny"
@@ -162,7 +163,7 @@ class KoalaModelInfo(io.ComfyNode):
     @classmethod
     def execute(cls, model: Model) -> io.NodeOutput:
         facts, dtype = model_facts(model), dtype_name(model.model_dtype())
-        text = "\n".join((report(facts, dtype, model.model_size()), *incompatible_patches(model)))
+        text = lines(report(facts, dtype, model.model_size()), *incompatible_patches(model))
         return shown(text, text, badge=badge(facts))
 
 

@@ -11,6 +11,7 @@ from ..host.prompt import encode_reference, is_empty, zeros
 from ..host.protocols import Clip
 from ..koala.architecture.components import PROMPT_TOKENS
 from ..koala.styles import STYLES
+from ..koala.words import joined, lines, message
 from .base import CATEGORY, SHOWS, shown
 
 EMBEDDING = re.compile(r"(?<!\S)embedding:[^\s,]+")
@@ -67,25 +68,36 @@ class KoalaPrompt(io.ComfyNode):
         positive, negative = STYLES[style].apply(positive, negative)
         if mode == "comfy":
             encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (positive, negative)]
-            return shown("comfy: weights and long prompts as ComfyUI encodes them", *encoded)
+            return shown(message("comfy: weights and long prompts as ComfyUI encodes them"), *encoded)
         first, second = encode_reference(clip, positive), encode_reference(clip, negative)
         conditioning = zeros(second.conditioning) if is_empty(clip, negative) else second.conditioning
         said = [
-            f"{which} cut after {PROMPT_TOKENS} tokens, lost: {_lost(encoded.lost)}"
-            for which, encoded in (("prompt", first), ("negative", second))
+            message(
+                "{prompt} cut after {count} tokens, lost: {words}",
+                prompt=which,
+                count=PROMPT_TOKENS,
+                words=_lost(encoded.lost),
+            )
+            for which, encoded in ((message("prompt"), first), (message("negative"), second))
             if any(encoded.lost.values())
-        ] or ["nothing was cut"]
-        return shown("\n".join(said + _literal_embeddings(positive, negative)), first.conditioning, conditioning)
+        ] or [message("nothing was cut")]
+        return shown(lines(*said, *_literal_embeddings(positive, negative)), first.conditioning, conditioning)
 
 
 def _lost(lost: Mapping[str, str]) -> str:
     """What the encoders did not get; each by itself where they differ in more than blanks."""
     if len({"".join(text.split()) for text in lost.values()}) == 1:
         return lost["l"]
-    return ", ".join(f"{text or 'nothing'} in CLIP-{name.upper()}" for name, text in lost.items())
+    return joined(
+        ", ",
+        (
+            message("{words} in CLIP-{encoder}", words=text or message("nothing"), encoder=name.upper())
+            for name, text in lost.items()
+        ),
+    )
 
 
 def _literal_embeddings(*texts: str) -> list[str]:
     """A line for each embedding that is written in the texts."""
     names = dict.fromkeys(name for text in texts for name in EMBEDDING.findall(text))
-    return [f"{name} is plain text in reference mode; comfy mode loads embeddings" for name in names]
+    return [message("{name} is plain text in reference mode; comfy mode loads embeddings", name=name) for name in names]

@@ -16,6 +16,7 @@ from ..host.transfer.compatibility import compatible, incompatible_patches
 from ..koala.architecture.layout import name
 from ..koala.releases import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala.schedule import Schedule, schedule
+from ..koala.words import joined, lines, message
 from .base import CATEGORY, SHOWS, shown
 
 AUTO: Final = "auto"
@@ -76,7 +77,8 @@ class KoalaScheduler(io.ComfyNode):
     def execute(cls, model: Model, steps: int, spacing: Spacing | Literal["auto"], denoise: float) -> io.NodeOutput:
         chosen: Spacing = model_facts(model).settings.spacing if spacing == AUTO else spacing
         sigmas = _schedule(model, steps, chosen, denoise).sigmas
-        return shown("", sigmas, curve=_curve(model, sigmas, f"{len(sigmas) - 1} steps, {chosen}"))
+        title = message("{steps} steps, {spacing}", steps=len(sigmas) - 1, spacing=chosen)
+        return shown("", sigmas, curve=_curve(model, sigmas, title))
 
 
 def _curve(model: Model, sigmas: torch.Tensor, title: str) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def _curve(model: Model, sigmas: torch.Tensor, title: str) -> dict[str, Any]:
     facts = attached_facts(model)
     published = facts.settings if facts is not None else BASE
     reference = _schedule(model, published.steps, published.spacing, 1.0).sigmas
-    return {"title": title, "sigmas": sigmas.tolist(), "published": str(published), "reference": reference.tolist()}
+    return {"title": title, "sigmas": sigmas.tolist(), "published": published.words, "reference": reference.tolist()}
 
 
 class KoalaSampler(io.ComfyNode):
@@ -179,21 +181,26 @@ class KoalaSampler(io.ComfyNode):
         output = SamplerCustom.execute(
             model, True, seed, settings.cfg, positive, negative, sampler, made.sigmas, latent_image
         )
-        run = len(made.sigmas) - 1
-        shortened = "" if run >= settings.steps else f", the last {run} of them run"
-        text = "\n".join((f"{settings}{shortened}, {sampler_name}", why, *incompatible))
-        return shown(text, output.result[0])
+        run, said = len(made.sigmas) - 1, settings.words
+        if run < settings.steps:
+            said = message("{settings}, the last {count} of them run", settings=said, count=run)
+        return shown(lines(joined(", ", (said, sampler_name)), why, *incompatible), output.result[0])
 
 
 def _settings(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:
     """The settings that a preset stands for, and where they come from."""
     chosen = preset["preset"]
     if chosen == CUSTOM:
-        return Settings(preset["steps"], preset["cfg"], preset["spacing"]), "custom settings"
+        return Settings(preset["steps"], preset["cfg"], preset["spacing"]), message("custom settings")
     if chosen == AUTO:
         facts = model_facts(model)
-        return facts.settings, f"auto: {name(facts.layout)}, {facts.identity.variant.name}: {facts.identity.evidence}"
-    return PRESETS[chosen], f"preset {chosen}"
+        return facts.settings, message(
+            "These are the published settings of {model} {variant}. {evidence}",
+            model=name(facts.layout),
+            variant=facts.identity.words,
+            evidence=facts.identity.evidence,
+        )
+    return PRESETS[chosen], message("preset {preset}", preset=chosen)
 
 
 def _schedule(model: Model, steps: int, spacing: Spacing, denoise: float) -> Schedule:

@@ -16,6 +16,7 @@ from ..host.model import WEIGHT_DTYPES
 from ..host.protocols import Clip, Model, Vae
 from ..host.transfer.weights import require_own_weights
 from ..koala.files.atomic_write import SHOWN, SaveError
+from ..koala.words import message
 from .base import CATEGORY, shown
 
 CHECKPOINT = "checkpoint"
@@ -99,7 +100,7 @@ class KoalaCheckpointSave(io.ComfyNode):
         save = koala_saver.save_folder if as_folder else koala_saver.save_checkpoint
         save(target, model, clip, vae, weight_dtype, _graph(cls))
         written = Path(subfolder, target.name).as_posix()
-        return shown(f"saved as {written}", written)
+        return shown(message("saved as {path}", path=written), written)
 
 
 def _place(prefix: str, default: str) -> tuple[str, str, int, str]:

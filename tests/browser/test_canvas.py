@@ -63,7 +63,10 @@ def test_koala_tiny_draws_from_the_canvas_and_its_picture_brings_the_graph_back(
     shoot("koala-tiny")
     assert page.evaluate("() => window.koalaDone") == "execution_success"
     told = page.locator(".koala-text").all_inner_texts()
-    assert any("25 steps, cfg 7.5, leading, euler\nauto: koala-tiny, base: metadata" in text for text in told)
+    assert any(
+        "25 steps, cfg 7.5, leading, euler\nThese are the published settings of koala-tiny base. " in text
+        for text in told
+    )
     assert "nothing was cut" in told
     before = browser.nodes(page)
     name = page.evaluate(

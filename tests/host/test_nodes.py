@@ -122,7 +122,7 @@ def test_progress_and_previews_of_every_step_arrive(client: Client) -> None:
 
 def test_the_sampler_says_what_auto_chose(client: Client) -> None:
     text = client.run(graph(seed=82)).text("4")
-    assert text.startswith("25 steps, cfg 7.5, leading, euler\nauto: koala-tiny, base")
+    assert text.startswith("25 steps, cfg 7.5, leading, euler\nThese are the published settings of koala-tiny base. ")
 
 
 def test_model_info_is_shown_and_can_be_wired_on(client: Client) -> None:

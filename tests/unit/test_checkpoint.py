@@ -89,13 +89,13 @@ def test_parts_may_come_from_any_sdxl_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "metadata", "variant", "certain", "evidence"),
     [
-        ("koala-700m.safetensors", {}, BASE, True, "the name"),
-        ("my-koala-1b-llava-cap-fp16.safetensors", {}, BASE, True, "the name"),
-        ("koala_lightning.safetensors", {}, LIGHTNING, True, "the name"),
-        ("unet.safetensors", {}, BASE, False, "assumed"),
+        ("koala-700m.safetensors", {}, BASE, True, "The name"),
+        ("my-koala-1b-llava-cap-fp16.safetensors", {}, BASE, True, "The name"),
+        ("koala_lightning.safetensors", {}, LIGHTNING, True, "The name"),
+        ("unet.safetensors", {}, BASE, False, "Nothing in the file tells"),
         ("unet.safetensors", {"koala.variant": "lightning"}, LIGHTNING, True, "metadata"),
         ("koala-lightning-700m.safetensors", {"koala.variant": "base"}, BASE, True, "metadata"),
-        ("unet.safetensors", {"koala.variant": "nonsense", "format": "pt"}, BASE, False, "assumed"),
+        ("unet.safetensors", {"koala.variant": "nonsense", "format": "pt"}, BASE, False, "Nothing in the file tells"),
         ("koala-lightning-1b/unet/diffusion_pytorch_model.safetensors", {}, LIGHTNING, True, "koala-lightning-1b"),
     ],
 )

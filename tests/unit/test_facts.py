@@ -28,7 +28,7 @@ def test_report_of_a_lightning_file(tmp_path: Path) -> None:
         "KOALA-1B from koala-lightning-1b.safetensors",
         "U-Net: 1,161,184,324 parameters, 45 % of SDXL's 2,567,463,684",
         "weights: fp16, 2,322 MB; in memory bf16, 2 MB",
-        'variant: lightning: the name "koala-lightning-1b.safetensors"',
+        'variant: lightning. The name "koala-lightning-1b.safetensors" says so.',
         "recommended: 10 steps, cfg 3.5, trailing, sampler euler, 1024 x 1024 px",
     ]
 
@@ -37,7 +37,7 @@ def test_report_of_an_assumed_variant_says_so(tmp_path: Path) -> None:
     path = files.write(tmp_path / "unet.safetensors", files.unet(KOALA_700M), "F32")
     text = report(inspect_model(path).facts("unet.safetensors"), "fp16", 1_565_645_448)
     assert "weights: fp32, 3,131 MB; in memory fp16, 1,566 MB" in text
-    assert "variant: base (assumed): nothing in the file tells" in text
+    assert "variant: base (assumed). Nothing in the file tells" in text
     assert "recommended: 25 steps, cfg 7.5, leading, sampler euler, 1024 x 1024 px" in text
 
 
@@ -47,7 +47,7 @@ def test_report_of_the_built_in_model(tmp_path: Path) -> None:
     assert text.startswith("koala-tiny from koala-tiny.safetensors")
     assert "128 x 128 px" in text
     assert "0.3 % of SDXL" in text
-    assert "variant: base: metadata" in text
+    assert 'variant: base. Its metadata says so: koala.variant is "base".' in text
 
 
 def test_facts_of_a_model_from_another_loader() -> None:

@@ -173,9 +173,9 @@ def _metadata(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "mark", "variant", "certain", "evidence"),
     [
-        ("koala-700m", None, BASE, True, 'the name "koala-700m"'),
-        ("koala-lightning-700m", None, LIGHTNING, True, 'the name "koala-lightning-700m"'),
-        ("mine", None, BASE, False, "assumed"),
+        ("koala-700m", None, BASE, True, 'The name "koala-700m" says so.'),
+        ("koala-lightning-700m", None, LIGHTNING, True, 'The name "koala-lightning-700m" says so.'),
+        ("mine", None, BASE, False, "Nothing in the file tells"),
         ("mine", _trailing, LIGHTNING, True, "trailing timesteps"),
         ("mine", _origin, LIGHTNING, True, "unet/config.json"),
         ("mine", _metadata, LIGHTNING, True, "metadata"),
@@ -204,11 +204,16 @@ SNAPSHOTS = "models--org--{}/snapshots/0123abcd"
         (SNAPSHOTS.format("koala-lightning-700m"), LIGHTNING, True, "koala-lightning-700m"),
         (SNAPSHOTS.format("koala-700m"), BASE, True, "koala-700m"),
         (SNAPSHOTS.format("My-KOALA_Lightning"), LIGHTNING, True, "My-KOALA_Lightning"),
-        (SNAPSHOTS.format("something"), BASE, False, "assumed"),
+        (SNAPSHOTS.format("something"), BASE, False, "Nothing in the file tells"),
         ("koala-lightning-700m/koala-700m", BASE, True, "koala-700m"),  # the nearest name counts
         ("models--lightning-ai--koala-700m/snapshots/0123abcd", BASE, True, "koala-700m"),
         ("koala-lightning-700m/checkpoints/mine", LIGHTNING, True, "koala-lightning-700m"),
-        ("pytorch-lightning/models/mine", BASE, False, "assumed"),  # a folder above says nothing of a KOALA
+        (
+            "pytorch-lightning/models/mine",
+            BASE,
+            False,
+            "Nothing in the file tells",
+        ),  # a folder above says nothing of a KOALA
     ],
 )
 def test_the_whole_path_tells_the_variant(
