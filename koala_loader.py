@@ -25,6 +25,7 @@ import torch
 
 from .host.model import ATTACHMENT, WEIGHT_DTYPES
 from .host.reader import read, streamed
+from .host.transfer.guard import guarded
 from .host.vae import Vae
 from .koala.architecture import components, keys
 from .koala.architecture.component_keys import PROJECTION, TRANSPOSED_PROJECTION, text_name
@@ -97,7 +98,8 @@ def _loaded(found: Checkpoint, source: str, weight_dtype: str) -> Loaded:
 
 
 def load_unet(model: Model, source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
-    """Build the MODEL of an inspected U-Net; what is known of it (``ModelFacts``) travels with it as an attachment.
+    """Build the MODEL of an inspected U-Net; what is known of it (``ModelFacts``) travels with it as an attachment, and
+    a guard against add-ons by SDXL's numbers as a wrapper.
 
     Args:
         model: the inspected file.
@@ -105,7 +107,7 @@ def load_unet(model: Model, source: str, weight_dtype: str = "default") -> comfy
         weight_dtype: a key of ``WEIGHT_DTYPES``.
     """
     unet, dtype = model.unet, WEIGHT_DTYPES[weight_dtype]
-    patcher = _shared((unet,), lambda: _unet_patcher(unet, dtype), dtype).clone()
+    patcher = guarded(_shared((unet,), lambda: _unet_patcher(unet, dtype), dtype))
     patcher.set_attachments(ATTACHMENT, model.facts(source))
     return patcher
 

@@ -158,8 +158,10 @@ class Executor(Protocol):
 
 @runtime_checkable
 class Guider(Protocol):
-    """What samples a MODEL: a ``comfy.samplers.CFGGuider``."""
+    """What samples a MODEL: a ``comfy.samplers.CFGGuider``, while it does."""
 
     model_patcher: Model
     model_options: dict[str, Any]
+    conds: dict[str, list[dict[str, Any]]]
+    """Name of a prompt (positive, negative, ...) -> its entries, the text as one more of their options."""
     cfg: float

@@ -12,7 +12,8 @@ from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 from ..host.model import attached_facts, is_koala, model_facts
 from ..host.protocols import Conditioning, Latent, Model
-from ..host.transfer.compatibility import compatible, incompatible_patches
+from ..host.transfer.compatibility import incompatible_patches
+from ..host.transfer.guard import guarded
 from ..koala.architecture.layout import name
 from ..koala.releases import SCHEDULER_CONFIG, SPACINGS, VARIANTS, Settings, Spacing
 from ..koala.schedule import Schedule, schedule
@@ -170,7 +171,6 @@ class KoalaSampler(io.ComfyNode):
         sampler_name: str,
         denoise: float,
     ) -> io.NodeOutput:
-        model = compatible(model, positive, negative)
         incompatible = incompatible_patches(model) if is_koala(model) else ()
         settings, why = _settings(model, preset)
         made = _schedule(model, settings.steps, settings.spacing, denoise)
@@ -179,7 +179,7 @@ class KoalaSampler(io.ComfyNode):
         # spacing, so tell this one sampler object which
         sampler.max_denoise = lambda *_: made.full_variance
         output = SamplerCustom.execute(
-            model, True, seed, settings.cfg, positive, negative, sampler, made.sigmas, latent_image
+            guarded(model), True, seed, settings.cfg, positive, negative, sampler, made.sigmas, latent_image
         )
         run, said = len(made.sigmas) - 1, settings.words
         if run < settings.steps:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage
 from ..model import is_koala, model_facts
-from ..protocols import Conditioning, Model
+from ..protocols import ControlNet, Model
 from .attention import ATTENTION_PATCHES, BLOCK_PATCHES, Remapped, idle_line, places, unmatched
-from .control import chain, fits, watched
+from .control import chain, fits
 from .places import places_of
 from .references import made_by
 from .weights import foreign_weights, require_own_hooks, require_own_weights
@@ -81,7 +81,7 @@ def incompatible_patches(model: Model) -> list[str]:
     Raises ValueError for a MODEL that is not a KOALA model.
     """
     lineage = model_facts(model).lineage
-    layout, left_on = lineage.student, [*_functions(model)]
+    layout, left_on = lineage.student, [*_functions(model.model_options)]
     lines = []
     for known in INCOMPATIBLE_NODES:
         left = [
@@ -100,19 +100,27 @@ def incompatible_patches(model: Model) -> list[str]:
     return [*lines, *foreign_weights(model), *_merge_by_block(model, lineage)]
 
 
-def compatible(model: Model, *conditionings: Conditioning) -> Model:
-    """Check, before a KOALA is sampled, that nothing would silently act on the wrong layers.
+def require_compatible(
+    model: Model, options: Mapping[str, Any], conds: Iterable[Mapping[str, Any]]
+) -> tuple[ControlNet, ...]:
+    """Check, before a MODEL is sampled, that nothing would silently act on the wrong layers.
 
-    Returns the MODEL to sample: itself, or a clone that checks what only sampling shows.
-    Raises ValueError for attention patches and ControlNets that go by SDXL's numbers, and for other models' weights.
+    Args:
+        model: the MODEL.
+        options: its options as it is sampled: ``model_options``, and what hooks add for the run.
+        conds: the entries of all conditioning, each with what nodes have put beside the text.
+
+    Returns the ControlNets of which only sampling shows whether they fit. Raises ValueError for attention patches and
+    ControlNets that go by SDXL's numbers on a KOALA, and for other models' weights.
     """
     require_own_weights(model)
     if not is_koala(model):
-        return model
-    require_own_hooks(model, conditionings)
+        return ()
+    conds = [*conds]
+    require_own_hooks(model, conds)
     lineage = model_facts(model).lineage
     koala = name(lineage.student)
-    stray = unmatched(model.model_options["transformer_options"], lineage)
+    stray = unmatched(options["transformer_options"], lineage)
     if stray and all(place[0] == "middle" for place in stray):
         raise ValueError(
             f"this MODEL has attention patches on the middle block, which {koala} lacks; expected none. Remove the "
@@ -124,24 +132,18 @@ def compatible(model: Model, *conditionings: Conditioning) -> Model:
             f"use SDXL's numbers; expected KOALA's. Put KOALA Attention Patches behind the node that set them "
             f"(IP-Adapter or similar)."
         )
-    for each in _by_sdxls_numbers(_functions(model), lineage):
+    for each in _by_sdxls_numbers(_functions(options), lineage):
         if each.wrong:
             remedy = each.remedy[0].upper() + each.remedy[1:]
             raise ValueError(f"this MODEL has a function ({each.origin}) that {each.fault}. {remedy}.")
-    controls = {
-        id(control): control
-        for conditioning in conditionings
-        for _, entry in conditioning
-        for control in chain(entry.get("control"))
-    }
+    controls = {id(control): control for cond in conds for control in chain(cond.get("control"))}
     fitting = {key: fits(control, lineage) for key, control in controls.items()}
     if False in fitting.values():
         raise ValueError(
             f"the conditioning has a ControlNet with SDXL's residuals; {koala} has other layers. Put KOALA ControlNet "
             f"between the ControlNet's loader and Apply ControlNet."
         )
-    unknown = [control for key, control in controls.items() if fitting[key] is None]
-    return watched(model, unknown) if unknown else model
+    return tuple(control for key, control in controls.items() if fitting[key] is None)
 
 
 class _Left(NamedTuple):
@@ -157,9 +159,9 @@ class _Left(NamedTuple):
         return str(getattr(self.function, "__qualname__", "")).partition(".")[0]
 
 
-def _functions(model: Model) -> Iterator[_Left]:
-    """Every function that nodes have left on a MODEL, apart from replacements of attention, whose places are known."""
-    options = model.model_options
+def _functions(options: Mapping[str, Any]) -> Iterator[_Left]:
+    """Every function that nodes have left in a MODEL's options, apart from replacements of attention, whose places are
+    known."""
     patches = options["transformer_options"].get("patches", {})
     for patch in (patch for kind in (*ATTENTION_PATCHES, *BLOCK_PATCHES) for patch in patches.get(kind, ())):
         remapped = isinstance(patch, Remapped)

@@ -9,7 +9,6 @@ from typing import Any
 import comfy.controlnet
 import torch
 from comfy.controlnet import ControlBase, ControlLora, T2IAdapter
-from comfy.patcher_extension import WrappersMP
 
 from ...koala.architecture.layout import SDXL, name
 from ...koala.architecture.lineage import Lineage
@@ -115,10 +114,10 @@ def fits(control: ControlNet, lineage: Lineage) -> bool | None:
     return None if count is None else count <= len(lineage.skips)
 
 
-def watched(model: Model, controls: Iterable[ControlNet]) -> Model:
-    """A clone of a KOALA MODEL that looks at the residuals as its U-Net gets them.
+def watch(model: Model, controls: Iterable[ControlNet]) -> Callable[..., torch.Tensor]:
+    """A wrapper around a KOALA's U-Net that looks at the residuals as the U-Net gets them.
 
-    Sampling it raises ValueError where there are more of them than it has skip connections.
+    It raises ValueError where there are more of them than the U-Net has skip connections.
     ``controls``: those of which nothing else is known, for the message.
     """
     lineage, named = model_facts(model).lineage, ", ".join(sorted({type(control).__name__ for control in controls}))
@@ -141,9 +140,7 @@ def watched(model: Model, controls: Iterable[ControlNet]) -> Model:
             )
         return executor(x, timesteps, context, y, control, *rest, **more)
 
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "koala_residuals", look)
-    return clone
+    return look
 
 
 def takes_other_residuals(lineage: Lineage) -> bool:

@@ -16,6 +16,7 @@ from ..model import attached_facts, model_facts, unet_layout
 from ..protocols import Model
 from . import attention
 from .compatibility import incompatible_patches
+from .guard import with_guard
 from .references import UNetSearch, made_by, replaced_forwards
 
 COMPILED = "torch.compile"
@@ -64,7 +65,8 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
 
     compiled = any(COMPILED in by_key for by_key in sdxl.wrappers.values())
     functions = ("callback", sdxl.callbacks), ("wrapper", sdxl.wrappers)
-    new.callbacks, new.wrappers = _free_functions(*functions, sieve=sieve)
+    new.callbacks, wrappers = _free_functions(*functions, sieve=sieve)
+    new.wrappers = with_guard(wrappers)
     if compiled:
         new.model_options.pop("torch_compile_kwargs", None)
         lines.append("dropped: torch.compile, which ran SDXL's U-Net; put TorchCompileModel behind the swap")

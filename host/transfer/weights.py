@@ -18,7 +18,7 @@ from torch import Tensor
 from ...koala.architecture.keys import Shape, shapes_of
 from ...koala.architecture.layout import name
 from ..model import is_koala, model_facts
-from ..protocols import Conditioning, Model
+from ..protocols import Model
 
 MERGE_KOALAS = (
     "merge KOALA models with each other. An SDXL fine-tune goes onto a KOALA as a LoRA: extract its difference to SDXL "
@@ -93,13 +93,13 @@ def require_own_weights(model: Model) -> None:
         raise ValueError(f"this MODEL has {found}.")
 
 
-def require_own_hooks(model: Model, conditionings: Iterable[Conditioning]) -> None:
-    """The same for what hooks on the conditioning do to a KOALA's weights.
+def require_own_hooks(model: Model, conds: Iterable[Mapping[str, Any]]) -> None:
+    """The same for what hooks on the conditioning (its entries) do to a KOALA's weights.
 
     Raises ValueError for a LoRA, or weights, of another model.
     """
     own = name(model_facts(model).layout)
-    groups = [entry["hooks"] for conditioning in conditionings for _, entry in conditioning if entry.get("hooks")]
+    groups = [cond["hooks"] for cond in conds if cond.get("hooks")]
     for hook in {id(hook.hook_ref): hook for group in groups for hook in group.hooks}.values():
         found = hooked(model, hook)
         if found.wrong:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.hooks
-import comfy.samplers
 import pytest
+from comfy.patcher_extension import WrappersMP
 
 from koala_sdxl.host import protocols
+from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from tools.measure import parity, transfer
 
 OBJECTS = {
@@ -28,7 +29,13 @@ def test_comfyuis_objects_have_what_the_pack_uses(protocol: Any) -> None:
     assert isinstance(OBJECTS[protocol](), protocol)
 
 
-def test_a_guider_has_what_the_pack_uses() -> None:
-    guider = comfy.samplers.CFGGuider(parity.tiny_models()[0])
-    guider.set_cfg(1.0)
-    assert isinstance(guider, protocols.Guider)
+def test_a_guider_has_what_the_pack_uses_while_it_samples() -> None:
+    model, guiders = parity.tiny_models()[0].clone(), []
+
+    def wrapper(executor: Any, *arguments: Any, **further: Any) -> Any:
+        guiders.append(isinstance(executor.class_obj, protocols.Guider))
+        return executor(*arguments, **further)
+
+    model.add_wrapper(WrappersMP.OUTER_SAMPLE, wrapper)
+    transfer.sample(model, transfer.conditioning(KOALA_TINY))
+    assert guiders == [True]

@@ -25,6 +25,7 @@ from tools.measure.transfer.models import (
     sample,
     sdxl_weights,
     small,
+    unguarded,
     warnings_of_host,
 )
 
@@ -51,5 +52,6 @@ __all__ = [
     "sdxl_weights",
     "small",
     "square",
+    "unguarded",
     "warnings_of_host",
 ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from koala_sdxl.koala.architecture.layout import SDXL, Layout, blocks
 from koala_sdxl.koala.architecture.lineage import Lineage, lineage
 from koala_sdxl.nodes.adapt import KoalaAttentionPatches
-from tools.measure.transfer.models import conditioning, pair, sample, small
+from tools.measure.transfer.models import conditioning, pair, sample, small, unguarded
 from tools.synthetic.adapters import SMALL_SDXL
 
 Place = tuple[Any, ...]
@@ -69,7 +69,7 @@ def patched_layers(koala: Layout, ours: bool) -> PatchedLayers:
         return n, context, value
 
     patched.set_model_attn2_patch(here)
-    sample(patched, conditioning(origin.student))
+    sample(unguarded(patched), conditioning(origin.student))
     widths, sdxl_widths = attention_places(origin.student), attention_places(SMALL_SDXL)
     counts = Counter(_judged(origin, place, ran.get(place), widths, sdxl_widths) for place in widths)
     return PatchedLayers(counts["right"], counts["other"], counts["width"], counts["untouched"])

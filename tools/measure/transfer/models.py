@@ -16,9 +16,11 @@ import comfy.sample
 import comfy.samplers
 import comfy.supported_models
 import torch
+from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 
 from koala_sdxl import koala_loader
+from koala_sdxl.host.transfer import guard
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout, name
 from koala_sdxl.koala.architecture.lineage import at_widths_of, lineage
 from koala_sdxl.koala.files.inspect import inspect_model
@@ -54,6 +56,13 @@ def pair(koala: Layout) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory(prefix="koala-transfer-") as folder:
         layout = small(koala)
         return sdxl, model(layout, lineage(layout).cut(sdxl_weights(), "comfy"), Path(folder))
+
+
+def unguarded(koala: Any) -> Any:
+    """A clone of a KOALA MODEL as a stock loader gives it: it is sampled whatever is set on it."""
+    clone = koala.clone()
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, guard.KEY)
+    return clone
 
 
 @cache
