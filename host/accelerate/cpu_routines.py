@@ -1,10 +1,12 @@
 """Faster routines for U-Nets and VAEs that run on the CPU: for the same arithmetic, and for arithmetic in bf16.
 
-PyTorch uses MKL for fp32 matrix products, which reaches half the speed on processors that are not Intel's; ComfyUI uses
-a memory-saving routine for attention on the CPU, and computes in fp32 even where the processor has units for bf16.
-oneDNN, which PyTorch uses for convolutions, and PyTorch's own attention compute the same faster, in another order.
-Nothing is switched for the process: the routines are exchanged while a MODEL's U-Net or a VAE runs, in its thread, and
-what depends on the processor is measured first.
+PyTorch uses MKL for fp32 matrix products, which is slower than oneDNN on many processors, above all on those that are
+not Intel's. It uses oneDNN for convolutions, which copies the weights into an order of its own every time: where an
+image is small and the weights are large, as in KOALA's deepest blocks, the copy takes longer than the convolution, and
+a matrix product is faster. ComfyUI uses a memory-saving routine for attention on the CPU, and computes in fp32 even
+where the processor has units for bf16. The routines here compute the same faster, in another order of summation.
+Nothing is switched for the process: they are exchanged while a MODEL's U-Net or a VAE runs, in its thread, and what
+depends on the processor is measured first, once for each shape.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import copy
 import time
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import conv2d, linear, pad
 from torch.overrides import TorchFunctionMode
 
 from ..protocols import Executor, Model, Vae
@@ -27,10 +29,19 @@ from .plan import BF16, OFF
 KEY = "koala_kernels"
 MIN_ROWS = 128
 """Products with fewer rows than this (time embeddings) take too little time to matter."""
-MIN_SPEEDUP = 1.2
-"""oneDNN is used where it is at least this many times faster on this processor."""
+MIN_SPEEDUP = 1.05
+"""Another routine for the same arithmetic is used where it is at least this many times faster on this processor."""
 MIN_SPEEDUP_BF16 = 1.5
 """The same for bf16, which is not exact."""
+MEASURED_ROWS = 256
+"""Rows of the products that are measured: with more of them, the time of each row stays the same."""
+MAX_PIXELS = 512
+"""Convolutions with more output pixels than this, over a batch, are never faster as products: there the copy of the
+weights matters less, and the one of the image more."""
+WIDE = 1280
+"""Channels of KOALA's deepest blocks, in and out: those of the convolution that is measured."""
+MIN_WEIGHTS = 9 * WIDE * WIDE // 2
+"""Convolutions with fewer weights than this have too small a copy to save."""
 
 
 def install(model: Model, routines: str) -> str:
@@ -45,8 +56,9 @@ def install(model: Model, routines: str) -> str:
         model.set_model_compute_dtype(torch.bfloat16)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _with_foreign_layers)
         return "U-Net in bf16"
-    if one_dnn_is_faster():
+    if _has_one_dnn():
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _by_one_dnn)
+    if one_dnn_is_faster():
         return "products by oneDNN, attention by PyTorch"
     return "attention by PyTorch"
 
@@ -66,13 +78,18 @@ def install_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
 
 
 class OneDnnProducts(TorchFunctionMode):
-    """While active, oneDNN computes the fp32 products of layers; everything else is as usual."""
+    """While active, oneDNN computes the fp32 products of layers, and small convolutions with many weights as products,
+    where each is faster; everything else is as usual."""
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is linear and not kwargs and _is_plain(*args):
-            return _one_dnn(*args)
+        if function in (linear, conv2d) and not kwargs and not torch.compiler.is_compiling():
+            if function is linear:
+                if _is_plain(*args) and one_dnn_is_faster(*args[1].shape[::-1]):
+                    return _one_dnn(*args)
+            elif (convolution := _Convolution.of(*args)) is not None and convolution.is_faster_as_product():
+                return convolution.as_product()
         return function(*args, **(kwargs or {}))
 
 
@@ -112,38 +129,42 @@ class Convolutions(TorchFunctionMode):
 
 
 @cache
-def one_dnn_is_faster() -> bool:
-    """Measured once, in some 50 ms, on a product of KOALA's deepest layers at 512 px."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+def one_dnn_is_faster(inputs: int = WIDE, outputs: int = WIDE) -> bool:
+    """Whether oneDNN's product with so many features is: measured once for each, in some 20 to 200 ms."""
+    if not _has_one_dnn():
         return False
-    rows, weight = _product()
-    return _seconds(lambda: linear(rows, weight)) > MIN_SPEEDUP * _seconds(lambda: _one_dnn(rows, weight))
+    rows, weight = torch.ones(MEASURED_ROWS, inputs), torch.ones(outputs, inputs)
+    return _speedup(lambda: linear(rows, weight), lambda: _one_dnn(rows, weight)) >= MIN_SPEEDUP
 
 
 @cache
 def bf16_is_faster() -> bool:
     """Measured likewise, including the conversion of the weights."""
-    rows, weight = _product()
+    rows, weight = torch.ones(2 * MEASURED_ROWS, WIDE), torch.ones(WIDE, WIDE)
     in_bf16 = rows.bfloat16()
-    return _seconds(lambda: linear(rows, weight)) > MIN_SPEEDUP_BF16 * _seconds(
-        lambda: linear(in_bf16, weight.bfloat16())
+    return (
+        _speedup(lambda: linear(rows, weight), lambda: linear(in_bf16, weight.bfloat16()), times=5) >= MIN_SPEEDUP_BF16
     )
 
 
-def _product() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(512, 1280, generator=generator), torch.randn(1280, 1280, generator=generator)
+@cache
+def product_convolves_faster(batch: int, height: int, width: int) -> bool:
+    """Whether a 3 x 3 convolution of KOALA's deepest blocks, with an output of that size, is faster as a product;
+    measured once for each size, in some 100 to 500 ms."""
+    x, weight = torch.ones(batch, WIDE, height, width), torch.ones(WIDE, WIDE, 3, 3)
+    convolution = _Convolution(x, weight, None, 1)
+    return _speedup(lambda: conv2d(x, weight, padding=1), convolution.as_product) >= MIN_SPEEDUP
 
 
-def _seconds(run: Callable[[], Any], times: int = 5) -> float:
-    """The shortest of several runs, after one that is not counted."""
-    run()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _speedup(usual: Callable[[], Any], other: Callable[[], Any], times: int = 3) -> float:
+    """How many times faster the other is: shortest runs, in turns, after one of each that is not counted."""
+    taken: dict[Callable[[], Any], list[float]] = {usual: [], other: []}
+    for turn in range(1 + times):
+        for run, found in taken.items():
+            start = time.perf_counter()
+            run()
+            found += [time.perf_counter() - start] if turn else []
+    return min(taken[usual]) / min(taken[other])
 
 
 def _by_one_dnn(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -170,18 +191,67 @@ def _within(mode: TorchFunctionMode, method: Callable[..., torch.Tensor]) -> Cal
     return run
 
 
+def _has_one_dnn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def _one_dnn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     # The one way to oneDNN's fp32 product that needs no second, packed copy of the weights. It is PyTorch's own, for
-    # its compiler, and has no public name; where a PyTorch lacks it, one_dnn_is_faster returns False.
+    # its compiler, and has no public name; _has_one_dnn says whether this PyTorch has it.
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product
 
 
 def _is_plain(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    return _are_plain(rows, weight) and rows.numel() >= MIN_ROWS * weight.shape[1]
+
+
+def _are_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        rows.dtype is weight.dtype is torch.float32
-        and rows.device.type == weight.device.type == "cpu"
+        x.dtype is weight.dtype is torch.float32
+        and x.device.type == weight.device.type == "cpu"
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and weight.is_contiguous()
-        and rows.numel() >= MIN_ROWS * weight.shape[1]
     )
+
+
+class _Convolution(NamedTuple):
+    """A 3 x 3 convolution with one pixel of zeros around its image.
+
+    ``x`` [batch, channels in, height, width], ``weight`` [channels out, channels in, 3, 3].
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: int
+
+    @classmethod
+    def of(
+        cls, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *settings: Any
+    ) -> _Convolution | None:
+        """The one that a call of ``conv2d`` computes, if it is such a one, with many weights and few pixels."""
+        if len(settings) != 4 or weight.shape[2:] != (3, 3) or weight.numel() < MIN_WEIGHTS or x.dim() != 4:
+            return None
+        stride, padding, dilation, groups = settings
+        is_usual = stride in ((1, 1), (2, 2)) and padding == dilation == (1, 1) and groups == 1
+        if (
+            not is_usual
+            or not _are_plain(x, weight)
+            or x.shape[0] * x.shape[2] * x.shape[3] > MAX_PIXELS * stride[0] ** 2
+        ):
+            return None
+        return cls(x, weight, bias, stride[0])
+
+    def is_faster_as_product(self) -> bool:
+        batch, _, *sides = self.x.shape
+        return _has_one_dnn() and product_convolves_faster(batch, *(-(-side // self.stride) for side in sides))
+
+    def as_product(self) -> torch.Tensor:
+        """[batch, channels out, height, width]: each output pixel's neighbourhood is a row, the weights are as they
+        lie in memory, without a copy."""
+        around = pad(self.x, (1, 1, 1, 1)).unfold(2, 3, self.stride).unfold(3, 3, self.stride)
+        batch, _, height, width = around.shape[:4]
+        rows = around.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, -1)
+        made = _one_dnn(rows, self.weight.flatten(1), self.bias)
+        return made.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
