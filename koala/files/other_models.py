@@ -10,10 +10,27 @@ from ..architecture.keys import Shape
 from ..architecture.layout import KOALA_NAMES, SDXL, SSD_1B, VEGA, Layout
 from .conventions import UNET_PREFIX
 
-LOAD_CHECKPOINT = 'the stock node "Load Checkpoint" (CheckpointLoaderSimple)'
-LOAD_UNET = 'the stock node "Load Diffusion Model" (UNETLoader)'
-LOAD_CONTROLNET = 'the stock node "Load ControlNet Model" (ControlNetLoader)'
-LOAD_CLIP = 'the stock node "Load CLIP" (CLIPLoader)'
+
+class Loader(NamedTuple):
+    """What loads a file: a node by its display name (a stock one with its id, too), and the key of the folder."""
+
+    node: str
+    folder: str
+
+    def __str__(self) -> str:
+        return f"{self.node}, from models/{self.folder}"
+
+
+LOAD_CHECKPOINT = Loader('the stock node "Load Checkpoint" (CheckpointLoaderSimple)', "checkpoints")
+LOAD_UNET = Loader('the stock node "Load Diffusion Model" (UNETLoader)', "diffusion_models")
+LOAD_CLIP = Loader('the stock node "Load CLIP" (CLIPLoader)', "text_encoders")
+LOAD_LORA = Loader('KOALA LoRA Loader (one that is not for SDXL or KOALA: "Load LoRA", LoraLoader)', "loras")
+LOAD_CONTROLNET = Loader(
+    'KOALA ControlNet Loader (one that is not for SDXL: "Load ControlNet Model", ControlNetLoader)', "controlnet"
+)
+LOAD_PARTS = 'KOALA Checkpoint Loader, source "U-Net + text encoders + VAE"'
+SWAP = ", and put KOALA U-Net Swap behind it"
+"""What makes a KOALA of an SDXL graph."""
 
 FAMILIES_BY_TEXT_WIDTH = {
     768: "Stable Diffusion 1.x",
@@ -25,22 +42,35 @@ FAMILIES_BY_TEXT_WIDTH = {
 
 
 class OtherModel(NamedTuple):
-    """Something that is not a KOALA U-Net: its name with an article, and what loads it."""
+    """Something that is not a KOALA U-Net: its name with an article, what loads it, and what else is to be done."""
 
     name: str
-    loader: str
+    loader: Loader
+    then: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do with the file, as a sentence."""
+        return f"Load it with {self.loader}{self.then}."
 
 
 # Searched from the top: a model that shares names with another stands before it.
 _MODEL_SIGNATURES: tuple[tuple[OtherModel, tuple[str, ...]], ...] = (
     (
-        OtherModel("a LoRA", 'the stock node "Load LoRA" (LoraLoader)'),
+        OtherModel("a LoRA", LOAD_LORA),
         (
             *(".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "_lora.down.", ".lora.down.", ".lora_linear_layer."),
             *(".hada_w1", ".lokr_w", ".oft_", "lora_unet_", "lora_te"),
         ),
     ),
-    (OtherModel("an IP-Adapter", "the nodes of an IP-Adapter pack"), ("ip_adapter.",)),
+    (
+        OtherModel(
+            "an IP-Adapter",
+            Loader("the nodes of an IP-Adapter pack", "ipadapter"),
+            ", and put KOALA Attention Patches behind them",
+        ),
+        ("ip_adapter.",),
+    ),
     (
         OtherModel("a ControlNet", LOAD_CONTROLNET),
         (
@@ -49,9 +79,15 @@ _MODEL_SIGNATURES: tuple[tuple[OtherModel, tuple[str, ...]], ...] = (
         ),
     ),
     (OtherModel("a T2I-Adapter", LOAD_CONTROLNET), ("adapter.body.", "body.0.resnets.0.", "body.0.block1.")),
-    (OtherModel("a motion module", "the nodes of an AnimateDiff pack"), ("motion_modules.", ".temporal_transformer.")),
     (
-        OtherModel("a Stable Video Diffusion model", 'the stock node "Image Only Checkpoint Loader (img2vid model)"'),
+        OtherModel("a motion module", Loader("the nodes of an AnimateDiff pack", "animatediff_models")),
+        ("motion_modules.", ".temporal_transformer."),
+    ),
+    (
+        OtherModel(
+            "a Stable Video Diffusion model",
+            Loader('the stock node "Image Only Checkpoint Loader" (ImageOnlyCheckpointLoader)', "checkpoints"),
+        ),
         (".time_stack.", ".temporal_transformer_blocks."),
     ),
     (OtherModel("a HunyuanVideo model", LOAD_UNET), ("token_refiner.",)),
@@ -69,19 +105,22 @@ _MODEL_SIGNATURES: tuple[tuple[OtherModel, tuple[str, ...]], ...] = (
 
 _COMPONENT_SIGNATURES: tuple[tuple[OtherModel, tuple[str, ...]], ...] = (
     (
-        OtherModel("a CLIP vision model", 'the stock node "Load CLIP Vision" (CLIPVisionLoader)'),
+        OtherModel(
+            "a CLIP vision model", Loader('the stock node "Load CLIP Vision" (CLIPVisionLoader)', "clip_vision")
+        ),
         ("vision_model.", "embeddings.patch_embedding.", "visual.transformer."),
     ),
     (OtherModel("a T5 text encoder", LOAD_CLIP), ("encoder.block.0.layer.0.SelfAttention",)),
     (
-        OtherModel("a CLIP text encoder", LOAD_CLIP),
+        OtherModel("a CLIP text encoder", Loader(LOAD_PARTS, "text_encoders")),
         ("text_model.encoder.layers.", "encoder.layers.0.self_attn.", "transformer.resblocks.0."),
     ),
     (OtherModel("a language model, as some models use for text", LOAD_CLIP), ("model.layers.0.self_attn.",)),
-    (OtherModel("a VAE", 'the stock node "Load VAE" (VAELoader)'), ("decoder.conv_in.", "decoder.up_blocks.")),
+    (OtherModel("a VAE", Loader(LOAD_PARTS, "vae")), ("decoder.conv_in.", "decoder.up_blocks.")),
     (
         OtherModel(
-            "a textual inversion embedding", 'the stock node "CLIP Text Encode", as embedding:name in the prompt'
+            "a textual inversion embedding",
+            Loader("KOALA Prompt, mode comfy, by embedding:name in the prompt", "embeddings"),
         ),
         ("clip_g", "emb_params"),
     ),
@@ -128,7 +167,7 @@ def _has_blocks(unet: Mapping[str, Shape]) -> bool:
     return any(key.startswith(("down_blocks.", "input_blocks.")) for key in unet)
 
 
-def _other_unet(unet: Mapping[str, Shape], loader: str) -> OtherModel | None:
+def _other_unet(unet: Mapping[str, Shape], loader: Loader) -> OtherModel | None:
     """Name a U-Net of another family by its input channels, text width and layers."""
     channels = _width(unet.get("conv_in.weight", unet.get("input_blocks.0.0.weight")))
     context = next((_width(shape) for key, shape in unet.items() if key.endswith("attn2.to_k.weight")), None)
@@ -143,7 +182,7 @@ def _other_unet(unet: Mapping[str, Shape], loader: str) -> OtherModel | None:
         return OtherModel(f"{article} (text width {context})", loader)
     read = find_layout(unet)
     text = _SDXL_FAMILY.get(read[0]) if read else None
-    return OtherModel(text, loader) if text else None
+    return OtherModel(text, loader, SWAP if read and read[0] == SDXL else "") if text else None
 
 
 def _width(shape: Shape | None) -> int | None:

@@ -40,8 +40,7 @@ def recognise_unet(header: Header, unet: Mapping[str, Shape]) -> tuple[Layout, N
     other = other_models.recognise(header.shapes, unet)
     if other:
         raise CheckpointError(
-            f"{file} is {other.name}; expected a KOALA U-Net (an SDXL sub-network such as KOALA-700M). "
-            f"Load it with {other.loader}."
+            f"{file} is {other.name}; expected a KOALA U-Net (an SDXL sub-network such as KOALA-700M). {other.remedy}"
         )
     read = find_layout(unet)
     if read and not is_subnetwork(read[0]):

@@ -89,7 +89,14 @@ def network(make: Callable[[], object]) -> Callable[[], Shapes]:
     return lambda: shapes_of(make)  # type: ignore[arg-type]
 
 
-CHECKPOINT, UNET = "CheckpointLoaderSimple", "UNETLoader"
+CHECKPOINT, UNET = "(CheckpointLoaderSimple), from models/checkpoints", "(UNETLoader), from models/diffusion_models"
+SWAP = ", and put KOALA U-Net Swap behind it."
+LORA, IN_LORAS = "Load it with KOALA LoRA Loader (", "LoraLoader), from models/loras."
+CONTROLNET = "Load it with KOALA ControlNet Loader ("
+TEXT, CLIP = '"U-Net + text encoders + VAE", from models/text_encoders.', "(CLIPLoader), from models/text_encoders."
+VAE = 'Load it with KOALA Checkpoint Loader, source "U-Net + text encoders + VAE", from models/vae.'
+VISION = "(CLIPVisionLoader), from models/clip_vision."
+EMBEDDING = "Load it with KOALA Prompt, mode comfy, by embedding:name in the prompt, from models/embeddings."
 PUBLISHED = "huggingface.co/etri-vilab/koala-"
 
 OTHER_MODELS: dict[str, tuple[Callable[[], Shapes], str, str]] = {
@@ -97,8 +104,8 @@ OTHER_MODELS: dict[str, tuple[Callable[[], Shapes], str, str]] = {
     "sd1-checkpoint": (lambda: checkpoint(SD1), "a Stable Diffusion 1.x model", CHECKPOINT),
     "sd2-diffusers": (lambda: unet(SD2), "a Stable Diffusion 2.x model", UNET),
     "sd2-checkpoint": (lambda: checkpoint(SD2), "a Stable Diffusion 2.x model", CHECKPOINT),
-    "sdxl-diffusers": (lambda: unet(SDXL), "an SDXL base model", UNET),
-    "sdxl-checkpoint": (lambda: checkpoint(SDXL), "an SDXL base model", CHECKPOINT),
+    "sdxl-diffusers": (lambda: unet(SDXL), "an SDXL base model", UNET + SWAP),
+    "sdxl-checkpoint": (lambda: checkpoint(SDXL), "an SDXL base model", CHECKPOINT + SWAP),
     "refiner-diffusers": (lambda: unet(REFINER), "the SDXL refiner", UNET),
     "refiner-checkpoint": (lambda: checkpoint(REFINER), "the SDXL refiner", CHECKPOINT),
     "sdxl-inpaint-diffusers": (lambda: unet(INPAINT), "an inpainting U-Net (9 input channels)", UNET),
@@ -110,29 +117,29 @@ OTHER_MODELS: dict[str, tuple[Callable[[], Shapes], str, str]] = {
     "ssd-1b-checkpoint": (lambda: checkpoint(SSD_1B), "SSD-1B", CHECKPOINT),
     "vega-diffusers": (lambda: unet(VEGA), "Segmind Vega", UNET),
     "vega-checkpoint": (lambda: checkpoint(VEGA), "Segmind Vega", CHECKPOINT),
-    "lora-kohya": (lora("lora_unet_{flat}", ".lora_down.weight", ".lora_up.weight", ".alpha"), "a LoRA", "LoraLoader"),
-    "lora-peft": (lora("unet.{dotted}", ".lora_A.weight", ".lora_B.weight"), "a LoRA", "LoraLoader"),
+    "lora-kohya": (lora("lora_unet_{flat}", ".lora_down.weight", ".lora_up.weight", ".alpha"), "a LoRA", LORA),
+    "lora-peft": (lora("unet.{dotted}", ".lora_A.weight", ".lora_B.weight"), "a LoRA", IN_LORAS),
     "lora-diffusers-old": (
         lora("unet.{dotted}", ".lora.down.weight", ".lora.up.weight"),
         "a LoRA",
-        "LoraLoader",
+        IN_LORAS,
     ),
     "lora-attention-processor": (
         named("down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight"),
         "a LoRA",
-        "LoraLoader",
+        IN_LORAS,
     ),
-    "lora-text": (named("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"), "a LoRA", "LoraLoader"),
+    "lora-text": (named("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"), "a LoRA", IN_LORAS),
     "loha": (
         lora("lycoris_{flat}", ".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".alpha"),
         "a LoRA",
-        "LoraLoader",
+        IN_LORAS,
     ),
-    "lokr": (lora("lycoris_{flat}", ".lokr_w1", ".lokr_w2_a", ".lokr_w2_b", ".alpha"), "a LoRA", "LoraLoader"),
+    "lokr": (lora("lycoris_{flat}", ".lokr_w1", ".lokr_w2_a", ".lokr_w2_b", ".alpha"), "a LoRA", IN_LORAS),
     "controlnet-diffusers": (
         network(lambda: diffusers.ControlNetModel(layers_per_block=1)),
         "a ControlNet",
-        "ControlNetLoader",
+        CONTROLNET,
     ),
     "controlnet-original": (
         lambda: (
@@ -140,61 +147,61 @@ OTHER_MODELS: dict[str, tuple[Callable[[], Shapes], str, str]] = {
             | named("control_model.zero_convs.0.0.weight", "control_model.input_hint_block.0.weight")()
         ),
         "a ControlNet",
-        "ControlNetLoader",
+        CONTROLNET,
     ),
     "controlnet-flux": (
         network(lambda: diffusers.FluxControlNetModel(num_layers=1, num_single_layers=1)),
         "a ControlNet",
-        "ControlNetLoader",
+        CONTROLNET,
     ),
     "controlnet-sd3": (
         network(lambda: diffusers.SD3ControlNetModel(num_layers=1)),
         "a ControlNet",
-        "ControlNetLoader",
+        CONTROLNET,
     ),
     "t2i-adapter-diffusers": (
         network(lambda: diffusers.T2IAdapter(adapter_type="full_adapter_xl")),
         "a T2I-Adapter",
-        "ControlNetLoader",
+        CONTROLNET,
     ),
     "t2i-adapter-original": (
         named("conv_in.weight", "body.0.block1.weight", "body.0.block2.weight", "body.2.in_conv.weight"),
         "a T2I-Adapter",
-        "ControlNetLoader",
+        CONTROLNET,
     ),
     "ip-adapter": (
         named("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"),
         "an IP-Adapter",
-        "IP-Adapter pack",
+        "IP-Adapter pack, from models/ipadapter, and put KOALA Attention Patches behind them.",
     ),
-    "vae-diffusers": (lambda: reference.vae(), "a VAE", "VAELoader"),
-    "vae-original": (lambda: reference.original_vae(reference.vae()), "a VAE", "VAELoader"),
-    "clip-l": (lambda: reference.clip_l(), "a CLIP text encoder", "CLIPLoader"),
+    "vae-diffusers": (lambda: reference.vae(), "a VAE", VAE),
+    "vae-original": (lambda: reference.original_vae(reference.vae()), "a VAE", VAE),
+    "clip-l": (lambda: reference.clip_l(), "a CLIP text encoder", TEXT),
     "clip-l-transformers-5": (
         lambda: {key.removeprefix("text_model."): shape for key, shape in reference.clip_l().items()},
         "a CLIP text encoder",
-        "CLIPLoader",
+        TEXT,
     ),
-    "clip-g": (lambda: reference.clip_g(), "a CLIP text encoder", "CLIPLoader"),
+    "clip-g": (lambda: reference.clip_g(), "a CLIP text encoder", TEXT),
     "t5": (
         network(lambda: transformers.T5EncoderModel(transformers.T5Config(num_layers=2))),
         "a T5 text encoder",
-        "CLIPLoader",
+        CLIP,
     ),
     "clip-vision": (
         network(lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig())),
         "a CLIP vision model",
-        "CLIPVisionLoader",
+        VISION,
     ),
     "clip-whole": (
         named("logit_scale", "text_model.encoder.layers.0.mlp.fc1.bias", "vision_model.post_layernorm.weight"),
         "a CLIP vision model",
-        "CLIPVisionLoader",
+        VISION,
     ),
     "language-model": (
         network(lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(num_hidden_layers=1))),
         "a language model",
-        "CLIPLoader",
+        CLIP,
     ),
     "flux-diffusers": (
         network(lambda: diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)),
@@ -264,20 +271,24 @@ OTHER_MODELS: dict[str, tuple[Callable[[], Shapes], str, str]] = {
     "stable-video-diffusion": (
         named("conv_in.weight", "down_blocks.0.attentions.0.temporal_transformer_blocks.0.norm_in.weight"),
         "a Stable Video Diffusion model",
-        "Image Only Checkpoint Loader",
+        "(ImageOnlyCheckpointLoader), from models/checkpoints.",
     ),
-    "animatediff-diffusers": (network(lambda: diffusers.MotionAdapter((320,))), "a motion module", "AnimateDiff pack"),
+    "animatediff-diffusers": (
+        network(lambda: diffusers.MotionAdapter((320,))),
+        "a motion module",
+        "AnimateDiff pack, from models/animatediff_models.",
+    ),
     "animatediff-original": (
         named("down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.norms.0.weight"),
         "a motion module",
-        "AnimateDiff pack",
+        "AnimateDiff pack, from models/animatediff_models.",
     ),
     "textual-inversion": (
         lambda: {"clip_g": (2, 1280), "clip_l": (2, 768)},
         "a textual inversion embedding",
-        "embedding:name",
+        EMBEDDING,
     ),
-    "textual-inversion-sd1": (lambda: {"emb_params": (2, 768)}, "a textual inversion embedding", "embedding:name"),
+    "textual-inversion-sd1": (lambda: {"emb_params": (2, 768)}, "a textual inversion embedding", EMBEDDING),
     "junk": (
         named("some.tensor", "another"),
         "a file of an unknown kind (2 tensors, first: another, some.tensor)",
