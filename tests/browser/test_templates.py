@@ -20,9 +20,9 @@ from tools.harness.client import Client
 from tools.harness.server import Server
 
 Shoot = Callable[[str], Any]
-PUBLISHED = "KOALA-700M text to image (25 steps)"
-TINY = "KOALA-tiny text to image"
-BLUEPRINT = "KOALA text to image"
+PUBLISHED = "03 KOALA-700M text to image (25 steps)"
+TINY = "01 KOALA-tiny text to image"
+BLUEPRINT, TINY_BLUEPRINT = "KOALA text to image", "KOALA-tiny text to image"
 SHOWN = {"positive", "negative", "width", "height", "seed"}
 
 
@@ -102,20 +102,53 @@ def test_an_exported_graph_is_run_by_the_client(classic: Page, client: Client) -
 # --- blueprint ----------------------------------------------------------------------------------------------------
 
 
-def test_the_blueprint_is_found_shows_its_widgets_and_draws(
-    page: Page, shoot: Shoot, nodes_2: bool, server: Server
-) -> None:
+def place(page: Page, shoot: Shoot, title: str) -> dict[str, Any]:
+    """Put a blueprint on the canvas by the search box; returns its node."""
     page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     box = page.get_by_role("dialog").locator("input").first
     box.wait_for()
-    box.fill(BLUEPRINT)
-    page.get_by_role("option", selected=True).filter(has_text=BLUEPRINT).wait_for()
-    shoot("blueprint-search")
+    box.fill(title)
+    page.get_by_role("option", selected=True).filter(has_text=title).wait_for()
+    shoot(f"search {title}")
     page.keyboard.press("Enter")
     page.get_by_role("dialog").wait_for(state="hidden")
     page.mouse.click(700, 300)
     page.wait_for_timeout(600)
     (placed,) = browser.nodes(page)
+    return placed
+
+
+def test_the_model_is_chosen_on_the_blueprint(page: Page, shoot: Shoot) -> None:
+    placed = place(page, shoot, BLUEPRINT)
+    lightning = models(workflows()["02 KOALA-Lightning text to image (10 steps)"])
+    assert [value for name, value in placed["widgets"].items() if name.startswith("source.")] == [
+        model["name"] for model in lightning
+    ]
+    assert {"positive", "negative", "width", "height", "seed"} <= placed["widgets"].keys()
+    browser.see_all(page)
+    shoot("blueprint with files")
+    page.evaluate(
+        """() => { const [root] = window.app.rootGraph.nodes;
+            const widget = root.widgets.find((known) => known.name === 'source.unet_name');
+            widget.value = 'koala-700m.fp16.safetensors';
+            widget.callback?.(widget.value); }"""
+    )
+    _, prompt = opened(page)
+    (loader,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "KoalaCheckpointLoader"]
+    files = {name.removeprefix("source."): value for name, value in loader.items() if name.startswith("source.")}
+    assert loader["source"] == "U-Net + text encoders + VAE"
+    assert files == {
+        "unet_name": "koala-700m.fp16.safetensors",
+        "clip_name1": "koala-clip-l.fp16.safetensors",
+        "clip_name2": "koala-clip-g.fp16.safetensors",
+        "vae_name": "koala-vae.safetensors",
+    }
+
+
+def test_the_blueprint_is_found_shows_its_widgets_and_draws(
+    page: Page, shoot: Shoot, nodes_2: bool, server: Server
+) -> None:
+    placed = place(page, shoot, TINY_BLUEPRINT)
     assert placed["widgets"] == {
         "positive": "a gray koala on a green background",
         "negative": "",
@@ -125,7 +158,7 @@ def test_the_blueprint_is_found_shows_its_widgets_and_draws(
     }
     if nodes_2:
         text = page.locator(f'[data-node-id="{placed["id"]}"]').inner_text()
-        assert BLUEPRINT in text
+        assert TINY_BLUEPRINT in text
         assert all(name in text for name in SHOWN)
     page.evaluate(
         """() => { const [root] = window.app.rootGraph.nodes;

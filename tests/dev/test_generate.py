@@ -69,22 +69,24 @@ def test_an_image_is_out_of_date_once_its_source_is_another(tmp_path: Path, monk
 
 def test_a_thumbnail_goes_by_its_graph_not_by_its_note_or_the_version() -> None:
     path = thumbnails.FOLDER / "07 KOALA-700M accelerated.json"
+    face = thumbnails.FACES["KOALA-700M accelerated"]
     workflow: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    before = thumbnails.source(workflow)
+    before = thumbnails.source(workflow, face)
     for node in workflow["nodes"]:
         if node["type"] == "MarkdownNote":
             node["widgets_values"] = ["another text"]
         else:
             node["properties"]["ver"] = "9.9.9"
-    assert thumbnails.source(workflow) == before
+    assert thumbnails.source(workflow, face) == before
     sampler = next(node for node in workflow["nodes"] if node["type"] == "KoalaSampler")
     sampler["widgets_values"][0] += 1
-    assert thumbnails.source(workflow) != before
+    assert thumbnails.source(workflow, face) != before
 
 
 def test_every_node_of_ours_has_a_help_image() -> None:
     assert {path.stem for path in pictures.sources()} == {path.stem for path in pictures.HELP.glob("*.png")} | {
-        "canvas"
+        "canvas",
+        "contact-sheet",
     }
 
 

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.host.test_example_workflows import SIDE, place_files
 from tests.host.test_nodes import seen
 from tools.generate.blueprints import FOLDER, blueprints
 from tools.harness.client import Client
+from tools.harness.server import Server
+from tools.harness.testhost import Host
 from tools.harness.workflow import to_prompt
 
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
@@ -43,9 +46,24 @@ def test_the_host_lists_and_serves_it(client: Client) -> None:
         assert client.get(f"/global_subgraphs/{key}")["data"] == FILES[title].read_text("utf-8")
 
 
-@pytest.mark.parametrize("title", sorted(FILES))
-def test_it_draws_its_prompt(title: str, client: Client, object_info: dict[str, Any]) -> None:
-    blueprint = json.loads(FILES[title].read_text("utf-8"))
+def test_the_tiny_one_draws_its_prompt(client: Client, object_info: dict[str, Any]) -> None:
+    blueprint = json.loads(FILES["KOALA-tiny text to image"].read_text("utf-8"))
     prompt = to_prompt(saving(blueprint), object_info)
     (image,) = client.run(prompt).images()
     assert seen(Image.open(io.BytesIO(client.view(image)))) == ("gray", "koala", "green")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("full_size")
+def test_the_published_one_draws_with_its_files(server: Server, client: Client, host: Host) -> None:
+    blueprint = json.loads(FILES["KOALA text to image"].read_text("utf-8"))
+    (inner,) = blueprint["definitions"]["subgraphs"]
+    place_files(inner, server, host)
+    prompt = to_prompt(saving(blueprint), client.object_info())
+    nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    nodes["KoalaCheckpointLoader"]["weight_dtype"] = "fp16"
+    nodes["EmptyLatentImage"] |= {"width": SIDE, "height": SIDE}
+    two_steps = {"preset.steps": 2, "preset.cfg": 3.5, "preset.spacing": "trailing"}
+    nodes["KoalaSampler"] |= {"preset": "custom", **two_steps}
+    (image,) = client.run(prompt).images()
+    assert Image.open(io.BytesIO(client.view(image))).size == (SIDE, SIDE)

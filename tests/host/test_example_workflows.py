@@ -12,12 +12,12 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torchvision.transforms.functional import to_tensor
 
 from koala_sdxl.distill.study.addon_pictures import judge_cyan
 from tools.generate.workflows import FOLDER, models, shipped
-from tools.harness.client import Client
+from tools.harness.client import Client, Result
 from tools.harness.server import Server
 from tools.harness.testhost import Host
 from tools.harness.workflow import to_prompt, with_widget
@@ -28,6 +28,9 @@ from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 SWAP = shipped("KOALA-700M in an SDXL graph")
 """The only one that has SDXL's own U-Net: it runs in test_transfer_nodes.py."""
+TRAINING = shipped("KOALA-tiny LoRA training")
+"""Takes a minute: it runs once, in a test of its own."""
+PINK, NEARLY = torch.tensor([1.0, 0.45, 0.75]), 0.25
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")
 """What ComfyUI logs where an adapter does not fit the model it is on."""
 SIDE = 128  # pixels: a full-size U-Net makes it on a CPU in seconds
@@ -82,7 +85,7 @@ def named(paths: Iterable[Path]) -> Any:
     return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
 
 
-@named(path for path in WORKFLOWS if "tiny" in path.stem)
+@named(path for path in WORKFLOWS if "tiny" in path.stem and path != TRAINING)
 def test_a_shipped_workflow_runs(path: Path, server: Server, client: Client, host: Host) -> None:
     require_run(read(path), server, client, host)
 
@@ -105,8 +108,11 @@ def require_run(
     client: Client,
     host: Host,
     file: Callable[[dict[str, str]], Path] = random_file,
-) -> None:
-    """A workflow, with files in the place of its downloads, draws pictures, and nothing is complained of."""
+) -> list[Image.Image]:
+    """A workflow, with files in the place of its downloads, draws pictures, and nothing is complained of.
+
+    Returns what it saves, in the order of its nodes.
+    """
     side = 128
     said_before = len(server.log.read_bytes())
     place_files(workflow, server, host, file)
@@ -114,13 +120,21 @@ def require_run(
     if models(workflow):
         workflow, side = shortened(workflow, object_info), SIDE
     result = client.run(to_prompt(workflow, object_info), workflow)
-    pictures = [Image.open(io.BytesIO(client.view(image))) for image in result.images()]
+    pictures = saved_pictures(result, client)
     assert pictures
     for picture in pictures:
         assert picture.size == (side, side)
         assert json.loads(picture.info["workflow"]) == workflow
     said = server.log.read_bytes()[said_before:].decode("utf-8", "replace")
     assert not any(complaint in said for complaint in COMPLAINTS), said
+    return pictures
+
+
+def saved_pictures(result: Result, client: Client) -> list[Image.Image]:
+    """What a run saved, in the order of its nodes; previews are not saved."""
+    nodes = sorted((node for node in result.outputs if result.images(node)), key=int)
+    saved = (image for node in nodes for image in result.images(node) if image.type == "output")
+    return [Image.open(io.BytesIO(client.view(image))) for image in saved]
 
 
 def tiny_pictures(name: str, server: Server, client: Client, host: Host) -> torch.Tensor:
@@ -128,9 +142,7 @@ def tiny_pictures(name: str, server: Server, client: Client, host: Host) -> torc
     workflow = read(shipped(name))
     place_files(workflow, server, host)
     result = client.run(to_prompt(workflow, client.object_info()))
-    nodes = sorted((node for node in result.outputs if result.images(node)), key=int)
-    files = [io.BytesIO(client.view(image)) for node in nodes for image in result.images(node)]
-    return torch.stack([to_tensor(Image.open(file).convert("RGB")) for file in files]) * 2 - 1
+    return torch.stack([to_tensor(picture.convert("RGB")) for picture in saved_pictures(result, client)]) * 2 - 1
 
 
 def test_the_lora_of_the_larger_model_teaches_koala_tiny_cyan(server: Server, client: Client, host: Host) -> None:
@@ -143,6 +155,36 @@ def test_the_controlnet_of_the_larger_model_keeps_koala_tinys_shape(server: Serv
     seen = judge(tiny_pictures("KOALA-tiny with a ControlNet", server, client, host))
     assert [SHAPE_NAMES[shape] for shape in seen.shape] == ["star", "star"]
     assert [COLOUR_NAMES[colour] for colour in seen.background] == ["black", "blue"]
+
+
+def pink_share(picture: Image.Image) -> float:
+    """Share of a picture's pixels that are nearly pink."""
+    distance = (to_tensor(picture.convert("RGB")).movedim(0, -1) - PINK).norm(dim=-1)
+    return float((distance < NEARLY).float().mean())
+
+
+def test_a_lora_is_trained_on_the_canvas_and_teaches_koala_tiny_pink(
+    server: Server, client: Client, host: Host
+) -> None:
+    workflow = read(TRAINING)
+    before, after = require_run(workflow, server, client, host)
+    assert pink_share(before) < 0.01
+    assert pink_share(after) > 0.05
+    # the file it leaves, by KOALA LoRA Loader: the same picture
+    (file,) = (server.base / "output" / "loras").glob("koala-tiny-pink_*_steps_*.safetensors")
+    prompt = to_prompt(workflow, client.object_info())
+    (core,) = [node for node in prompt.values() if node["class_type"] == "LoraModelLoader"]
+    loader = core["inputs"]["model"][0]
+    core["class_type"] = "KoalaLoraLoader"
+    core["inputs"] = {"model": [loader, 0], "clip": [loader, 1], "lora_name": file.name, "trained_on": "auto"}
+    core["inputs"] |= {"strength_model": 1.0, "strength_clip": 1.0, "fold_removed": 0.0}
+    (number,) = [key for key, node in prompt.items() if node is core]
+    for kind in ("TrainLoraNode", "SaveLoRA", "LossGraphNode", "PreviewImage"):
+        prompt = {key: node for key, node in prompt.items() if node["class_type"] != kind}
+    result = client.run(prompt)
+    assert "355 of 355" in result.text(number)
+    _, by_ours = saved_pictures(result, client)
+    assert ImageChops.difference(by_ours.convert("RGB"), after.convert("RGB")).getbbox() is None
 
 
 def test_workflows_cover_what_the_pack_promises() -> None:

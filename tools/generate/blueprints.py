@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
-from koala_sdxl.koala.releases import SIZES
+from koala_sdxl.koala.releases import RELEASES, SIZES
 from tools.generate.canvas import PROJECT, Columns, Node, Output, canvas
 from tools.generate.generator import of_texts
-from tools.generate.parts import empty_latent, prompt, sampler
+from tools.generate.parts import NEGATIVE, PROMPT, empty_latent, prompt, published_loader, sampler
 from tools.generate.workflows import as_text
 from tools.harness.testhost import ROOT
 
 FOLDER = ROOT / "subgraphs"
 INPUT, OUTPUT = -10, -20  # ids of the two ends of every subgraph
 END_WIDTH, END_HEIGHT = 120, 60  # pixels
+ALIASES = ("koala", "koala text to image", "sdxl lite", "fast sdxl", "compact sdxl", "koala t2i")
 
 
 def subgraph(title: str, columns: Columns, output: Output, category: str, about: str) -> dict[str, Any]:
@@ -103,32 +104,49 @@ def blueprint(
     }
 
 
-def text_to_image(title: str) -> dict[str, Any]:
-    loader = Node("KoalaCheckpointLoader")
-    text, latent = prompt(loader, "a gray koala on a green background"), empty_latent(SIZES[KOALA_TINY])
+def text_to_image(title: str, loader: Node, text: Node, side: int, shown: Sequence[str], about: str) -> dict[str, Any]:
+    """From a prompt to an image; ``shown`` are the loader's widgets that are chosen on the outside."""
+    latent = empty_latent(side)
     sampling = sampler(loader["MODEL"], text, latent["LATENT"])
     decode = Node("VAEDecode", {"samples": sampling["LATENT"], "vae": loader["VAE"]})
     columns = [[loader], [text, latent], [sampling], [decode]]
     # Not the loader's source nor the sampler's preset: outside of its node a dynamic combo does not bring the widgets
-    # that its options have. Both are one double click away.
+    # that its options have. Those of the option that is chosen inside can be shown.
     promoted = (
+        *((loader, name) for name in shown),
         *((text, name) for name in ("positive", "negative")),
         *((latent, name) for name in ("width", "height")),
         (sampling, "seed"),
     )
-    about = (
-        "Draws an image with KOALA, compact SDXL, using the settings the model was published with. koala-tiny, which "
-        "is part of the pack, runs at once; open the subgraph to choose another model or other settings."
-    )
     definition = subgraph(title, columns, decode["IMAGE"], "KOALA", about)
-    aliases = ("koala", "koala text to image", "sdxl lite", "fast sdxl", "compact sdxl", "koala t2i")
-    return blueprint(definition, columns, promoted, aliases)
+    return blueprint(definition, columns, promoted, ALIASES)
 
 
 def blueprints() -> dict[str, dict[str, Any]]:
     """Every shipped blueprint by its title, which is its file's stem and what the canvas lists it as."""
-    title = "KOALA text to image"
-    return {title: text_to_image(title)}
+    release = next(release for release in RELEASES if release.name == "koala-lightning-700m")
+    published, tiny = published_loader(release), Node("KoalaCheckpointLoader")
+    titles = "KOALA text to image", "KOALA-tiny text to image"
+    files = [name for name in published.widgets if name.startswith("source.")]
+    return {
+        titles[0]: text_to_image(
+            titles[0],
+            published,
+            prompt(published, PROMPT, NEGATIVE),
+            release.variant.settings.size,
+            files,
+            "Draws an image with KOALA, compact SDXL, using the settings the model was published with. Choose the "
+            "model by its U-Net's file: base or Lightning, 700M, 1B or 1.7B. Open the subgraph for other settings.",
+        ),
+        titles[1]: text_to_image(
+            titles[1],
+            tiny,
+            prompt(tiny, "a gray koala on a green background"),
+            SIZES[KOALA_TINY],
+            (),
+            "Draws a coloured shape with koala-tiny, the test model that is part of the pack: it runs at once.",
+        ),
+    }
 
 
 def files() -> dict[Path, str]:

@@ -13,10 +13,12 @@ from PIL import Image
 from playwright.sync_api import Page
 from safetensors.torch import save_file
 
-from tools.generate import drawn, locales
+from tools.generate import drawn, locales, sheet
 from tools.generate.generator import Generator, shown
 from tools.generate.workflows import workflows
 from tools.harness import browser, testhost
+from tools.harness.assets import SHIPPED
+from tools.harness.client import Client
 from tools.harness.server import running
 from tools.harness.testhost import say
 from tools.synthetic import adapters
@@ -27,6 +29,7 @@ LORA = "an-sdxl-lora.safetensors"
 FILES = ("diffusion_models/koala-700m.fp16.safetensors", "checkpoints/sd_xl_base_1.0.safetensors")
 GRAPH = "01 KOALA-tiny text to image"
 CANVAS = DOCS / "canvas.png"
+SHEET = DOCS / "contact-sheet.png"
 CUT = (150, 200, 1420, 720)  # of the canvas: left, top, right, bottom
 COLOURS = 96  # of an image's palette
 ADDED = ("KoalaScheduler", "KoalaLoraLoader", "KoalaHookLora", "KoalaAttentionPatches", "KoalaAccelerate")
@@ -89,6 +92,7 @@ def sources() -> dict[Path, str]:
     in_workflow = [node["type"] for node in workflow["nodes"] if node["type"].startswith("Koala")]
     made = {HELP / f"{node}.png": drawn.digest([run, ADD, names_of[node]]) for node in (*in_workflow, *ADDED)}
     made |= {HELP / f"{node}.png": drawn.digest([SHOW, names_of[node]]) for node in NOT_RUN}
+    made[SHEET] = drawn.digest([run, drawn.file_digest(SHIPPED), drawn.file_digest(Path(sheet.__file__))])
     return {**made, CANVAS: drawn.digest([run, [names_of[node] for node in in_workflow]])}
 
 
@@ -108,7 +112,10 @@ def write(redraw: bool) -> None:
     with TemporaryDirectory(prefix="koala-pictures-") as temporary:
         draw(Path(temporary))
         for path in wanted:
-            small(Path(temporary) / path.name, path, CUT if path == CANVAS else None)
+            if path == SHEET:
+                Image.open(Path(temporary) / path.name).save(path, optimize=True)
+            else:
+                small(Path(temporary) / path.name, path, CUT if path == CANVAS else None)
             say(f"drawn: {shown(path)}")
     drawn.record(wanted)
 
@@ -116,6 +123,8 @@ def write(redraw: bool) -> None:
 def draw(folder: Path) -> None:
     """Take every image, at full size, into a folder."""
     with running(testhost.test_host()) as server, browser.browser() as chromium:
+        client = Client(server.url)
+        sheet.contact_sheet(client, client.object_info()).save(folder / SHEET.name)
         for name in FILES:
             path = server.base / "models" / name
             path.parent.mkdir(parents=True, exist_ok=True)
