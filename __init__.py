@@ -1,8 +1,12 @@
 """KOALA for ComfyUI: compact SDXL models, with the settings and the parity that stock nodes lack."""
 
-from comfy_api.latest import ComfyExtension, io
+from .host.requirements import require_host
 
-from .nodes import NODES
+require_host()  # first: what follows imports what an older ComfyUI lacks
+
+from comfy_api.latest import ComfyExtension, io  # noqa: E402
+
+from .nodes import NODES  # noqa: E402
 
 WEB_DIRECTORY = "./web"
 

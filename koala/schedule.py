@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .releases import SCHEDULER_CONFIG, Spacing
+from .requirements import scheduler_class
 
 
 class Schedule(NamedTuple):
@@ -39,11 +40,10 @@ def schedule(
 
     Raises:
         ValueError: ``denoise`` leaves no step.
+        RequirementError: diffusers is missing, too old or broken.
     """
     # diffusers takes a second to import; nothing before the first schedule needs it
-    from diffusers import EulerDiscreteScheduler
-
-    scheduler = EulerDiscreteScheduler.from_config(dict(config), timestep_spacing=spacing)
+    scheduler = scheduler_class().from_config(dict(config), timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     remaining = min(int(steps * denoise), steps)
     if remaining < 1:
