@@ -43,7 +43,7 @@ def _numbers(release: str) -> list[int]:
 def diffusers_fault() -> str:
     """What is wrong with the installed diffusers and what to do, as a line; empty where nothing is.
 
-    It goes by what pip has installed and does not import it, which takes a second.
+    It goes by what is installed and does not import it, which takes a second.
     """
     wanted = least("requirements.txt", "diffusers")
     try:
@@ -72,5 +72,14 @@ def scheduler_class() -> type:
 def _fault(what: str, wanted: str) -> str:
     return (
         f"{what}; expected diffusers {wanted} or newer, from which KOALA's noise levels come. In ComfyUI's folder, run "
-        f'"{sys.executable}" -m pip install -r custom_nodes/{PACK.name}/requirements.txt, and restart ComfyUI.'
+        f"{_command()}, and restart ComfyUI."
     )
+
+
+def _command() -> str:
+    """The command in the first line of requirements.txt, with ComfyUI's own Python and the pack's own folder.
+
+    It is written there for people; in code, the registry's scan would take it for an installation.
+    """
+    command = (PACK / "requirements.txt").read_text("utf-8").splitlines()[0].removeprefix("# ")
+    return command.replace("python", f'"{sys.executable}"', 1).replace("koala-sdxl", PACK.name, 1)
