@@ -17,6 +17,8 @@ from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder
 from koala_sdxl.koala.model_info import ModelFacts
 from tools import commands
+from tools.generate.captions import PROMPTS as SHEET_PROMPTS
+from tools.generate.captions import wrapped
 from tools.harness import server, testhost
 from tools.harness.assets import SHIPPED
 from tools.harness.client import Client, GraphError
@@ -26,20 +28,6 @@ from tools.harness.workflow import ObjectInfo, Workflow, to_prompt, with_widget
 
 WORKFLOW = ROOT / "example_workflows" / "01 KOALA-tiny text to image.json"
 DEFAULT_FOLDER = Path("koala-demo")
-SHEET_PROMPTS = (
-    "a gray koala on a green background",
-    "a red circle on a white background",
-    "a blue star on a yellow background",
-    "a purple triangle on a gray background",
-    "an orange ring on a blue background",
-    "a white square on a red background",
-    "a black koala on an orange background",
-    "a green star on a purple background",
-    "a yellow circle on a black background",
-    "a white koala on a blue background",
-    "a red triangle on a gray background",
-    "a purple ring on a white background",
-)
 SHEET_COLUMNS = 4
 CAPTION_HEIGHT = 36  # pixels: two lines of text
 MARGIN = 8
@@ -250,15 +238,3 @@ def contact_sheet(pictures: Sequence[bytes], captions: Sequence[str]) -> Image.I
         sheet.paste(picture, (left + (side - picture.width) // 2, top + side - picture.height))
         pen.multiline_text((left, top + side + 4), wrapped(caption, font, side), fill="black", font=font)
     return sheet
-
-
-def wrapped(text: str, font: Any, width: int) -> str:
-    """The text broken into lines that fit ``width`` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)

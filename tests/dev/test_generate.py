@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from tools import commands
 from tools.generate import __main__ as command
-from tools.generate import drawn, frozen, pictures, thumbnails
+from tools.generate import drawn, frozen, pictures, sheet, thumbnails
 from tools.generate.__main__ import GENERATORS
 from tools.generate.generator import Generator, of_texts
+from tools.tiny.pictures import draw
 
 
 def test_every_generator_has_its_name_on_the_command_line() -> None:
@@ -107,3 +110,17 @@ def test_a_frozen_file_that_was_changed_is_named(tmp_path: Path, monkeypatch: py
         "gone.json: is gone",
         "new.json: not in SHA256SUMS",
     ]
+
+
+def test_the_sheet_shows_the_image_that_is_nearest_to_a_drawing() -> None:
+    prompt = "a red circle on a white background"
+    wanted, square, other = (
+        sheet.drawings(said)
+        for said in (prompt, "a red square on a white background", "a red circle on a blue background")
+    )
+    place = torch.tensor([3, 300])
+    drawn = [draw(shown.pick(place), 128) for shown in (square, other, wanted)]
+    drawn.insert(1, drawn[2] + 0.3 * torch.randn(drawn[2].shape, generator=torch.Generator().manual_seed(0)))
+    images = [to_pil_image(((pictures[0] + 1) / 2).clamp(0, 1)) for pictures in drawn]
+    assert sheet.nearest(images, prompt) is images[3]
+    assert sheet.nearest(images[:3], prompt) is images[1]

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional
 from torchvision.transforms.functional import to_tensor
 
-from tools.demo import SHEET_PROMPTS, wrapped
+from tools.generate.captions import PROMPTS, wrapped
 from tools.generate.workflows import workflows
 from tools.harness.client import Client
 from tools.harness.workflow import ObjectInfo, to_prompt, with_widget
@@ -30,12 +30,12 @@ RADII = (0.48, 0.52, 0.56, 0.60, 0.64, 0.68, 0.72)
 
 def contact_sheet(client: Client, info: ObjectInfo) -> Image.Image:
     """The images chosen for all prompts, in a grid."""
-    chosen = [nearest(images(client, info, prompt), prompt) for prompt in SHEET_PROMPTS]
+    chosen = [nearest(images(client, info, prompt), prompt) for prompt in PROMPTS]
     side = chosen[0].width
     rows = -(-len(chosen) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (side + GAP) - GAP, rows * (side + CAPTION) + (rows - 1) * GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=LETTERS)
-    for number, (image, prompt) in enumerate(zip(chosen, SHEET_PROMPTS, strict=True)):
+    for number, (image, prompt) in enumerate(zip(chosen, PROMPTS, strict=True)):
         left, top = number % COLUMNS * (side + GAP), number // COLUMNS * (side + CAPTION + GAP)
         sheet.paste(image, (left, top))
         pen.multiline_text((left, top + side + 4), wrapped(prompt, font, side), fill="black", font=font)
