@@ -24,10 +24,12 @@ from tools.harness.errors import UserError
 from tools.measure import history
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import published, readings, report, search, sections, store
+from tools.measure.bench.formats import decibels, with_spread
 from tools.measure.bench.process import NO_ENGINE, Worker
+from tools.measure.bench.report_bounds import bounds
 from tools.measure.bench.sections import ALL, FEWER, OURS, RIVALS, SECTIONS, SIZES, Bench, Run, Survey
-from tools.measure.bench.stats import Spread, at_cost, bracket, is_met, ratio, spread
-from tools.measure.bench.targets import TARGETS, judge
+from tools.measure.bench.stats import Spread, at_cost, bracket, is_met, ratio, spread, sure
+from tools.measure.bench.targets import OF_IMAGES, TARGETS, judge
 from tools.measure.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
 
 SMALL = Survey(2, 1, steps=(6,), thresholds=(0.2,), starts=(0.6,), others=(Run("dpmpp_2m", 12),))
@@ -84,6 +86,9 @@ class FakeWorker:
         return {"seconds": self.seconds() / (2 if routines else 1), "peak": {"ram": 3 * GB, "gpu": GB}}
 
     decode = step
+
+    def types(self) -> dict[str, str]:
+        return {"unet": "float32", "vae": "float32"}
 
     def load_models(self, folder: str) -> dict[str, Any]:
         return {}
@@ -151,12 +156,37 @@ def test_a_bound_is_met_from_its_side() -> None:
     assert not is_met(1.8, 1.9, at_most=False)
 
 
+def test_a_bound_within_the_spread_is_undecided() -> None:
+    assert is_met(Spread(0.5, 0.4, 0.6), 0.6, at_most=True) is True
+    assert is_met(Spread(0.5, 0.4, 0.7), 0.6, at_most=True) is None
+    assert is_met(Spread(0.7, 0.5, 0.8), 0.6, at_most=True) is None
+    assert is_met(Spread(0.7, 0.65, 0.8), 0.6, at_most=True) is False
+    assert is_met(Spread(2, 1.8, 2.2), 1.9, at_most=False) is None
+    assert is_met(Spread(2, 1.9, 2.2), 1.9, at_most=False) is True
+    assert with_spread(Spread(2, 1.8, 2.25), "x") == "2 x (1.8..2.25)"
+    assert with_spread(0.12345, "GB") == "0.123 GB"
+
+
+def test_how_sure_the_median_of_many_is() -> None:
+    assert sure([3, 1, 2]) == Spread(2, 1, 3)
+    assert sure(range(6)) == Spread(2.5, 0, 5)  # all but 2 of 64 orders of six
+    assert sure([*range(-10, 11)]) == Spread(0, -5, 5)  # a table of order statistics: the 6th and the 16th of 21
+    with pytest.raises(ValueError, match="no measurement"):
+        sure([])
+
+
+def test_a_psnr_of_the_same_image_is_no_figure() -> None:
+    assert decibels(100.0) == "identical"
+    assert decibels(46.24) == "46.2"
+
+
 def test_a_section_is_added_and_its_newest_entry_counts(tmp_path: Path) -> None:
     folder = tmp_path / "docs"
-    store.add(folder, "cpu", "load", {}, {"a": 1})
-    store.add(folder, "cpu", "step", {}, {"a": 2})
-    store.add(folder, "cpu", "load", {}, {"a": 3})
-    found = store.read(folder)["cpu"]
+    machine = FakeWorker(NO_ENGINE, "cpu").machine()
+    store.add(folder, "cpu", "load", machine, {"a": 1})
+    store.add(folder, "cpu", "step", machine, {"a": 2})
+    store.add(folder, "cpu", "load", machine, {"a": 3})
+    (found,) = store.read(folder).values()
     assert {name: entry["figures"] for name, entry in found.items()} == {"load": {"a": 3}, "step": {"a": 2}}
     entries = history.read(folder / store.NAME)
     assert [(entry["section"], entry["figures"]["a"]) for entry in entries] == [("load", 1), ("step", 2), ("load", 3)]
@@ -177,14 +207,20 @@ def test_all_sections_make_a_report_that_judges_every_target(
 ) -> None:
     monkeypatch.setattr(command, "require_gpu", lambda: None)
     text = command.run(command.chosen([], device), Bench(device, 2, SMALL), tmp_path).read_text("utf-8")
-    found = store.read(tmp_path)[device]
-    verdicts = [judge(target, found, "ram" if device == "cpu" else "gpu") for target in TARGETS_OF[device]]
+    (measured,), shared = store.read(tmp_path).values(), store.shared(tmp_path)
+    found = {**shared, **measured}
+    targets = TARGETS_OF[device] + (OF_IMAGES if device == "cpu" else ())
+    verdicts = [judge(target, found, "ram" if device == "cpu" else "gpu") for target in targets]
     assert [str(one.target.what) for one in verdicts if one.figure is None] == []
-    assert "not measured" not in text
-    titles = [line for line in text.splitlines() if line.startswith("### ")]
-    wanted = ["Targets", "Machine", "Multiplications", "Loading", "A step", "VAE decode", "Sampling", "Memory"]
-    wanted += ["Quality"] if device == "cpu" else []
-    assert titles == [f"### {title}" for title in (*wanted, "What limits the speed")]
+    assert "Not measured on this machine" not in text
+    titles = [line for line in text.splitlines() if line.startswith("#")]
+    other = "## On the GPU" if device == "cpu" else "## On the CPU"
+    assert other in titles
+    assert f"{other}\n\nNot measured." in text
+    assert titles[:2] == ["# Benchmarks", "## Images and multiplications"]
+    parts = [title.removeprefix("### ") for title in titles if title.startswith("### ")]
+    images = ["Targets", "Multiplications", "Quality"] if device == "cpu" else ["Multiplications"]
+    assert parts == [*images, "Targets", "Rates", *TITLES[device]]
     plots = sorted(file.name for file in tmp_path.glob("*.png"))
     assert len(plots) == (3 if device == "cpu" else 2)
     for plot in plots:
@@ -192,6 +228,10 @@ def test_all_sections_make_a_report_that_judges_every_target(
         assert f"({plot})" in text
 
 
+TITLES = {
+    "cpu": ["Loading", "A step", "VAE decode", "Sampling", "Memory", "What limits the speed"],
+    "cuda": ["Loading", "A step", "VAE decode", "Sampling", "Memory", "What limits the speed"],
+}
 TARGETS_OF = {"cpu": TARGETS["ram"], "cuda": TARGETS["gpu"]}
 
 
@@ -202,19 +242,62 @@ def test_verdicts_follow_the_figures(fake: type[FakeWorker]) -> None:
         for name in ("load", "step", "quality")
     }
     verdicts = {one.target.what: one for one in (judge(target, found, "ram") for target in TARGETS["ram"])}
-    assert verdicts["loading, time over stock DiffusersLoader"].figure == 0.5
+    assert verdicts["loading, time over stock DiffusersLoader"].figure == Spread(0.5, 0.5, 0.5)
     assert str(verdicts["loading, time over stock DiffusersLoader"]) == "met"
     assert str(verdicts["loading the same files again, time over the first"]) == "**not met**"
-    assert verdicts["a step at 512 px, pack, exact: time over stock"].figure == 0.25
-    assert verdicts["balanced, fp32: above fewer steps at the same cost"].figure == pytest.approx(10, abs=1.5)
-    assert str(verdicts["balanced: speed, 25 steps at 512 px, over stock KSampler"]) == "not measured"
+    assert verdicts["a step at 512 px, pack, exact: time over stock"].figure == Spread(0.25, 0.25, 0.25)
+    assert verdicts["a step at 512 px, pack, exact: time over diffusers"].figure == Spread(0.125, 0.125, 0.125)
+    assert str(verdicts["balanced: speed, 25 steps at 512 px, over bf16 alone"]) == "not measured"
+    images = {one.target.what: one for one in (judge(target, found, "ram") for target in OF_IMAGES)}
+    assert images["balanced, fp32: above fewer steps at the same cost"].figure == pytest.approx(10, abs=1.5)
+
+
+def test_machines_are_never_mixed_in_a_table(fake: type[FakeWorker], tmp_path: Path) -> None:
+    """Each has a chapter with what was measured on it; the one that was measured last comes first."""
+    bench, machine = Bench(repeats=2, survey=SMALL), FakeWorker(NO_ENGINE, "cpu").machine()
+    old, new = machine | {"cpu": "an old CPU"}, machine | {"cpu": "a new CPU", "units": "AVX-512"}
+    for name in ("macs", "machine", "load", "step"):
+        store.add(tmp_path, "cpu", name, old, SECTIONS[name](bench))
+    store.add(tmp_path, "cpu", "load", new, SECTIONS["load"](bench))
+    text = report.write(tmp_path).read_text("utf-8")
+    shared, at_new, rest = re.split(r"## On the CPU: ", text)
+    at_old = rest.split("## On the GPU")[0]
+    assert "### Multiplications" in shared
+    assert at_new.startswith("a new CPU (AVX-512), 2 threads")
+    assert at_old.startswith("an old CPU, 2 threads")
+    assert "### Loading" in at_new
+    assert "### Loading" in at_old
+    assert "### A step" not in at_new
+    assert "a step at 512 px" not in at_new
+    assert "Not measured on this machine: machine, step, decode, sample, memory, quality." in at_new
+    assert "### A step" in at_old
+    assert at_old.count("![size](benchmarks-size.png)") == 1
+    store.add(tmp_path, "cpu", "step", new, SECTIONS["step"](bench))
+    at_new, rest = re.split(r"## On the CPU: ", report.write(tmp_path).read_text("utf-8"))[1:]
+    assert "![size](benchmarks-size.png)" in at_new
+    assert "![size]" not in rest
+
+
+def test_what_seems_faster_than_its_bound_is_undecided(fake: type[FakeWorker]) -> None:
+    machine = FakeWorker(NO_ENGINE, "cpu").machine()
+    found = {name: {"machine": machine, "figures": SECTIONS[name](Bench())} for name in ("machine", "macs")}
+    for name in ("step", "decode"):
+        found[name] = {"machine": machine, "figures": SECTIONS[name](Bench(repeats=1))}
+    assert readings.bound(found, "KOALA-700M", 512) == pytest.approx(2 * 2 * 2 * 512 / 100)  # at 100 GFLOP/s
+    rows = [line for line in bounds(found, "ram") if line.startswith("| a guided step, 512 px")]
+    assert rows
+    assert all("undecided" in row for row in rows)  # half a second, where 41 are the least
+    for runs in found["step"]["figures"]["sizes"]["512"].values():
+        runs[0]["seconds"] = 100.0
+    rows = [line for line in bounds(found, "ram") if line.startswith("| a guided step, 512 px | pack, exact")]
+    assert rows[0].endswith("| 41.0 % |")
 
 
 def test_part_of_the_sections_makes_a_report(fake: type[FakeWorker], tmp_path: Path) -> None:
     text = command.run(["macs"], Bench(), tmp_path).read_text("utf-8")
     assert "### Multiplications" in text
     assert "### Loading" not in text
-    assert "not measured" in text
+    assert "Not measured" in text
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -16,10 +16,7 @@ from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, say
 from tools.measure.bench import report, search, store
 from tools.measure.bench.process import NO_ENGINE, Worker
-from tools.measure.bench.sections import SECTIONS, Bench
-
-CPU_ONLY = ("quality",)
-"""Sections that tell nothing of a GPU."""
+from tools.measure.bench.sections import SECTIONS, Bench, wanted
 
 
 def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
@@ -52,7 +49,7 @@ def chosen(names: Sequence[str], device: str) -> list[str]:
     """The sections that a command line asks for: without a name all that tell something of that device."""
     if names:
         return [name for name in names if name != REPORT]
-    return [name for name in SECTIONS if device == "cpu" or name not in CPU_ONLY]
+    return wanted(device)
 
 
 def main(arguments: list[str]) -> None:

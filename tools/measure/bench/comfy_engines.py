@@ -25,7 +25,7 @@ from koala_sdxl.host.accelerate.plan import Acceleration
 from koala_sdxl.koala.architecture.keys import parameters
 from koala_sdxl.koala.architecture.layout import SDXL
 from koala_sdxl.koala.files.inspect import inspect_model, inspect_vae
-from tools.measure.bench.engines import CFG, UNET, VAE, Job
+from tools.measure.bench.engines import CFG, UNET, VAE, Job, named
 
 ROOM = 14e9
 """Bytes of free memory that SDXL's U-Net needs in fp32, steps included."""
@@ -54,6 +54,14 @@ class Stock:
             self.vae and self.vae.first_stage_model,
         ]
         return sum(tensor.nbytes for network in networks if network for tensor in network.state_dict().values())
+
+    def types(self) -> dict[str, str]:
+        found = {}
+        if self.model is not None:
+            found["unet"] = named(self.model.model.get_dtype_inference())
+        if self.vae is not None:
+            found["vae"] = named(self.vae.vae_dtype)
+        return found
 
     def denoise(self, todo: Job) -> torch.Tensor:
         negative, positive = (conditioning(todo, row) for row in (0, 1))

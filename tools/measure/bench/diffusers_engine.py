@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 
 from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
-from tools.measure.bench.engines import CFG, Job
+from tools.measure.bench.engines import CFG, Job, named
 
 
 class Diffusers:
@@ -40,6 +40,10 @@ class Diffusers:
 
     def weights(self) -> int:
         return sum(tensor.nbytes for part in self.parts for tensor in part.state_dict().values())
+
+    def types(self) -> dict[str, str]:
+        parts = {"unet": self.unet, "vae": self.vae}
+        return {name: named(part.dtype) for name, part in parts.items() if part is not None}
 
     def denoise(self, todo: Job) -> torch.Tensor:
         batch, _, height, width = todo.noise.shape

@@ -45,6 +45,11 @@ def job(layout: Layout, px: int, batch: int, steps: int) -> Job:
     )
 
 
+def named(dtype: torch.dtype) -> str:
+    """A type's name, such as "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Engine(Protocol):
     """One way to make pictures. ``load*`` read from a diffusers folder; ``weights``: bytes of what was loaded."""
 
@@ -56,6 +61,9 @@ class Engine(Protocol):
     def load_vae(self, folder: Path) -> None: ...
 
     def weights(self) -> int: ...
+
+    def types(self) -> dict[str, str]:
+        """The types that the parts that are loaded compute in, such as {"vae": "bfloat16"}."""
 
     def denoise(self, todo: Job) -> torch.Tensor:
         """The latent after the job's steps, not yet scaled for the VAE."""

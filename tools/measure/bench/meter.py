@@ -13,6 +13,8 @@ import torch
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
+UNITS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16"}
+"""Vector units that make processors of one name differ in speed, by the kernel's names for them."""
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
@@ -66,9 +68,12 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def computer() -> dict[str, Any]:
-    """The processor's name, how many cores of it there are, the memory in bytes, the GPU's name if there is one."""
+    """The processor's name and vector units, how many cores of it there are, the memory in bytes, the GPU's name if
+    there is one."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
     memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory": int(memory.split()[1]) * 1024, "gpu": gpu}
+    flags = next((line.split(":")[1].split() for line in info if line.startswith("flags")), [])
+    units = ", ".join(name for flag, name in UNITS.items() if flag in flags)
+    return {"cpu": cpu, "units": units, "cores": os.cpu_count(), "memory": int(memory.split()[1]) * 1024, "gpu": gpu}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import matplotlib
 
 from tools.measure.bench import readings
 from tools.measure.bench.readings import Sections
-from tools.measure.bench.sections import BATCHES, FEWER, OURS, RIVALS, SIZES
+from tools.measure.bench.sections import ALL, BATCHES, FEWER, OURS, RIVALS, SIZES
 from tools.measure.bench.stats import spread
 from tools.measure.bench.variants import REUSE_ALONE
 
@@ -18,6 +18,7 @@ matplotlib.use("Agg")  # needs no screen
 
 from matplotlib import pyplot
 
+BF16_PRESETS = ("balanced", "fast")
 COLOURS = {
     "pack": "#2f6f4f",
     "pack, exact": "#2f6f4f",
@@ -34,38 +35,54 @@ COLOURS = {
 }
 
 
-def draw(folder: Path, device: str, sections: Sections) -> dict[str, str]:
-    """Draw what was measured on a device. Returns each plot's file name by what it shows."""
+def key(name: str, device: str) -> str:
+    """What tells a plot from that of another device; the file is named by it."""
+    return name if device == "cpu" else f"{name}-{device}"
+
+
+def draw(folder: Path, device: str, sections: Sections, names: Iterable[str]) -> dict[str, str]:
+    """Draw some of ``PLOTS`` on a device, as far as they were measured. Returns each one's file by its name."""
     drawn = {}
-    for name, plot in PLOTS.items():
-        figure = pyplot.figure(figsize=(9, 4), layout="constrained")
+    for name in names:
+        plot = PLOTS[name]
+        figure = pyplot.figure(figsize=(9, 4.4), layout="constrained")
         try:
             plot(figure, sections)
         except readings.NotMeasured:
             continue
         finally:
             pyplot.close(figure)
-        file = f"benchmarks-{name}{'' if device == 'cpu' else f'-{device}'}.png"
+        file = f"benchmarks-{key(name, device)}.png"
         figure.savefig(folder / file, dpi=100)
         drawn[name] = file
     return drawn
 
 
 def _quality(figure: Any, sections: Sections) -> None:
-    """Speed that the multiplications allow, against PSNR."""
-    axes = figure.subplots()
+    """Speed that the multiplications allow, against PSNR and against the prompts that are drawn correctly."""
+    psnr, fidelity = figure.subplots(1, 2)
+    _against(psnr, sections, "psnr")
+    _against(fidelity, sections, "fidelity")
+    (reference,) = readings.rows(sections, ALL)
+    fidelity.axhline(reference["fidelity"], color="#999999", ls=":", label=f"all {reference['value']} steps")
+    psnr.set(xlabel="times fewer U-Net multiplications", ylabel="PSNR against all steps, dB")
+    fidelity.set(xlabel="times fewer U-Net multiplications", ylabel="prompts drawn correctly, %")
+    _finish(psnr, legend=False)
+    _finish(fidelity, legend=False)
+    figure.legend(*fidelity.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def _against(axes: Any, sections: Sections, what: str) -> None:
     for family in (FEWER, *RIVALS):
-        points = sorted((1 / row["cost"], row["psnr"]) for row in readings.rows(sections, family))
+        points = sorted((1 / row["cost"], row[what]) for row in readings.rows(sections, family))
         axes.plot(*zip(*points, strict=True), ".-", color=COLOURS[family], label=family)
-    ours = [readings.preset(sections, variant) for variant in REUSE_ALONE]
-    axes.plot(
-        [1 / row["cost"] for row in ours], [row["psnr"] for row in ours], "*", color=COLOURS[OURS], ms=14, label=OURS
-    )
-    for row in ours:
-        at = (1 / row["cost"], row["psnr"])
-        axes.annotate(row["value"], at, xytext=(10, 0), textcoords="offset points", va="center")
-    axes.set(xlabel="times fewer U-Net multiplications", ylabel="PSNR against all steps, dB")
-    _finish(axes)
+    for names, marker, words in (((*REUSE_ALONE,), "*", "fp32"), (BF16_PRESETS, "P", "bf16")):
+        rows = [readings.preset(sections, name) for name in names]
+        at = ([1 / row["cost"] for row in rows], [row[what] for row in rows])
+        axes.plot(*at, marker, color=COLOURS[OURS], ms=11, alpha=0.8, label=f"{OURS}, {words}")
+    for name in BF16_PRESETS:
+        row = readings.preset(sections, name)
+        axes.annotate(name, (1 / row["cost"], row[what]), xytext=(9, -9), textcoords="offset points", va="top")
 
 
 def _size(figure: Any, sections: Sections) -> None:
@@ -97,10 +114,11 @@ def _engines(
         axes.plot(places, [figure(found[str(at)][engine]) for at in places], "o-", color=COLOURS[engine], label=engine)
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, legend: bool = True) -> None:
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0 if axes.get_ylabel().startswith(("seconds", "peak")) else None)
-    axes.legend()
+    if legend:
+        axes.legend()
 
 
 def memory_kind(sections: Sections) -> str:
@@ -109,3 +127,5 @@ def memory_kind(sections: Sections) -> str:
 
 
 PLOTS = {"quality": _quality, "size": _size, "batch": _batch}
+OF_MACHINES = ("size", "batch")
+"""Plots of what depends on the machine: each shows the one that was measured last."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.measure.bench.sections import ALL, FEWER, OURS
-from tools.measure.bench.stats import Spread, at_cost, ratio, spread
+from tools.measure.bench.stats import Spread, at_cost, ratio, spread, sure
 
 Sections = Mapping[str, Mapping[str, Any]]
 Row = Mapping[str, Any]
@@ -40,6 +40,16 @@ def load_ratio(sections: Sections, other: str, what: str = "everything") -> Spre
     return ratio(seconds(found["pack"]), seconds(found[other]))
 
 
+def first_image(sections: Sections, engine: str) -> list[float]:
+    """Seconds of loading everything and of the first step together, run by run: engines differ in what they put off
+    until then. Old entries lack them."""
+    found = figures(sections, "load")
+    if "first step" not in found:
+        raise NotMeasured("load: first step")
+    parts = (seconds(found[key][engine]) for key in ("everything", "first step"))
+    return [one + other for one, other in zip(*parts, strict=True)]
+
+
 def load_peak(sections: Sections, what: str, kind: str) -> float:
     """Memory of the pack's loading above what the process used before, over the size of the weights."""
     runs = figures(sections, "load")[what]["pack"]
@@ -57,10 +67,10 @@ def life_peak(sections: Sections, engine: str, kind: str) -> float:
     return max(part[kind] for run in figures(sections, "memory")[engine] for part in run.values())
 
 
-def turn_ratio(sections: Sections, section: str, px: int, way: str) -> Spread:
-    """Seconds of a step or of decoding over stock's."""
+def turn_ratio(sections: Sections, section: str, px: int, way: str, other: str = "stock") -> Spread:
+    """Seconds of a step or of decoding over another engine's."""
     found = figures(sections, section)["sizes"][str(px)]
-    return ratio(seconds(found[way]), seconds(found["stock"]))
+    return ratio(seconds(found[way]), seconds(found[other]))
 
 
 def decode_difference(sections: Sections, way: str) -> float:
@@ -80,10 +90,11 @@ def speed_up(sections: Sections, way: str, over: str = "stock") -> Spread:
 
 
 def overhead(sections: Sections, model: str) -> Spread:
-    """Time that KOALA Sampler adds to KSampler, percent."""
+    """Time that KOALA Sampler adds to KSampler, percent: the median of the pairs, and how sure it is."""
     found = figures(sections, "sample")["overhead"]
     times = next(times for name, times in found.items() if name.startswith(model))
-    return Spread(*(100 * (part - 1) for part in ratio(times["KOALA Sampler"], times["KSampler"])))
+    ratios = [ours / theirs for ours, theirs in zip(times["KOALA Sampler"], times["KSampler"], strict=True)]
+    return Spread(*(100 * (part - 1) for part in sure(ratios)))
 
 
 def rows(sections: Sections, family: str, run: str | None = None) -> list[Row]:
@@ -119,19 +130,18 @@ def runs_surveyed(sections: Sections) -> list[str]:
 
 
 def bound(sections: Sections, model: str, px: int, pictures: int = 2, bf16: bool = False) -> float:
-    """Seconds that a step cannot be shorter than, at the rates that the machine was measured at."""
+    """Seconds that a step cannot be shorter than: its multiplications at the fastest rate that was measured on the
+    machine, of convolutions and of matrix products of any shape."""
     rates, found = figures(sections, "machine"), figures(sections, "macs")
     part = found["vae"][str(px)] if model == "vae" else found["unets"][model]["sizes"][str(px)]
-    convolution = conv_rate(rates["vae" if model == "vae" else "unet"], bf16)
-    product = max(rate for how, rate in rates["matmul"].items() if (how == "bf16") == bf16)
-    rest = part["linear"] + part["attention"]
-    return 2e-9 * pictures * (part["convolution"] / convolution + rest / product)
+    return 2e-9 * pictures * sum(part.values()) / fastest(rates, bf16)
 
 
-def conv_rate(shapes: list[Row], bf16: bool = False) -> float:
-    """GFLOP/s over several convolutions, each in its faster memory layout."""
+def fastest(rates: Row, bf16: bool = False) -> float:
+    """The fastest of a machine's rates, GFLOP/s, in its usual type or in bf16."""
     ways = ("bf16",) if bf16 else ("contiguous", "channels_last")
-    return sum(one["gflop"] for one in shapes) / sum(one["gflop"] / max(one[way] for way in ways) for one in shapes)
+    products = [rate for how, rate in rates["matmul"].items() if (how == "bf16") == bf16]
+    return max(*products, *(one[way] for kind in ("unet", "vae") for one in rates[kind] for way in ways))
 
 
 def step_seconds(sections: Sections, engine: str, px: int) -> Spread:

@@ -2,45 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tools.measure.bench import plots, readings, store
-from tools.measure.bench.formats import table
+from tools.measure.bench.formats import table, with_spread
 from tools.measure.bench.readings import Sections
 from tools.measure.bench.report_bounds import bounds, macs, preset_bounds
 from tools.measure.bench.report_quality import other_runs, quality
 from tools.measure.bench.report_speed import decode, load, memory, sample, step
-from tools.measure.bench.sections import judged_model
-from tools.measure.bench.targets import TARGETS, judge
+from tools.measure.bench.sections import judged_model, wanted
+from tools.measure.bench.targets import OF_IMAGES, TARGETS, Target, judge
 
 NAME = "benchmarks.md"
 Part = Callable[[Sections, str], Iterator[str]]
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def write(folder: Path) -> Path:
     """Write the report and its plots beside the results; returns the report's path."""
-    results = store.read(folder)
+    machines, shared = store.read(folder), store.shared(folder)
+    drawn: dict[str, str] = {}
     lines = [
         "# Benchmarks",
         "",
         "This pack, stock ComfyUI and diffusers on the same weights, measured side by side. Written by "
-        "`python3 dev.py bench`; all measurements are in [benchmarks.json](benchmarks.json). Weights are random at "
-        "KOALA-700M's size; images that are judged are koala-tiny's. Engines take turns, each in a process of its own. "
-        "A figure is the median, in brackets least..most; a ratio is the median of the pairs' ratios.",
+        "`python3 dev.py bench`; all measurements, older ones too, are in [benchmarks.json](benchmarks.json). Weights "
+        "are random at KOALA-700M's size; images that are judged are koala-tiny's. Engines take turns, each in a "
+        "process of its own. A figure is the median, in brackets least..most; a ratio is the median of the pairs' "
+        "ratios. A target is undecided where its bound lies between least and most. No table mixes two machines; what "
+        "does not depend on the machine comes first.",
         "",
     ]
-    for device, sections in results.items():
-        drawn = plots.draw(folder, device, sections)
-        lines += [f"## On the {'CPU' if device == 'cpu' else 'GPU'}", "", *_device(sections, drawn)]
+    if shared:
+        drawn |= plots.draw(folder, "cpu", shared, ("quality",))
+        lines += ["## Images and multiplications", "", *_shared(shared, drawn)]
+    for device, name in DEVICES.items():
+        measured = {machine: sections for machine, sections in machines.items() if machine.device == device}
+        if not measured:
+            lines += [f"## On the {name}", "", f"Not measured. `python3 dev.py bench --device {device}` does.", ""]
+        for machine, sections in measured.items():
+            missing = [plot for plot in plots.OF_MACHINES if plots.key(plot, device) not in drawn]
+            new = plots.draw(folder, device, sections, missing)
+            drawn |= {plots.key(plot, device): file for plot, file in new.items()}
+            lines += [f"## On the {name}: {machine}", "", *_measured(device, sections, shared, new)]
     (folder / NAME).write_text("\n".join(lines), "utf-8")
     return folder / NAME
 
 
-def _device(sections: Sections, drawn: Mapping[str, str]) -> Iterator[str]:
-    kind = plots.memory_kind(sections)
-    yield from _targets(sections, kind)
-    for part in PARTS:
+def _shared(shared: Sections, drawn: Mapping[str, str]) -> Iterator[str]:
+    """What is the same on every machine, but for rounding."""
+    yield from _when(shared)
+    if "quality" in shared and readings.figures(shared, "quality").get("model") != judged_model():
+        yield from (
+            "**Out of date:** PSNR and prompt fidelity were measured with another koala-tiny than the one in assets/. "
+            "`python3 dev.py bench quality` measures them again.",
+            "",
+        )
+    yield from _targets(OF_IMAGES, shared, "ram")
+    yield from _parts(SHARED_PARTS, shared, "ram", drawn)
+
+
+def _measured(device: str, sections: Sections, shared: Sections, drawn: Mapping[str, str]) -> Iterator[str]:
+    """What was measured on one machine."""
+    kind = "gpu" if device == "cuda" else "ram"
+    everything = {**shared, **sections}
+    yield from _when(sections)
+    missing = [name for name in wanted(device) if name not in everything]
+    if missing:
+        yield from (f"Not measured on this machine: {', '.join(missing)}.", "")
+    for name, entry in sections.items():
+        if dropped := entry["figures"].get("dropped"):
+            yield from (f"Dropped from *{name}* for want of time: {', '.join(dropped)}.", "")
+    yield from _targets(TARGETS[kind], everything, kind)
+    yield from _parts(PARTS, everything, kind, drawn)
+
+
+def _parts(parts: Iterable[Part], sections: Sections, kind: str, drawn: Mapping[str, str]) -> Iterator[str]:
+    for part in parts:
         try:
             lines = list(part(sections, kind))
         except readings.NotMeasured:
@@ -51,47 +90,44 @@ def _device(sections: Sections, drawn: Mapping[str, str]) -> Iterator[str]:
                 yield from (f"![{plot}]({drawn[plot]})", "")
 
 
-def _targets(sections: Sections, kind: str) -> Iterator[str]:
-    verdicts = [judge(target, sections, kind) for target in TARGETS[kind]]
+def _when(sections: Sections) -> Iterator[str]:
+    """When and with what each section was measured."""
+    by_circumstances: dict[str, list[str]] = {}
+    for section, entry in sections.items():
+        about = entry["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        where = str(store.Machine.of(entry)) + ", " if section in store.SHARED else ""
+        told = f"{entry['date']}, {where}{about['memory'] / 1e9:.0f} GB; {versions}"
+        by_circumstances.setdefault(told, []).append(section)
+    yield from (f"- {', '.join(names)}: {told}" for told, names in by_circumstances.items())
+    yield ""
+
+
+def _targets(targets: Iterable[Target], sections: Sections, kind: str) -> Iterator[str]:
+    verdicts = [judge(target, sections, kind) for target in targets]
+    verdicts = [verdict for verdict in verdicts if verdict.figure is not None]
+    if not verdicts:
+        return
     yield from ("### Targets", "")
-    if "quality" in sections and readings.figures(sections, "quality").get("model") != judged_model():
-        yield from (
-            "**Out of date:** PSNR and prompt fidelity, here and under *Quality*, were measured with another "
-            "koala-tiny than the one in assets/. `python3 dev.py bench quality` measures them again.",
-            "",
-        )
-    if kind == "ram":
-        yield from (
-            "*balanced* and *fast* compute in bf16 where the pack measures that the processor is faster in it. "
-            "*balanced, fp32* and *fast, fp32* are the same without bf16.",
-            "",
-        )
     yield from table(
         ("target", "bound", "measured", ""),
         (
             (
                 one.target.what,
                 f"{'at most' if one.target.at_most else 'at least'} {one.target.bound:g} {one.target.unit}",
-                "" if one.figure is None else f"{one.figure:.3g} {one.target.unit}",
+                with_spread(one.figure, one.target.unit),
                 str(one),
             )
             for one in verdicts
+            if one.figure is not None
         ),
     )
 
 
 def _machine(sections: Sections, kind: str) -> Iterator[str]:
-    yield from ("### Machine", "")
-    for section, entry in sections.items():
-        about = entry["machine"]
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        gpu = f"{about['gpu']}, " if about["gpu"] else ""
-        yield (
-            f"- {section}: {entry['date']}, {gpu}{about['cpu']}, {about['threads']} threads, "
-            f"{about['memory'] / 1e9:.0f} GB; {versions}"
-        )
     found = readings.figures(sections, "machine")
     yield from (
+        "### Rates",
         "",
         "Measured rates: matrices of 2048 x 2048 "
         + ", ".join(f"{rate:.0f} GFLOP/s ({how})" for how, rate in found["matmul"].items())
@@ -107,18 +143,7 @@ def _machine(sections: Sections, kind: str) -> Iterator[str]:
     )
 
 
-PARTS: tuple[Part, ...] = (
-    _machine,
-    macs,
-    load,
-    step,
-    decode,
-    sample,
-    memory,
-    quality,
-    other_runs,
-    bounds,
-    preset_bounds,
-)
-"""In the report's order; each takes a device's sections, and which memory counts there: "ram" or "gpu"."""
+SHARED_PARTS: tuple[Part, ...] = (macs, quality, other_runs)
+PARTS: tuple[Part, ...] = (_machine, load, step, decode, sample, memory, bounds, preset_bounds)
+"""In the report's order; each takes a machine's sections, and which memory counts there: "ram" or "gpu"."""
 PLOT_AFTER: dict[Part, tuple[str, ...]] = {step: ("size", "batch"), quality: ("quality",)}

@@ -8,9 +8,9 @@ from typing import Any
 from tools.measure.bench import readings
 from tools.measure.bench.formats import ratio, table, times
 from tools.measure.bench.readings import Sections
-from tools.measure.bench.sections import BATCHES, DECODED, SIZES
+from tools.measure.bench.sections import BATCHES, DECODED, FIRST_STEP, SIZES
 from tools.measure.bench.stats import spread
-from tools.measure.bench.variants import VARIANTS
+from tools.measure.bench.variants import ROUTINES, VARIANTS
 
 KOALA = "KOALA-700M"
 WAY_NAMES = {
@@ -27,10 +27,12 @@ def load(sections: Sections, kind: str) -> Iterator[str]:
         "",
         "A diffusers folder, its files read before: KOALA Checkpoint Loader, DiffusersLoader, "
         "`StableDiffusionXLPipeline.from_pretrained`. Memory: the peak while loading, mapped files "
-        "included, above what the process used before.",
+        "included, above what the process used before. Loaders put off work until the first step: *and a step* is "
+        f"loading everything and one guided step at {FIRST_STEP} px.",
         "",
     )
     titles = {"everything": "everything", "unet": "U-Net alone", "again": "everything, again"}
+    with_step = {engine: readings.first_image(sections, engine) for engine in _with_step(found)}
     yield from table(
         ("what", "engine", "seconds", "over stock", "memory, GB", "weights, GB"),
         (
@@ -43,9 +45,23 @@ def load(sections: Sections, kind: str) -> Iterator[str]:
                 f"{runs[0]['weights'] / 1e9:.2f}",
             )
             for what, engines in found.items()
+            if what in titles
             for engine, runs in engines.items()
         ),
     )
+    if with_step:
+        yield from table(
+            ("what", "engine", "seconds", "over stock"),
+            (
+                ("and a step", engine, times(seconds), ratio(readings.ratio(seconds, with_step["stock"])))
+                for engine, seconds in with_step.items()
+            ),
+        )
+
+
+def _with_step(found: Mapping[str, Any]) -> Iterable[str]:
+    """The engines whose first step was measured; old entries have none."""
+    return found.get("first step", {})
 
 
 def step(sections: Sections, kind: str) -> Iterator[str]:
@@ -80,6 +96,9 @@ def decode(sections: Sections, kind: str) -> Iterator[str]:
         for px, engines in found["difference"].items()
     )
     yield from (f"Largest difference from stock's image, of 255: {apart}.", "")
+    if types := found.get("types"):
+        told = ", ".join(f"{way} {dtype}" for way, dtype in types.items() if way not in ROUTINES)
+        yield from (f"The VAE's type: {told}; *bf16* convolves in bf16 only.", "")
 
 
 def sample(sections: Sections, kind: str) -> Iterator[str]:

@@ -49,8 +49,9 @@ def run(way: str, folder: str, px: int, steps: int) -> dict[str, Any]:
     said: list[str] = []
     model, sample = _models["stock" if way == "stock" else "pack"], koala_sampler
     if way in VARIANTS:
-        model, routines = accelerate(model, VARIANTS[way], said.append)
-        said += [routines] if routines else []
+        accelerated = accelerate(model, VARIANTS[way], said.append)
+        model = accelerated.model
+        said += [words for words in accelerated[1:] if words]  # the routines, and how it is executed
     elif way != "KOALA Sampler":
         sample = ksampler
     seconds, _ = meter.timed(lambda: sample(model, todo))

@@ -29,6 +29,7 @@ SIZES = (256, 512, 768, 1024)
 BATCHES = (1, 2, 4)
 LARGE = 512  # px; above, the first time counts, for all that is slow there has been done at a smaller size
 DECODED = (512, 1024)
+FIRST_STEP = 256  # px of the step that shows what loading has put off
 WAYS = ("stock", "KOALA Sampler", *VARIANTS)
 OVERHEAD = ((100, "koala-tiny", 128), (4, "koala-700m", 256))
 """Pairs of runs for each repeat, the model, and the size: what KOALA Sampler adds to KSampler is small beside noise."""
@@ -55,7 +56,7 @@ class Survey:
 
     prompts: int = 216
     prompts_of_others: int = 72
-    steps: tuple[int, ...] = (6, 8, 9, 10, 11, 12, 13, 15, 18)
+    steps: tuple[int, ...] = (6, 8, 9, 10, 11, 12, 13, 15, 18, 20, 22, 24)
     thresholds: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
     starts: tuple[float, ...] = (0.4, 0.6, 0.8)
     others: tuple[Run, ...] = (
@@ -104,14 +105,15 @@ def macs(bench: Bench) -> Figures:
 
 
 def load(bench: Bench) -> Figures:
-    """Loading, every time in a new process, the files in the page cache."""
-    found: Figures = {what: defaultdict(list) for what in ("everything", "unet", "again")}
+    """Loading and then the first step, every time in a new process, the files in the page cache."""
+    found: Figures = {what: defaultdict(list) for what in ("everything", "first step", "unet", "again")}
     with _folder() as folder:
         published.read_once(folder)
         for _ in range(bench.repeats):
             for engine in ENGINES:
                 with Worker(engine, bench.device) as worker:
                     found["everything"][engine].append(worker.ask("load", what="everything", folder=str(folder)))
+                    found["first step"][engine].append(worker.ask("step", folder=str(folder), px=FIRST_STEP))
                     found["again"][engine].append(worker.ask("load", what="everything", folder=str(folder)))
                 with Worker(engine, bench.device) as worker:
                     found["unet"][engine].append(worker.ask("load", what="unet", folder=str(folder)))
@@ -140,7 +142,8 @@ def decode(bench: Bench) -> Figures:
         ways = _ways([way for way in bench.ways if way not in COMPILED], bench, stack, folder, "vae")
         sizes = {str(px): _in_turn(bench, ways, "decode", {"px": px}) for px in DECODED}
         difference = {"512": _differences(ways, "decode", {"px": 512})}
-    return {"sizes": sizes, "difference": difference}
+        types = {way: worker.ask("types")["vae"] for way, (worker, _) in ways.items()}
+    return {"sizes": sizes, "difference": difference, "types": types}
 
 
 def sample(bench: Bench) -> Figures:
@@ -229,6 +232,15 @@ RIVALS = ("EasyCache", "LazyCache", "CFGOverride")
 SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
     section.__name__: section for section in (machine, macs, load, step, decode, sample, memory, quality)
 }
+
+
+CPU_ONLY = ("quality",)
+"""Sections that tell nothing of a GPU."""
+
+
+def wanted(device: str) -> list[str]:
+    """The sections that tell something of a device."""
+    return [name for name in SECTIONS if device == "cpu" or name not in CPU_ONLY]
 
 
 def _rivals(survey: Survey) -> Iterator[tuple[str, float]]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import comb
 from statistics import median
 from typing import NamedTuple
+
+IDENTICAL = 100.0
+"""The PSNR in dB, at which it ends, of images that differ by no more than a hundred-thousandth (root mean square)."""
 
 
 class Spread(NamedTuple):
@@ -21,6 +25,17 @@ def spread(values: Sequence[float]) -> Spread:
     if not values:
         raise ValueError("no measurement; expected at least one")
     return Spread(median(values), min(values), max(values))
+
+
+def sure(values: Sequence[float]) -> Spread:
+    """The median, and between which of the values it lies with a probability of 95 % (order statistics; of fewer than
+    six values, between the least and the most). Raises ValueError where nothing was measured."""
+    ordered, count = sorted(values), len(values)
+    outside = 0
+    while 2 * sum(comb(count, i) for i in range(outside + 1)) <= 0.05 * 2**count:
+        outside += 1
+    outside = max(0, outside - 1)
+    return Spread(spread(values).median, ordered[outside], ordered[-1 - outside])
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
@@ -57,6 +72,8 @@ def bracket(steps: int, cost: float) -> tuple[int, ...]:
     return (below,) if below == steps * cost else (below, min(below + 1, steps))
 
 
-def is_met(figure: float, bound: float, at_most: bool) -> bool:
-    """Whether a figure keeps its bound."""
-    return figure <= bound if at_most else figure >= bound
+def is_met(figure: float | Spread, bound: float, at_most: bool) -> bool | None:
+    """Whether a figure keeps its bound; None where some measurements of it do and others do not."""
+    found = [figure] if isinstance(figure, float | int) else [figure.least, figure.most]
+    kept = {value <= bound if at_most else value >= bound for value in found}
+    return kept.pop() if len(kept) == 1 else None

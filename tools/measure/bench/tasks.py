@@ -70,7 +70,7 @@ def tasks(name: str, device: str) -> Tasks:
         latent, chosen = torch.randn(1, 4, px // 8, px // 8, generator=torch.Generator().manual_seed(3)), by(routines)
         return measured(lambda: chosen.decode(latent / LATENT_SCALE), out)
 
-    return {"load": load, "step": step, "decode": decode, "peak": meter.peak}
+    return {"load": load, "step": step, "decode": decode, "peak": meter.peak, "types": engine.types}
 
 
 def measured(work: Callable[[], torch.Tensor], out: str, times: int = 1) -> dict[str, Any]:
