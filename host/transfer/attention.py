@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ...koala.architecture.layout import name
 from ...koala.architecture.lineage import Lineage
+from ...koala.words import message
 from .places import Place, own_places, share_state, transformer_weights
 from .references import made_by
 
@@ -113,12 +114,16 @@ def drop_companions(model_options: MutableMapping[str, Any], remapping: Remappin
     share variables with those, and with no patch that is left. Returns a line on each for a report."""
     gone = [patch for _, patch in remapping.dropped]
     left = [patch.patch for patch in _remapped(model_options["transformer_options"]).values()]
-    dropped = []
+    dropped: list[str] = []
     for key, held in list(model_options.items()):
         functions = held if isinstance(held, list) else [held] if callable(held) else []
         lost = [function for function in functions if share_state(function, gone) and not share_state(function, left)]
         dropped += [
-            f"dropped: {key} of {made_by(function)}: it counts on attention patches that were dropped"
+            message(
+                "dropped: {what} of {node}: it counts on attention patches that were dropped",
+                what=key,
+                node=made_by(function),
+            )
             for function in lost
         ]
         if lost and isinstance(held, list):
@@ -152,13 +157,32 @@ def idle_line(options: Mapping[str, Any], lineage: Lineage) -> list[str]:
     def listed(indices: Iterable[int]) -> str:
         return ", ".join(f"{index} ({places([blocks[index]])})" for index in indices)
 
-    all_of_them = f"transformer{'' if len(found.transformers) == 1 else 's'} {listed(found.transformers)}"
-    lacks = (
-        f"which {koala} lacks" if found.lost == found.transformers else f"of which {koala} lacks {listed(found.lost)}"
-    )
+    all_of_them = listed(found.transformers)
+    values: dict[str, object] = {
+        "count": found.patches,
+        "total": found.of,
+        "model": koala,
+        "lost": listed(found.lost),
+        "transformers": message("transformer {numbers}", numbers=all_of_them)
+        if len(found.transformers) == 1
+        else message("transformers {numbers}", numbers=all_of_them),
+    }
+    if found.lost == found.transformers:
+        return [
+            message(
+                "{count} of the {total} remapped patches have no effect: their weights are for SDXL's {transformers}, "
+                "which {model} lacks (IP-Adapter's style is transformer 6, its composition 3); choose one weight for "
+                "all",
+                **values,
+            )
+        ]
     return [
-        f"{found.patches} of the {found.of} remapped patches have no effect: their weights are for SDXL's "
-        f"{all_of_them}, {lacks} (IP-Adapter's style is transformer 6, its composition 3); choose one weight for all"
+        message(
+            "{count} of the {total} remapped patches have no effect: their weights are for SDXL's {transformers}, of "
+            "which {model} lacks {lost} (IP-Adapter's style is transformer 6, its composition 3); choose one weight "
+            "for all",
+            **values,
+        )
     ]
 
 

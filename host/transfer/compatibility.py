@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage
+from ...koala.words import Message, joined, message, template
 from ..model import is_koala, model_facts
 from ..protocols import ControlNet, Model
 from .attention import ATTENTION_PATCHES, BLOCK_PATCHES, Remapped, idle_line, places, unmatched
@@ -18,7 +19,7 @@ from .places import places_of
 from .references import made_by
 from .weights import foreign_weights, require_own_hooks, require_own_weights
 
-REMAP = "put KOALA Attention Patches behind the node that set it"
+REMAP = message("put KOALA Attention Patches behind the node that set it")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class IncompatibleNode:
     """A stock node that does not do on a KOALA what it does on SDXL.
 
     ``node``: the class whose functions it leaves on a MODEL. ``applies``: whether that is so for a layout and the
-    function's own variables. ``reason``: why, and what to do. ``remappable``: whether KOALA Attention Patches mends it.
+    function's own variables. ``reason``: why, and what to do; a template. ``remappable``: whether KOALA Attention
+    Patches mends it.
     """
 
     node: str
@@ -36,40 +38,48 @@ class IncompatibleNode:
     remappable: bool = False
 
 
-_NO_MIDDLE = "it works on the middle block's attention, and {model} has no middle block: {effect}; remove it"
-
 INCOMPATIBLE_NODES = (
     IncompatibleNode(
         "SelfAttentionGuidance",
         "Self-Attention Guidance",
         lambda layout, _: layout.middle is None,
-        _NO_MIDDLE.replace("{effect}", "sampling stops with an error"),
+        template(
+            "it works on the middle block's attention, and {model} has no middle block: sampling stops with an error; "
+            "remove it"
+        ),
     ),
     IncompatibleNode(
         "PerturbedAttentionGuidance",
         "Perturbed-Attention Guidance",
         lambda layout, _: layout.middle is None,
-        _NO_MIDDLE.replace("{effect}", "each step costs an extra pass and nothing changes"),
+        template(
+            "it works on the middle block's attention, and {model} has no middle block: each step costs an extra pass "
+            "and nothing changes; remove it"
+        ),
     ),
     IncompatibleNode(
         "TomePatchModel",
         "Tome Patch Model",
         lambda layout, _: not any(layout.down[0]),
-        "it merges tokens at full resolution only, where {model}, like SDXL, has no attention: nothing is merged; "
-        "remove it",
+        template(
+            "it merges tokens at full resolution only, where {model}, like SDXL, has no attention: nothing is merged; "
+            "remove it"
+        ),
     ),
     IncompatibleNode(
         "HyperTile",
         "HyperTile",
         lambda layout, variables: not any(layout.down[0]) and variables.get("max_depth") == 0,
-        "max_depth 0 tiles full resolution only, where {model}, like SDXL, has no attention: nothing is tiled; set "
-        "max_depth to 1 or remove it",
+        template(
+            "max_depth 0 tiles full resolution only, where {model}, like SDXL, has no attention: nothing is tiled; set "
+            "max_depth to 1 or remove it"
+        ),
     ),
     IncompatibleNode(
         "PatchModelAddDownscale",
         "PatchModelAddDownscale (Kohya Deep Shrink)",
         lambda _, variables: "block_number" in variables,
-        "it uses SDXL's block number, and {model} numbers its blocks differently ({numbers}); " + REMAP,
+        template("it uses SDXL's block number, and {model} numbers its blocks differently ({numbers}); {remedy}"),
         remappable=True,
     ),
 )
@@ -82,20 +92,29 @@ def incompatible_patches(model: Model) -> list[str]:
     """
     lineage = model_facts(model).lineage
     layout, left_on = lineage.student, [*_functions(model.model_options)]
-    lines = []
+    lines: list[str] = []
     for known in INCOMPATIBLE_NODES:
         left = [
             each.function for each in left_on if each.node == known.node and not (each.remapped and known.remappable)
         ]
         if any(known.applies(layout, inspect.getclosurevars(function).nonlocals) for function in left):
-            reason = known.reason.format(model=name(layout), numbers=_numbers(lineage, "input"))
-            lines.append(f"{known.title}: {reason}")
+            reason = message(known.reason, model=name(layout), numbers=_numbers(lineage, "input"), remedy=REMAP)
+            lines.append(message("{node}: {reason}", node=known.title, reason=reason))
     if stray := unmatched(model.model_options["transformer_options"], lineage):
         lines.append(
-            f"{len(stray)} attention patches (from IP-Adapter or similar) are on blocks that {name(layout)} lacks "
-            f"({places(stray)}), so they use SDXL's numbers; {REMAP}"
+            message(
+                "{count} attention patches (from IP-Adapter or similar) are on blocks that {model} lacks ({places}), "
+                "so they use SDXL's numbers; {remedy}",
+                count=len(stray),
+                model=name(layout),
+                places=places(stray),
+                remedy=REMAP,
+            )
         )
-    lines += [f"{each.origin}: {each.fault}; {each.remedy}" for each in _by_sdxls_numbers(left_on, lineage)]
+    lines += [
+        message("{node}: {fault}; {remedy}", node=each.origin, fault=each.fault, remedy=each.remedy)
+        for each in _by_sdxls_numbers(left_on, lineage)
+    ]
     lines += idle_line(model.model_options["transformer_options"], lineage)
     return [*lines, *foreign_weights(model), *_merge_by_block(model, lineage)]
 
@@ -190,23 +209,38 @@ def _by_sdxls_numbers(functions: Iterable[_Left], lineage: Lineage) -> Iterator[
             continue
         own, stray = places_of(each.function, lineage)
         if own and stray:
-            fault = (
-                f"goes by SDXL's numbers: {len(stray)} of the {len(own) + len(stray)} places of attention in it are on "
-                f"blocks that {koala} lacks ({places(stray)}), so it targets the wrong layers"
+            fault = message(
+                "goes by SDXL's numbers: {count} of the {total} places of attention in it are on blocks that {model} "
+                "lacks ({places}), so it targets the wrong layers",
+                count=len(stray),
+                total=len(own) + len(stray),
+                model=koala,
+                places=places(stray),
             )
         elif stray:
-            fault = f"it works on attention that {koala} lacks ({places(stray)}) and has no effect"
+            fault = message(
+                "it works on attention that {model} lacks ({places}) and has no effect",
+                model=koala,
+                places=places(stray),
+            )
         else:
             continue
-        numbers = f"{_numbers(lineage, 'input')}; {_numbers(lineage, 'output')}"
-        remedy = REMAP if each.is_patch else f"set it by {koala}'s numbers ({numbers}) or remove it"
+        remedy = REMAP
+        if not each.is_patch:
+            numbers = _all_numbers(lineage)
+            remedy = message("set it by {model}'s numbers ({numbers}) or remove it", model=koala, numbers=numbers)
         yield _ByNumbers(made_by(each.function), fault, remedy, bool(own))
 
 
-def _numbers(lineage: Lineage, part: str) -> str:
+def _numbers(lineage: Lineage, part: str) -> Message:
     """SDXL's and KOALA's numbers of one part's blocks, where they differ."""
     pairs = [(sdxl[1], own[1]) for own, sdxl in lineage.blocks.items() if own[0] == part and own != sdxl]
-    return f"SDXL's {part} " + ", ".join(f"{sdxl} is its {own}" for sdxl, own in pairs)
+    listed = joined(", ", (message("{sdxl} is its {own}", sdxl=sdxl, own=own) for sdxl, own in pairs))
+    return message("SDXL's {part} {pairs}", part=part, pairs=listed)
+
+
+def _all_numbers(lineage: Lineage) -> Message:
+    return joined("; ", (_numbers(lineage, part) for part in ("input", "output")))
 
 
 def _merge_by_block(model: Model, lineage: Lineage) -> Iterator[str]:
@@ -219,8 +253,9 @@ def _merge_by_block(model: Model, lineage: Lineage) -> Iterator[str]:
         if isinstance(value, list)
     }
     if len(ratios) > 1:
-        yield (
-            f"a merge with a ratio for each block: the merge node's blocks are SDXL's, and {name(lineage.student)} "
-            f"numbers its blocks differently ({_numbers(lineage, 'input')}; {_numbers(lineage, 'output')}); merge with "
-            f"one ratio"
+        yield message(
+            "a merge with a ratio for each block: the merge node's blocks are SDXL's, and {model} numbers its blocks "
+            "differently ({numbers}); merge with one ratio",
+            model=name(lineage.student),
+            numbers=_all_numbers(lineage),
         )

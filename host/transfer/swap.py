@@ -12,6 +12,7 @@ import comfy.utils
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage, is_teacher
+from ...koala.words import joined, message
 from ..model import attached_facts, model_facts, unet_layout
 from ..protocols import Model
 from . import attention
@@ -22,6 +23,7 @@ from .references import UNetSearch, made_by, replaced_forwards
 COMPILED = "torch.compile"
 """Key of core's wrapper that runs a compiled U-Net: SDXL's, so it cannot stay."""
 
+CALLBACK, WRAPPER = message("callback"), message("wrapper")
 _UNET = "diffusion_model"
 _Name = TypeVar("_Name")
 _Functions = dict[str, dict[Any, list[Any]]]
@@ -47,9 +49,13 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
     """
     lineage = _lineage(sdxl, koala)
     own = name(lineage.student)
-    lines = [
-        f"{own} replaces SDXL: a U-Net of {parameters(lineage.student):,} parameters instead of "
-        f"{parameters(lineage.teacher):,}"
+    lines: list[str] = [
+        message(
+            "{model} replaces SDXL: a U-Net of {parameters} parameters instead of {sdxl}",
+            model=own,
+            parameters=f"{parameters(lineage.student):,}",
+            sdxl=f"{parameters(lineage.teacher):,}",
+        )
     ]
     new, sieve = koala.clone(), _Sieve(UNetSearch(sdxl.model))
     lines += _carry_weight_patches(sdxl, new, lineage, sieve)
@@ -58,27 +64,28 @@ def swap(sdxl: Model, koala: Model) -> Swapped:
     lines += _remap(new.model_options, lineage)
 
     outside = {key: patch for key, patch in sdxl.object_patches.items() if not key.startswith(_UNET)}
-    new.object_patches |= sieve.of_mapping("object patch", outside)
+    new.object_patches |= sieve.of_mapping(message("object patch"), outside)
     inside = [key for key in sdxl.object_patches if key.startswith(_UNET)]
     if inside:
-        lines.append(f"dropped: patched modules of SDXL's U-Net, first: {inside[0]}")
+        lines.append(message("dropped: patched modules of SDXL's U-Net, first: {module}", module=inside[0]))
 
     compiled = any(COMPILED in by_key for by_key in sdxl.wrappers.values())
-    functions = ("callback", sdxl.callbacks), ("wrapper", sdxl.wrappers)
+    functions = (CALLBACK, sdxl.callbacks), (WRAPPER, sdxl.wrappers)
     new.callbacks, wrappers = _free_functions(*functions, sieve=sieve)
     new.wrappers = with_guard(wrappers)
     if compiled:
         new.model_options.pop("torch_compile_kwargs", None)
-        lines.append("dropped: torch.compile, which ran SDXL's U-Net; put TorchCompileModel behind the swap")
+        lines.append(message("dropped: torch.compile, which ran SDXL's U-Net; put TorchCompileModel behind the swap"))
     new.additional_models = {
-        key: [model.clone() for model in sieve.of_list(f"additional model {key}", models)]
+        key: [model.clone() for model in sieve.of_list(_named(message("additional model"), key), models)]
         for key, models in sdxl.additional_models.items()
     }
-    new.attachments = {**sieve.of_mapping("attachment", sdxl.attachments), **koala.attachments}
-    for kind, set_on in (("injections (motion modules, for example)", sdxl.injections), ("hooks", sdxl.forced_hooks)):
+    new.attachments = {**sieve.of_mapping(message("attachment"), sdxl.attachments), **koala.attachments}
+    injections = message("injections (motion modules, for example)")
+    for kind, set_on in ((injections, sdxl.injections), (message("hooks"), sdxl.forced_hooks)):
         if set_on:
-            lines.append(f"dropped: {kind}, which change SDXL's own layers")
-    return Swapped(new, "\n".join((*lines, *_replaced(sdxl), *sieve.lines(), *incompatible_patches(new))))
+            lines.append(message("dropped: {what}, which change SDXL's own layers", what=kind))
+    return Swapped(new, joined("\n", (*lines, *_replaced(sdxl), *sieve.lines(), *incompatible_patches(new))))
 
 
 class _Sieve:
@@ -92,7 +99,7 @@ class _Sieve:
         """Whether something that was set on SDXL, and the names that it was set under, are free of its U-Net."""
         free = not any(map(self._search.holds, (held, *names)))
         if not free:
-            self.drop(what, held, "SDXL's U-Net is in it")
+            self.drop(what, held, message("SDXL's U-Net is in it"))
         return free
 
     def drop(self, what: str, held: object, why: str) -> None:
@@ -106,18 +113,28 @@ class _Sieve:
         return {
             key: held
             for key, held in mapping.items()
-            if self.passes(f"{what} {key}" if named and isinstance(key, str) else what, held, key)
+            if self.passes(_named(what, key) if named and isinstance(key, str) else what, held, key)
         }
 
     def lines(self) -> list[str]:
         return [
-            f"dropped: {_counted(count, what)}{f' of {origin}' if origin else ''}: {why}; put that node behind the swap"
-            for (what, origin, why), count in self._dropped.items()
+            message(
+                "dropped: {what}: {reason}; put that node behind the swap",
+                what=message("{what} of {node}", what=_counted(count, what), node=node)
+                if node
+                else _counted(count, what),
+                reason=why,
+            )
+            for (what, node, why), count in self._dropped.items()
         ]
 
 
 def _counted(count: int, what: str) -> str:
-    return what if count == 1 else f"{count} {what}s"
+    return what if count == 1 else message("{count} {what}s", count=count, what=what)
+
+
+def _named(what: str, name: str) -> str:
+    return message("{what} {name}", what=what, name=name)
 
 
 def _free_options(options: dict[str, Any], sieve: _Sieve) -> dict[str, Any]:
@@ -131,10 +148,10 @@ def _free_options(options: dict[str, Any], sieve: _Sieve) -> dict[str, Any]:
             free[key] = held
     patches = {kind: sieve.of_list(kind, listed) for kind, listed in transformer.get("patches", {}).items()}
     replacements = {
-        kind: sieve.of_mapping(f"{kind} replacement", by_place, named=False)
+        kind: sieve.of_mapping(message("{kind} replacement", kind=kind), by_place, named=False)
         for kind, by_place in transformer.get(attention.ATTENTION_REPLACEMENTS, {}).items()
     }
-    functions = [(kind, transformer.get(f"{kind}s", {})) for kind in ("callback", "wrapper")]
+    functions = [(kind, transformer.get(f"{kind}s", {})) for kind in (CALLBACK, WRAPPER)]
     callbacks, wrappers = _free_functions(*functions, sieve=sieve)
     known = {
         "patches": patches,
@@ -144,7 +161,7 @@ def _free_options(options: dict[str, Any], sieve: _Sieve) -> dict[str, Any]:
     }
     others = {key: held for key, held in transformer.items() if key not in known}
     kept = {key: held for key, held in known.items() if key in transformer}
-    free["transformer_options"] = kept | sieve.of_mapping("transformer option", others)
+    free["transformer_options"] = kept | sieve.of_mapping(message("transformer option"), others)
     return free
 
 
@@ -156,26 +173,35 @@ def _free_functions(*kinds: tuple[str, Mapping[str, Mapping[Any, Iterable[Any]]]
     for kind, functions in kinds:
         free.append({})
         for place, by_key in functions.items():
-            passed = {key: sieve.of_list(f"{place} {kind}", held) for key, held in by_key.items() if key != COMPILED}
+            what = message("{place} {kind}", place=place, kind=kind)
+            passed = {key: sieve.of_list(what, held) for key, held in by_key.items() if key != COMPILED}
             unfit |= {key for key in passed if key is not None and len(passed[key]) < len(list(by_key[key]))}
             free[-1][place] = passed
     for (kind, _), own in zip(kinds, free, strict=True):
         for place, by_key in own.items():
+            what = message("{place} {kind}", place=place, kind=kind)
             for key in unfit & by_key.keys():
                 for held in by_key.pop(key):
-                    sieve.drop(f"{place} {kind}", held, f"it belongs to another of the same node ({key})")
+                    sieve.drop(what, held, message("it belongs to another of the same node ({key})", key=key))
     return free
 
 
 def _remap(options: dict[str, Any], lineage: Lineage) -> list[str]:
     """Remap the attention and block patches in a MODEL's options, in place; returns lines for the report."""
-    own, lines = name(lineage.student), []
+    own = name(lineage.student)
+    lines: list[str] = []
     remapping = attention.remap(options["transformer_options"], lineage)
     if remapping.remapped:
-        lines.append(f"attention and block patches: {remapping.remapped} remapped to {own}'s blocks")
+        lines.append(
+            message(
+                "attention and block patches: {count} remapped to {model}'s blocks", count=remapping.remapped, model=own
+            )
+        )
     if remapping.dropped:
         stray = attention.places(place for place, _ in remapping.dropped)
-        lines.append(f"dropped: attention patches on blocks that {own} lacks ({stray})")
+        lines.append(
+            message("dropped: attention patches on blocks that {model} lacks ({places})", model=own, places=stray)
+        )
     return lines + attention.drop_companions(options, remapping)
 
 
@@ -188,9 +214,22 @@ def _replaced(sdxl: Model) -> list[str]:
     if not found:
         return []
     first, origin = next((name, made_by(held)) for name, held in found.items())
+    first = message("{module}, by {node}", module=first, node=origin) if origin else first
+    if len(found) == 1:
+        return [
+            message(
+                "dropped: the forward of 1 module of SDXL's U-Net, which a node replaced (first: {first}); put that "
+                "node behind the swap",
+                first=first,
+            )
+        ]
     return [
-        f"dropped: the forward of {len(found)} module{'' if len(found) == 1 else 's'} of SDXL's U-Net, which a node "
-        f"replaced (first: {first}{f', by {origin}' if origin else ''}); put that node behind the swap"
+        message(
+            "dropped: the forward of {count} modules of SDXL's U-Net, which a node replaced (first: {first}); put that "
+            "node behind the swap",
+            count=len(found),
+            first=first,
+        )
     ]
 
 
@@ -228,16 +267,27 @@ def _carry_weight_patches(sdxl: Model, new: Model, lineage: Lineage, sieve: _Sie
     new.patches, counts = _weight_patches(sdxl.patches, names, sieve)
     new.patches_uuid = uuid4()
     new.weight_wrapper_patches = {
-        names[key]: sieve.of_list("weight wrapper", wrappers)
+        names[key]: sieve.of_list(message("weight wrapper"), wrappers)
         for key, wrappers in sdxl.weight_wrapper_patches.items()
         if key in names
     }
     new.force_cast_weights = sdxl.force_cast_weights
-    lines = []
+    lines: list[str] = []
     if counts.carried or counts.dropped:
-        lines.append(f"weight patches: {counts.carried} carried over, {counts.dropped} are for layers that {own} lacks")
+        lines.append(
+            message(
+                "weight patches: {count} carried over, {lost} are for layers that {model} lacks",
+                count=counts.carried,
+                lost=counts.dropped,
+                model=own,
+            )
+        )
     if counts.merges:
-        lines.append(f"dropped: {counts.merges} merged weights, which mix SDXL's own; merge KOALA models instead")
+        lines.append(
+            message(
+                "dropped: {count} merged weights, which mix SDXL's own; merge KOALA models instead", count=counts.merges
+            )
+        )
     return lines
 
 
@@ -260,7 +310,7 @@ def _weight_patches(
         merges += len(listed) - len(changes)
         if key not in names:
             dropped += len(changes)
-        elif changes := sieve.of_list("weight patch", changes):
+        elif changes := sieve.of_list(message("weight change"), changes):
             carried[names[key]] = changes
     return carried, _Counts(sum(map(len, carried.values())), dropped, merges)
 

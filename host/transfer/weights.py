@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ...koala.architecture.keys import Shape, shapes_of
 from ...koala.architecture.layout import name
+from ...koala.words import message
 from ..model import is_koala, model_facts
 from ..protocols import Model
 
-MERGE_KOALAS = (
+MERGE_KOALAS = message(
     "merge KOALA models with each other. An SDXL fine-tune goes onto a KOALA as a LoRA: extract its difference to SDXL "
     "(ModelSubtract, then Extract and Save Lora) and load it with KOALA LoRA Loader"
 )
@@ -69,18 +70,25 @@ def hooked(model: Model, hook: Any) -> Fit:
 def foreign_weights(model: Model) -> Iterator[str]:
     """What another model's weights are on a MODEL, in words, each with what to do."""
     koala = is_koala(model)
-    own = name(model_facts(model).layout) if koala else "this MODEL"
+    own = name(model_facts(model).layout) if koala else message("this MODEL")
     if (found := merges(model)).wrong:
         total = found.fitting + len(found.misfits)
-        yield (
-            f"a merge with a model of another layout: {len(found.misfits)} of its {total} weights have another shape "
-            f"than {own}'s (first: {found.misfits[0]}), and the rest are of layers that have the same names and are "
-            f"not the same; {MERGE_KOALAS}"
+        yield message(
+            "a merge with a model of another layout: {count} of its {total} weights have another shape than {model}'s "
+            "(first: {first}), and the rest are of layers that have the same names and are not the same; {remedy}",
+            count=len(found.misfits),
+            total=total,
+            model=own,
+            first=found.misfits[0],
+            remedy=MERGE_KOALAS,
         )
     if koala and (found := changes(model)).wrong:
-        yield (
-            f"a LoRA with {len(found.misfits)} modules of another shape than {own}'s (first: {found.misfits[0]}): an "
-            f"SDXL LoRA from the stock Load LoRA, which also changed wrong layers; load it with KOALA LoRA Loader"
+        yield message(
+            "a LoRA with {count} modules of another shape than {model}'s (first: {first}): an SDXL LoRA from the stock "
+            "Load LoRA, which also changed wrong layers; load it with KOALA LoRA Loader",
+            count=len(found.misfits),
+            model=own,
+            first=found.misfits[0],
         )
 
 

@@ -73,7 +73,7 @@ def _with_others(applied: Message, plan: Plan, found: Mapping[Outcome, int]) -> 
     """What is said of the modules that are applied, and how many had which other outcome."""
     if not plan.text:
         return message("none")
-    rest = {outcome: count for outcome, count in found.items() if outcome != "applied"}
+    rest: dict[Outcome, int] = {outcome: count for outcome, count in found.items() if outcome != "applied"}
     return joined(", ", (applied, *([_counts(rest)] if rest else [])))
 
 

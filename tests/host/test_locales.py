@@ -14,6 +14,7 @@ from tools.generate.locales import (
     COMMANDS,
     ENGLISH,
     FOLDER,
+    MESSAGES,
     PACK,
     TRANSLATIONS,
     Key,
@@ -97,8 +98,35 @@ def test_sentences_are_in_their_language_and_hold_the_facts_of_the_english(langu
 @pytest.mark.parametrize("language", [ENGLISH, *TRANSLATIONS])
 def test_no_text_holds_what_the_canvas_takes_for_a_placeholder(language: str) -> None:
     """The canvas compiles all but tooltips: {name}, @:link and one | other would be replaced."""
-    found = [key for key, text in leaves(read(language)).items() if key[-1] != "tooltip" and set(text) & set("{}@|")]
+    found = [
+        key
+        for key, text in leaves(read(language)).items()
+        if key[-1] != "tooltip" and MESSAGES not in key and set(text) & set("{}@|")
+    ]
     assert found == []
+
+
+def messages(language: str) -> dict[str, str]:
+    """English template -> the same in a language."""
+    found: dict[str, str] = read(language)["main"][MESSAGES]
+    return found
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+def test_messages_are_in_their_language_and_hold_the_values_and_facts_of_the_english(language: str) -> None:
+    placeholder = re.compile(r"\{\w+\}")
+    own = messages(language)
+    assert own
+    for template, text in own.items():
+        assert sorted(placeholder.findall(text)) == sorted(placeholder.findall(template)), template
+        words = placeholder.sub("", template)
+        assert {fact for fact in facts(words) if fact not in text} == set(), template
+        if re.search("[a-z]{3}", FACT.sub("", words)):
+            assert re.search(SCRIPTS[language].replace("ぁ", "一-龥ぁ"), text), template  # a word may be kanji alone
+
+
+def test_the_canvas_looks_messages_up_where_they_are() -> None:
+    assert f'ENTRY = "{MESSAGES}"' in (ROOT / "web" / "lib" / "words.mjs").read_text("utf-8")
 
 
 def test_commands_are_those_of_the_canvas_extension() -> None:

@@ -1,6 +1,7 @@
-"""The texts of locales/: English as the nodes' schemas have it, and what the translations lack.
+"""The texts of locales/: English as the nodes' schemas and the sources have it, and what the translations lack.
 
-`python3 dev.py generate locales` asks a server for the schemas, writes locales/en, and says what to do about the
+`python3 dev.py generate locales` asks a server for the schemas, collects the texts that are shown after a run (see
+tools/generate/messages.py), writes locales/en, and says what to do about the
 translations: which keys are missing, which superfluous, and which English texts changed. It never writes a translation.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.generate.generator import Generator, text_faults, write_texts
+from tools.generate.messages import templates
 from tools.harness import testhost
 from tools.harness.client import Client
 from tools.harness.errors import UserError
@@ -26,6 +28,8 @@ PACK = project_name(testhost.ROOT)
 SWAP = "Swap U-Net for KOALA"
 COMMANDS = {"KOALA.SwapUNet": SWAP, "KOALA.InsertTextToImage": "Insert KOALA text to image"}
 """Id -> English label of what the canvas extension, web/koala.js, adds."""
+MESSAGES = "koalaMessages"
+"""Key in main.json of what web/lib/words.mjs looks up by its English template."""
 
 Tree = dict[str, Any]
 Key = tuple[str, ...]
@@ -47,6 +51,7 @@ def english(info: Mapping[str, Tree]) -> Tree:
             "nodeCategories": {part: part for node in nodes.values() for part in node["category"].split("/")},
             "menuLabels": {lookup(label): label for label in COMMANDS.values()},
             "contextMenu": {SWAP: SWAP},  # of a node
+            MESSAGES: {template: template for template in templates()},
         },
         "nodeDefs": {name: node_texts(node) for name, node in nodes.items()},
         "commands": {lookup(command): {"label": label} for command, label in COMMANDS.items()},
