@@ -7,6 +7,7 @@ Each case yields measured differences and the bound that each must stay below. T
 
 from __future__ import annotations
 
+import gc
 import platform
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tools.harness import inprocess, testhost
 inprocess.activate()
 
 import torch
+from safetensors import safe_open
 
 from koala_sdxl import koala_loader
 from koala_sdxl.koala.architecture.components import LATENT_SCALE
@@ -176,6 +178,7 @@ def full_size(name: str) -> Row:
     context, pooled = torch.randn(2, 77, 2048, generator=generator), torch.randn(2, 1280, generator=generator)
     steps, cfg, seed = 2, 7.5, 11
     wanted = _denoise_in_diffusers(file, context, pooled, steps, cfg, _noise((1, 4, 32, 32), seed))
+    gc.collect()  # diffusers' U-Net is part of a cycle; two of full size need not be in memory
     model = koala_loader.load_unet(inspect_model(file), name)
     conditioning = [[[context[i : i + 1], {"pooled_output": pooled[i : i + 1]}]] for i in (0, 1)]
     preset = {"preset": "custom", "steps": steps, "cfg": cfg, "spacing": "leading"}
@@ -192,9 +195,8 @@ def _denoise_in_diffusers(
 ) -> torch.Tensor:
     """The SDXL pipeline's denoising loop; row 0 of the conditioning is the negative, row 1 the positive."""
     from diffusers import EulerDiscreteScheduler
-    from safetensors.torch import load_file
 
-    unet = reference.unet(load_file(file))
+    unet = reference.unet(_in_fp32(file))
     scheduler = EulerDiscreteScheduler.from_config(dict(random_weights.SCHEDULER_CONFIG))
     scheduler.set_timesteps(steps)
     side = 8.0 * noise.shape[-1]
@@ -205,6 +207,17 @@ def _denoise_in_diffusers(
         without, towards = unet(both, step, context, added_cond_kwargs=added).sample.chunk(2)
         x = scheduler.step(without + cfg * (towards - without), step, x).prev_sample
     return x
+
+
+def _in_fp32(file: Path, at_once: int = 100) -> dict[str, torch.Tensor]:
+    """A file's tensors; it is opened anew for some at a time, as all that was read of an open file stays in memory."""
+    with safe_open(file, framework="pt") as stored:
+        names = list(stored.keys())
+    state = {}
+    for start in range(0, len(names), at_once):
+        with safe_open(file, framework="pt") as stored:
+            state |= {name: stored.get_tensor(name).float() for name in names[start : start + at_once]}
+    return state
 
 
 def _reference_latents(case: Case, start: torch.Tensor | None) -> torch.Tensor:
