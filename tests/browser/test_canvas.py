@@ -9,13 +9,14 @@ from typing import Any
 from playwright.sync_api import Browser, Page
 
 from koala_sdxl.koala.schedule import schedule
-from tests.browser.canvas import FOLDER, Shoot, add, click_title, connect, overlaps, workflow
+from tests.browser.canvas import Shoot, add, click_title, connect, overlaps, workflow
+from tools.generate.workflows import FOLDER, name_of
 from tools.harness import browser
 from tools.harness.client import Client
 from tools.harness.server import Server
 from tools.harness.testhost import ROOT
 
-WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
+WORKFLOWS = sorted(name_of(path.stem) for path in FOLDER.glob("*.json"))
 NODES = sorted(
     found for path in (ROOT / "nodes").glob("*.py") for found in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))
 )
