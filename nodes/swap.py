@@ -18,6 +18,9 @@ from ..koala.model_report import badge
 from ..koala.releases import STOCK_SCHEDULERS, identify
 from .base import ADD_ONS, SHOWS, fingerprint, paths_of, shown, unet_input, weight_dtype_input
 
+NO_FILE = ""
+"""Stands for the U-Net where none is chosen yet: the canvas sets samplers as the base models were published."""
+
 
 class KoalaUNetSwap(io.ComfyNode):
     """Replaces the U-Net of an SDXL MODEL with KOALA's, and carries over what was set on it."""
@@ -35,7 +38,7 @@ class KoalaUNetSwap(io.ComfyNode):
             search_aliases=["swap sdxl", "replace unet", "sdxl to koala", "fast sdxl", "sdxl lite", "koala unet"],
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model from any loader. LoRAs and patches are supported."),
-                unet_input(extra_dict={"koala_published": {file: _published(file) for file in files}}),
+                unet_input(extra_dict={"koala_published": {file: _published(file) for file in (NO_FILE, *files)}}),
                 weight_dtype_input(),
             ],
             outputs=[

@@ -4,12 +4,17 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { makeRoom, show } from "./lib/drawings.mjs";
-import { insert, modelSlot, swapUNet } from "./lib/graph.mjs";
+import { insert } from "./lib/insert.mjs";
+import { isKoala, modelOutputs, SWAP } from "./lib/models.mjs";
+import { setForFile, swapUNet, watchFile } from "./lib/swap.mjs";
 import { ENTRY, message, translate } from "./lib/words.mjs";
 
-/** @import { Translation, Words } from "./lib/words.mjs" */
+/**
+ * @import { Notice } from "./lib/swap.mjs"
+ * @import { Translation, Words } from "./lib/words.mjs"
+ */
 
-const SWAP = "KOALA.SwapUNet";
+const SWAP_COMMAND = "KOALA.SwapUNet";
 const INSERT = "KOALA.InsertTextToImage";
 const SWAP_LABEL = "Swap U-Net for KOALA";
 const TEMPLATE = "01 KOALA-tiny text to image";
@@ -28,23 +33,28 @@ function say(words) {
 
 /**
  * Tell the person at the canvas.
- * @param {"info" | "warn" | "error"} severity
+ * @param {Notice["severity"]} severity
  * @param {Words} detail
  */
 function notify(severity, detail) {
-  app.extensionManager.toast.add({ severity, summary: "KOALA", detail: say(detail), life: 8000 });
+  app.extensionManager.toast.add({ severity, summary: "KOALA", detail: say(detail), life: 12000 });
 }
 
-/** @param {ComfyNode} node */
-function swap(node) {
-  const problem = swapUNet(app, node);
-  if (problem) notify("warn", problem);
+/** @param {Notice | undefined} notice */
+function tell(notice) {
+  if (notice) notify(notice.severity, notice.words);
+}
+
+/** Whether a node gives a MODEL that may be SDXL's. @param {unknown} item anything that can be selected */
+function isSwappable(item) {
+  const node = /** @type {Partial<ComfyNode> | undefined} */ (item);
+  return !isKoala(node) && modelOutputs(node ?? {}).length > 0;
 }
 
 function swapSelected() {
-  const nodes = [...app.canvas.selectedItems].filter((item) => modelSlot(item) >= 0);
-  if (!nodes.length) notify("info", message("Select a node with a MODEL output first, such as Load Checkpoint."));
-  for (const node of nodes) swap(/** @type {ComfyNode} */ (node));
+  const nodes = /** @type {ComfyNode[]} */ ([...app.canvas.selectedItems].filter(isSwappable));
+  if (nodes.length) tell(swapUNet(app, nodes));
+  else notify("info", message("Select a node with a MODEL output first, such as Load Checkpoint."));
 }
 
 async function insertTextToImage() {
@@ -56,19 +66,14 @@ async function insertTextToImage() {
   }
 }
 
-/** Whether a node is one of ours. @param {ComfyNode | null | undefined} node */
-function isKoala(node) {
-  return node?.comfyClass?.startsWith("Koala") ?? false;
-}
-
 app.registerExtension({
   name: "koalasdxl.canvas",
 
   commands: [
-    { id: SWAP, label: SWAP_LABEL, icon: "pi pi-sync", function: swapSelected },
+    { id: SWAP_COMMAND, label: SWAP_LABEL, icon: "pi pi-sync", function: swapSelected },
     { id: INSERT, label: "Insert KOALA text to image", icon: "pi pi-image", function: insertTextToImage },
   ],
-  menuCommands: [{ path: ["Extensions", "KOALA"], commands: [SWAP, INSERT] }],
+  menuCommands: [{ path: ["Extensions", "KOALA"], commands: [SWAP_COMMAND, INSERT] }],
 
   async setup() {
     const answer = await api.fetchApi("/i18n");
@@ -76,16 +81,18 @@ app.registerExtension({
   },
 
   getNodeMenuItems(node) {
-    return modelSlot(node) < 0 ? [] : [null, { content: SWAP_LABEL, callback: () => swap(node) }];
+    if (!isSwappable(node)) return [];
+    return [null, { content: SWAP_LABEL, callback: () => tell(swapUNet(app, [node])) }];
   },
 
   getSelectionToolboxCommands(item) {
-    return modelSlot(item) < 0 ? [] : [SWAP];
+    return isSwappable(item) ? [SWAP_COMMAND] : [];
   },
 
   nodeCreated(node) {
     if (!isKoala(node)) return;
     makeRoom(node);
+    if (node.comfyClass === SWAP) watchFile(node, (before) => tell(setForFile(app, node, before)));
     const before = node.onExecuted;
     node.onExecuted = function (output, ...rest) {
       before?.call(this, output, ...rest);

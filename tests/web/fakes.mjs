@@ -1,47 +1,87 @@
 // A canvas and a page, as much of them as web/lib asks for.
 
-/** A graph whose nodes are made by ``node`` below; ``links`` is filled by connecting them. */
+/** A graph whose nodes are made by ``Node`` below; ``links`` is filled by connecting them. */
 export class Graph {
+  static count = 0;
+  id = `graph ${(Graph.count += 1)}`;
+  last = 0;
   nodes = [];
   links = new Map();
+  subgraphs = new Map();
 
   add(node) {
     node.graph = this;
-    node.id ??= this.nodes.length + 1;
+    node.id ??= this.last += 1;
     this.nodes.push(node);
     return node;
   }
 
-  getLink(id) {
-    return this.links.get(id);
+  remove(node) {
+    for (const [id, link] of this.links) if ([link.origin_id, link.target_id].includes(node.id)) this.links.delete(id);
+    this.nodes = this.nodes.filter((other) => other !== node);
+    node.graph = null;
   }
 
   getNodeById(id) {
     return this.nodes.find((node) => node.id === id) ?? null;
   }
+
+  /** As on the canvas, an input has one link at most: an earlier one goes. */
+  link(origin_id, origin_slot, target_id, target_slot, parentId) {
+    for (const [id, link] of this.links) {
+      if (link.target_id === target_id && link.target_slot === target_slot) this.links.delete(id);
+    }
+    const id = Math.max(0, ...this.links.keys()) + 1;
+    this.links.set(id, { origin_id, origin_slot, target_id, target_slot, parentId });
+  }
+
+  /** What MODELs and the like go through, in words. */
+  get wires() {
+    const name = (id) => this.getNodeById(id)?.title ?? { [-10]: "in", [-20]: "out" }[id];
+    return [...this.links.values()].map((link) => `${name(link.origin_id)}>${name(link.target_id)}`).sort();
+  }
 }
 
-/** A node: its outputs by their types, its inputs and its widgets by name. */
+/** A subgraph with inputs and outputs, {name: type}, and the node that stands for it in a graph. */
+export function subgraph(outer, { inputs = {}, outputs = {}, title = "subgraph", widgets = {} } = {}) {
+  const inner = new Graph();
+  const border = (slots, connect) =>
+    Object.entries(slots).map(([name, type], at) => ({ name, type, connect: connect(at) }));
+  inner.inputs = border(inputs, (at) => (slot, node) => inner.link(-10, at, node.id, node.inputs.indexOf(slot)));
+  inner.outputs = border(outputs, (at) => (slot, node) => inner.link(node.id, node.outputs.indexOf(slot), -20, at));
+  inner.inputNode = { pos: [0, 0], size: [100, 100] };
+  outer.subgraphs.set(inner.id, inner);
+  return { inner, node: use(outer, inner, title, widgets) };
+}
+
+/** Another node that stands for a subgraph. */
+export function use(outer, inner, title, widgets = {}) {
+  const slots = (border) => Object.fromEntries(border.map(({ name, type }) => [name, type]));
+  const node = new Node(undefined, { title, inputs: slots(inner.inputs), outputs: slots(inner.outputs), widgets });
+  node.subgraph = inner;
+  return outer.add(node);
+}
+
+/**
+ * A node: its outputs by their types, its inputs and its widgets by name. Inputs and outputs may be {name: type}; each
+ * widget whose name an input has gets its value from that.
+ */
 export class Node {
-  constructor(comfyClass, { outputs = [], inputs = [], widgets = {}, pos = [0, 0], size = [200, 100] } = {}) {
-    Object.assign(this, { comfyClass, title: comfyClass, pos, size, badges: [], dirty: 0 });
-    this.outputs = outputs.map((type) => ({ type, links: null }));
-    this.inputs = inputs.map((name) => ({ name, link: null }));
+  constructor(comfyClass, options = {}) {
+    const { outputs = [], inputs = [], widgets = {}, pos = [0, 0], size = [200, 100], title = comfyClass } = options;
+    Object.assign(this, { comfyClass, type: comfyClass, title, pos, size, badges: [], dirty: 0, mode: 0 });
+    this.outputs = entries(outputs, (type) => type).map(([name, type]) => ({ name, type }));
+    this.inputs = entries(inputs, (name) => name.toUpperCase()).map(([name, type]) => ({
+      name,
+      type,
+      ...(name in widgets ? { widget: { name } } : {}),
+    }));
     this.widgets = Object.entries(widgets).map(([name, value]) => ({ name, value }));
   }
 
-  /** As on the canvas, an input has one link at most: an earlier one goes. */
-  connect(output, target, input) {
+  connect(output, target, input, reroute) {
     const slot = typeof input === "string" ? target.inputs.findIndex(({ name }) => name === input) : input;
-    for (const [id, link] of this.graph.links) {
-      if (link.target_id !== target.id || link.target_slot !== slot) continue;
-      this.graph.links.delete(id);
-      const source = this.graph.getNodeById(link.origin_id);
-      source.outputs[link.origin_slot].links = source.outputs[link.origin_slot].links.filter((known) => known !== id);
-    }
-    const id = Math.max(0, ...this.graph.links.keys()) + 1;
-    this.graph.links.set(id, { origin_id: this.id, origin_slot: output, target_id: target.id, target_slot: slot });
-    this.outputs[output].links = [...(this.outputs[output].links ?? []), id];
+    this.graph.link(this.id, output, target.id, slot, reroute);
   }
 
   configure(saved) {
@@ -79,6 +119,11 @@ export class Node {
   }
 }
 
+/** Slots as [name, type], from {name: type} or a list. */
+function entries(slots, typeOf) {
+  return Array.isArray(slots) ? slots.map((name) => [name, typeOf(name)]) : Object.entries(slots);
+}
+
 /** The canvas's app on a graph; ``steps`` counts what undo would go back by. */
 export function app(graph, visible_area = [0, 0, 1000, 600]) {
   const state = { steps: 0, open: 0, selected: [] };
@@ -91,7 +136,7 @@ export function app(graph, visible_area = [0, 0, 1000, 600]) {
     deselectAll: () => void (state.selected = []),
     selectItems: (nodes) => void (state.selected = nodes),
   };
-  return { canvas, state };
+  return { canvas, state, rootGraph: graph };
 }
 
 /** An element of a page: its children, attributes and texts are kept, nothing is drawn. */

@@ -50,38 +50,87 @@ interface ComfyCanvas {
 }
 
 interface ComfyGraph {
+  /** Of the workflow's own graph, or of a subgraph. */
+  id: string;
   nodes: ComfyNode[];
+  links: Map<number, ComfyLink>;
+  /** Of the workflow's own graph: all subgraphs, the inner ones of others, too. */
+  subgraphs?: Map<string, ComfyGraph>;
+  /** Of a subgraph: its own inputs and outputs, and the node that stands for its inputs. */
+  inputs?: ComfyBorder<ComfyInput>[];
+  outputs?: ComfyBorder<ComfyOutputSlot>[];
+  inputNode?: { pos: ArrayLike<number>; size: ArrayLike<number> };
   add(node: ComfyNode): void;
-  getLink(id: number): { target_id: NodeId; target_slot: number } | null | undefined;
+  remove(node: ComfyNode): void;
   getNodeById(id: NodeId): ComfyNode | null | undefined;
+}
+
+interface ComfyLink {
+  origin_id: NodeId;
+  origin_slot: number;
+  target_id: NodeId;
+  target_slot: number;
+  /** The reroute that it goes through last. */
+  parentId?: number;
+}
+
+interface ComfyInput {
+  name: string;
+  type: string | number;
+  /** Of an input that gives a widget its value. */
+  widget?: { name: string };
+}
+
+interface ComfyOutputSlot {
+  name: string;
+  type: string | number;
+}
+
+/** An input or output of a subgraph, and what is linked to it inside. */
+interface ComfyBorder<Slot> {
+  name: string;
+  type: string;
+  connect(slot: Slot, node: ComfyNode, reroute?: number): unknown;
 }
 
 interface ComfyNode {
   id: NodeId;
+  type: string;
   title: string;
   /** The id of the node's Python class; subgraphs and the canvas's own nodes have none. */
   comfyClass?: string;
   graph: ComfyGraph;
   pos: Pair;
   size: Pair;
-  outputs: { type: string | number; links: number[] | null }[];
+  inputs?: ComfyInput[];
+  outputs: ComfyOutputSlot[];
   widgets?: ComfyWidget[];
+  /** 0: it runs; 2: it does not; 4: it passes on what it takes. */
+  mode: number;
+  /** Of a node that stands for a subgraph: that one. */
+  subgraph?: ComfyGraph;
+  /** Whether the server never sees it. */
+  isVirtualNode?: boolean;
   badges: object[];
   /** The class that the canvas made of the node's entry in GET /object_info. */
   constructor: Function & { nodeData: ComfyNodeDef };
-  connect(output: number, target: ComfyNode, input: number | string): unknown;
+  connect(output: number, target: ComfyNode, input: number | string, reroute?: number): unknown;
   configure(saved: object): void;
   computeSize(): ArrayLike<number>;
   setSize(size: Pair): void;
   setDirtyCanvas(foreground: boolean, background: boolean): void;
   addDOMWidget(name: string, type: string, element: HTMLElement, options: object): ComfyWidget;
   onExecuted?(output: ComfyOutput, ...rest: unknown[]): void;
+  /** Called when a saved node has been read. */
+  onConfigure?(...saved: unknown[]): void;
 }
 
 interface ComfyWidget {
   name: string;
   value?: unknown;
-  callback?(value: unknown): void;
+  callback?(value: unknown, ...rest: unknown[]): void;
+  /** ``values``: what can be chosen, or a function that gives it. */
+  options?: { values?: unknown };
   serialize?: boolean;
   /** Of a DOM widget: what it shows. */
   element?: HTMLElement;
@@ -89,6 +138,8 @@ interface ComfyWidget {
 
 /** An entry of GET /object_info: for each input its type, or choices, and its options. */
 interface ComfyNodeDef {
+  /** "nodes", "comfy_extras..." or "custom_nodes...". */
+  python_module?: string;
   input: { required: Record<string, [unknown, Record<string, any>]> };
 }
 

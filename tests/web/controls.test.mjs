@@ -1,0 +1,51 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { controlsOf } from "../../web/lib/controls.mjs";
+import { Node } from "./fakes.mjs";
+import { add, empty } from "./sdxl.mjs";
+
+const described = (graph, node) =>
+  controlsOf(graph, [{ node, path: [] }]).map(({ from, to }) => [
+    graph.getNodeById(from.id).title,
+    to.map((input) => graph.getNodeById(input.id).title),
+  ]);
+
+test("ControlNets in a sampler's conditioning are found, each output once, however far up", () => {
+  const graph = empty();
+  const nodes = add(graph, {
+    net: "controlnet",
+    prompt: "prompt",
+    first: "control",
+    second: "control",
+    sampler: "sampler",
+    other: "control",
+  });
+  nodes.prompt.connect(0, nodes.first, "positive");
+  nodes.first.connect(0, nodes.second, "positive");
+  nodes.second.connect(0, nodes.sampler, "positive");
+  for (const apply of [nodes.first, nodes.second, nodes.other]) nodes.net.connect(0, apply, "control_net");
+  assert.deepEqual(described(graph, nodes.sampler), [["net", ["second", "first"]]]);
+});
+
+test("what comes through KOALA ControlNet is left, also with a node behind it", () => {
+  const graph = empty();
+  const { net, adapter, apply, sampler } = add(graph, {
+    net: "controlnet",
+    adapter: "adapter",
+    apply: "control",
+    sampler: "sampler",
+  });
+  const type = graph.add(
+    new Node("SetUnionControlNetType", {
+      inputs: { control_net: "CONTROL_NET" },
+      outputs: { CONTROL_NET: "CONTROL_NET" },
+    }),
+  );
+  apply.connect(0, sampler, "positive");
+  net.connect(0, type, 0);
+  type.connect(0, apply, "control_net");
+  assert.deepEqual(described(graph, sampler), [["SetUnionControlNetType", ["apply"]]]);
+  net.connect(0, adapter, 0);
+  adapter.connect(0, type, 0);
+  assert.deepEqual(described(graph, sampler), []);
+});
