@@ -9,9 +9,10 @@ import pytest
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, KOALA_TINY, Layout
 from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.model_info import assumed_facts
-from koala_sdxl.koala.model_report import report
+from koala_sdxl.koala.model_report import badge, report
 from koala_sdxl.koala.releases import BASE, LIGHTNING, SCHEDULER_CONFIG
 from tests.unit import files
+from tests.unit.translatable import english_only
 
 
 @pytest.mark.parametrize(("layout", "percent"), [(KOALA_700M, 30), (KOALA_1B, 45), (KOALA_1_7B, 67)])
@@ -24,6 +25,7 @@ def test_report_of_a_lightning_file(tmp_path: Path) -> None:
     facts = inspect_model(path).facts(path.name)
     assert facts.settings == LIGHTNING.settings
     assert facts.scheduler == SCHEDULER_CONFIG
+    assert english_only(report(facts, "bf16", 2_000_000)) == english_only(badge(facts)) == []
     assert report(facts, "bf16", 2_000_000).splitlines() == [
         "KOALA-1B from koala-lightning-1b.safetensors",
         "U-Net: 1,161,184,324 parameters, 45 % of SDXL's 2,567,463,684",
@@ -56,4 +58,5 @@ def test_facts_of_a_model_from_another_loader() -> None:
     text = report(facts, "bfloat16", 2_322_368_648)
     assert "another loader" in text
     assert "(assumed)" in text
+    assert english_only(text) == []
     assert "weights: bfloat16, 2,322 MB" in text

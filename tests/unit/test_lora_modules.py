@@ -19,6 +19,7 @@ from koala_sdxl.koala.lora.modules import Module
 from koala_sdxl.koala.lora.plan import Plan, inspect_lora
 from koala_sdxl.koala.lora.report import report, text_summary
 from koala_sdxl.koala.lora.weights import load
+from tests.unit.translatable import english_only
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL, State
 
@@ -119,6 +120,7 @@ def test_what_is_wrong_with_a_module_is_said(tmp_path: Path, fault: str) -> None
     plan = planned(tmp_path, state() | lora(GOOD))
     assert not [name for name in plan.names if name.startswith(MODULE)]
     assert f"{MODULE}: {found.reason}" in report(plan, "none")
+    assert english_only(report(plan, text_summary(plan))) == []
     with pytest.raises(CheckpointError, match=r"^some\.safetensors(: none of its 1 modules can be| holds Ada| is an )"):
         planned(tmp_path, state())
 

@@ -14,6 +14,8 @@ from koala_sdxl.koala.architecture.layout import KOALA_TINY, SSD_1B, VEGA, Layou
 from koala_sdxl.koala.architecture.lineage import at_widths_of
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.plan import Plan, inspect_lora
+from koala_sdxl.koala.lora.report import report
+from tests.unit.translatable import english_only
 from tools.synthetic import adapters
 from tools.synthetic.adapters import SMALL_SDXL, State
 
@@ -35,6 +37,7 @@ def plan(folder: Path, state: State, metadata: dict[str, str] | None = None) -> 
 
 def said(found: Plan) -> tuple[str, str]:
     assert found.origin is not None
+    assert english_only(report(found, "none")) == []
     return found.origin.model, found.origin.evidence
 
 
