@@ -21,7 +21,19 @@ from tools.harness.errors import UserError
 AddOptions = Callable[[argparse.ArgumentParser], object]
 GENERATED = ("workflows", "blueprints", "locales", "thumbnails", "pictures", "frozen")
 """Names of the generators of tools/generate, in the order in which they run: later ones read earlier ones' files."""
-SECTIONS = ("machine", "macs", "load", "step", "decode", "sample", "memory", "quality")
+SECTIONS = (
+    "machine",
+    "macs",
+    "load",
+    "step",
+    "decode",
+    "sample",
+    "memory",
+    "quality",
+    "images",
+    "server",
+    "fit",
+)
 """Sections of the benchmark, in the order in which they are measured."""
 REPORT, SEARCH = "report", "search"
 """What the benchmark can do beside measuring sections."""
@@ -147,12 +159,30 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="SECTION",
         type=options.one_of(*SECTIONS, REPORT, SEARCH),
-        help=f"{', '.join(SECTIONS)}; {REPORT}: measure nothing, write the report again (default: all sections)",
+        help=f"{', '.join(SECTIONS)}; {REPORT}: measure nothing, write the report again (default: all that tell "
+        "something of the device)",
     )
     parser.add_argument(
         "--repeats", type=options.number(1), default=3, help="how often each thing is measured (default: 3)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--limit", type=options.number(1), metavar="SECONDS", help="drop, and name, what takes longer in all"
+    )
+    parser.add_argument(
+        "--out",
+        type=options.folder_to_write,
+        default=testhost.ROOT / "docs",
+        metavar="FOLDER",
+        help="where figures are added and the page is written (default: docs/)",
+    )
+    parser.add_argument(
+        "--comfyui",
+        type=options.comfyui,
+        dest="own_comfyui",
+        metavar="DIR",
+        help="measure this ComfyUI, by the Python that runs the benchmark (default: the one that is fetched)",
+    )
     parser.add_argument(
         "--full", type=options.number(1), metavar="N", help=f"{SEARCH}: how many of 25 steps are full steps"
     )

@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,20 +61,22 @@ def running(
     port: int | None = None,
     model_folders: Mapping[str, Sequence[Path]] | None = None,
     arguments: Sequence[str] = (),
+    install: Callable[[Path], object] = pack.install,
 ) -> Iterator[Server]:
     """Start ComfyUI with the packed pack, wait until it answers, and stop it at the end, whatever happens.
 
     Everything it writes goes to a temporary base folder; both go when this process is killed, too. ``model_folders``
     adds folders to those in which it looks for models (key as in ``folder_paths``, such as "checkpoints");
-    ``arguments`` are added to its command line. A GPU is used where PyTorch finds one. Raises UserError if the port is
-    taken, or if the server stops by itself: the message has the last lines of its log.
+    ``arguments`` are added to its command line; ``install`` puts the pack into its custom_nodes. A GPU is used where
+    PyTorch finds one. Raises UserError if the port is taken, or if the server stops by itself: the message has the last
+    lines of its log.
     """
     check_port(port)
     with lifeline.folder("koala-comfyui-") as base:
         for name in FOLDERS:
             (base / name).mkdir()
         probe = start_probe(host)  # importing torch takes as long as packing
-        pack.install(base / "custom_nodes")
+        install(base / "custom_nodes")
         port = port or free_port()
         command = [*base_command(host, base, port), *finish_probe(probe, host), *arguments]
         if folders := model_paths(host, model_folders or {}):

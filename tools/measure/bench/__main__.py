@@ -1,22 +1,30 @@
 """The command line of the benchmark: sections are measured, their figures added, and the report is written.
 
-Usage: python3 dev.py bench [SECTION ...] [--repeats N] [--device cpu|cuda]
+Usage: python3 dev.py bench [SECTION ...] [--repeats N] [--device cpu|cuda] [--limit SECONDS] [--out FOLDER]
+       python3 -m tools.measure.bench --device cuda --comfyui DIR ...    by the Python that runs it, which needs
+           ComfyUI's requirements, diffusers, accelerate and websocket-client, and for the page matplotlib
        python3 dev.py bench search --full N [--sampler NAME]
 """
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tools import commands
 from tools.commands import REPORT, SEARCH
 from tools.harness.errors import UserError
-from tools.harness.testhost import ROOT, say
-from tools.measure.bench import report, search, store
+from tools.harness.testhost import say
+from tools.measure.bench import hosts, search, store
+from tools.measure.bench.asked import Bench
 from tools.measure.bench.process import NO_ENGINE, Worker
-from tools.measure.bench.sections import SECTIONS, Bench, wanted
+from tools.measure.bench.sections import OF_DEVICES, SECTIONS
+
+A_SECTION = 30.0
+"""Seconds that should be left for a section to be begun."""
 
 
 def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
@@ -30,7 +38,25 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
         with Worker(NO_ENGINE, bench.device) as worker:
             machine = worker.ask("machine")
         for name in names:
+            if bench.left() < A_SECTION:
+                say(f"dropped for want of time: {name}")
+                continue
             store.add(folder, bench.device, name, machine, SECTIONS[name](bench))
+    return written(folder)
+
+
+def written(folder: Path) -> Path:
+    """The report, written; where matplotlib is not installed, the figures alone. Returns the file's path."""
+    try:
+        from tools.measure.bench import report
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        say(
+            "No page was written: matplotlib is not installed here. Where it is, `python3 dev.py bench report --out "
+            f"FOLDER` writes it from {store.NAME}."
+        )
+        return folder / store.NAME
     return report.write(folder)
 
 
@@ -49,7 +75,7 @@ def chosen(names: Sequence[str], device: str) -> list[str]:
     """The sections that a command line asks for: without a name all that tell something of that device."""
     if names:
         return [name for name in names if name != REPORT]
-    return wanted(device)
+    return list(OF_DEVICES[device])
 
 
 def main(arguments: list[str]) -> None:
@@ -64,8 +90,11 @@ def main(arguments: list[str]) -> None:
     if SEARCH in options.sections:
         search.run(options.full, options.sampler)
         return
-    bench = Bench(options.device, options.repeats)
-    say(str(run(chosen(options.sections, options.device), bench, ROOT / "docs")))
+    if options.own_comfyui:
+        hosts.use(options.own_comfyui)
+    until = time.monotonic() + options.limit if options.limit else math.inf
+    bench = Bench(options.device, options.repeats, until=until)
+    say(str(run(chosen(options.sections, options.device), bench, options.out)))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,12 @@ class Compiled:
 
 
 class RandomSDXL(Stock):
-    """SDXL's U-Net in core's own class, filled with random weights where it stands: nothing so large is on disk."""
+    """SDXL's U-Net in core's own class, filled with random weights where it stands: nothing so large is on disk. Its
+    VAE is that of KOALA, too; it has no text encoders."""
+
+    def load(self, folder: Path) -> None:
+        self.load_unet(folder)
+        self.load_vae(folder)
 
     def load_unet(self, folder: Path) -> None:
         management = comfy.model_management

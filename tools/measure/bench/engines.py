@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ import torch
 
 from koala_sdxl.koala.architecture.layout import Layout
 from koala_sdxl.koala.schedule import schedule
+from tools.measure.bench import hosts
 
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
 VAE = "vae/diffusion_pytorch_model.fp16.safetensors"
@@ -74,9 +76,8 @@ class Engine(Protocol):
 
 def activate(device: str) -> None:
     """ComfyUI in this process, on that device."""
-    from tools.harness import inprocess
-
-    inprocess.activate()
+    if "comfy" not in sys.modules:
+        sys.path.insert(0, str(hosts.measured().folder))  # first: the checkout has a folder named nodes, too
     from comfy.cli_args import args
 
     args.cpu = device == "cpu"  # read while comfy.model_management is imported, which nothing has done yet

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
 import torch
+
+from tools.measure.bench import nvml
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
@@ -49,6 +52,24 @@ def _kilobytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _nvml(device: str) -> str:
+    """Why the driver does not tell the memory of a process on the GPU; empty where it does, or there is no GPU."""
+    if device != "cuda":
+        return ""
+    held = torch.zeros(1, device=device)
+    return nvml.why_not(os.getpid()) if held.numel() else ""
+
+
+def measured(work: Callable[[], torch.Tensor], out: str, times: int = 1) -> dict[str, Any]:
+    """Seconds for one of ``times``, and peak; with ``out`` what was made is written there as an array."""
+    forget_peak()
+    with nvml.Watch(os.getpid()) as watch:
+        seconds, made = timed(work)
+    if out:
+        numpy.save(out, made.float().cpu().numpy())
+    return {"seconds": seconds / times, "peak": {**peak(), "nvml": watch.peak}}
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on and with."""
     import diffusers
@@ -58,6 +79,7 @@ def machine(device: str) -> dict[str, Any]:
         **computer(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
+        "nvml": _nvml(device),
         "versions": {
             "ComfyUI": comfyui,
             "diffusers": diffusers.__version__,

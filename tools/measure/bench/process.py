@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -21,13 +22,14 @@ NO_ENGINE = "no engine"
 class Worker:
     """A process that holds one engine; ends with the ``with`` block."""
 
-    def __init__(self, engine: str, device: str) -> None:
+    def __init__(self, engine: str, device: str, environment: Mapping[str, str] | None = None) -> None:
+        """``environment``: variables beside this process' own."""
         self.engine = engine
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-E", "-m", "tools.measure.bench.worker", engine, device],
             cwd=ROOT,
-            env={**OPENMP, **os.environ, "TQDM_DISABLE": "1"},
+            env={**OPENMP, **os.environ, "TQDM_DISABLE": "1", **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -9,20 +9,20 @@ from koala_sdxl.koala.architecture.component_detection import read_text_encoder
 from koala_sdxl.koala.files import export
 from koala_sdxl.koala.files.inspect import inspect_folder
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
-from tools.harness import testhost
+from tools.measure.bench import hosts
 from tools.synthetic import random_weights
 
 
-def link(target: Path) -> Path:
-    """Lay the folder out below ``target`` and return it."""
-    made = inspect_folder(random_weights.folder("koala-700m"))
+def link(target: Path, model: str = "koala-700m") -> Path:
+    """Lay the folder out below ``target`` and return it. ``model``: a folder of ``random_weights``."""
+    made = inspect_folder(random_weights.folder(model))
     sources = {
         "unet/diffusion_pytorch_model": made.model.unet.path,
         "text_encoder/model": made.text_encoder.path,
         "text_encoder_2/model": made.text_encoder_2.path,
         "vae/diffusion_pytorch_model": made.vae.path,
     }
-    folder = target / "koala-700m"
+    folder = target / model
     for name, file in sources.items():
         place = folder / f"{name}.fp16.safetensors"
         place.parent.mkdir(parents=True)
@@ -36,7 +36,7 @@ def link(target: Path) -> Path:
         **{f"{part}/config.json": export.text_config(part, size) for part, size in sizes.items()},
         "vae/config.json": export.vae_config(made.vae.sizes, 1024),
     }
-    vocabulary = testhost.test_host().tokenizer
+    vocabulary = hosts.measured().tokenizer
     words = {file.name: file.read_bytes() for file in vocabulary.iterdir()}
     contents = {name: export.as_json(config) for name, config in configs.items()}
     for part, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):

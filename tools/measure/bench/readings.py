@@ -144,6 +144,55 @@ def fastest(rates: Row, bf16: bool = False) -> float:
     return max(*products, *(one[way] for kind in ("unet", "vae") for one in rates[kind] for way in ways))
 
 
+def image_runs(sections: Sections, place: str, way: str) -> Row:
+    """A way's runs of a whole image's steps."""
+    ways = figures(sections, "images")["places"].get(place, {})
+    if way not in ways:
+        raise NotMeasured(f"images: {way} at {place}")
+    found: Row = ways[way]
+    return found
+
+
+def image_speed_up(sections: Sections, place: str, way: str, other: str) -> Spread:
+    """How many times faster an image's steps are, later runs pair by pair; where time ran out there are fewer."""
+    pairs = list(zip(*(image_runs(sections, place, one)["again"] for one in (other, way)), strict=False))
+    return spread([theirs / ours for theirs, ours in pairs])
+
+
+def apart(sections: Sections, place: str, way: str) -> float:
+    """Decibels between latents and those of the same sampler, eager."""
+    found = figures(sections, "images")["apart"].get(place, {})
+    if way not in found:
+        raise NotMeasured(f"images: {way} at {place}")
+    return float(found[way])
+
+
+def share_of_bound(sections: Sections, place: str, px: int, way: str) -> Spread:
+    """Percent of the speed that a step's multiplications allow at the machine's fastest rate."""
+    steps, least = figures(sections, "images")["steps"], bound(sections, "KOALA-700M", px)
+    return spread([100 * least * steps / run for run in image_runs(sections, place, way)["again"]])
+
+
+def compilation(sections: Sections, place: str, way: str) -> float:
+    """Seconds by which the first run of a size is longer than later ones."""
+    runs = image_runs(sections, place, way)
+    return float(runs["first"] - spread(runs["again"]).median)
+
+
+def warm(sections: Sections, place: str, way: str) -> float:
+    """Seconds by which the first run of another process, which finds what was compiled, is longer than later ones."""
+    found = figures(sections, "images")["warm"]
+    if way not in found:
+        raise NotMeasured(f"images: {way} in another process")
+    return float(found[way] - spread(image_runs(sections, place, way)["again"]).median)
+
+
+def more_memory(sections: Sections, place: str, way: str) -> float:
+    """Gigabytes of the GPU that a way takes at its peak beyond KOALA Sampler's, eager."""
+    ours, eager = (image_runs(sections, place, one)["peak"]["gpu"] for one in (way, "KOALA Sampler"))
+    return float((ours - eager) / 1e9)
+
+
 def step_seconds(sections: Sections, engine: str, px: int) -> Spread:
     """Seconds a guided step."""
     return spread(seconds(figures(sections, "step")["sizes"][str(px)][engine]))

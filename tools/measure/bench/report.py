@@ -9,9 +9,10 @@ from tools.measure.bench import plots, readings, store
 from tools.measure.bench.formats import table, with_spread
 from tools.measure.bench.readings import Sections
 from tools.measure.bench.report_bounds import bounds, macs, preset_bounds
+from tools.measure.bench.report_gpu import fit, images, server
 from tools.measure.bench.report_quality import other_runs, quality
 from tools.measure.bench.report_speed import decode, load, memory, sample, step
-from tools.measure.bench.sections import judged_model, wanted
+from tools.measure.bench.sections import OF_DEVICES, judged_model
 from tools.measure.bench.targets import OF_IMAGES, TARGETS, Target, judge
 
 NAME = "benchmarks.md"
@@ -68,9 +69,12 @@ def _measured(device: str, sections: Sections, shared: Sections, drawn: Mapping[
     kind = "gpu" if device == "cuda" else "ram"
     everything = {**shared, **sections}
     yield from _when(sections)
-    missing = [name for name in wanted(device) if name not in everything]
+    missing = [name for name in OF_DEVICES[device] if name not in everything]
     if missing:
         yield from (f"Not measured on this machine: {', '.join(missing)}.", "")
+    why = next((entry["machine"]["nvml"] for entry in sections.values() if entry["machine"].get("nvml")), "")
+    if why:
+        yield from (f"Memory of a process as the driver counts it: not told, as {why}.", "")
     for name, entry in sections.items():
         if dropped := entry["figures"].get("dropped"):
             yield from (f"Dropped from *{name}* for want of time: {', '.join(dropped)}.", "")
@@ -144,6 +148,18 @@ def _machine(sections: Sections, kind: str) -> Iterator[str]:
 
 
 SHARED_PARTS: tuple[Part, ...] = (macs, quality, other_runs)
-PARTS: tuple[Part, ...] = (_machine, load, step, decode, sample, memory, bounds, preset_bounds)
+PARTS: tuple[Part, ...] = (
+    _machine,
+    images,
+    server,
+    fit,
+    load,
+    step,
+    decode,
+    sample,
+    memory,
+    bounds,
+    preset_bounds,
+)
 """In the report's order; each takes a machine's sections, and which memory counts there: "ram" or "gpu"."""
 PLOT_AFTER: dict[Part, tuple[str, ...]] = {step: ("size", "batch"), quality: ("quality",)}

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.sample
 import comfy.samplers
 import comfy.sd
 import torch
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.koala.files.inspect import inspect_model, inspect_unet
 from koala_sdxl.nodes.sample import KoalaSampler
-from tools.measure.bench import meter
 from tools.measure.bench.comfy_engines import conditioning
 from tools.measure.bench.engines import CFG, UNET, Job, job
+from tools.measure.bench.meter import measured
 from tools.measure.bench.variants import VARIANTS
 
-TINY = "koala-tiny"
+TINY, COMPILED = "koala-tiny", "stock, compiled"
 STOCK_NODES: Any = import_module("nodes")  # ComfyUI's: the checkout has a folder of that name, too
 _models: dict[str, Any] = {}
 
@@ -28,6 +29,7 @@ _models: dict[str, Any] = {}
 def load_models(folder: str) -> dict[str, str]:
     """Load what ``run`` samples: a folder's U-Net, or koala-tiny's (which no stock loader knows)."""
     _models.clear()
+    _ways.clear()
     if folder == TINY:
         _models["pack"] = koala_loader.load_unet(inspect_model(koala_loader.BUILT_IN), TINY)
     else:
@@ -37,25 +39,43 @@ def load_models(folder: str) -> dict[str, str]:
     return {}
 
 
-def run(way: str, folder: str, px: int, steps: int) -> dict[str, Any]:
-    """Seconds of a run one way, and what KOALA Accelerate said of it.
+def run(way: str, folder: str, px: int, steps: int, batch: int = 1, out: str = "") -> dict[str, Any]:
+    """Seconds of a run one way, its peak, and what KOALA Accelerate said of it; its latents go to the file ``out``.
 
-    ``way``: "stock" (KSampler, the stock loader's MODEL), "KSampler" or "KOALA Sampler" (the pack loader's MODEL), or
-    a variant of KOALA Accelerate (KOALA Sampler, the pack loader's MODEL). Their sigmas are the same where steps divide
-    1000.
+    ``way``: "stock" (KSampler, the stock loader's MODEL), "stock, compiled" (behind core's TorchCompileModel),
+    "KSampler" or "KOALA Sampler" (the pack loader's MODEL), or a variant of KOALA Accelerate (KOALA Sampler, the pack
+    loader's MODEL). Their sigmas are the same where steps divide 1000.
     """
     file = koala_loader.BUILT_IN if folder == TINY else Path(folder, UNET)
-    todo = job(inspect_unet(file).layout, px, 1, steps)
-    said: list[str] = []
-    model, sample = _models["stock" if way == "stock" else "pack"], koala_sampler
-    if way in VARIANTS:
-        accelerated = accelerate(model, VARIANTS[way], said.append)
-        model = accelerated.model
-        said += [words for words in accelerated[1:] if words]  # the routines, and how it is executed
-    elif way != "KOALA Sampler":
-        sample = ksampler
-    seconds, _ = meter.timed(lambda: sample(model, todo))
-    return {"seconds": seconds, "said": "; ".join(said)}
+    todo = job(inspect_unet(file).layout, px, batch, steps)
+    if way not in _ways:
+        _ways[way] = _Way.of(way)
+    made = _ways[way]
+    made.said.clear()
+    sample = koala_sampler if way in VARIANTS or way == "KOALA Sampler" else ksampler
+    figures = measured(lambda: sample(made.model, todo), out)
+    return {**figures, "said": "; ".join([*made.how, *made.said])}
+
+
+class _Way(NamedTuple):
+    """The MODEL of a way, the same at every run, as where a node's output stays; how it computes, in words, and what is
+    said of a run."""
+
+    model: Any
+    how: list[str]
+    said: list[str]
+
+    @classmethod
+    def of(cls, way: str) -> _Way:
+        said: list[str] = []
+        if way in VARIANTS:
+            model, *how = accelerate(_models["pack"], VARIANTS[way], said.append)
+            return cls(model, [words for words in how if words], said)
+        model = _models["stock" if way in ("stock", COMPILED) else "pack"]
+        return cls(TorchCompileModel.execute(model, "inductor").result[0] if way == COMPILED else model, [], said)
+
+
+_ways: dict[str, _Way] = {}
 
 
 def ksampler(model: Any, todo: Job) -> torch.Tensor:

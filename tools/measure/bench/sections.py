@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,81 +15,21 @@ import numpy
 
 from tools.harness import testhost
 from tools.harness.assets import SHIPPED
-from tools.measure.bench import published
+from tools.measure.bench import gpu_sections, published
+from tools.measure.bench.asked import COMPILED, ENGINES, Bench, Figures, Run, Survey
 from tools.measure.bench.process import NO_ENGINE, Worker
 from tools.measure.bench.stats import bracket
-from tools.measure.bench.variants import PRESETS, REUSE_ALONE, ROUTINES, VARIANTS
+from tools.measure.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
 
-Figures = dict[str, Any]
-
-ENGINES = ("pack", "stock", "diffusers")
 LOW_MEMORY = "pack, fp16 weights"
-COMPILED = ("pack, compiled", "stock, compiled")
 SIZES = (256, 512, 768, 1024)
 BATCHES = (1, 2, 4)
 LARGE = 512  # px; above, the first time counts, for all that is slow there has been done at a smaller size
 DECODED = (512, 1024)
 FIRST_STEP = 256  # px of the step that shows what loading has put off
-WAYS = ("stock", "KOALA Sampler", *VARIANTS)
 OVERHEAD = ((100, "koala-tiny", 128), (4, "koala-700m", 256))
 """Pairs of runs for each repeat, the model, and the size: what KOALA Sampler adds to KSampler is small beside noise."""
 OVERHEAD_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """How images are sampled."""
-
-    sampler: str = "euler"
-    steps: int = 25
-    cfg: float = 7.5
-    spacing: str = "leading"
-
-    def __str__(self) -> str:
-        return f"{self.sampler}, {self.steps} steps, cfg {self.cfg:g}, {self.spacing}"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the quality section tries: on the base run everything; on the others, with fewer prompts, reuse alone and
-    as few steps."""
-
-    prompts: int = 216
-    prompts_of_others: int = 72
-    steps: tuple[int, ...] = (6, 8, 9, 10, 11, 12, 13, 15, 18, 20, 22, 24)
-    thresholds: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
-    starts: tuple[float, ...] = (0.4, 0.6, 0.8)
-    others: tuple[Run, ...] = (
-        *(Run(sampler=sampler) for sampler in ("dpmpp_2m", "ddim", "heun", "res_multistep")),
-        Run(steps=10, cfg=3.5, spacing="trailing"),
-        *(Run(steps=steps) for steps in (20, 50)),
-    )
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What was asked for on the command line; ``survey`` is smaller in tests."""
-
-    device: str = "cpu"
-    repeats: int = 3
-    survey: Survey = Survey()
-
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """Who takes turns at steps and decoding."""
-        if self.device == "cuda":
-            return (*ENGINES, *COMPILED)
-        return (*ROUTINES, *ENGINES[1:])
-
-    @property
-    def sampled(self) -> tuple[str, ...]:
-        """The ways of sampling: on a GPU variants differ by their reuse alone."""
-        return (*WAYS[:2], *PRESETS) if self.device == "cuda" else WAYS
-
-    @property
-    def steps(self) -> int:
-        """Steps that are timed as one: on a GPU the start of a run is not small beside one step."""
-        return 10 if self.device == "cuda" else 1
 
 
 def machine(bench: Bench) -> Figures:
@@ -230,17 +170,16 @@ ALL, OURS, FEWER = "all steps", "KOALA Accelerate", "fewer steps"
 """Families of settings that the quality section compares; ``RIVALS`` are the others."""
 RIVALS = ("EasyCache", "LazyCache", "CFGOverride")
 SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
-    section.__name__: section for section in (machine, macs, load, step, decode, sample, memory, quality)
+    section.__name__: section
+    for section in (machine, macs, load, step, decode, sample, memory, quality, *gpu_sections.SECTIONS)
 }
 
 
-CPU_ONLY = ("quality",)
-"""Sections that tell nothing of a GPU."""
-
-
-def wanted(device: str) -> list[str]:
-    """The sections that tell something of a device."""
-    return [name for name in SECTIONS if device == "cpu" or name not in CPU_ONLY]
+OF_DEVICES = {
+    "cpu": ("machine", "macs", "load", "step", "decode", "sample", "memory", "quality"),
+    "cuda": ("machine", "images", "server", "load", "decode", "fit", "memory"),
+}
+"""The sections that tell something of a device, in the order in which they are measured."""
 
 
 def _rivals(survey: Survey) -> Iterator[tuple[str, float]]:

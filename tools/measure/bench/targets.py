@@ -157,6 +157,47 @@ OF_IMAGES = (
     *_of_images("fast", 33.0, 2.5),
 )
 """What is judged by images is the same on every machine, but for rounding."""
+
+
+def _faster(place: str, way: str, bound: float, other: str = "stock") -> Target:
+    what = f"{way}, 25 steps at {place}: speed over {'stock KSampler' if other == 'stock' else other}"
+    return _at_least(what, bound, "x", lambda found, _: readings.image_speed_up(found, place, way, other))
+
+
+ON_A_GPU = (
+    _faster("1024 px", "exact", 2.2),
+    _faster("512 px", "exact", 4.0),
+    _faster("1024 px, batch 4", "exact", 1.25),
+    _at_least(
+        "exact, 1024 px: latents against eager", 45.0, "dB", lambda found, _: readings.apart(found, "1024 px", "exact")
+    ),
+    _faster("1024 px", "balanced", 3.5),
+    _faster("512 px", "balanced", 6.0),
+    _faster("1024 px", "fast", 4.5),
+    _faster("1024 px", "exact", 1.5, "diffusers"),
+    _faster("1024 px", "exact", 1.1, "diffusers, fast"),
+    _at_least(
+        "exact, a step at 1024 px: share of the speed that its multiplications allow",
+        50.0,
+        "%",
+        lambda found, _: readings.share_of_bound(found, "1024 px", 1024, "exact"),
+    ),
+    _at_most(
+        "exact, first run: compilation", 25.0, "s", lambda found, _: readings.compilation(found, "1024 px", "exact")
+    ),
+    _at_most(
+        "exact, another size: compilation", 8.0, "s", lambda found, _: readings.compilation(found, "512 px", "exact")
+    ),
+    _at_most(
+        "exact, first run of another process", 5.0, "s", lambda found, _: readings.warm(found, "1024 px", "exact")
+    ),
+    _at_most(
+        "exact, 1024 px: memory above eager",
+        1.2,
+        "GB",
+        lambda found, _: readings.more_memory(found, "1024 px", "exact"),
+    ),
+)
 TARGETS: Mapping[str, tuple[Target, ...]] = {
     "ram": (
         *EVERYWHERE,
@@ -174,6 +215,6 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
         *(_over_diffusers(px) for px in (256, 512, 1024)),
         *(target for way in ROUTINES for target in _of_routines(way)),
     ),
-    "gpu": (*EVERYWHERE, *_of_decoding("pack", 0.6)),
+    "gpu": (*ON_A_GPU, *_of_decoding("pack", 0.6), *EVERYWHERE),
 }
 """By the kind of memory that counts."""

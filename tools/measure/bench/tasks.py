@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
 from koala_sdxl.koala.architecture.components import LATENT_SCALE
@@ -20,10 +20,10 @@ Tasks = Mapping[str, Callable[..., Any]]
 
 def make(name: str, device: str) -> Engine:
     """The engine of that name. A worker imports ComfyUI or diffusers, whichever it needs, and not the other."""
-    if name == "diffusers":
-        from tools.measure.bench.diffusers_engine import Diffusers
+    if name.startswith("diffusers"):
+        from tools.measure.bench import diffusers_engine
 
-        return Diffusers(device)
+        return diffusers_engine.ENGINES[name](device)
     activate(device)
     from tools.measure.bench import comfy_engines
 
@@ -35,15 +35,19 @@ def tasks(name: str, device: str) -> Tasks:
     if name == NO_ENGINE:
         activate(device)
         from koala_sdxl.host.accelerate import cpu_routines as kernels
-        from tools.measure.bench import image_quality, macs, rates, sampling
+        from tools.measure.bench import macs, rates, sampling
+
+        def quality(task: str) -> Callable[..., Any]:
+            """Imported when it is asked for: it takes what trains koala-tiny."""
+            return lambda **given: getattr(import_module("tools.measure.bench.image_quality"), task)(**given)
 
         return {
             "machine": lambda: meter.machine(device),
             "rates": lambda: rates.measured(device),
             "probes": lambda: {"oneDNN": kernels.one_dnn_is_faster(), "bf16": kernels.bf16_is_faster()},
             "macs": macs.counted,
-            "load_prompts": image_quality.load_prompts,
-            "quality": image_quality.compare,
+            "load_prompts": quality("load_prompts"),
+            "quality": quality("compare"),
             "load_models": sampling.load_models,
             "sample": sampling.run,
         }
@@ -64,19 +68,10 @@ def tasks(name: str, device: str) -> Tasks:
     def step(folder: str, px: int, batch: int = 1, steps: int = 1, out: str = "", routines: str = "") -> dict[str, Any]:
         """Seconds a step."""
         todo, chosen = job(inspect_unet(Path(folder, UNET)).layout, px, batch, steps), by(routines)
-        return measured(lambda: chosen.denoise(todo), out, steps)
+        return meter.measured(lambda: chosen.denoise(todo), out, steps)
 
     def decode(px: int, out: str = "", routines: str = "") -> dict[str, Any]:
         latent, chosen = torch.randn(1, 4, px // 8, px // 8, generator=torch.Generator().manual_seed(3)), by(routines)
-        return measured(lambda: chosen.decode(latent / LATENT_SCALE), out)
+        return meter.measured(lambda: chosen.decode(latent / LATENT_SCALE), out)
 
     return {"load": load, "step": step, "decode": decode, "peak": meter.peak, "types": engine.types}
-
-
-def measured(work: Callable[[], torch.Tensor], out: str, times: int = 1) -> dict[str, Any]:
-    """Seconds for one of ``times``, and peak; with ``out`` what was made is written there as an array."""
-    meter.forget_peak()
-    seconds, made = meter.timed(work)
-    if out:
-        numpy.save(out, made.float().cpu().numpy())
-    return {"seconds": seconds / times, "peak": meter.peak()}

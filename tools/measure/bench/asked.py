@@ -1,0 +1,148 @@
+"""What is asked of the benchmark: the device, how often, how long, and how much of each kind."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tools.harness import testhost
+from tools.measure.bench import graphs
+from tools.measure.bench.graphs import Image
+from tools.measure.bench.variants import PRESETS, ROUTINES, VARIANTS
+
+Figures = dict[str, Any]
+
+ENGINES = ("pack", "stock", "diffusers")
+COMPILED = ("pack, compiled", "stock, compiled")
+WAYS = ("stock", "KOALA Sampler", *VARIANTS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How images are sampled."""
+
+    sampler: str = "euler"
+    steps: int = 25
+    cfg: float = 7.5
+    spacing: str = "leading"
+
+    def __str__(self) -> str:
+        return f"{self.sampler}, {self.steps} steps, cfg {self.cfg:g}, {self.spacing}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the quality section tries: on the base run everything; on the others, with fewer prompts, reuse alone and
+    as few steps."""
+
+    prompts: int = 216
+    prompts_of_others: int = 72
+    steps: tuple[int, ...] = (6, 8, 9, 10, 11, 12, 13, 15, 18, 20, 22, 24)
+    thresholds: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0)
+    starts: tuple[float, ...] = (0.4, 0.6, 0.8)
+    others: tuple[Run, ...] = (
+        *(Run(sampler=sampler) for sampler in ("dpmpp_2m", "ddim", "heun", "res_multistep")),
+        Run(steps=10, cfg=3.5, spacing="trailing"),
+        *(Run(steps=steps) for steps in (20, 50)),
+    )
+
+
+FULL_SIZE = Image()
+WAYS_OF_IMAGES = ("stock", "KOALA Sampler", *PRESETS, "diffusers")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the sections on whole images draw.
+
+    ``images``: sizes, sampled by the ways ``sampled`` in ``steps`` without decoding. ``served``: what the real server
+    draws, by ``ways``. ``free``: gigabytes of GPU memory that are left to everybody, from the largest, so that what
+    fails there is not tried below; in them, the server draws ``fitted`` (name in the table, way, image), and ``alone``
+    (name, engine) draw ``served`` in a process of their own each.
+    """
+
+    images: tuple[Image, ...] = (FULL_SIZE, Image(px=512), Image(batch=4))
+    sampled: tuple[str, ...] = (*WAYS_OF_IMAGES, "stock, compiled", "diffusers, fast")
+    steps: int = 25
+    served: Image = FULL_SIZE
+    ways: tuple[str, ...] = (graphs.STOCK, graphs.PACK, "pack, exact", "pack, balanced", "pack, fast", graphs.COMPILED)
+    free: tuple[float, ...] = (12, 8, 6, 4, 3, 2)
+    fitted: tuple[tuple[str, str, Image], ...] = (
+        ("KOALA-700M, stock", graphs.STOCK, Image()),
+        ("KOALA-700M, pack", graphs.PACK, Image()),
+        ("KOALA-700M, pack, fp8", graphs.PACK, Image(weights="fp8_e4m3fn")),
+        ("KOALA-1B, pack", graphs.PACK, Image("koala-1b")),
+        ("KOALA-1B, pack, fp8", graphs.PACK, Image("koala-1b", weights="fp8_e4m3fn")),
+    )
+    alone: tuple[tuple[str, str], ...] = (
+        ("KOALA-700M, diffusers, offload", "diffusers, offload"),
+        ("SDXL, stock", "SDXL"),
+    )
+
+
+TINY = Image(graphs.BUILT_IN, 128, steps=4)
+ON_A_CPU = Scale(
+    images=(Image(px=256),),
+    sampled=WAYS_OF_IMAGES,
+    steps=2,
+    served=TINY,
+    ways=(graphs.PACK, "pack, exact", "pack, balanced"),
+    free=(8, 4),
+    fitted=(("koala-tiny, pack", graphs.PACK, TINY),),
+    alone=(),
+)
+"""On a CPU these sections show that they work, and little more; compiling takes minutes there."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was asked for on the command line; ``survey`` is smaller in tests.
+
+    ``until``: the time, as ``time.monotonic`` counts it, by which all should be done.
+    """
+
+    device: str = "cpu"
+    repeats: int = 3
+    survey: Survey = Survey()
+    until: float = math.inf
+
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.until - time.monotonic()
+
+    @property
+    def scale(self) -> Scale:
+        """How much of whole images is drawn."""
+        return Scale() if self.device == "cuda" else ON_A_CPU
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Who takes turns at steps and decoding."""
+        if self.device == "cuda":
+            return (*ENGINES, *COMPILED)
+        return (*ROUTINES, *ENGINES[1:])
+
+    @property
+    def sampled(self) -> tuple[str, ...]:
+        """The ways of sampling: on a GPU variants differ by their reuse alone."""
+        return (*WAYS[:2], *PRESETS) if self.device == "cuda" else WAYS
+
+    @property
+    def steps(self) -> int:
+        """Steps that are timed as one: on a GPU the start of a run is not small beside one step."""
+        return 10 if self.device == "cuda" else 1
+
+
+class Dropped(list[str]):
+    """Names of what was left out for want of time, each once."""
+
+    def lacks(self, bench: Bench, seconds: float, what: str) -> bool:
+        """Whether so much time is not left; then ``what`` is noted and told."""
+        if bench.left() >= seconds:
+            return False
+        if what not in self:
+            self.append(what)
+            testhost.say(f"dropped for want of time: {what}")
+        return True
