@@ -93,6 +93,25 @@ def test_missing_files_are_named_with_folder_and_download(
     assert classic.evaluate("() => window.koalaLinks") == {model["name"]: model["url"] for model in bare}
 
 
+def test_what_needs_no_download_opens_with_every_file_there(classic: Page) -> None:
+    opened_titles = []
+    for title, workflow in workflows().items():
+        if models(workflow):
+            continue
+        browser.open_workflow(classic, workflow)
+        strays = classic.evaluate(
+            """() => window.app.rootGraph.nodes.flatMap((node) => (node.widgets ?? [])
+                .filter((widget) => widget.type === 'combo')
+                .filter((widget) => { const { values } = widget.options;
+                    return !(typeof values === 'function' ? values(widget, node) : values).includes(widget.value); })
+                .map((widget) => [node.type, widget.name, widget.value]))"""
+        )
+        assert strays == [], title
+        assert classic.get_by_role("button", name="View details").count() == 0, title
+        opened_titles.append(title)
+    assert len(opened_titles) == 5
+
+
 def test_an_exported_graph_is_run_by_the_client(classic: Page, client: Client) -> None:
     browser.open_workflow(classic, workflows()[TINY])
     _, prompt = opened(classic)

@@ -46,7 +46,7 @@ class Face:
 FACES = {
     "KOALA-tiny text to image": Face("runs at once", GREEN),
     "KOALA-Lightning text to image (10 steps)": Face("Lightning: 10 steps", GOLD, ("KoalaCheckpointLoader",)),
-    "KOALA-700M text to image (25 steps)": Face("700M: 25 steps", BLUE, ("KoalaPrompt", "EmptyLatentImage")),
+    "KOALA-700M text to image (25 steps)": Face("700M: 25 steps", BLUE, ("KoalaCheckpointLoader",)),
     "KOALA-700M in an SDXL graph": Face("in an SDXL graph", PURPLE, ("CheckpointLoaderSimple", "KoalaUNetSwap")),
     "KOALA-700M with an SDXL LoRA": Face("SDXL's LoRAs", PURPLE, ("KoalaLoraLoader",)),
     "KOALA-700M with an SDXL ControlNet": Face("SDXL's ControlNets", PURPLE, ("KoalaControlNet", "LoadImage", "Canny")),
@@ -71,22 +71,16 @@ SHARP = 2  # as many times as large as it is shown
 GRAPH_ONLY = """() => { for (const part of document.querySelectorAll('body *'))
     if (part.id !== 'graph-canvas' && !part.querySelector('#graph-canvas, [data-testid="transform-pane"]')
         && !part.closest('[data-testid="transform-pane"]')) part.style.visibility = 'hidden'; }"""
-NEAR = """([types, margin, title, width, height]) => {
+CORNER = (100, 50)  # pixels of the page: where what is shown begins
+NEAR = """([types, margin, title, width, height, x, y]) => {
     const nodes = window.app.rootGraph.nodes.filter((node) => types.includes(node.type));
     const low = (axis) => Math.min(...nodes.map((node) => node.pos[axis]));
     const high = (axis) => Math.max(...nodes.map((node) => node.pos[axis] + node.size[axis]));
     const [left, top, right, bottom] = [low(0) - margin, low(1) - title - margin, high(0) + margin, high(1) + margin];
     const { ds } = window.app.canvas;
     ds.scale = Math.min(width / (right - left), height / (bottom - top));
-    ds.offset = [100 / ds.scale - left, 50 / ds.scale - top];
+    ds.offset = [(x + width / 2) / ds.scale - (left + right) / 2, (y + height / 2) / ds.scale - (top + bottom) / 2];
     window.app.canvas.setDirty(true, true); }"""
-BOX = """([types, margin, title]) => {
-    const nodes = window.app.rootGraph.nodes.filter((node) => types.includes(node.type));
-    const low = (axis) => Math.min(...nodes.map((node) => node.pos[axis]));
-    const high = (axis) => Math.max(...nodes.map((node) => node.pos[axis] + node.size[axis]));
-    const start = window.app.canvasPosToClientPos([low(0) - margin, low(1) - title - margin]);
-    const end = window.app.canvasPosToClientPos([high(0) + margin, high(1) + margin]);
-    return { x: start[0], y: start[1], width: end[0] - start[0], height: end[1] - start[1] }; }"""
 
 
 def images_of(client: Client, info: ObjectInfo, workflow: Workflow) -> list[Image.Image]:
@@ -110,9 +104,11 @@ def graph(chromium: Browser, server: Server, workflow: Workflow, nodes: Sequence
     with browser.canvas(chromium, server.url, nodes_2=True) as page:
         browser.open_workflow(page, workflow)
         page.evaluate(GRAPH_ONLY)
-        page.evaluate(NEAR, [nodes, MARGIN, TITLE, SHARP * SIDE, SHARP * (SIDE - BAND)])
+        width, height = SHARP * SIDE, SHARP * (SIDE - BAND)
+        page.evaluate(NEAR, [nodes, MARGIN, TITLE, width, height, *CORNER])
         page.wait_for_timeout(500)
-        return Image.open(io.BytesIO(page.screenshot(clip=page.evaluate(BOX, [nodes, MARGIN, TITLE]))))
+        clip: Any = {"x": CORNER[0], "y": CORNER[1], "width": width, "height": height}
+        return Image.open(io.BytesIO(page.screenshot(clip=clip)))
 
 
 def square(pictures: Sequence[Image.Image], face: Face) -> Image.Image:
@@ -120,9 +116,8 @@ def square(pictures: Sequence[Image.Image], face: Face) -> Image.Image:
     made = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
     width, height = SIDE // len(pictures), SIDE - BAND
     for number, picture in enumerate(pictures):
-        scale = min(width / picture.width, height / picture.height)
-        if len(pictures) == 1 and not face.nodes:
-            scale = max(width / picture.width, height / picture.height)
+        fills = max if len(pictures) == 1 else min
+        scale = fills(width / picture.width, height / picture.height)
         size = (round(picture.width * scale), round(picture.height * scale))
         fitted = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         made.paste(fitted, (number * width + (width - size[0]) // 2, BAND + (height - size[1]) // 2))
