@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -48,6 +49,28 @@ def test_what_time_does_not_allow_is_dropped_and_named(
     command.run(["macs"], Bench("cpu", until=time.monotonic() - 1), tmp_path)
     assert "dropped for want of time: macs" in capsys.readouterr().out
     assert not store.shared(tmp_path)
+
+
+def test_steps_of_larger_sizes_are_dropped_first(
+    fake: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they will take is reckoned from the smallest size, here 20 seconds of 100."""
+    monkeypatch.setattr(Bench, "left", lambda _: 100.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("time.monotonic", itertools.count(0.0, 20.0).__next__)
+        found = SECTIONS["step"](Bench("cpu", 2))
+    assert found["dropped"] == ["768 px, batch 1", "1024 px, batch 1"]
+    assert (list(found["sizes"]), list(found["batches"]), list(found["sdxl"])) == (
+        ["256", "512"],
+        ["1", "2", "4"],
+        ["256", "512"],
+    )
+    store.add(tmp_path, "cpu", "step", FakeWorker("stock", "cpu").machine(), found)
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "Dropped from *step* for want of time: 768 px, batch 1, 1024 px, batch 1." in text
+    assert "a step at 512 px, pack, exact: time over stock" in text
+    assert "a step at 1024 px" not in text
+    assert "![size]" in text
 
 
 def test_each_thing_is_dropped_once(capsys: pytest.CaptureFixture[str]) -> None:

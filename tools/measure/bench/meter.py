@@ -61,13 +61,16 @@ def _nvml(device: str) -> str:
 
 
 def measured(work: Callable[[], torch.Tensor], out: str, times: int = 1) -> dict[str, Any]:
-    """Seconds for one of ``times``, and peak; with ``out`` what was made is written there as an array."""
+    """Seconds for one of ``times``, those that processors spent on it, and peak; what was made is written to the file
+    ``out`` as an array, if there is one."""
     forget_peak()
+    before = time.process_time()
     with nvml.Watch(os.getpid()) as watch:
         seconds, made = timed(work)
+    processor = time.process_time() - before
     if out:
         numpy.save(out, made.float().cpu().numpy())
-    return {"seconds": seconds / times, "peak": {**peak(), "nvml": watch.peak}}
+    return {"seconds": seconds / times, "processor": processor / times, "peak": {**peak(), "nvml": watch.peak}}
 
 
 def machine(device: str) -> dict[str, Any]:

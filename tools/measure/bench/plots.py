@@ -110,8 +110,12 @@ def _batch(figure: Any, sections: Sections) -> None:
 def _engines(
     axes: Any, places: tuple[int, ...], found: dict[str, dict[str, Any]], figure: Callable[[list[Any]], float]
 ) -> None:
-    for engine in found[str(places[0])]:
-        axes.plot(places, [figure(found[str(at)][engine]) for at in places], "o-", color=COLOURS[engine], label=engine)
+    measured = [at for at in places if str(at) in found]
+    if not measured:
+        raise readings.NotMeasured("step")
+    for engine in found[str(measured[0])]:
+        values = [figure(found[str(at)][engine]) for at in measured]
+        axes.plot(measured, values, "o-", color=COLOURS[engine], label=engine)
 
 
 def _finish(axes: Any, legend: bool = True) -> None:

@@ -69,7 +69,9 @@ def life_peak(sections: Sections, engine: str, kind: str) -> float:
 
 def turn_ratio(sections: Sections, section: str, px: int, way: str, other: str = "stock") -> Spread:
     """Seconds of a step or of decoding over another engine's."""
-    found = figures(sections, section)["sizes"][str(px)]
+    found = figures(sections, section)["sizes"].get(str(px))
+    if found is None:
+        raise NotMeasured(f"{section} at {px} px")
     return ratio(seconds(found[way]), seconds(found[other]))
 
 

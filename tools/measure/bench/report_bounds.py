@@ -52,7 +52,7 @@ def bounds(sections: Sections, kind: str) -> Iterator[str]:
         ("decode", "VAE decode", "vae", DECODED, 1),
     ):
         for px in places:
-            for way, runs in readings.figures(sections, section)["sizes"][str(px)].items():
+            for way, runs in readings.figures(sections, section)["sizes"].get(str(px), {}).items():
                 if way in (readings.ours(sections), *ROUTINES):
                     in_bf16 = way == "pack, bf16" and readings.figures(sections, "machine")["faster"]["bf16"]
                     least = readings.bound(sections, model, px, pictures, in_bf16)

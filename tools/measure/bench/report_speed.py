@@ -68,8 +68,9 @@ def step(sections: Sections, kind: str) -> Iterator[str]:
     found = readings.figures(sections, "step")
     yield from ("### A step", "", "One guided step (prompt and negative prompt), the U-Net alone in the process.", "")
     yield from _turns(found["sizes"], SIZES, "px", kind)
-    yield from ("By batch size, 256 px:", "")
-    yield from _turns(found["batches"], BATCHES, "batch", kind)
+    if found["batches"]:
+        yield from ("By batch size, 256 px:", "")
+        yield from _turns(found["batches"], BATCHES, "batch", kind)
     apart = ", ".join(f"{engine} {apart:.1g}" for engine, apart in found["difference"].items() if engine != "stock")
     way = readings.ours(sections)
     ours = {px: readings.step_seconds(sections, way, int(px)).median for px in found["sdxl"]}
@@ -78,12 +79,9 @@ def step(sections: Sections, kind: str) -> Iterator[str]:
         f"{ours[px] / spread(readings.seconds(runs)).median:.2f} of it)"
         for px, runs in found["sdxl"].items()
     )
-    yield from (
-        f"Largest difference from stock's latent, over the largest value in it: {apart}.",
-        "",
-        f"SDXL's U-Net (random weights, core's classes, measured after these, alone): {sdxl}.",
-        "",
-    )
+    yield from (f"Largest difference from stock's latent, over the largest value in it: {apart}.", "")
+    if sdxl:
+        yield from (f"SDXL's U-Net (random weights, core's classes, measured after these, alone): {sdxl}.", "")
 
 
 def decode(sections: Sections, kind: str) -> Iterator[str]:
@@ -160,18 +158,26 @@ def memory(sections: Sections, kind: str) -> Iterator[str]:
     )
 
 
+def _processors(runs: list[readings.Row], stock: list[readings.Row]) -> str:
+    """What all threads spent, which other programs on the machine disturb less; old entries lack it."""
+    if "processor" not in runs[0] or not stock[0]["processor"]:
+        return ""
+    return ratio(readings.ratio([run["processor"] for run in runs], [run["processor"] for run in stock]))
+
+
 def _turns(found: Mapping[str, Any], places: Iterable[int], unit: str, kind: str) -> list[str]:
     return table(
-        (unit, "engine", "seconds", "over stock", "peak of the process, GB"),
+        (unit, "engine", "seconds", "over stock", "processors' time over stock's", "peak of the process, GB"),
         (
             (
                 at,
                 engine,
                 times(readings.seconds(runs)),
                 ratio(readings.ratio(readings.seconds(runs), readings.seconds(found[str(at)]["stock"]))),
+                _processors(runs, found[str(at)]["stock"]),
                 f"{readings.most(runs, kind) / 1e9:.2f}",
             )
             for at in places
-            for engine, runs in found[str(at)].items()
+            for engine, runs in found.get(str(at), {}).items()
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ import numpy
 from tools.harness import testhost
 from tools.harness.assets import SHIPPED
 from tools.measure.bench import gpu_sections, published
-from tools.measure.bench.asked import COMPILED, ENGINES, Bench, Figures, Run, Survey
+from tools.measure.bench.asked import COMPILED, ENGINES, Bench, Dropped, Figures, Run, Survey
 from tools.measure.bench.process import NO_ENGINE, Worker
 from tools.measure.bench.stats import bracket
 from tools.measure.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
@@ -62,18 +63,35 @@ def load(bench: Bench) -> Figures:
 
 
 def step(bench: Bench) -> Figures:
-    """Seconds a guided step by size and by batch, engines in turn; then SDXL's U-Net alone, for the ratio."""
+    """Seconds a guided step by size and by batch, engines in turn; then SDXL's U-Net alone, for the ratio.
+
+    Where time is limited, what comes last is dropped: how long it will take is known from the smallest size.
+    """
+    dropped, batches, sdxl = Dropped(), Figures(), Figures()
     with _folder() as folder, ExitStack() as stack:
         ways = _ways(bench.ways, bench, stack, folder, "unet")
         given = {"folder": str(folder), "steps": bench.steps}
-        sizes = {str(px): _in_turn(bench, ways, "step", {**given, "px": px}) for px in SIZES}
-        batches = {str(n): _in_turn(bench, ways, "step", {**given, "px": 256, "batch": n}) for n in BATCHES}
-        difference = _differences(ways, "step", {**given, "px": 256})
+        began = time.monotonic()
+        sizes = {str(SIZES[0]): _in_turn(bench, ways, "step", {**given, "px": SIZES[0]})}
+        took = time.monotonic() - began
+
+        def lacks(px: int, batch: int = 1) -> bool:
+            return dropped.lacks(bench, took * batch * (px / SIZES[0]) ** 2, f"{px} px, batch {batch}")
+
+        difference = _differences(ways, "step", {**given, "px": SIZES[0]})
+        for px in SIZES[1:]:
+            if not lacks(px):
+                sizes[str(px)] = _in_turn(bench, ways, "step", {**given, "px": px})
+        for batch in BATCHES:
+            if not lacks(SIZES[0], batch):
+                batches[str(batch)] = _in_turn(bench, ways, "step", {**given, "px": SIZES[0], "batch": batch})
         stack.close()  # SDXL needs the memory
-        sdxl_ways = _ways(("SDXL",), bench, stack, folder, "unet")
-        sdxl = {str(px): _in_turn(bench, sdxl_ways, "step", {**given, "px": px})["SDXL"] for px in (256, 512)}
-        stack.close()
-    return {"sizes": sizes, "batches": batches, "sdxl": sdxl, "difference": difference}
+        if not dropped.lacks(bench, 4 * took, "SDXL"):
+            sdxl_ways = _ways(("SDXL",), bench, stack, folder, "unet")
+            for px in SIZES[:2]:
+                sdxl[str(px)] = _in_turn(bench, sdxl_ways, "step", {**given, "px": px})["SDXL"]
+            stack.close()
+    return {"sizes": sizes, "batches": batches, "sdxl": sdxl, "difference": difference, "dropped": dropped}
 
 
 def decode(bench: Bench) -> Figures:
