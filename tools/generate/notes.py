@@ -25,7 +25,7 @@ LICENCE = (
 )
 OTHERS_LICENCES = "The other files have licences of their publishers: follow the links."
 BUILT_IN = "Nothing to download: all files are part of the pack. They are Apache-2.0."
-PER_LINE, LINE, HEAD = 56, 22, 40  # characters, pixels, pixels
+PER_LINE, LINE, HEAD = 64, 21, 20  # characters, pixels, pixels
 
 
 def note(title: str, *paragraphs: str) -> Node:
