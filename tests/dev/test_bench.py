@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,7 @@ from tests.dev.bench_fakes import FakeWorker
 from tools import commands
 from tools.harness.errors import UserError
 from tools.measure.bench import __main__ as command
-from tools.measure.bench import (
-    search,
-)
+from tools.measure.bench import peers, report, search, store
 from tools.measure.bench.asked import Bench
 from tools.measure.bench.formats import decibels, with_spread
 from tools.measure.bench.process import NO_ENGINE, Worker
@@ -100,6 +99,22 @@ def test_engines_take_turns_and_no_more_than_three_are_there_at_once(fake: type[
     assert all(len(runs) == 2 for at in figures["sizes"].values() for runs in at.values())
     assert figures["difference"]["stock"] == 0
     assert figures["difference"]["pack, exact"] == 0.25  # half a unit, over the largest value
+
+
+def test_a_peer_is_measured_where_it_is_installed_and_else_named(
+    fake: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = FakeWorker(NO_ENGINE, "cpu").machine()
+    monkeypatch.setitem(peers.NEEDED, peers.OPENVINO, "no_such_package")
+    store.add(tmp_path, "cpu", "step", machine, SECTIONS["step"](Bench(repeats=1)))
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "OpenVINO: not measured, as no_such_package is not installed (tools/requirements-peers.txt)." in text
+    monkeypatch.setitem(peers.NEEDED, peers.OPENVINO, "json")
+    store.add(tmp_path, "cpu", "step", machine, SECTIONS["step"](Bench(repeats=1)))
+    assert fake.most_open == 3  # it takes turns with the pack alone
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "| 512 | OpenVINO | 4.00 (4.00..4.00) | 8.00 x (8.00..8.00) | 3.00 |" in text
+    assert "not measured, as it computes on the CPU" in peers.why_not(peers.OPENVINO, "cuda")
 
 
 def test_a_worker_that_fails_tells_its_last_words_and_is_gone() -> None:

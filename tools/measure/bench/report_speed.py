@@ -80,6 +80,24 @@ def step(sections: Sections, kind: str) -> Iterator[str]:
         for px, runs in found["sdxl"].items()
     )
     yield from (f"Largest difference from stock's latent, over the largest value in it: {apart}.", "")
+    if peers := found.get("peers"):
+        yield from ("Peers, in turns with the pack alone:", "")
+        yield from table(
+            ("px", "engine", "seconds", "over pack, exact", "peak of the process, GB"),
+            (
+                (
+                    px,
+                    engine,
+                    times(readings.seconds(runs)),
+                    ratio(readings.ratio(readings.seconds(runs), readings.seconds(engines["pack, exact"]))),
+                    f"{readings.most(runs, kind) / 1e9:.2f}",
+                )
+                for px, engines in peers.items()
+                for engine, runs in engines.items()
+            ),
+        )
+    elif why_not := found.get("without peers"):
+        yield from (f"{why_not}.", "")
     if sdxl:
         yield from (f"SDXL's U-Net (random weights, core's classes, measured after these, alone): {sdxl}.", "")
 

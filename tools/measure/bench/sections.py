@@ -16,8 +16,9 @@ import numpy
 
 from tools.harness import testhost
 from tools.harness.assets import SHIPPED
-from tools.measure.bench import gpu_sections, published
+from tools.measure.bench import gpu_sections, peers, published
 from tools.measure.bench.asked import COMPILED, ENGINES, Bench, Dropped, Figures, Run, Survey
+from tools.measure.bench.peers import OPENVINO
 from tools.measure.bench.process import NO_ENGINE, Worker
 from tools.measure.bench.stats import bracket
 from tools.measure.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
@@ -91,7 +92,31 @@ def step(bench: Bench) -> Figures:
             for px in SIZES[:2]:
                 sdxl[str(px)] = _in_turn(bench, sdxl_ways, "step", {**given, "px": px})["SDXL"]
             stack.close()
-    return {"sizes": sizes, "batches": batches, "sdxl": sdxl, "difference": difference, "dropped": dropped}
+        beside, why_not = _peers(bench, dropped, folder, took)
+    return {
+        "sizes": sizes,
+        "batches": batches,
+        "sdxl": sdxl,
+        "difference": difference,
+        "peers": beside,
+        "without peers": why_not,
+        "dropped": dropped,
+    }
+
+
+def _peers(bench: Bench, dropped: Dropped, folder: Path, took: float) -> tuple[Figures, str]:
+    """Steps of what is measured only where it is installed, in turn with the pack alone, as it takes much memory; or
+    why not. ``took``: seconds of the smallest size's turns."""
+    if why_not := peers.why_not(OPENVINO, bench.device):
+        testhost.say(why_not)
+        return {}, why_not
+    found: Figures = {}
+    with ExitStack() as stack:
+        if not dropped.lacks(bench, 4 * took, OPENVINO):
+            ways = _ways(("pack, exact", OPENVINO), bench, stack, folder, "unet")
+            for px in SIZES[:2]:
+                found[str(px)] = _in_turn(bench, ways, "step", {"folder": str(folder), "steps": bench.steps, "px": px})
+    return found, ""
 
 
 def decode(bench: Bench) -> Figures:

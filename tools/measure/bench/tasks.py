@@ -13,6 +13,7 @@ from koala_sdxl.koala.architecture.components import LATENT_SCALE
 from koala_sdxl.koala.files.inspect import inspect_unet
 from tools.measure.bench import meter
 from tools.measure.bench.engines import UNET, Engine, activate, job
+from tools.measure.bench.peers import OPENVINO
 from tools.measure.bench.process import NO_ENGINE
 
 Tasks = Mapping[str, Callable[..., Any]]
@@ -20,6 +21,10 @@ Tasks = Mapping[str, Callable[..., Any]]
 
 def make(name: str, device: str) -> Engine:
     """The engine of that name. A worker imports ComfyUI or diffusers, whichever it needs, and not the other."""
+    if name == OPENVINO:
+        from tools.measure.bench.openvino_engine import OpenVino
+
+        return OpenVino(device)
     if name.startswith("diffusers"):
         from tools.measure.bench import diffusers_engine
 
