@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -110,6 +111,54 @@ def test_compilation_is_told_apart(fake: type[FakeWorker]) -> None:
     assert readings.more_memory(found, "1024 px", "exact") == 1
     with pytest.raises(readings.NotMeasured):
         readings.apart(found, "256 px", "exact")
+
+
+def test_a_way_that_fails_is_named_and_the_rest_is_measured(
+    fake: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(self: FakeWorker, way: str, **given: Any) -> dict[str, Any]:
+        if way == "stock, compiled":
+            raise UserError("bench: no engine failed\nno C++ compiler")
+        return plain(self, way, **given)
+
+    plain = FakeWorker.sample
+    monkeypatch.setattr(FakeWorker, "sample", sample)
+    found = SECTIONS["images"](Bench("cuda", 1))
+    assert list(found["failed"]) == ["stock, compiled"]
+    assert all("stock, compiled" not in ways for ways in found["places"].values())
+    assert all(len(ways) == len(Scale().sampled) - 1 for ways in found["places"].values())
+    assert set(found["warm"]) == {"exact", "diffusers, fast"}
+    store.add(tmp_path, "cuda", "images", FakeWorker("stock", "cuda").machine(), found)
+    assert "TorchCompileModel failed: no C++ compiler" in report.write(tmp_path).read_text("utf-8")
+
+
+def test_what_shares_a_process_with_a_way_that_fails_is_not_measured(
+    fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(self: FakeWorker, way: str, **given: Any) -> dict[str, Any]:
+        if way == "exact":
+            raise UserError("bench: no engine failed (killed, as for want of memory)")
+        return plain(self, way, **given)
+
+    plain = FakeWorker.sample
+    monkeypatch.setattr(FakeWorker, "sample", sample)
+    found = SECTIONS["images"](Bench("cuda", 1))
+    assert set(found["failed"]) == {"stock", "KOALA Sampler", "exact", "balanced", "fast"}
+    assert found["failed"]["fast"] == "with exact"
+    assert all(set(ways) == {"stock, compiled", "diffusers", "diffusers, fast"} for ways in found["places"].values())
+
+
+def test_a_section_that_fails_leaves_the_others(
+    fake: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def macs(_: FakeWorker, **__: Any) -> Any:
+        raise UserError("bench: no engine failed at macs")
+
+    monkeypatch.setattr(FakeWorker, "macs", macs)
+    with pytest.raises(UserError, match="not measured, as they failed: macs: bench: no engine failed at macs"):
+        command.run(["macs", "load"], Bench(repeats=1), tmp_path)
+    assert [*store.shared(tmp_path)] == []
+    assert [list(found) for found in store.read(tmp_path).values()] == [["load"]]
 
 
 def test_memory_that_the_driver_does_not_tell_is_none_with_a_reason() -> None:

@@ -1,8 +1,12 @@
 """The command line of the benchmark: sections are measured, their figures added, and the report is written.
 
 Usage: python3 dev.py bench [SECTION ...] [--repeats N] [--device cpu|cuda] [--limit SECONDS] [--out FOLDER]
-       python3 -m tools.measure.bench --device cuda --comfyui DIR ...    by the Python that runs it, which needs
-           ComfyUI's requirements, diffusers, accelerate and websocket-client, and for the page matplotlib
+       python -m tools.measure.bench --device cuda --comfyui DIR --limit SECONDS --out FOLDER
+
+The last one asks no registry: it is run by the Python that it is started with, which needs the requirements of ComfyUI
+and of the pack, diffusers, accelerate, requests and websocket-client; for the page matplotlib, for the memory of a
+process nvidia-ml-py. PYTHONPATH is not read: install what is missing into a virtual environment
+(``python -m venv --system-site-packages``). Figures are written section by section.
        python3 dev.py bench search --full N [--sampler NAME]
 """
 
@@ -30,8 +34,9 @@ A_SECTION = 30.0
 def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
     """Measure sections in that order, add each as soon as it is done, and write the report. Returns its path.
 
-    Raises UserError where there is no such device, or a worker fails.
+    Raises UserError where there is no such device, and in the end where a section has failed.
     """
+    failed: list[str] = []
     if names:
         if bench.device == "cuda":
             require_gpu()
@@ -41,8 +46,17 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
             if bench.left() < A_SECTION:
                 say(f"dropped for want of time: {name}")
                 continue
-            store.add(folder, bench.device, name, machine, SECTIONS[name](bench))
-    return written(folder)
+            try:
+                figures = SECTIONS[name](bench)
+            except UserError as error:  # the others are measured all the same
+                failed.append(f"{name}: {error}")
+                say(failed[-1])
+            else:
+                store.add(folder, bench.device, name, machine, figures)
+    page = written(folder)
+    if failed:
+        raise UserError(f"bench: not measured, as they failed: {'; '.join(failed)}")
+    return page
 
 
 def written(folder: Path) -> Path:

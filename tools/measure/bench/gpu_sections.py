@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 
 import numpy
 
@@ -20,10 +21,16 @@ from tools.measure.bench.asked import Bench, Dropped, Figures
 from tools.measure.bench.graphs import Image
 from tools.measure.bench.hog import Hog
 from tools.measure.bench.process import NO_ENGINE, Worker
+from tools.measure.bench.variants import PRESETS
 
-IN_COMFYUI = ("stock", "KOALA Sampler", "exact", "balanced", "fast", "stock, compiled")
-"""Ways to an image in one process of ComfyUI; ``sampling.run`` knows them."""
-IN_DIFFUSERS = ("diffusers", "diffusers, fast")
+PROCESSES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (NO_ENGINE, ("stock", "KOALA Sampler", *PRESETS)),
+    (NO_ENGINE, ("stock, compiled",)),
+    ("diffusers", ("diffusers",)),
+    ("diffusers, fast", ("diffusers, fast",)),
+)
+"""Engines, and the ways to an image that share a process: what fails in one of them fails alone. ``sampling.run`` knows
+those of ``NO_ENGINE``."""
 COMPILING = ("exact", "stock, compiled", "diffusers, fast")
 """Ways that may compile at their first run."""
 SAME_AS = {"exact": "KOALA Sampler", "balanced": "KOALA Sampler", "fast": "KOALA Sampler", "stock, compiled": "stock"}
@@ -37,67 +44,101 @@ A_PROCESS = 40.0
 def images(bench: Bench) -> Figures:
     """25 steps without decoding, ways in turn: the first run of each size, later ones, and the first run of another
     process that finds what the first one compiled."""
-    found: Figures = {"places": {}, "warm": {}, "apart": {}, "steps": bench.scale.steps}
-    dropped = Dropped()
+    found: Figures = {"places": {}, "warm": {}, "apart": {}, "failed": {}, "steps": bench.scale.steps}
+    dropped, sampled = Dropped(), bench.scale.sampled
     with _folder() as folder, TemporaryDirectory(prefix="bench-") as cache:
         compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
         with ExitStack() as stack:
-            drawers = [_Drawer(stack, bench, folder, compiled)]
-            for way in (way for way in IN_DIFFUSERS if way in bench.scale.sampled):
-                if not dropped.lacks(bench, A_PROCESS, way):
-                    drawers.append(_Drawer(stack, bench, folder, compiled, way))
-            ways = {way: drawer for drawer in drawers for way in drawer.ways if way in bench.scale.sampled}
+            ways: dict[str, _Drawer] = {}
+            for engine, of_engine in PROCESSES:
+                wanted = [way for way in of_engine if way in sampled]
+                if wanted and not dropped.lacks(bench, A_PROCESS, ", ".join(wanted)):
+                    ways |= dict.fromkeys(wanted, stack.enter_context(_Drawer(bench, folder, compiled, engine)))
             for image in bench.scale.images:
-                at, apart = _place(bench, dropped, ways, image)
+                at, apart = _place(bench, dropped, ways, image, found["failed"])
                 found["places"][str(image)], found["apart"][str(image)] = at, apart
-        for way in (way for way in COMPILING if way in bench.scale.sampled):
-            if dropped.lacks(bench, A_PROCESS, f"{way} in a new process"):
-                continue
-            with ExitStack() as stack:
-                drawer = _Drawer(stack, bench, folder, compiled, way if way in IN_DIFFUSERS else NO_ENGINE)
-                found["warm"][way] = drawer.draw(way, bench.scale.images[0])["seconds"]
-            testhost.say(f"images: {way} in a new process: {found['warm'][way]:.3g} s")
+        for engine, of_engine in PROCESSES:
+            for way in set(of_engine) & set(COMPILING) & set(sampled) - set(found["failed"]):
+                if not dropped.lacks(bench, A_PROCESS, f"{way} in a new process"):
+                    with _noted(found["failed"], way), _Drawer(bench, folder, compiled, engine) as drawer:
+                        found["warm"][way] = drawer.draw(way, bench.scale.images[0])["seconds"]
+                        testhost.say(f"images: {way} in a new process: {found['warm'][way]:.3g} s")
     return {**found, "dropped": dropped}
 
 
 class _Drawer:
-    """A process that draws: by all ways in ComfyUI, or by one of diffusers'."""
+    """A process that draws; it starts with its first image. What it says as it fails is a UserError."""
 
-    def __init__(
-        self, stack: ExitStack, bench: Bench, folder: Path, environment: Mapping[str, str], engine: str = NO_ENGINE
+    def __init__(self, bench: Bench, folder: Path, environment: Mapping[str, str], engine: str) -> None:
+        self.engine, self.folder, self.steps = engine, str(folder), bench.scale.steps
+        self._start = lambda: Worker(engine, bench.device, environment)
+        self._stack = ExitStack()
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> _Drawer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.worker = stack.enter_context(Worker(engine, bench.device, environment))
-        self.ways = IN_COMFYUI if engine == NO_ENGINE else (engine,)
-        self.folder, self.steps = str(folder), bench.scale.steps
-        if engine == NO_ENGINE:
-            self.worker.ask("load_models", folder=self.folder)
-        else:
-            self.worker.ask("load", what="unet", folder=self.folder)
+        self._stack.__exit__(kind, error, trace)
 
     def draw(self, way: str, image: Image, out: str = "") -> Figures:
         """Seconds of all steps, peak, and what is said of them."""
+        worker = self._loaded()
         given = {"folder": self.folder, "px": image.px, "batch": image.batch, "steps": self.steps, "out": out}
-        if self.ways is IN_COMFYUI:
-            made: Figures = self.worker.ask("sample", way=way, **given)
+        if self.engine == NO_ENGINE:
+            made: Figures = worker.ask("sample", way=way, **given)
             return made
-        made = self.worker.ask("step", **given)
+        made = worker.ask("step", **given)
         return {**made, "seconds": made["seconds"] * self.steps, "said": ""}
+
+    def _loaded(self) -> Worker:
+        if self._worker is None:
+            self._worker = self._stack.enter_context(self._start())
+            if self.engine == NO_ENGINE:
+                self._worker.ask("load_models", folder=self.folder)
+            else:
+                self._worker.ask("load", what="unet", folder=self.folder)
+        return self._worker
+
+
+@contextmanager
+def _noted(failed: dict[str, str], way: str) -> Iterator[None]:
+    """What goes wrong with a way is told and noted, and the rest is measured."""
+    try:
+        yield
+    except UserError as error:
+        failed[way] = str(error)[-500:]
+        testhost.say(f"images: {way}: {error}")
 
 
 def _place(
-    bench: Bench, dropped: Dropped, ways: Mapping[str, _Drawer], image: Image
+    bench: Bench, dropped: Dropped, ways: Mapping[str, _Drawer], image: Image, failed: dict[str, str]
 ) -> tuple[Figures, dict[str, float]]:
     """One size: each way's runs, and how far its latents are from the same sampler's, eager."""
     at: Figures = {}
+
+    def draw(way: str, out: str = "") -> Figures:
+        made: Figures = {}
+        with _noted(failed, way):
+            made = ways[way].draw(way, image, out)
+        if not made:  # its process is gone, and with it what others do in it
+            failed.update({other: f"with {way}" for other in ways if ways[other] is ways[way] and other not in failed})
+        return made
+
     with TemporaryDirectory(prefix="bench-") as latents:
-        for way, drawer in ways.items():
-            if not dropped.lacks(bench, A_PROCESS if way in COMPILING else A_RUN, f"{way} at {image}"):
-                first = drawer.draw(way, image, f"{latents}/{way}.npy")
-                at[way] = {"first": first["seconds"], "first peak": first["peak"], "again": [], "peak": {}, "said": ""}
+        for way in ways:
+            need = A_PROCESS if way in COMPILING else A_RUN
+            if way in failed or dropped.lacks(bench, need, f"{way} at {image}"):
+                continue
+            if first := draw(way, f"{latents}/{way}.npy"):
+                at[way] = {"first": first["seconds"], "first peak": first["peak"], "again": []}
         for _ in range(bench.repeats):
             for way, figures in at.items():
-                if not dropped.lacks(bench, A_RUN, f"{way} at {image}, again"):
-                    made = ways[way].draw(way, image)
+                if way in failed or dropped.lacks(bench, A_RUN, f"{way} at {image}, again"):
+                    continue
+                if made := draw(way):
                     figures["again"].append(made["seconds"])
                     figures |= {"peak": made["peak"], "said": made["said"]}
         apart = _apart(Path(latents))

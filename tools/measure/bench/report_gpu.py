@@ -45,6 +45,8 @@ def images(sections: Sections, kind: str) -> Iterator[str]:
                 for way, runs in ways.items()
             ),
         )
+    for way, words in found["failed"].items():
+        yield from (f"{TITLES.get(way, way)} failed: {words.splitlines()[-1]}", "")
     if found["warm"]:
         told = ", ".join(f"{TITLES.get(way, way)} {seconds:.2f} s" for way, seconds in found["warm"].items())
         yield from (f"The first run of another process, which finds what was compiled on the disk: {told}.", "")
