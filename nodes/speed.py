@@ -10,13 +10,14 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..host.accelerate.cpu_routines import install_vae
-from ..host.accelerate.patch import accelerate, full_steps_of
+from ..host.accelerate import cpu_routines, gpu_vae
+from ..host.accelerate.patch import Accelerated, accelerate, full_steps_of
 from ..host.accelerate.plan import EXACT, FULL_RANGE, PRESETS, REUSE, ROUTINES, Acceleration
 from ..host.model import model_facts
 from ..host.protocols import Model, Vae
 from ..koala.model_info import ModelFacts
 from ..koala.schedule import schedule
+from ..koala.words import Message, joined, lines, message
 from .base import CATEGORY, SHOWS, shown
 
 CUSTOM = "custom"
@@ -32,10 +33,10 @@ class KoalaAccelerate(io.ComfyNode):
             node_id="KoalaAccelerate",
             display_name="KOALA Accelerate",
             category=CATEGORY,
-            description="Speeds up sampling. exact: identical image, faster routines on the CPU. balanced and fast: "
-            "most steps run only a small part of the U-Net and reuse cached features, extrapolated from earlier steps; "
-            "a CPU that is faster in bf16 computes in bf16. Works with any sampler node; connect it last, right before "
-            "the sampler.",
+            description="Speeds up sampling. exact: the same image, by faster routines on the CPU, or by compiled code "
+            "and CUDA graphs on an NVIDIA GPU. balanced and fast: in addition most steps run only a small part of the "
+            "U-Net and reuse cached features, extrapolated from earlier steps; a CPU that is faster in bf16 uses bf16. "
+            "Works with any sampler node; connect it last, right before the sampler.",
             search_aliases=[
                 "speed",
                 "faster",
@@ -50,8 +51,8 @@ class KoalaAccelerate(io.ComfyNode):
                 io.Model.Input("model", tooltip="A KOALA model. LoRAs and patches are supported."),
                 io.DynamicCombo.Input(
                     "preset",
-                    tooltip="exact: identical image. balanced: nearly identical. fast: details and occasionally shapes "
-                    "differ. custom: your own settings.",
+                    tooltip="exact: identical image; on a GPU identical but for rounding. balanced: nearly identical. "
+                    "fast: details and occasionally shapes differ. custom: your own settings.",
                     options=[
                         *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
                         io.DynamicCombo.Option(
@@ -76,11 +77,11 @@ class KoalaAccelerate(io.ComfyNode):
                         ),
                     ],
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Optional. The VAE, to decode faster on the CPU as well."),
+                io.Vae.Input("vae", optional=True, tooltip="Optional. The VAE, to decode faster as well."),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The accelerated model, for any sampler."),
-                io.Vae.Output(display_name="VAE", tooltip="The VAE, faster on the CPU, for VAE Decode."),
+                io.Vae.Output(display_name="VAE", tooltip="The faster VAE, for VAE Decode."),
             ],
             **SHOWS,
         )
@@ -90,9 +91,8 @@ class KoalaAccelerate(io.ComfyNode):
         facts = model_facts(model)
         settings = PRESETS.get(preset["preset"]) or _custom(preset)
         made = accelerate(model, settings, _tell_sampler)
-        faster_vae, how = (ExecutionBlocker(NO_VAE), "") if vae is None else install_vae(vae, settings.routines)
-        routines = ", ".join(filter(None, (made.routines, how)))
-        return shown(_summary(facts, settings, routines), made.model, faster_vae)
+        faster_vae, how = (ExecutionBlocker(NO_VAE), "") if vae is None else _faster_vae(vae, settings.routines)
+        return shown(_summary(facts, settings, made, how), made.model, faster_vae)
 
 
 def _percent_input(name: str, default: float, when: str) -> io.Float.Input:
@@ -116,16 +116,32 @@ def _custom(preset: dict[str, Any]) -> Acceleration:
     return Acceleration(preset["cpu_routines"], REUSE[preset["reuse"]], (start, end))
 
 
-def _summary(facts: ModelFacts, settings: Acceleration, routines: str) -> str:
-    """What the node will do with the model's published number of steps, and on this machine."""
+def _faster_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
+    """The VAE as it is fastest on its device, and how, in words."""
+    on_cpu, how = cpu_routines.install_vae(vae, routines)
+    return (on_cpu, how) if how else gpu_vae.install(vae)
+
+
+def _summary(facts: ModelFacts, settings: Acceleration, made: Accelerated, vae: str) -> Message:
+    """What the node will do with the model's published number of steps, and on this machine; that it does nothing,
+    where that is so."""
     published = facts.settings
     full = full_steps_of(settings, schedule(published.steps, published.spacing, 1.0, facts.scheduler).sigmas)
-    lines = [f"{len(full)} of {published.steps} steps run the full U-Net"]
+    said = [message("{full} of {steps} steps run the full U-Net", full=len(full), steps=published.steps)]
     if settings.guided != FULL_RANGE:
-        lines.append(f"guidance from {settings.guided[0]:g} to {settings.guided[1]:g}")
-    if routines:
-        lines.append(f"on this CPU: {routines}")
-    return "\n".join(lines)
+        start, end = (f"{part:g}" for part in settings.guided)
+        said.append(message("guidance from {start} to {end}", start=start, end=end))
+    skips = len(said) > 1 or len(full) < published.steps
+    how = joined(", ", filter(None, (made.routines, made.execution, vae)))
+    if how:
+        on_cpu = made.model.load_device.type == "cpu"
+        said.append(message("on this CPU: {how}", how=how) if on_cpu else message("on this GPU: {how}", how=how))
+    if made.why_eager and (how or skips):
+        said.append(message("the U-Net as ComfyUI runs it: {why}", why=made.why_eager))
+    elif not how and not skips:
+        why = made.why_eager or message("these settings leave everything as it is")
+        said.append(message("changes nothing on this machine: {why}", why=why))
+    return lines(*said)
 
 
 def _tell_sampler(text: str) -> None:

@@ -31,37 +31,67 @@ class Call(NamedTuple):
     transformer_options: dict[str, Any]
 
 
+class _DeepFeature(torch.nn.Module):
+    """Takes the deep branch's place in the shallow one: whatever comes in, the deep feature comes out."""
+
+    value: torch.Tensor | None = None
+
+    def forward(self, computed: torch.Tensor) -> torch.Tensor | None:
+        return self.value
+
+
+class Network(NamedTuple):
+    """A ``UNetModel`` or a branch of one, and its name; ``slot`` is where the shallow branch finds the deep feature."""
+
+    name: str
+    unet: UNetModel
+    slot: _DeepFeature | None = None
+
+    def run(self, call: Call, further: Mapping[str, Any], feature: torch.Tensor | None = None) -> torch.Tensor:
+        """Its output, [batch, channels, height, width]. ``feature``: the deep feature, for the shallow branch."""
+        if self.slot is not None:
+            self.slot.value = feature
+        try:
+            output: torch.Tensor = self.unet._forward(*call, **further)
+        finally:
+            if self.slot is not None:
+                self.slot.value = None
+        return output
+
+
+Execute = Callable[[Network, Call, Mapping[str, Any], torch.Tensor | None], torch.Tensor]
+"""Runs a network with the arguments of ``Network.run``, in one way or another."""
+
+
 class Branches:
     """The two branches of one ``UNetModel``, which itself is not changed."""
 
     def __init__(self, unet: UNetModel) -> None:
-        self._feature = _DeepFeature()
         self._deep_blocks = len(unet.output_blocks) - SHALLOW_BLOCKS
-        self._deep = _with(unet, output_blocks=unet.output_blocks[:-SHALLOW_BLOCKS], out=torch.nn.Identity())
-        self._shallow = _with(
+        deep = _with(unet, output_blocks=unet.output_blocks[:-SHALLOW_BLOCKS], out=torch.nn.Identity())
+        slot = _DeepFeature()
+        shallow = _with(
             unet,
             input_blocks=unet.input_blocks[:SHALLOW_BLOCKS],
-            middle_block=TimestepEmbedSequential(self._feature),
+            middle_block=TimestepEmbedSequential(slot),
             output_blocks=unet.output_blocks[-SHALLOW_BLOCKS:],
         )
+        self._deep = Network("deep branch", deep)
+        self._shallow = Network("shallow branch", shallow, slot)
 
-    def full(self, call: Call, further: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def full(
+        self, call: Call, further: Mapping[str, Any], execute: Execute = Network.run
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The deep feature and the U-Net's output, each [batch, channels, height, width]."""
         shallow_call = self._shallow_call(call)  # first: the deep branch pops its residuals off the ControlNet's lists
-        feature = self._deep._forward(*call, **further)
-        return feature, self._run_shallow(shallow_call, feature, further)
+        feature = execute(self._deep, call, further, None)
+        return feature, execute(self._shallow, shallow_call, further, feature)
 
-    def shallow(self, call: Call, feature: torch.Tensor, further: Mapping[str, Any]) -> torch.Tensor:
+    def shallow(
+        self, call: Call, feature: torch.Tensor, further: Mapping[str, Any], execute: Execute = Network.run
+    ) -> torch.Tensor:
         """The U-Net's output from a given deep feature, both [batch, channels, height, width]."""
-        return self._run_shallow(self._shallow_call(call), feature, further)
-
-    def _run_shallow(self, call: Call, feature: torch.Tensor, further: Mapping[str, Any]) -> torch.Tensor:
-        self._feature.value = feature
-        try:
-            output: torch.Tensor = self._shallow._forward(*call, **further)
-        finally:
-            self._feature.value = None
-        return output
+        return execute(self._shallow, self._shallow_call(call), further, feature)
 
     def _shallow_call(self, call: Call) -> Call:
         """The call with the residuals and patches of the shallow branch's blocks.
@@ -81,15 +111,6 @@ class Branches:
                 _Renumbered(patch, self._deep_blocks) for patch in patches["output_block_patch"]
             ]
         return call._replace(control=control, transformer_options={**call.transformer_options, "patches": patches})
-
-
-class _DeepFeature(torch.nn.Module):
-    """Takes the deep branch's place in the shallow one: whatever comes in, the deep feature comes out."""
-
-    value: torch.Tensor | None = None
-
-    def forward(self, computed: torch.Tensor) -> torch.Tensor | None:
-        return self.value
 
 
 @dataclass(frozen=True)

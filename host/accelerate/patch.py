@@ -8,17 +8,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from comfy.model_patcher import create_model_options_clone
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
 
 from ..protocols import Executor, Guider, Model
 from . import cpu_routines
-from .branches import Branches, Call
+from .branches import Branches, Call, Execute, Network
+from .execution import Execution, on_detach
 from .feature_cache import Key, Run
 from .gates import gates
 from .plan import FULL_RANGE, Acceleration, Gates, falls, full_steps
+from .strategy import Choice, Strategy, choose
 
 KEY = "koala_accelerate"
+EXECUTION = "koala_execution"
 SINGLE_STEP_SAMPLERS = frozenset(f"sample_{name}" for name in ("euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2"))
 """ComfyUI's samplers that draw no noise and use one step's predictions; ddim is euler."""
 MULTISTEP_SAMPLERS = frozenset(
@@ -29,14 +32,23 @@ gradient_estimation, fewer steps are better."""
 
 
 class Accelerated(NamedTuple):
-    """An accelerated MODEL, and the faster routines that it uses, in words."""
+    """An accelerated MODEL, and in words: the faster routines that it uses on a CPU, how it is executed elsewhere, and
+    why it is executed as ComfyUI does it; empty where that is not so."""
 
     model: Model
     routines: str
+    execution: str
+    why_eager: str
 
 
-def accelerate(model: Model, settings: Acceleration, report: Callable[[str], None]) -> Accelerated:
-    """A clone of ``model`` that samples as ``settings`` say; after each run ``report`` gets a text on what was skipped.
+def accelerate(
+    model: Model,
+    settings: Acceleration,
+    report: Callable[[str], None],
+    choose: Callable[[Model], Choice] = choose,
+) -> Accelerated:
+    """A clone of ``model`` that samples as ``settings`` say; after each run ``report`` gets a text on what was skipped,
+    and on how the rest was executed. ``choose`` says how it is executed.
 
     Raises ValueError where another node on the MODEL skips steps already.
     """
@@ -46,15 +58,17 @@ def accelerate(model: Model, settings: Acceleration, report: Callable[[str], Non
             "this MODEL is already accelerated by KOALA Accelerate; expected one that is not. Remove one of the two "
             "nodes."
         )
-    accelerated = model.clone()
+    accelerated, strategy, execution, why_eager = choose(model)
     accelerated.set_attachments(KEY, settings)
     routines = cpu_routines.install(accelerated, settings.routines)
-    if settings.reuse.single_step or settings.guided != FULL_RANGE:
-        wrappers = _Wrappers(settings, report)
+    if _skips(settings) or not strategy.is_eager:
+        wrappers = _Wrappers(settings, strategy, report)
         accelerated.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, wrappers.outer_sample)
         accelerated.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, wrappers.predict_noise)
         accelerated.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _uncompiled(wrappers.diffusion_model))
-    return Accelerated(accelerated, routines)
+    if not strategy.is_eager:
+        accelerated.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, on_detach)
+    return Accelerated(accelerated, routines, execution, why_eager)
 
 
 def full_steps_of(settings: Acceleration, sigmas: torch.Tensor, sampler: str = "sample_euler") -> frozenset[int]:
@@ -76,8 +90,9 @@ def require_no_other_cache(options: Mapping[str, Any]) -> None:
 class _Wrappers:
     """The functions around ComfyUI's sampling. All that changes in a run is in its ``Run``, in that run's options."""
 
-    def __init__(self, settings: Acceleration, report: Callable[[str], None]) -> None:
+    def __init__(self, settings: Acceleration, strategy: Strategy, report: Callable[[str], None]) -> None:
         self.settings = settings
+        self.strategy = strategy
         self.report = report
         self.branches: WeakKeyDictionary[torch.nn.Module, Branches] = WeakKeyDictionary()
 
@@ -101,13 +116,17 @@ class _Wrappers:
             if self.settings.reuse.single_step
             else "features are not reused"
         )
+        execution = None if self.strategy.is_eager else Execution(self.strategy, guider)
         guider.model_options = create_model_options_clone(before)
-        guider.model_options["transformer_options"][KEY] = run
+        guider.model_options["transformer_options"] |= {KEY: run, EXECUTION: execution}
         try:
             output = executor(noise, latent, sampler, sigmas, *rest, **further)
         finally:
             guider.model_options = before
-        self.report(str(run))
+            if execution is not None:
+                execution.end()
+        skipped = str(run) if _skips(self.settings) else ""
+        self.report("\n".join(filter(None, (skipped, str(execution or "")))))
         return output
 
     def predict_noise(
@@ -137,9 +156,17 @@ class _Wrappers:
     def diffusion_model(self, executor: Executor, *arguments: Any, **further: Any) -> torch.Tensor:
         call = Call(*arguments)
         run: Run | None = call.transformer_options.get(KEY)
-        if run is None or run.no_reuse:
+        execution: Execution | None = call.transformer_options.get(EXECUTION)
+        if run is None or (run.no_reuse and execution is None):
             return executor(*arguments, **further)
         unet = executor.class_obj
+        execute: Execute = Network.run if execution is None else execution.run
+
+        def all_of_it(*inner_arguments: Any, **inner_further: Any) -> torch.Tensor:
+            return execute(Network("U-Net", unet), Call(*inner_arguments), inner_further, None)
+
+        if run.no_reuse:
+            return _inside(executor, all_of_it)(*arguments, **further)
         if unet not in self.branches:
             self.branches[unet] = Branches(unet)
         branches, keys = self.branches[unet], _keys(call, run)
@@ -148,18 +175,28 @@ class _Wrappers:
 
         def compute(*inner_arguments: Any, **inner_further: Any) -> torch.Tensor:
             if feature is not None:
-                return branches.shallow(Call(*inner_arguments), feature, inner_further)
-            computed, output = branches.full(Call(*inner_arguments), inner_further)
+                return branches.shallow(Call(*inner_arguments), feature, inner_further, execute)
+            computed, output = branches.full(Call(*inner_arguments), inner_further, execute)
             store(keys, computed)
             return output
 
-        inner = WrapperExecutor.new_class_executor(_uncompiled(compute), unet, executor.wrappers, executor.idx + 1)
-        output: torch.Tensor = inner.execute(*arguments, **further)
-        return output
+        return _inside(executor, compute)(*arguments, **further)
 
     def _is_guided(self, model: Model, sigma: float) -> bool:
         sampling, (start, end) = model.get_model_object("model_sampling"), self.settings.guided
         return bool(sampling.percent_to_sigma(end) <= sigma <= sampling.percent_to_sigma(start))
+
+
+def _skips(settings: Acceleration) -> bool:
+    return bool(settings.reuse.single_step) or settings.guided != FULL_RANGE
+
+
+def _inside(executor: Executor, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The wrappers that follow in an executor, around another function than the U-Net's own."""
+    unet, following = executor.class_obj, executor.idx + 1
+    inner = WrapperExecutor.new_class_executor(_uncompiled(compute), unet, executor.wrappers, following)
+    execute: Callable[..., torch.Tensor] = inner.execute
+    return execute
 
 
 def _uncompiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -144,6 +144,11 @@ EXCEPTED = (
         r"getattr\(type\(self\.control\), method\)",
         "method is one of four methods of a ControlNet, written out above",
     ),
+    Excepted(
+        "code_execution",
+        r"torch\.compile\(own\)",
+        "PyTorch's compiler, on functions of this pack's own; no text is compiled",
+    ),
 )
 LONGEST_WORD = 60
 """Characters between two spaces of a prose text, at most. nodesafe counts how evenly characters are used, by which

@@ -1,0 +1,174 @@
+"""What of a U-Net and of a VAE is compiled by ``torch.compile``: transformer blocks, and norms with their activation.
+
+Blocks of the same structure share their compiled code: KOALA's 21 or 30 transformer blocks have two structures, and all
+norms have one. So a network is compiled as fast as these three; what lies between, convolutions above all, is best
+left to the libraries. Weights are inputs of the compiled code, so that a LoRA needs no new one, and so are the sizes of
+images, batches and prompts, but for a batch of one, which PyTorch always compiles apart. PyTorch keeps compiled code on
+disk.
+
+The modules are the host's own; only their ``forward`` is another one while they run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import comfy.ops
+import torch
+from comfy.ldm.modules import attention
+from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
+from comfy.ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder, ResnetBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch.nn.functional import group_norm, silu
+
+ATTENTION = "optimized_attention_override"
+"""The transformer option by which a node chooses the routine that computes attention."""
+EXACT_ATTENTION = frozenset(f"attention_{name}" for name in ("basic", "pytorch", "split", "sub_quad", "xformers"))
+"""The host's routines that compute the same as PyTorch's, which compiled blocks use."""
+
+
+class Part(NamedTuple):
+    """A module of a network, and what runs in place of its ``forward``, with the same arguments."""
+
+    module: torch.nn.Module
+    forward: Callable[..., torch.Tensor]
+
+
+def parts(network: torch.nn.Module) -> list[Part]:
+    """The parts of a network (a ``UNetModel``, or a VAE's) that are compiled, once they first run.
+
+    A VAE's also run in channels_last memory order, in which a GPU's convolutions are faster. A U-Net's do not: between
+    its convolutions and its transformer blocks every tensor would be copied.
+    """
+    return [part for module in network.modules() for part in _parts_of(module)]
+
+
+def is_transformer(part: Part) -> bool:
+    """Whether it computes attention: its compiled code knows no patches, which act within it."""
+    return isinstance(part.module, BasicTransformerBlock)
+
+
+def attention_is_exact() -> bool:
+    """Whether the host's own choice, by its command line, is one of ``EXACT_ATTENTION``."""
+    return attention.optimized_attention.__name__ in EXACT_ATTENTION
+
+
+@contextmanager
+def running(chosen: Iterable[Part]) -> Iterator[None]:
+    """Within this context parts run their compiled code. For one thread at a time, as a network itself is."""
+    exchanged = []
+    try:
+        for module, forward in chosen:
+            if "forward" not in vars(module):  # or someone else has exchanged it
+                vars(module)["forward"] = forward
+                exchanged.append(module)
+        yield
+    finally:
+        for module in exchanged:
+            del vars(module)["forward"]
+
+
+def _parts_of(module: Any) -> Iterator[Part]:
+    if type(module) is BasicTransformerBlock:
+        structure = tuple((name, tuple(weight.shape)) for name, weight in module.named_parameters())
+        yield Part(module, partial(_transformer_block, _compiled(_transformer, structure), module))
+    elif type(module) is ResBlock and not module.use_scale_shift_norm:
+        for layers in (module.in_layers, module.out_layers):
+            yield from _norm_and_activation(layers[0], layers[1])
+    elif type(module) is ResnetBlock:  # of a VAE: one activation for both norms
+        yield from _norm_and_activation(module.norm1, module.swish, order=torch.channels_last)
+        yield from _norm_and_activation(module.norm2, order=torch.channels_last)
+    elif type(module) is AttnBlock:
+        yield Part(module.norm, partial(_norm, _compiled(_plain_norm), module.norm, torch.channels_last))
+    elif type(module) in (Encoder, Decoder):
+        yield Part(module.norm_out, partial(_norm, _compiled(_plain_norm), module.norm_out, torch.channels_last))
+        yield Part(module.conv_in, partial(_in_channels_last, module.conv_in))
+
+
+def _norm_and_activation(
+    norm: torch.nn.GroupNorm, *activation: torch.nn.Module, order: torch.memory_format = torch.preserve_format
+) -> Iterator[Part]:
+    """A norm that computes its activation as well, and the activation, which then does nothing."""
+    yield Part(norm, partial(_norm, _compiled(_activated_norm), norm, order))
+    for module in activation:
+        yield Part(module, _unchanged)
+
+
+def _in_channels_last(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = type(module).forward(module, x.contiguous(memory_format=torch.channels_last))
+    return output
+
+
+def _transformer_block(
+    compiled: Callable[..., torch.Tensor],
+    block: BasicTransformerBlock,
+    x: torch.Tensor,
+    context: torch.Tensor | None = None,
+    transformer_options: object = None,
+) -> torch.Tensor:
+    """``x``: [batch, pixels, width]; ``context``: [batch, tokens, width]. The options that matter to this block are
+    patches, with which its compiled code is not used."""
+    _of_any_size(x, 0, 1)
+    if context is not None:
+        _of_any_size(context, 0, 1)
+    return compiled(block, x, context)
+
+
+def _norm(
+    compiled: Callable[..., torch.Tensor], norm: torch.nn.GroupNorm, order: torch.memory_format, x: torch.Tensor
+) -> torch.Tensor:
+    """``x``: [batch, channels, height, width], in whichever memory order if ``order`` is preserve_format."""
+    if order is not torch.preserve_format:
+        x = x.contiguous(memory_format=order)
+    # the host's way to a layer's weights, wherever and of whichever type they are
+    weight, bias, streamed = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+    weights = weight.detach(), bias.detach()  # PyTorch compiles anew for each shape of a parameter
+    _of_any_size(x, 0, 1, 2, 3)
+    for tensor in weights:
+        _of_any_size(tensor, 0)
+    output = compiled(x, norm.num_groups, *weights, norm.eps)
+    comfy.ops.uncast_bias_weight(norm, weight, bias, streamed)
+    return output
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _transformer(block: BasicTransformerBlock, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    output: torch.Tensor = type(block).forward(block, x, context, {ATTENTION: _by_pytorch})
+    return output
+
+
+def _by_pytorch(replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    output: torch.Tensor = attention_pytorch(*args, **kwargs)
+    return output
+
+
+def _activated_norm(x: torch.Tensor, *further: Any) -> torch.Tensor:
+    return silu(group_norm(x, *further))
+
+
+def _plain_norm(x: torch.Tensor, *further: Any) -> torch.Tensor:
+    return group_norm(x, *further)
+
+
+@cache
+def _compiled(function: Any, structure: tuple[Any, ...] = ()) -> Callable[..., torch.Tensor]:
+    """The code for all modules of a structure.
+
+    PyTorch counts the variants of one code object and compiles no more than eight; so each structure has its own.
+    """
+    own = FunctionType(function.__code__.replace(), function.__globals__)
+    compiled: Callable[..., torch.Tensor] = torch.compile(own)
+    return compiled
+
+
+def _of_any_size(tensor: torch.Tensor, *dimensions: int) -> None:
+    """Compile for any size of these dimensions. Without it PyTorch takes sizes that happen to be equal, as the height
+    and the width of a square, for one, and compiles anew for another image format."""
+    torch._dynamo.maybe_mark_dynamic(tensor, list(dimensions))

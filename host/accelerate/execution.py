@@ -1,0 +1,215 @@
+"""The passes of one run, each executed in the fastest way that is right for it, and counted.
+
+A pass is captured where it depends on its tensors and on the weights only. What a node can add on top, patches,
+ControlNets, scheduled LoRAs, makes it compiled without being captured, or runs it as ComfyUI does; the reason is shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.model_management as management
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import WrappersMP
+
+from ..protocols import Guider, Model
+from .branches import Call, Network
+from .captured import Captures, Weights
+from .compiled import ATTENTION, attention_is_exact, is_transformer, parts, running
+from .strategy import GIB, Strategy, pass_memory
+
+BETWEEN_BLOCKS = frozenset(
+    ("input_block_patch", "input_block_patch_after_skip", "middle_block_after_patch", "output_block_patch", "emb_patch")
+)
+"""Patches that act between blocks; all others act within transformer blocks."""
+FREE_BETWEEN_RUNS = 6 * GIB
+"""Captured passes stay for the next run where at least this much VRAM is free beside them: decoding a 1024 x 1024 image
+takes most of it, and ComfyUI does not see what they hold."""
+REPLAYED, COMPILED, EAGERLY = "by CUDA graph", "compiled", "as ComfyUI runs them"
+"""How a pass was executed, in words."""
+COMPILED_BY_CORE = "torch.compile"
+"""Key of the wrapper by which core's TorchCompileModel, and other nodes, have a U-Net compiled."""
+
+
+class Prepared:
+    """What is made once for a U-Net: its compiled parts, and its captured passes."""
+
+    def __init__(self, unet: UNetModel, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.weights = Weights(unet)
+        self.parts = parts(unet) if strategy.compiled else []
+        self.between_patches = [part for part in self.parts if not is_transformer(part)]
+        self.captures = Captures(self.weights, strategy.recorder()) if strategy.recorder is not None else None
+        self.failed = ""
+        """Why nothing is compiled or captured any more: PyTorch could not."""
+
+    def release(self) -> None:
+        """Give back the memory of the captured passes."""
+        if self.captures is not None:
+            self.captures.clear()
+
+
+_prepared: WeakKeyDictionary[torch.nn.Module, Prepared] = WeakKeyDictionary()
+"""By U-Net, which all clones of a MODEL share: they share its captured passes, too."""
+
+
+def prepared(unet: UNetModel, strategy: Strategy) -> Prepared:
+    """What is made for a U-Net and a strategy; what was made for another one is given back."""
+    known = _prepared.get(unet)
+    if known is None or known.strategy != strategy:
+        release(unet)
+        known = _prepared[unet] = Prepared(unet, strategy)
+    return known
+
+
+def release(unet: torch.nn.Module) -> None:
+    """Give back the memory of a U-Net's captured passes."""
+    known = _prepared.get(unet)
+    if known is not None:
+        known.release()
+
+
+def on_detach(patcher: Model, unpatch_all: bool) -> None:
+    """The host takes a MODEL off the GPU: a callback for it."""
+    if unpatch_all:
+        release(patcher.model.diffusion_model)
+
+
+class Execution:
+    """Made when sampling begins. ``run`` executes a pass; the text is how passes were executed so far."""
+
+    def __init__(self, strategy: Strategy, guider: Guider) -> None:
+        self._strategy = strategy
+        self._patcher = guider.model_patcher
+        self._why_eager = _why_eager(guider)
+        self._why_not_captured = _why_not_captured(guider)
+        self._ways: Counter[tuple[str, str]] = Counter()
+
+    def __str__(self) -> str:
+        return "; ".join(f"{count} passes {how}{why and f': {why}'}" for (how, why), count in self._ways.most_common())
+
+    def run(
+        self, network: Network, call: Call, further: Mapping[str, Any], feature: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A pass through a U-Net or a branch of it, with the arguments of ``Network.run``.
+
+        Raises what that raises, and InterruptProcessingException where the person has cancelled.
+        """
+        management.throw_exception_if_processing_interrupted()  # a captured pass does not ask
+        unet = self._patcher.model.diffusion_model
+        made = prepared(unet, self._strategy)
+        made.weights.update()
+        why = self._why_eager or made.failed or _why_pass_is_eager(unet, made.weights, call, further)
+        if why:
+            return self._eager(why, network, call, further, feature)
+        try:
+            return self._faster(made, network, call, feature)
+        except management.OOM_EXCEPTION:
+            made.release()
+            management.soft_empty_cache()
+            return self._eager("too little VRAM for more", network, call, further, feature)
+        except RuntimeError as error:
+            made.release()
+            why = f"PyTorch could not: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            output = self._eager(why, network, call, further, feature)  # or it raises the same, and this pass is wrong
+            made.failed = why
+            return output
+
+    def end(self) -> None:
+        """After a run, also one that failed: give memory back where little is left."""
+        device = self._patcher.load_device
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < FREE_BETWEEN_RUNS:
+            release(self._patcher.model.diffusion_model)
+
+    def _faster(self, made: Prepared, network: Network, call: Call, feature: torch.Tensor | None) -> torch.Tensor:
+        why, within_blocks = _patches(call)
+        compiled = made.between_patches if within_blocks or not attention_is_exact() else made.parts
+        captures, inputs = made.captures, _inputs(call, feature)
+        why = why or self._why_not_captured
+        if captures is not None and not why and not captures.has(network.name, inputs):
+            why = _missing_room(self._patcher, call.x)
+        with running(compiled):
+            if captures is not None and not why:
+                output = captures.run(network.name, lambda own: _plain(network, own), inputs)
+                self._ways[REPLAYED, ""] += 1
+            else:
+                output = network.run(_with_own_residuals(call), {}, feature)
+                self._ways[COMPILED if compiled else EAGERLY, why] += 1
+        return output
+
+    def _eager(
+        self, why: str, network: Network, call: Call, further: Mapping[str, Any], feature: torch.Tensor | None
+    ) -> torch.Tensor:
+        output = network.run(call, further, feature)
+        self._ways[EAGERLY, why] += 1
+        return output
+
+
+def _why_eager(guider: Guider) -> str:
+    """Why all passes of a run are eager; empty where they need not be."""
+    patcher, options = guider.model_patcher, guider.model_options
+    wrappers = options["transformer_options"].get("wrappers", {})
+    if torch.is_grad_enabled():
+        return "gradients are computed"
+    if COMPILED_BY_CORE in wrappers.get(WrappersMP.APPLY_MODEL, {}):
+        return "another node has the U-Net compiled"
+    if any(name.startswith("diffusion_model") for name in patcher.object_patches) or patcher.injections:
+        return "another node has exchanged parts of the U-Net"
+    if "multigpu_clones" in options:
+        return "several GPUs share the work"
+    return ""
+
+
+def _why_not_captured(guider: Guider) -> str:
+    hooked = any("hooks" in cond for side in getattr(guider, "conds", {}).values() for cond in side)
+    return "LoRAs that are scheduled or masked change the weights in the course of a run" if hooked else ""
+
+
+def _why_pass_is_eager(unet: torch.nn.Module, weights: Weights, call: Call, further: Mapping[str, Any]) -> str:
+    if type(unet) is not UNetModel or call.context is None or any(value is not None for value in further.values()):
+        return "this U-Net or its inputs are not SDXL's"
+    if not weights.are_on(call.x.device):
+        return "ComfyUI streams the weights, as there is too little VRAM for them"
+    return ""
+
+
+def _patches(call: Call) -> tuple[str, bool]:
+    """What was added to a U-Net's pass, empty for nothing; and whether it acts within transformer blocks."""
+    options = call.transformer_options
+    patches = {name for name, held in options.get("patches", {}).items() if held}
+    if ATTENTION in options:
+        return "another node has chosen how attention is computed", True
+    if any(options.get("patches_replace", {}).values()) or patches - BETWEEN_BLOCKS:
+        return "patches on the MODEL act within its blocks", True
+    if patches:
+        return "patches on the MODEL act between its blocks", False
+    if any(residual is not None for residuals in (call.control or {}).values() for residual in residuals):
+        return "a ControlNet adds to its layers", False
+    return "", False
+
+
+def _missing_room(patcher: Model, x: torch.Tensor) -> str:
+    missing = pass_memory(patcher, tuple(x.shape)) + management.extra_reserved_memory()
+    missing -= management.get_free_memory(x.device)
+    return f"{missing / GIB:.1f} GiB of VRAM missing for a CUDA graph" if missing > 0 else ""
+
+
+def _inputs(call: Call, feature: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    named = {"x": call.x, "timesteps": call.timesteps, "context": call.context, "y": call.y, "feature": feature}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _plain(network: Network, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A pass that depends on tensors only."""
+    call = Call(inputs["x"], inputs["timesteps"], inputs["context"], inputs.get("y"), None, {})
+    return network.run(call, {}, inputs.get("feature"))
+
+
+def _with_own_residuals(call: Call) -> Call:
+    """A call of which a second one can be made: ComfyUI takes residuals off their lists."""
+    control = call.control and {name: list(residuals) for name, residuals in call.control.items()}
+    return call._replace(control=control)

@@ -1,0 +1,121 @@
+"""How a MODEL's passes run on this machine: compiled, captured, both or neither; chosen before it is sampled.
+
+Captured passes need weights that stay where they are. ComfyUI's dynamic VRAM streams them, so a MODEL that is captured
+is a clone without it, as core's own TorchCompileModel takes one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import comfy.model_management as management
+import torch
+
+from ...koala.words import message
+from ..protocols import Model
+from .captured import CudaGraphs, Recorder
+
+GIB = 2**30
+GUIDED_PASS = (2, 4, 128, 128)
+"""Latents of a guided pass at 1024 x 1024 pixels, for which there must be room."""
+NO_NVIDIA = message("faster execution needs an NVIDIA GPU")
+TRITON_CAPABILITY = (7, 0)
+"""The oldest NVIDIA GPUs that Triton compiles for."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """``compiled``: whether blocks are. ``recorder`` makes what captures passes; None: they are not captured."""
+
+    compiled: bool = False
+    recorder: Callable[[], Recorder] | None = None
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether passes run as ComfyUI runs them."""
+        return not self.compiled and self.recorder is None
+
+
+EAGER = Strategy()
+
+
+class Choice(NamedTuple):
+    """A clone of a MODEL and how it runs; that in words, or why it is eager, but for a CPU."""
+
+    model: Model
+    strategy: Strategy
+    words: str = ""
+    why_eager: str = ""
+
+
+def choose(model: Model) -> Choice:
+    """The fastest way that this machine offers for a MODEL, which stays as it is."""
+    device = model.load_device
+    if device.type == "cpu":
+        return Choice(model.clone(), EAGER)
+    if why := _why_eager(model):
+        return Choice(model.clone(), EAGER, why_eager=why)
+    why = why_not_compiled(device)
+    words = message("CUDA graphs ({why})", why=why) if why else message("compiled blocks and CUDA graphs")
+    return Choice(without_dynamic_vram(model), Strategy(not why, CudaGraphs), words)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Why code cannot be compiled for a device; empty where it can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return NO_NVIDIA
+    if importlib.util.find_spec("triton") is None:
+        return message("triton not found")
+    if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+        return message("this GPU is older than Triton supports")
+    return ""
+
+
+def room_is_missing(model: Model) -> float:
+    """Bytes of VRAM that are missing to hold a MODEL and capture its passes; 0 or less where none is.
+
+    What ComfyUI keeps of other models counts as free: it unloads them when the room is needed.
+    """
+    device = model.load_device
+    others = sum(one.loaded_size() for one in management.loaded_models() if one.load_device == device)
+    need = model.model_size() + pass_memory(model, GUIDED_PASS) + management.minimum_inference_memory()
+    return float(need - management.get_free_memory(device) - others)
+
+
+def pass_memory(model: Model, shape: tuple[int, ...]) -> float:
+    """The host's estimate, in bytes, of what a pass takes beside the weights. ``shape``: of the latents, the batch
+    first."""
+    return model.memory_required(list(shape))
+
+
+def without_dynamic_vram(model: Model) -> Model:
+    """A clone whose weights are loaded at once and stay; with dynamic VRAM they are read from the file once more.
+
+    ComfyUI shares them among no further clones of ``model``, so that each change of a LoRA would read them again; here
+    they are kept as long as the MODEL's own.
+    """
+    if not model.is_dynamic():
+        return model.clone()
+    resident = _resident.get(model.model)
+    clone = model.clone(disable_dynamic=True, model_override=resident)
+    if resident is None:
+        _resident[model.model] = clone.get_clone_model_override()
+    return clone
+
+
+_resident: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""A model with dynamic VRAM -> its second self without, as ``clone`` takes it; that one knows nothing of the first."""
+
+
+def _why_eager(model: Model) -> str:
+    if model.load_device.type != "cuda" or torch.version.cuda is None:
+        return NO_NVIDIA
+    if model.is_dynamic() and model.cached_patcher_init is None:
+        return message("the node that loaded this MODEL cannot load it without dynamic VRAM")
+    missing = room_is_missing(model)
+    size = f"{missing / GIB:.1f}"
+    return message("{size} GiB of VRAM missing for CUDA graphs", size=size) if missing > 0 else ""

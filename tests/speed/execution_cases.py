@@ -1,0 +1,287 @@
+"""What must hold wherever passes are compiled or captured; tests/gpu runs the same on a GPU.
+
+``Case.faster`` is koala-tiny, or another MODEL, with a way of execution; ``Case.near`` is the PSNR in decibels between
+its images and those that ComfyUI draws, which differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.model_management
+import pytest
+import torch
+from comfy.model_management import InterruptProcessingException
+from comfy_extras.nodes_freelunch import FreeU_V2
+from torch._dynamo.utils import counters
+
+import nodes as core
+from koala_sdxl.host.accelerate import execution
+from koala_sdxl.host.accelerate.patch import accelerate
+from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration
+from koala_sdxl.host.accelerate.strategy import Choice, Strategy
+from koala_sdxl.koala.architecture.layout import KOALA_700M
+from koala_sdxl.nodes.adapt import KoalaControlNet
+from koala_sdxl.nodes.lora import KoalaHookLora, KoalaLoraLoader
+from koala_sdxl.nodes.prompt import KoalaPrompt
+from tests.speed.sampling import BASE, Said, decibels, prompts, run
+from tools.measure import parity, transfer
+from tools.measure.bench.image_quality import psnr
+
+EXACT = Acceleration(OFF)
+BALANCED = Acceleration(OFF, REUSE["balanced"])
+SHORT = BASE | {"steps": 3}
+
+
+@dataclass
+class Case:
+    """A strategy, and what was told after each run."""
+
+    strategy: Strategy
+    near: float
+    said: Said = field(default_factory=Said)
+
+    used: list[Any] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Forget all that was captured."""
+        for unet in self.used:
+            execution.release(unet)
+
+    def faster(self, settings: Acceleration = EXACT, model: Any = None) -> Any:
+        """An accelerated clone."""
+        given = parity.tiny_models()[0] if model is None else model
+        self.used.append(given.model.diffusion_model)
+        return accelerate(given, settings, self.said.append, lambda one: Choice(one.clone(), self.strategy)).model
+
+    @property
+    def captures(self) -> Any:
+        """The captured passes of koala-tiny's U-Net."""
+        unet = parity.tiny_models()[0].model.diffusion_model
+        return execution.prepared(unet, self.strategy).captures
+
+    def same(self, model: Any = None, settings: Acceleration = EXACT, **changes: Any) -> torch.Tensor:
+        """Draws with and without it, and compares; returns the latents."""
+        given = parity.tiny_models()[0] if model is None else model
+        changes = {"preset": SHORT} | changes
+        texts = changes.pop("texts", None) or prompts()
+        wanted = run(given, texts, **changes)
+        found = run(self.faster(settings, given), texts, **changes)
+        assert decibels(found, wanted) >= self.near
+        return found
+
+
+def graphs_compiled() -> int:
+    """How many graphs PyTorch has compiled in this process so far."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def with_lora(model: Any, strength: float) -> Any:
+    """koala-tiny with some.safetensors, which the caller has put into models/loras."""
+    clip = parity.tiny_models()[1]
+    return KoalaLoraLoader.execute(model, clip, "some.safetensors", strength, 1.0, "auto", 0.0).result[0]
+
+
+def exact_equals_eager(case: Case) -> None:
+    """Whole passes, of all steps; the word on the sampler's node."""
+    case.same(preset=BASE)
+    assert case.said[-1] == "25 passes by CUDA graph"
+    assert len(case.captures) == 1
+
+
+def branches_equal_eager(case: Case) -> None:
+    """Deep and shallow branches, with cached features: compared with the same preset as ComfyUI executes it."""
+    wanted = run(accelerate(parity.tiny_models()[0], BALANCED, lambda _: None, _eager).model)
+    found = run(case.faster(BALANCED))
+    assert decibels(found, wanted) >= case.near
+    assert case.said[-1].splitlines() == [
+        "12 of 25 passes ran the full U-Net, 25 with guidance",
+        "37 passes by CUDA graph",
+    ]
+    assert len(case.captures) == 2
+
+
+def nothing_is_compiled_anew(case: Case) -> None:
+    """Prompts, their length, seeds, cfg, LoRAs and their strength, sizes, batches: after a first run."""
+    model = parity.tiny_models()[0]
+    case.same()
+    compiled, captured = graphs_compiled(), case.captures.count
+    case.same(texts=prompts(["a green star on a blue background"]), seed=6)
+    case.same(preset=SHORT | {"cfg": 3.0})
+    assert case.captures.count == captured
+    images = {case.same(with_lora(model, strength)).sum().item() for strength in (0.1, 0.2)}
+    images.add(case.same().sum().item())
+    assert len(images) == 3  # each LoRA drew another image
+    long = KoalaPrompt.execute(parity.tiny_models()[1], "a red circle, " * 30, "", "no style", "comfy").result
+    assert long[0][0][0].shape[1] > 77
+    case.same(texts=long)
+    for height, width, batch in ((16, 24, 1), (24, 16, 1), (16, 16, 2)):
+        case.same(texts=prompts(["a red circle"] * batch), latent={"samples": torch.zeros(batch, 4, height, width)})
+    assert graphs_compiled() == compiled
+
+
+def a_size_is_captured_once(case: Case) -> None:
+    """Also after another size; only the last few are kept."""
+    wide = {"samples": torch.zeros(1, 4, 16, 24)}
+    case.same()
+    count = case.captures.count
+    case.same(latent=wide)
+    case.same()
+    case.same(latent=wide)
+    assert case.captures.count == count + 1
+    for width in range(26, 42, 2):
+        case.same(latent={"samples": torch.zeros(1, 4, 16, width)}, preset=SHORT | {"steps": 1})
+    assert len(case.captures) == 8
+
+
+def a_lora_under_a_captured_pass(case: Case) -> None:
+    """The host puts patched weights elsewhere: the pass is captured anew, and right."""
+    model = parity.tiny_models()[0]
+    plain = case.same()
+    patched = case.same(with_lora(model, 0.2))
+    assert not torch.allclose(patched, plain, atol=1e-2)
+    assert decibels(case.same(), plain) >= case.near
+
+
+def weights_moved_away_and_back(case: Case) -> None:
+    """What the host's Free Memory does: the memory of the passes is given back, and the next run is right."""
+    before = case.same()
+    model = case.faster()
+    run(model, preset=SHORT)
+    assert len(case.captures) == 1
+    comfy.model_management.unload_all_models()
+    assert len(case.captures) == 0
+    assert decibels(run(model, preset=SHORT), before) >= case.near
+
+
+def too_little_memory_for_a_capture(case: Case) -> None:
+    """By the host's own estimate, which reads this number of a model."""
+    model = parity.tiny_models()[0].model
+    before, model.memory_usage_factor = model.memory_usage_factor, 1e9
+    try:
+        case.same()
+    finally:
+        model.memory_usage_factor = before
+    assert "GiB of VRAM missing for a CUDA graph" in case.said[-1]
+    assert len(case.captures) == 0
+    case.same()
+    assert case.said[-1] == "3 passes by CUDA graph"
+
+
+def a_cancelled_run_leaves_nothing_wrong(case: Case) -> None:
+    """Cancelled while a pass is captured, and between passes that are replayed."""
+    unet = parity.tiny_models()[0].model.diffusion_model
+    cancel = comfy.model_management.interrupt_current_processing
+    hook = unet.input_blocks[1][0].register_forward_pre_hook(lambda *_: cancel())
+    try:
+        with pytest.raises(InterruptProcessingException):
+            run(case.faster(), preset=SHORT)
+    finally:
+        hook.remove()
+    assert len(case.captures) == 0
+    wanted = case.same()
+    count = case.captures.count
+    model = parity.tiny_models()[0].clone()
+    model.set_model_sampler_pre_cfg_function(lambda given: cancel() or given["conds_out"])
+    with pytest.raises(InterruptProcessingException):
+        run(case.faster(model=model), preset=SHORT)
+    assert not any("forward" in vars(module) for module in unet.modules())
+    assert decibels(run(case.faster(), preset=SHORT), wanted) >= case.near
+    assert case.captures.count == count
+
+
+def add_ons_fall_back(case: Case) -> None:
+    """What a node adds to a U-Net is in the image, and the sampler's node is told why less was captured."""
+    model = parity.tiny_models()[0]
+    case.same(FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2).result[0])
+    assert case.said[-1].endswith(": patches on the MODEL act between its blocks")
+    patched = model.clone()
+    patched.set_model_attn2_output_patch(lambda n, options: 0.9 * n)
+    assert psnr(case.same(patched), case.same()) < 60
+    assert case.said[-2].endswith(": patches on the MODEL act within its blocks")
+    exchanged = model.clone()
+    exchanged.add_object_patch("diffusion_model.out", torch.nn.Sequential(*model.model.diffusion_model.out))
+    case.same(exchanged)
+    assert case.said[-1] == "3 passes as ComfyUI runs them: another node has exchanged parts of the U-Net"
+    chosen = model.clone()
+    options = chosen.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda function, *inputs, **named: function(*inputs, **named)
+    case.same(chosen)
+    assert case.said[-1].endswith(": another node has chosen how attention is computed")
+
+
+def controlnets_fall_back(case: Case) -> None:
+    """Their residuals reach the layers that they are for."""
+    model, layout = transfer.pair(KOALA_700M)[1], transfer.small(KOALA_700M)
+    control = KoalaControlNet.execute(transfer.controlnet()).result[0]
+    texts = transfer.conditioning(layout, transfer.hinted(control))
+    for settings in (EXACT, BALANCED):
+        wanted = transfer.sample(accelerate(model, settings, lambda _: None, _eager).model, texts, steps=5)
+        found = transfer.sample(case.faster(settings, model), texts, steps=5)
+        assert float((found - wanted).abs().max()) <= 1e-2 * float(wanted.abs().max())
+        assert ": a ControlNet adds to its layers" in case.said[-1]
+
+
+def hooks_masks_and_areas(case: Case) -> None:
+    """LoRAs that are scheduled, masks of the image, and prompts for parts of it."""
+    model = parity.tiny_models()[0]
+    hooks = KoalaHookLora.execute(model, "some.safetensors", 0.2, 1.0, "auto").result[0]
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    keyframes.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.5))
+    hooks.set_keyframes_on_hooks(keyframes)
+    case.same(texts=tuple(comfy.hooks.set_hooks_for_conditioning(side, hooks) for side in prompts()))
+    assert "LoRAs that are scheduled or masked" in case.said[-1]
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :, 64:] = 1
+    case.same(latent={"samples": torch.ones(1, 4, 16, 16), "noise_mask": mask})
+    positive, negative = prompts()
+    other = prompts(["a blue square on a black background"])[0]
+    left = core.ConditioningSetArea().append(positive, 64, 128, 0, 0, 1.0)[0]
+    right = core.ConditioningSetArea().append(other, 64, 128, 64, 0, 1.0)[0]
+    case.same(texts=(left + right, negative))
+    assert case.said[-1].endswith("by CUDA graph")
+
+
+def check(case: Callable[[Case], None], strategy: Strategy, near: float) -> None:
+    """One of the above."""
+    given = Case(strategy, near)
+    try:
+        case(given)
+    finally:
+        given.close()
+
+
+ALL: tuple[Callable[[Case], None], ...] = (
+    exact_equals_eager,
+    branches_equal_eager,
+    nothing_is_compiled_anew,
+    a_size_is_captured_once,
+    a_lora_under_a_captured_pass,
+    weights_moved_away_and_back,
+    too_little_memory_for_a_capture,
+    a_cancelled_run_leaves_nothing_wrong,
+    add_ons_fall_back,
+    controlnets_fall_back,
+    hooks_masks_and_areas,
+)
+
+
+def _eager(model: Any) -> Choice:
+    return Choice(model.clone(), Strategy())
+
+
+def put_lora(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A models/loras of one test's own, with an SDXL LoRA for koala-tiny."""
+    import folder_paths
+    from safetensors.torch import save_file
+
+    from tools.synthetic import adapters
+
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(known, "loras", ([str(folder)], known["loras"][1]))
+    save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), folder / "some.safetensors")
