@@ -173,7 +173,7 @@ def _why_pass_is_eager(unet: torch.nn.Module, weights: Weights, call: Call, furt
     if type(unet) is not UNetModel or call.context is None or any(value is not None for value in further.values()):
         return "this U-Net or its inputs are not SDXL's"
     if not weights.are_on(call.x.device):
-        return "ComfyUI streams the weights, as there is too little VRAM for them"
+        return "ComfyUI streams the weights, or changes them whenever they are used"
     return ""
 
 

@@ -20,7 +20,7 @@ from comfy_extras.nodes_freelunch import FreeU_V2
 from torch._dynamo.utils import counters
 
 import nodes as core
-from koala_sdxl.host.accelerate import execution
+from koala_sdxl.host.accelerate import execution, gpu_vae
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration
 from koala_sdxl.host.accelerate.strategy import Choice, Strategy
@@ -207,11 +207,30 @@ def add_ons_fall_back(case: Case) -> None:
     exchanged.add_object_patch("diffusion_model.out", torch.nn.Sequential(*model.model.diffusion_model.out))
     case.same(exchanged)
     assert case.said[-1] == "3 passes as ComfyUI runs them: another node has exchanged parts of the U-Net"
+    wrapped = model.clone()
+    wrapped.add_weight_wrapper("diffusion_model.out.2.weight", lambda weight: 0.9 * weight)
+    case.same(wrapped)
+    assert case.said[-1].startswith("3 passes as ComfyUI runs them: ComfyUI streams the weights")
     chosen = model.clone()
     options = chosen.model_options["transformer_options"]
     options["optimized_attention_override"] = lambda function, *inputs, **named: function(*inputs, **named)
     case.same(chosen)
     assert case.said[-1].endswith(": another node has chosen how attention is computed")
+
+
+def the_vae_draws_the_same(case: Case) -> None:
+    """Decoded, in tiles too, and encoded; the given VAE stays as it is."""
+    vae = parity.tiny_models()[2]
+    faster, words = gpu_vae.install(vae, lambda _: "")
+    assert words
+    latent = run(parity.tiny_models()[0], preset=SHORT)
+    tiles = {"tile_x": 8, "tile_y": 8, "overlap": 2}
+    wanted, found = vae.decode(latent), faster.decode(latent)
+    assert not torch.equal(found, wanted)
+    assert psnr(found, wanted) >= case.near
+    assert psnr(faster.decode_tiled(latent, **tiles), vae.decode_tiled(latent, **tiles)) >= case.near
+    assert psnr(faster.decode(faster.encode(wanted)), vae.decode(vae.encode(wanted))) >= case.near
+    assert torch.equal(vae.decode(latent), wanted)
 
 
 def controlnets_fall_back(case: Case) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from koala_sdxl.host.accelerate.strategy import Strategy
+from koala_sdxl.host.accelerate import gpu_vae
+from koala_sdxl.host.accelerate.strategy import Strategy, choose
 from tests.speed import execution_cases as cases
 from tests.speed.execution_cases import Case
-from tests.speed.recorders import Operations, Reruns
+from tests.speed.recorders import Counting, Operations, Reruns
+from tools.harness.testhost import ROOT
+from tools.measure import parity
 
 CAPTURED = Strategy(recorder=Operations)
 BOTH = Strategy(True, Reruns)
@@ -26,3 +33,73 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.__name__)
 def test_case(case: Callable[[Case], None], strategy: Strategy, loras: None) -> None:
     cases.check(case, strategy, NEAR)
+
+
+def test_the_vae() -> None:
+    cases.the_vae_draws_the_same(Case(BOTH, NEAR))
+
+
+class Failing(Counting):
+    """Fails as PyTorch may."""
+
+    error: Exception
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        run()
+        raise self.error
+
+
+def test_where_pytorch_fails_the_image_is_right_and_the_reason_is_told() -> None:
+    class Broken(Failing):
+        error = RuntimeError("operation not permitted when stream is capturing\nfurther lines")
+
+    case = Case(Strategy(recorder=Broken), NEAR)
+    case.same()
+    assert case.said[-1] == (
+        "3 passes as ComfyUI runs them: PyTorch could not: RuntimeError: operation not permitted when stream is "
+        "capturing"
+    )
+
+
+def test_where_vram_runs_out_a_pass_runs_as_comfyui_runs_it() -> None:
+    class Full(Failing):
+        error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    case = Case(Strategy(recorder=Full), NEAR)
+    case.same()
+    assert case.said[-1] == "3 passes as ComfyUI runs them: too little VRAM for more"
+
+
+def test_a_cpu_runs_as_comfyui_runs_it() -> None:
+    model = parity.tiny_models()[0]
+    choice = choose(model)
+    assert choice.strategy.is_eager
+    assert (choice.words, choice.why_eager) == ("", "")
+    assert choice.model is not model
+    assert gpu_vae.install(parity.tiny_models()[2]) == (parity.tiny_models()[2], "")
+
+
+ONE_NORM = """
+from tools.harness import inprocess
+inprocess.activate()
+import comfy.ops
+import torch
+from torch._dynamo.utils import counters
+from koala_sdxl.host.accelerate import compiled
+(part,) = compiled._norm_and_activation(comfy.ops.disable_weight_init.GroupNorm(32, 64))
+with torch.inference_mode():
+    part.forward(torch.randn(2, 64, 8, 12))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_code_is_kept_on_disk(tmp_path: Path) -> None:
+    """Another process finds what a first one compiled."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", ONE_NORM]
+    first, second = (
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    )
+    assert (first[-2:], second[-2:]) == (["0", "1"], ["1", "0"])
