@@ -66,3 +66,14 @@ def click_title(page: Page, kind: str, button: Any = "left") -> None:
     )
     page.mouse.click(x, y, button=button)
     page.wait_for_timeout(600)
+
+
+def swap_command(page: Page) -> list[str]:
+    """Give the command to swap for what is selected; returns the lines of what is said."""
+    shown = page.locator(".p-toast-detail")
+    before = shown.count()
+    page.evaluate("() => window.app.extensionManager.command.execute('KOALA.SwapUNet')")
+    shown.nth(before).wait_for()
+    lines: list[str] = shown.nth(before).inner_text().split("\n")
+    page.locator(".p-toast-close-button").nth(before).click()
+    return lines

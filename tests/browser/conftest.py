@@ -6,6 +6,7 @@ Screenshots go to the folder that KOALA_SCREENSHOTS names, else to a temporary o
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from koala_sdxl.koala.files.conventions import UNET_PREFIX
+from tests.browser import graphs
 from tools.harness import browser
 from tools.harness.client import Client
 from tools.harness.errors import UserError
 from tools.harness.server import Server, running
-from tools.harness.testhost import Host
+from tools.harness.testhost import ROOT, Host
 from tools.synthetic import adapters
 
+PACK = Path(__file__).parent / "pack" / "tiny_sdxl.py"
+ASSETS = ROOT / "assets"
 FILES = (
     "diffusion_models/koala-700m.fp16.safetensors",
     "diffusion_models/koala-lightning-700m.fp16.safetensors",
@@ -41,9 +46,13 @@ def chromium(shared: ExitStack) -> Browser:
 
 
 @pytest.fixture(scope="session")
-def server(host: Host, shared: ExitStack) -> Server:
-    """A server of these tests' own: its model files are empty, and no other test should come upon them."""
-    return shared.enter_context(running(host))
+def server(host: Host, shared: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server of these tests' own: it has nodes of theirs, its model files are empty, and no other test should come
+    upon them."""
+    pack = tmp_path_factory.mktemp("pack")
+    shutil.copy(PACK, pack)
+    save_file(adapters.unet(adapters.SMALL_SDXL), pack / "sdxl.safetensors")
+    return shared.enter_context(running(host, model_folders={"custom_nodes": [pack]}))
 
 
 @pytest.fixture(scope="session")
@@ -54,14 +63,19 @@ def client(server: Server) -> Client:
 
 @pytest.fixture(scope="session")
 def files(server: Server) -> None:
-    """The empty model files, and a small LoRA for koala-tiny."""
+    """The empty model files; koala-tiny's U-Net, its LoRA and its ControlNet in files of their own; a small LoRA."""
     for name in FILES:
         path = server.base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-    lora = server.base / "models" / "loras" / "small.safetensors"
-    lora.parent.mkdir(parents=True, exist_ok=True)
-    save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), lora)
+    models = server.base / "models"
+    for folder, name in (("loras", graphs.LORA), ("controlnet", graphs.CONTROLNET)):
+        (models / folder).mkdir(parents=True, exist_ok=True)
+        (models / folder / name).symlink_to(ASSETS / f"koala-{name}")
+    save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), models / "loras" / "small.safetensors")
+    tiny = load_file(ASSETS / "koala-tiny.safetensors")
+    unet = {key.removeprefix(UNET_PREFIX): tensor for key, tensor in tiny.items() if key.startswith(UNET_PREFIX)}
+    save_file(unet, models / "diffusion_models" / graphs.UNET)
 
 
 @pytest.fixture(params=[False, True], ids=["classic", "nodes2"])

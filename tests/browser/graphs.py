@@ -1,82 +1,127 @@
-"""SDXL graphs as a person may have them, for the swap: written down in short, built on the canvas.
+"""SDXL graphs as a person may have them, for the swap: written down in short, built on the canvas, or sent as they are.
 
-Each is drawn by a small SDXL and koala-tiny's text encoders and VAE; the same sampler seed gives the same noise.
+Each is drawn by a small SDXL and koala-tiny's text encoders and VAE; the same seed gives the same noise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from playwright.sync_api import Page
 
-SETTINGS = {"steps": 30, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
-"""What SDXL's samplers are set to before the swap."""
-SEED = 5
-PROMPT = "a red circle on a white background"
-LORA = {"lora_name": "koala-tiny-cyan.safetensors", "strength_model": 1.0}
-SAMPLER = {"seed": SEED, "control_after_generate": "fixed", **SETTINGS, "denoise": 1.0}
-NOISE = {"noise_seed": SEED, "control_after_generate": "fixed"}
-BYPASSED, MUTED = 4, 2
-
+Node = tuple[str, dict[str, Any]]
+"""A type and the values of its widgets."""
 Link = tuple[str, int, str, str]
 """Source, its output, target, name of its input."""
+
+SETTINGS = {"steps": 30, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+"""What SDXL's samplers are set to before the swap."""
+PUBLISHED = {"steps": 25, "cfg": 7.5, "sampler_name": "euler", "scheduler": "ddim_uniform"}
+SEED = 5
+PROMPT = "a red circle on a white background"
+BYPASSED, MUTED = 4, 2
+UNET = "koala-00-tiny.safetensors"
+"""koala-tiny's U-Net, the first of KOALA's files by its name."""
+LORA, CONTROLNET = "tiny-cyan.safetensors", "tiny-outline.safetensors"
+
+SDXL = "SDXL"
+KOALA: Node = ("KoalaCheckpointLoader", {"source": "built-in koala-tiny", "weight_dtype": "default"})
+APPLY: Node = ("ControlNetApplyAdvanced", {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0})
+
+
+def ksampler(**values: Any) -> Node:
+    return "KSampler", {"seed": SEED, **SETTINGS, "denoise": 1.0, **values}
+
+
+def advanced(start: int, end: int, last: bool, **values: Any) -> Node:
+    """KSamplerAdvanced for some of the steps."""
+    noise = {"add_noise": "disable" if start else "enable", "noise_seed": SEED}
+    parts = {"start_at_step": start, "end_at_step": end}
+    return "KSamplerAdvanced", {
+        **noise, **SETTINGS, **parts, "return_with_leftover_noise": "disable" if last else "enable", **values
+    }  # fmt: skip
+
+
+def lora(strength: float = 1.0, kind: str = "LoraLoader") -> Node:
+    clip = {} if "ModelOnly" in kind else {"strength_clip": 1.0}
+    own = {"trained_on": "auto", "fold_removed": 0.0} if kind == "KoalaLoraLoader" else {}
+    return kind, {"lora_name": LORA, "strength_model": strength, **clip, **own}
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes by name: their type and the values of their widgets; links; modes that are not 0; and, from the inside to
-    the outside, the nodes that are put into a subgraph, by its name."""
+    """Nodes by name; links; modes that are not 0; and what is put into subgraphs: the subgraph's name -> nodes."""
 
-    nodes: dict[str, tuple[str, dict[str, Any]]]
+    nodes: Mapping[str, Node]
     links: tuple[Link, ...]
-    modes: dict[str, int] = field(default_factory=dict)
-    subgraphs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    modes: Mapping[str, int] = field(default_factory=dict)
+    subgraphs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def saved_as(self, prefix: str) -> Graph:
+        """The same graph with another name for its image."""
+        return replace(self, nodes={**self.nodes, "image": ("SaveImage", {"filename_prefix": prefix})})
+
+    def prompt(self) -> dict[str, Any]:
+        """The graph as the server runs it; modes and subgraphs count for nothing."""
+        made: dict[str, Any] = {
+            name: {"class_type": kind, "inputs": dict(values)} for name, (kind, values) in self.nodes.items()
+        }
+        for source, output, target, name in self.links:
+            made[target]["inputs"][name] = [source, output]
+        return made
 
 
-COMMON: dict[str, tuple[str, dict[str, Any]]] = {
-    "SDXL": ("TinySDXL", {}),
-    "positive": ("CLIPTextEncode", {"text": PROMPT}),
-    "negative": ("CLIPTextEncode", {"text": ""}),
-    "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1}),
-}
+def graph(*parts: str | Link, clip: str = SDXL, show: str = "KSampler", **nodes: Any) -> Graph:
+    """A graph that shows what the sampler ``show`` gives.
 
-
-def graph(
-    samplers: dict[str, tuple[str, dict[str, Any]]],
-    links: list[Link],
-    others: dict[str, tuple[str, dict[str, Any]]] | None = None,
-    clip: str = "SDXL",
-    images: tuple[str, ...] = (),
-    **further: Any,
-) -> Graph:
-    """A graph with these samplers, each with an image of its own (``images``: of these only).
-
-    ``links`` are the MODEL's and what is special; prompts, latents and images are linked here.
+    ``parts``: links, or "A > B > C" for a MODEL that goes from each to the next. ``nodes``: named nodes; a dictionary
+    for ``modes`` and ``subgraphs``. Prompts, latent and image are added, and linked to whatever has a place for them.
     """
-    nodes, wires = {**COMMON, **(others or {}), **samplers}, list(links)
+    further = {name: nodes.pop(name) for name in ("modes", "subgraphs") if name in nodes}
+    made: dict[str, Node] = {
+        SDXL: ("TinySDXL", {}),
+        "positive": ("CLIPTextEncode", {"text": PROMPT}),
+        "negative": ("CLIPTextEncode", {"text": ""}),
+        "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1}),
+        **nodes,
+        "decode": ("VAEDecode", {}),
+        "image": ("SaveImage", {"filename_prefix": ""}),
+    }
+    links: list[Link] = [(clip, 1, "positive", "clip"), (clip, 1, "negative", "clip")]
+    for part in parts:
+        if isinstance(part, str):
+            names = part.split(" > ")
+            links += [(source, 0, target, "model") for source, target in pairwise(names)]
+        else:
+            links.append(part)
     given = {(target, name) for _, _, target, name in links}
-    wires += [(clip, 1, text, "clip") for text in ("positive", "negative")]
-    for name in samplers:
-        sources = (("positive", 0, "positive"), ("negative", 0, "negative"), ("latent", 0, "latent_image"))
-        if nodes[name][0] == "SamplerCustomAdvanced":
-            sources = sources[2:]
-        wires += [(source, slot, name, target) for source, slot, target in sources if (name, target) not in given]
-        if not images or name in images:
-            nodes[f"{name} VAE"], nodes[f"{name} image"] = ("VAEDecode", {}), ("SaveImage", {"filename_prefix": name})
-            wires += [
-                (name, 0, f"{name} VAE", "samples"),
-                ("SDXL", 2, f"{name} VAE", "vae"),
-                (f"{name} VAE", 0, f"{name} image", "images"),
-            ]
-    return Graph(nodes, tuple(wires), **further)
+    for name, (kind, _) in nodes.items():
+        wanted = {"positive": "positive", "negative": "negative", "latent": "latent_image"}
+        if kind in TAKES:
+            inputs = [(source, target) for source, target in wanted.items() if target in TAKES[kind]]
+            links += [(source, 0, name, target) for source, target in inputs if (name, target) not in given]
+    links += [(show, 0, "decode", "samples"), (SDXL, 2, "decode", "vae"), ("decode", 0, "image", "images")]
+    return Graph(made, tuple(links), **further)
+
+
+TAKES = {
+    **dict.fromkeys(("KSampler", "KSamplerAdvanced"), ("positive", "negative", "latent_image")),
+    "SamplerCustomAdvanced": ("latent_image",),
+    **dict.fromkeys(("CFGGuider", "ControlNetApplyAdvanced"), ("positive", "negative")),
+}
 
 
 BUILD = """async (graph) => {
     const { rootGraph, canvas } = window.app;
     canvas.setGraph(rootGraph);
-    await window.app.loadGraphData({ version: 0.4, nodes: [], links: [], groups: [], config: {}, extra: {},
-                                     last_node_id: 0, last_link_id: 0 });
+    window.app.clean(); // images of an earlier graph's nodes, which are known by their ids
+    const open = (saved) => // in the tab that is open
+        window.app.loadGraphData(saved, true, false, window.app.extensionManager.workflow.activeWorkflow);
+    await open({ version: 0.4, nodes: [], links: [], groups: [], config: {}, extra: {},
+                 last_node_id: 0, last_link_id: 0 });
     const made = {};
     let at = 0;
     for (const [name, [type, values]] of Object.entries(graph.nodes)) {
@@ -91,6 +136,8 @@ BUILD = """async (graph) => {
             found.value = value;
             found.callback?.(value);
         }
+        const after = node.widgets?.find((known) => known.name === 'control_after_generate');
+        if (after) after.value = 'fixed';
         made[name] = node;
     }
     for (const [source, output, target, input] of graph.links) made[source].connect(output, made[target], input);
@@ -99,26 +146,17 @@ BUILD = """async (graph) => {
         node.title = name;
         made[name] = node;
     }
+    await open(window.app.rootGraph.serialize()); // as a file of it is opened
 }"""
 
 
 def build(page: Page, wanted: Graph) -> None:
     """Put a graph on the canvas, in place of what is there, and make it what undo comes back to."""
-    described = {
-        "nodes": wanted.nodes,
-        "links": wanted.links,
-        "modes": wanted.modes,
-        "subgraphs": wanted.subgraphs,
-    }
-    page.evaluate(BUILD, described)
+    described = {"nodes": dict(wanted.nodes), "links": wanted.links}
+    page.evaluate(BUILD, {**described, "modes": dict(wanted.modes), "subgraphs": dict(wanted.subgraphs)})
     page.wait_for_timeout(300)
     page.evaluate(
         """() => { const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker;
             (tracker.captureCanvasState ?? tracker.checkState).call(tracker);
             tracker.reset(); tracker.undoQueue.length = 0; }"""
     )
-
-
-def chain(*names: str) -> list[Link]:
-    """MODEL links from each to the next."""
-    return [(source, 0, target, "model") for source, target in zip(names, names[1:], strict=False)]

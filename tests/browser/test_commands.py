@@ -6,10 +6,13 @@ from typing import Any
 
 from playwright.sync_api import Page
 
-from koala_sdxl.koala.releases import BASE, LIGHTNING
-from tests.browser.canvas import Shoot, click_title, overlaps, workflow
+from koala_sdxl.koala.releases import BASE, LIGHTNING, Settings
+from tests.browser.canvas import Shoot, add, click_title, connect, overlaps, swap_command, workflow
+from tests.browser.conftest import FILES
+from tests.browser.graphs import UNET
 from tools.harness import browser
 from tools.harness.client import Client
+from tools.harness.server import Server
 
 SWAP = "Swap U-Net for KOALA"
 
@@ -27,6 +30,49 @@ def without_swap() -> dict[str, Any]:
     assert out[3] == sampler["id"]
     sampler["widgets_values"][2:6] = [30, 6.0, "dpmpp_2m", "karras"]
     return saved
+
+
+def widgets(published: Settings, scheduler: str) -> dict[str, Any]:
+    """KSampler's, as a model was published."""
+    return {"steps": published.steps, "cfg": published.cfg, "sampler_name": "euler", "scheduler": scheduler}
+
+
+BASE_WIDGETS, LIGHTNING_WIDGETS = widgets(BASE.settings, "ddim_uniform"), widgets(LIGHTNING.settings, "simple")
+
+
+def settings(page: Page) -> list[Any]:
+    """The sampler's, in the order of BASE_WIDGETS."""
+    values = one(page, "KSampler")["widgets"]
+    return [values[name] for name in BASE_WIDGETS]
+
+
+def command(page: Page, kind: str | None) -> list[str]:
+    """Select a node and give the command to swap; returns what is said."""
+    selected = (
+        "(kind) => window.app.canvas.selectItems(window.app.rootGraph.nodes.filter((node) => node.type === kind))"
+    )
+    page.evaluate("() => window.app.canvas.deselectAll()")
+    page.evaluate(selected, kind)
+    return swap_command(page)
+
+
+def choose(page: Page, nodes_2: bool, file: str) -> None:
+    """Choose a file in KOALA U-Net Swap with the mouse, as a person does."""
+    name = file.rsplit("/")[-1]
+    browser.see_all(page)
+    if nodes_2:
+        page.locator('[data-testid="node-widget"]', has_text="unet_name").locator("[role=combobox]").click()
+        page.get_by_role("option", name=name).click()
+    else:
+        x, y = page.evaluate(
+            """() => { const node = window.app.rootGraph.nodes.find((known) => known.type === 'KoalaUNetSwap');
+                const widget = node.widgets.find((known) => known.name === 'unet_name');
+                return window.app.canvasPosToClientPos(
+                    [node.pos[0] + node.size[0] / 2, node.pos[1] + (widget.last_y ?? widget.y) + 10]); }"""
+        )
+        page.mouse.click(x, y)
+        page.locator(".litemenu-entry", has_text=name).click()
+    page.wait_for_timeout(500)
 
 
 def one(page: Page, kind: str) -> dict[str, Any]:
@@ -67,11 +113,8 @@ def test_swap_from_the_nodes_menu_undo_redo(page: Page, shoot: Shoot) -> None:
     assert overlaps(page) == []
     assert swap["inputs"]["model"] == one(page, "CheckpointLoaderSimple")["id"]
     assert sampler["inputs"]["model"] == swap["id"]
-    assert swap["widgets"]["unet_name"] == "koala-700m.fp16.safetensors"
-    base = BASE.settings
-    assert [sampler["widgets"][name] for name in ("steps", "cfg", "sampler_name", "scheduler")] == [
-        base.steps, base.cfg, "euler", "ddim_uniform",
-    ]  # fmt: skip
+    assert swap["widgets"]["unet_name"] == UNET
+    assert settings(page) == [*BASE_WIDGETS.values()]
     others = {"KoalaUNetSwap", "KSampler"}
     assert [node for node in swapped if node["type"] not in others] == [
         node for node in before if node["type"] not in others
@@ -98,35 +141,74 @@ def test_swap_by_the_selections_toolbox(page: Page, shoot: Shoot) -> None:
     assert len([node for node in browser.nodes(page) if node["type"] == "KoalaUNetSwap"]) == 1
 
 
-def test_a_model_that_leaves_its_subgraph_is_swapped_from_outside(page: Page) -> None:
+def test_what_cannot_be_swapped_is_said(page: Page) -> None:
+    """Nothing selected, a node without a MODEL, a MODEL that goes nowhere, and KOALA's own."""
+    browser.open_workflow(page, workflow("KOALA-tiny text to image"))
+    nothing = "Select a node with a MODEL output first, such as Load Checkpoint."
+    for kind in (None, "KoalaSampler", "KoalaCheckpointLoader"):
+        assert command(page, kind) == [nothing]
+    add(page, "CheckpointLoaderSimple")
+    title = "Load Checkpoint"
+    assert command(page, "CheckpointLoaderSimple") == [
+        f'The MODEL output of "{title}" is not connected. Connect it first.'
+    ]
+    patch = add(page, "RescaleCFG")
+    loader, sampler = (one(page, kind)["id"] for kind in ("KoalaCheckpointLoader", "KoalaSampler"))
+    connect(page, loader, 0, patch, "model")
+    connect(page, patch, 0, sampler, "model")
+    assert command(page, "RescaleCFG") == ['"RescaleCFG" has a KOALA model already.']
+    assert "KoalaUNetSwap" not in {node["type"] for node in browser.nodes(page)}
+
+
+def test_another_file_sets_the_samplers_again_but_for_what_a_person_has_set(
+    page: Page, nodes_2: bool, shoot: Shoot
+) -> None:
     browser.open_workflow(page, without_swap())
+    command(page, "CheckpointLoaderSimple")
+    start_history(page)
+    before = browser.nodes(page)
+    assert settings(page) == [*BASE_WIDGETS.values()]
+    choose(page, nodes_2, FILES[1])
+    assert settings(page) == [*LIGHTNING_WIDGETS.values()]
+    shoot("lightning")
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Undo')")
+    page.wait_for_timeout(700)
+    assert browser.nodes(page) == before
     page.evaluate(
-        """() => { const { canvas, rootGraph } = window.app;
-            const loader = rootGraph.nodes.find((node) => node.type === 'CheckpointLoaderSimple');
-            const { node, subgraph } = rootGraph.convertToSubgraph(new Set([loader]));
-            window.koalaSubgraph = node;
-            canvas.setGraph(subgraph);
-            canvas.selectItems([subgraph.nodes[0]]);
-            return window.app.extensionManager.command.execute('KOALA.SwapUNet'); }"""
+        """() => { const sampler = window.app.rootGraph.nodes.find((node) => node.type === 'KSampler');
+            sampler.widgets.find((widget) => widget.name === 'steps').value = 40; }"""
     )
-    page.get_by_text("leaves this subgraph").wait_for()
-    page.evaluate(
-        """() => { const { canvas, rootGraph } = window.app;
-            canvas.setGraph(rootGraph);
-            canvas.selectItems([window.koalaSubgraph]);
-            return window.app.extensionManager.command.execute('KOALA.SwapUNet'); }"""
-    )
-    swap, outside = one(page, "KoalaUNetSwap"), page.evaluate("() => window.koalaSubgraph.id")
-    assert swap["inputs"]["model"] == outside
-    assert one(page, "KSampler")["inputs"]["model"] == swap["id"]
+    choose(page, nodes_2, FILES[1])
+    assert settings(page) == [40, *[*LIGHTNING_WIDGETS.values()][1:]]
+    page.get_by_text('not set: "KSampler": steps, because it is 40, not what was set before').wait_for()
+
+
+def test_a_file_that_comes_later_sets_the_samplers(page: Page, nodes_2: bool, server: Server) -> None:
+    """The U-Nets come while the canvas is open: R lists them."""
+    folder = server.base / "models" / "diffusion_models"
+    aside = folder.rename(folder.with_name("aside"))
+    folder.mkdir()
+    try:
+        page.evaluate("() => window.app.refreshComboInNodes()")
+        browser.open_workflow(page, without_swap())
+        said = command(page, "CheckpointLoaderSimple")
+        assert said[0] == "KOALA U-Net Swap in place"
+        assert said[1].startswith("models/diffusion_models has no U-Net yet")
+        assert one(page, "KoalaUNetSwap")["widgets"]["unet_name"] in ("", None)
+    finally:
+        folder.rmdir()
+        aside.rename(folder)
+    page.evaluate("() => window.app.refreshComboInNodes()")
+    page.wait_for_timeout(500)
+    choose(page, nodes_2, FILES[1])
+    assert settings(page) == [*LIGHTNING_WIDGETS.values()]
 
 
 def test_lightnings_settings_come_with_its_file(client: Client, files: None) -> None:
     inputs = client.object_info()["KoalaUNetSwap"]["input"]["required"]
     published = inputs["unet_name"][1]["koala_published"]
-    fast = LIGHTNING.settings
-    wanted = {"steps": fast.steps, "cfg": fast.cfg, "sampler_name": "euler", "scheduler": "simple"}
-    assert published["koala-lightning-700m.fp16.safetensors"] == wanted
+    assert published["koala-lightning-700m.fp16.safetensors"] == LIGHTNING_WIDGETS
+    assert published[""] == BASE_WIDGETS  # where none is chosen yet
 
 
 def test_a_text_to_image_graph_is_inserted_and_runs(page: Page, shoot: Shoot) -> None:

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { INPUTS, linkInto, OUTPUTS, spot } from "../../web/lib/links.mjs";
-import { inPlace, placements, placeSwaps, startOf } from "../../web/lib/placing.mjs";
+import { distinct, inPlace, placements, placeSwaps, startOf } from "../../web/lib/placing.mjs";
 import { translate } from "../../web/lib/words.mjs";
 import { subgraph, use } from "./fakes.mjs";
 import { add, chain, empty, made } from "./sdxl.mjs";
@@ -10,7 +10,7 @@ const MODEL = { inputs: { model: "MODEL" }, outputs: { MODEL: "MODEL" } };
 
 /** Place the swaps for nodes; returns what placeSwaps gives. */
 function swap(root, ...nodes) {
-  const wires = nodes.flatMap((node) => startOf(root, node).wires);
+  const wires = distinct(nodes.flatMap((node) => startOf(root, node).wires));
   return placeSwaps(wires, placements(wires), (output, like) => {
     const node = made("swap", { title: "new", widgets: { unet_name: like?.values.unet_name ?? "file" } });
     output.graph.add(node);
@@ -184,7 +184,12 @@ test("several nodes of one chain: one swap", () => {
   });
   chain(loader, lora, sampler);
   chain(second, other);
-  assert.equal(swap(graph, loader, lora, second).added.length, 2);
+  const wires = () => distinct([lora, loader, second].flatMap((node) => startOf(graph, node).wires));
+  assert.equal(wires().length, 2);
+  assert.equal(swap(graph, lora, loader, second).added.length, 2);
+  assert.deepEqual(graph.wires, ["loader>lora", "lora>new", "new>other", "new>sampler", "second>new"]);
+  const again = wires();
+  assert.equal(inPlace(again, placements(again)), true);
 });
 
 test("a swap in front of LoRAs is moved behind them, from wherever it is asked for", () => {

@@ -5,6 +5,8 @@
 
 const GAP = 80; // pixels between nodes, a title's height among them
 
+const DRAWN = 300; // milliseconds after which Nodes 2.0 has drawn new nodes
+
 /**
  * Set a widget as a person does.
  * @param {ComfyWidget} widget
@@ -17,17 +19,25 @@ export function setWidget(widget, value) {
 
 /**
  * Make changes that count as one step for undo.
+ *
+ * Nodes 2.0 measures new nodes when it has drawn them, and their sizes belong to the step: there it ends after that.
  * @param {ComfyApp} app
  * @param {(graph: ComfyGraph) => void} change
  */
 export function asOneStep(app, change) {
+  const end = () => {
+    app.canvas.emitAfterChange();
+    app.canvas.setDirty(true, true);
+  };
   app.canvas.emitBeforeChange();
   try {
     change(app.canvas.graph);
-  } finally {
-    app.canvas.emitAfterChange();
-    app.canvas.setDirty(true, true);
+  } catch (error) {
+    end();
+    throw error;
   }
+  if (LiteGraph.vueNodesMode) setTimeout(end, DRAWN);
+  else end();
 }
 
 /**

@@ -2,7 +2,7 @@
 // Where KOALA U-Net Swaps belong: behind everything that changes SDXL's MODEL, in front of everything that uses it.
 
 import { connect, endOf, key, linkInto, linksFrom, spot } from "./links.mjs";
-import { follow, isKoala, modelOutputs, SWAP, upstream } from "./models.mjs";
+import { allBranches, follow, isKoala, modelOutputs, SWAP, upstream } from "./models.mjs";
 import { message } from "./words.mjs";
 
 /**
@@ -42,6 +42,19 @@ export function startOf(root, node) {
     wires: [],
     problem: message('The MODEL of "{node}" comes to no sampler. Connect it first.', { node: node.title }),
   };
+}
+
+/**
+ * What a person wants to be swapped, each output once: those that another one leads to are left out.
+ * @param {Wire[]} wires
+ * @returns {Wire[]}
+ */
+export function distinct(wires) {
+  const largest = [...wires].sort((one, other) => allBranches([other]).length - allBranches([one]).length);
+  return largest.filter((wire, at) => {
+    const before = allWires(largest.slice(0, at)).map(key);
+    return !before.includes(key(wire));
+  });
 }
 
 /**

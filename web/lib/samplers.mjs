@@ -181,11 +181,11 @@ function leaves(node) {
 
 /**
  * @param {ComfyGraph} root
- * @param {Omit<Wish, "value">} setting
+ * @param {Omit<Wish, "value"> & { value?: Wish["value"] }} wish
  * @param {(end: Spot) => boolean} wanted whether an input is to have the same value
  * @returns {Holder[]}
  */
-export function holdersOf(root, { node, path, name }, wanted) {
+export function holdersOf(root, { node, path, name, value }, wanted) {
   const own = widgetOf(node, name);
   const slot = (node.inputs ?? []).findIndex((input) => (input.widget?.name ?? input.name) === name);
   if (slot < 0 || !linkInto(spot(node, slot))) return own ? [{ node, widget: own }] : [];
@@ -199,7 +199,7 @@ export function holdersOf(root, { node, path, name }, wanted) {
         )
       : constant(source.node);
     if (!widget) return { fault: message('it comes from "{node}", which computes it', { node: title }) };
-    if (!feeds(root, source).every(wanted)) {
+    if (widget.value !== value && !feeds(root, source).every(wanted)) {
       return { fault: message('it comes from "{node}", which feeds other nodes, too', { node: title }) };
     }
     return { node: source.node, widget };

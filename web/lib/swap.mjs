@@ -6,7 +6,7 @@ import { addBelow, asOneStep, create, setWidget } from "./edit.mjs";
 import { isBeside, merge } from "./exchange.mjs";
 import { connect, spot } from "./links.mjs";
 import { allBranches, follow, isBehind, isKoala, isMerge, SWAP } from "./models.mjs";
-import { inPlace, placements, placeSwaps, startOf } from "./placing.mjs";
+import { distinct, inPlace, placements, placeSwaps, startOf } from "./placing.mjs";
 import { samplersAt, samplersOf, widgetOf } from "./samplers.mjs";
 import { apply, plan, report } from "./settings.mjs";
 import { joined, message } from "./words.mjs";
@@ -34,7 +34,7 @@ const [FILE, NONE] = ["unet_name", ""];
 export function swapUNet(app, nodes) {
   const root = app.rootGraph ?? app.canvas.graph;
   const starts = nodes.map((node) => startOf(root, node));
-  const wires = starts.flatMap((start) => start.wires);
+  const wires = distinct(starts.flatMap((start) => start.wires));
   const problems = starts.flatMap(({ problem }) => (problem ? [problem] : []));
   const found = placements(wires);
   if (!found.length) return { severity: "warn", words: joined("\n", problems) };

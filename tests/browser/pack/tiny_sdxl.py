@@ -19,9 +19,9 @@ UNET = Path(__file__).parent / "sdxl.safetensors"
 CATEGORY = "tests"
 
 
-def koala_loader() -> Any:
-    """The tested pack's loader, for what a small SDXL has in common with koala-tiny."""
-    return next(module for name, module in sys.modules.items() if name.endswith(".koala_loader"))
+def tested(name: str) -> Any:
+    """A module of the tested pack, for what a small SDXL has in common with koala-tiny."""
+    return next(module for path, module in sys.modules.items() if path.endswith(f"koala-sdxl.{name}"))
 
 
 class TinySDXL:
@@ -31,12 +31,12 @@ class TinySDXL:
     RETURN_TYPES: ClassVar = ("MODEL", "CLIP", "VAE")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {"required": {}}
 
     def load(self) -> tuple[Any, Any, Any]:
-        loader = koala_loader()
-        layout = loader.inspect_model(UNET).unet.layout
+        loader = tested("koala_loader")
+        layout = tested("koala.files.inspect").inspect_model(UNET).unet.layout
         config = comfy.supported_models.SDXL(loader.unet_config(layout))
         model = config.get_model({}, "")
         model.diffusion_model.load_state_dict(comfy.utils.load_torch_file(str(UNET)))
@@ -54,7 +54,7 @@ class UnknownPatch:
     RETURN_TYPES: ClassVar = ("MODEL",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {"required": {"model": ("MODEL",)}}
 
     def patch(self, model: Any) -> tuple[Any]:
@@ -72,7 +72,7 @@ class UnknownUser:
     RETURN_TYPES: ClassVar = ("STRING",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {"required": {"model": ("MODEL",)}}
 
     def use(self, model: Any) -> tuple[str]:
