@@ -23,7 +23,7 @@ import nodes as core
 from koala_sdxl.host.accelerate import execution, gpu_vae
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration
-from koala_sdxl.host.accelerate.strategy import Choice, Strategy
+from koala_sdxl.host.accelerate.strategy import EAGER, Choice, Strategy
 from koala_sdxl.koala.architecture.layout import KOALA_700M
 from koala_sdxl.nodes.adapt import KoalaControlNet
 from koala_sdxl.nodes.lora import KoalaHookLora, KoalaLoraLoader
@@ -86,6 +86,18 @@ def with_lora(model: Any, strength: float) -> Any:
     return KoalaLoraLoader.execute(model, clip, "some.safetensors", strength, 1.0, "auto", 0.0).result[0]
 
 
+def eagerly(model: Any, settings: Acceleration) -> Any:
+    """An accelerated clone whose passes run as ComfyUI runs them."""
+    return accelerate(model, settings, lambda _: None, lambda one: Choice(one.clone(), EAGER)).model
+
+
+def in_type(model: Any, dtype: torch.dtype) -> Any:
+    """A clone that computes in a type, whatever its weights have."""
+    typed = model.clone()
+    typed.set_model_compute_dtype(dtype)
+    return typed
+
+
 def exact_equals_eager(case: Case) -> None:
     """Whole passes, of all steps; the word on the sampler's node."""
     case.same(preset=BASE)
@@ -95,7 +107,7 @@ def exact_equals_eager(case: Case) -> None:
 
 def branches_equal_eager(case: Case) -> None:
     """Deep and shallow branches, with cached features: compared with the same preset as ComfyUI executes it."""
-    wanted = run(accelerate(parity.tiny_models()[0], BALANCED, lambda _: None, _eager).model)
+    wanted = run(eagerly(parity.tiny_models()[0], BALANCED))
     found = run(case.faster(BALANCED))
     assert decibels(found, wanted) >= case.near
     assert case.said[-1].splitlines() == [
@@ -218,6 +230,14 @@ def add_ons_fall_back(case: Case) -> None:
     assert case.said[-1].endswith(": another node has chosen how attention is computed")
 
 
+def weights_of_another_type(case: Case) -> None:
+    """The host converts them whenever they are used, as it does with fp8."""
+    model = in_type(parity.tiny_models()[0], torch.bfloat16)
+    wanted, found = (run(one, preset=SHORT) for one in (model, case.faster(model=model)))
+    assert decibels(found, wanted) >= min(case.near, 38)
+    assert case.said[-1] == "3 passes by CUDA graph"
+
+
 def the_vae_draws_the_same(case: Case) -> None:
     """Decoded, in tiles too, and encoded; the given VAE stays as it is."""
     vae = parity.tiny_models()[2]
@@ -239,7 +259,7 @@ def controlnets_fall_back(case: Case) -> None:
     control = KoalaControlNet.execute(transfer.controlnet()).result[0]
     texts = transfer.conditioning(layout, transfer.hinted(control))
     for settings in (EXACT, BALANCED):
-        wanted = transfer.sample(accelerate(model, settings, lambda _: None, _eager).model, texts, steps=5)
+        wanted = transfer.sample(eagerly(model, settings), texts, steps=5)
         found = transfer.sample(case.faster(settings, model), texts, steps=5)
         assert float((found - wanted).abs().max()) <= 1e-2 * float(wanted.abs().max())
         assert ": a ControlNet adds to its layers" in case.said[-1]
@@ -281,6 +301,7 @@ ALL: tuple[Callable[[Case], None], ...] = (
     nothing_is_compiled_anew,
     a_size_is_captured_once,
     a_lora_under_a_captured_pass,
+    weights_of_another_type,
     weights_moved_away_and_back,
     too_little_memory_for_a_capture,
     a_cancelled_run_leaves_nothing_wrong,
@@ -288,10 +309,6 @@ ALL: tuple[Callable[[Case], None], ...] = (
     controlnets_fall_back,
     hooks_masks_and_areas,
 )
-
-
-def _eager(model: Any) -> Choice:
-    return Choice(model.clone(), Strategy())
 
 
 def put_lora(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.ops
 import folder_paths
 import pytest
 import torch
+from comfy.ldm.modules.attention import FeedForward
 from comfy_extras.nodes_hypernetwork import HypernetworkLoader
 
 from koala_sdxl.host.accelerate import cpu_routines as kernels
@@ -200,6 +202,60 @@ def test_a_layer_whose_weights_change_in_place_is_computed_with_the_new_ones(
         after = layer(x)
     assert torch.allclose(after, 2 * before, atol=1e-5)
     assert len(as_products) == 2
+
+
+def feed_forward() -> Any:
+    """A U-Net of one of ComfyUI's layers, random."""
+    layer = FeedForward(24, glu=True, operations=comfy.ops.disable_weight_init)
+    for weights in layer.parameters():
+        torch.nn.init.normal_(weights, std=0.2)
+    return torch.nn.Sequential(layer)
+
+
+def test_a_feed_forward_layer_in_pieces_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, x = feed_forward(), torch.randn(2, 50, 24)
+    rows: list[int] = []
+    unet[0].net[0].register_forward_hook(lambda _, given, __: rows.append(given[0].numel() // 24))
+    bytes_of_a_row = 2 * 4 * 24 * 4
+    with torch.inference_mode():
+        wanted = unet(x)
+        with kernels.feed_forward_in_pieces(unet):
+            assert torch.equal(unet(x), wanted)
+        monkeypatch.setattr(kernels, "LARGE", 99 * bytes_of_a_row)
+        monkeypatch.setattr(kernels, "PIECE", 32 * bytes_of_a_row)
+        with kernels.feed_forward_in_pieces(unet):
+            found = unet(x)
+            assert unet(x[:, :49]).shape == (2, 49, 24)
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(unet(x), wanted)
+    assert rows == [100, 100, 32, 32, 32, 4, 98, 100]
+
+
+@pytest.mark.parametrize("changed", ["converts", "patched", "another node's"])
+def test_other_feed_forward_layers_stay(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LARGE", 0)
+    monkeypatch.setattr(kernels, "PIECE", 1)
+    unet, x, calls = feed_forward(), torch.randn(1, 6, 24), []
+    layer = unet[0]
+    layer.net[0].register_forward_hook(lambda *_: calls.append(0))
+    if changed == "converts":
+        layer.half()
+        x = x.half()
+    elif changed == "patched":
+        layer.net[2].weight_function = [lambda weights: weights]
+    else:
+        own = vars(layer)["forward"] = lambda x: layer.net(x) + 1
+    with torch.inference_mode(), kernels.feed_forward_in_pieces(unet):
+        unet(x)
+    assert len(calls) == 1
+    assert vars(layer).get("forward") is (own if changed == "another node's" else None)
+
+
+def test_layers_are_as_before_when_a_run_breaks_off() -> None:
+    unet = feed_forward()
+    with pytest.raises(KeyboardInterrupt), kernels.feed_forward_in_pieces(unet):
+        raise KeyboardInterrupt
+    assert "forward" not in vars(unet[0])
 
 
 def test_the_processor_is_measured_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def tiny(case: Case) -> tuple[Row, Row]:
     made = KoalaSampler.execute(
         model, positive, negative, {"samples": latent}, case.seed, preset, "euler", case.denoise
     ).result[0]["samples"]
-    wanted = _reference_latents(case, start)
+    wanted = reference_latents(case, start)
     pixels = (vae.decode(made) * 255).floor()  # core's SaveImage truncates where diffusers rounds
     pipe = tiny_pipeline()
     decoded = pipe.vae.decode(wanted / LATENT_SCALE).sample
@@ -148,7 +148,7 @@ def tiny_custom_graph() -> Row:
     ).result[0]["samples"]
     return Row(
         "koala-tiny, KOALA Scheduler + SamplerCustom, image to image: final latent",
-        _largest(made * LATENT_SCALE, _reference_latents(case, start)),
+        _largest(made * LATENT_SCALE, reference_latents(case, start)),
         LATENT_BOUND,
         "latent units",
     )
@@ -220,7 +220,8 @@ def _in_fp32(file: Path, at_once: int = 100) -> dict[str, torch.Tensor]:
     return state
 
 
-def _reference_latents(case: Case, start: torch.Tensor | None) -> torch.Tensor:
+def reference_latents(case: Case, start: torch.Tensor | None = None) -> torch.Tensor:
+    """diffusers' latents of a case, [batch, 4, height / 8, width / 8]. ``start``: the image that it begins with."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 
     pipe = tiny_pipeline()

@@ -1,0 +1,99 @@
+"""Passes compiled and captured: the CPU's cases on a GPU, with CUDA graphs, and where VRAM is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+
+from koala_sdxl.host.accelerate.captured import CudaGraphs
+from koala_sdxl.host.accelerate.execution import prepared
+from koala_sdxl.host.accelerate.plan import PRESETS
+from koala_sdxl.host.accelerate.strategy import GIB, Strategy, choose
+from koala_sdxl.nodes.speed import KoalaAccelerate
+from tests.speed import execution_cases as cases
+from tests.speed.execution_cases import SHORT, Case
+from tests.speed.sampling import decibels, prompts, run
+from tools.measure import parity
+
+CAPTURED = Strategy(recorder=CudaGraphs)
+BOTH = Strategy(True, CudaGraphs)
+NEAR = 45.0  # decibels; rounding in fp16
+
+
+@pytest.fixture
+def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases.put_lora(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("strategy", [CAPTURED, BOTH], ids=["captured", "compiled and captured"])
+@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.__name__)
+def test_case(case: Callable[[Case], None], strategy: Strategy, loras: None) -> None:
+    cases.check(case, strategy, NEAR)
+
+
+def test_the_vae() -> None:
+    cases.the_vae_draws_the_same(Case(BOTH, 40.0))  # it computes in bf16
+
+
+def test_what_is_chosen_here() -> None:
+    choice = choose(parity.tiny_models()[0])
+    assert choice.strategy.recorder is CudaGraphs
+    assert choice.why_eager == ""
+    assert "CUDA graphs" in choice.words
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_draws_what_it_draws_uncaptured(preset: str) -> None:
+    model, texts = parity.tiny_models()[0], prompts()
+    eager = cases.eagerly(model, PRESETS[preset])
+    node = KoalaAccelerate.execute(model, {"preset": preset})
+    assert "on this GPU: " in node.ui["text"][0]
+    assert decibels(run(node.result[0], texts), run(eager, texts)) >= NEAR
+
+
+def test_a_captured_pass_takes_as_much_memory_as_is_reckoned_with() -> None:
+    case = Case(BOTH, NEAR)
+    latent = {"samples": torch.zeros(1, 4, 128, 128)}
+    run(parity.tiny_models()[0], preset=SHORT, latent=latent)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    run(case.faster(), preset=SHORT, latent=latent)
+    comfy.model_management.soft_empty_cache()
+    assert torch.cuda.memory_reserved() - before <= 1.2 * GIB
+    case.close()
+    assert torch.cuda.memory_reserved() - before <= 0.1 * GIB
+
+
+def test_where_vram_is_short_it_says_so_and_draws() -> None:
+    comfy.model_management.unload_all_models()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    held = torch.empty(int(free - 1.2 * GIB), dtype=torch.uint8, device="cuda")
+    try:
+        made = KoalaAccelerate.execute(parity.tiny_models()[0], {"preset": "exact"})
+        assert "changes nothing on this machine: " in made.ui["text"][0]
+        assert "GiB of VRAM missing for CUDA graphs" in made.ui["text"][0]
+        assert run(made.result[0], preset=SHORT).isfinite().all()
+    finally:
+        del held
+
+
+def test_memory_is_given_back_after_a_run_where_little_is_left() -> None:
+    case = Case(CAPTURED, NEAR)
+    model = case.faster()
+    run(model, preset=SHORT)
+    unet = parity.tiny_models()[0].model.diffusion_model
+    captures = prepared(unet, CAPTURED).captures
+    assert captures is not None
+    assert len(captures) == 1
+    held = torch.empty(int(torch.cuda.mem_get_info()[0] - 4 * GIB), dtype=torch.uint8, device="cuda")
+    try:
+        run(model, preset=SHORT)
+        assert len(captures) == 0
+    finally:
+        del held
+        case.close()
