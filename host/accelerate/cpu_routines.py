@@ -3,22 +3,25 @@
 PyTorch uses MKL for fp32 matrix products, which is slower than oneDNN on many processors, above all on those that are
 not Intel's. It uses oneDNN for convolutions, which copies the weights into an order of its own every time: where an
 image is small and the weights are large, as in KOALA's deepest blocks, the copy takes longer than the convolution, and
-a matrix product is faster. ComfyUI uses a memory-saving routine for attention on the CPU, and computes in fp32 even
-where the processor has units for bf16. The routines here compute the same faster, in another order of summation.
-Nothing is switched for the process: they are exchanged while a MODEL's U-Net or a VAE runs, in its thread, and what
-depends on the processor is measured first, once for each shape.
+a matrix product is faster. The inner activations of a feed-forward layer take so much memory that the system hands it
+out anew, page by page, at every call; a few hundred rows at a time fit into memory that the process has. ComfyUI uses a
+memory-saving routine for attention on the CPU, and computes in fp32 even where the processor has units for bf16. The
+routines here compute the same faster, in another order of summation. Nothing is switched for the process: they are
+exchanged while a MODEL's U-Net or a VAE runs, in its thread, and what depends on the processor is measured first, once
+for each shape.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
-from functools import cache, wraps
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.attention import GEGLU, FeedForward, attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from torch.nn.functional import conv2d, linear, pad
 from torch.overrides import TorchFunctionMode
@@ -38,6 +41,9 @@ MEASURED_ROWS = 256
 MAX_PIXELS = 512
 """Convolutions with more output pixels than this, over a batch, are never faster as products: there the copy of the
 weights matters less, and the one of the image more."""
+LARGE, PIECE = 32 * 2**20, 8 * 2**20
+"""Bytes of a feed-forward layer's inner activations: beyond ``LARGE``, where glibc asks the system for memory at every
+call, they are computed ``PIECE`` by ``PIECE``."""
 WIDE = 1280
 """Channels of KOALA's deepest blocks, in and out: those of the convolution that is measured."""
 MIN_WEIGHTS = 9 * WIDE * WIDE // 2
@@ -56,8 +62,7 @@ def install(model: Model, routines: str) -> str:
         model.set_model_compute_dtype(torch.bfloat16)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _with_foreign_layers)
         return "U-Net in bf16"
-    if _has_one_dnn():
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _by_one_dnn)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _exactly)
     if one_dnn_is_faster():
         return "products by oneDNN, attention by PyTorch"
     return "attention by PyTorch"
@@ -91,6 +96,21 @@ class OneDnnProducts(TorchFunctionMode):
             elif (convolution := _Convolution.of(*args)) is not None and convolution.is_faster_as_product():
                 return convolution.as_product()
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def feed_forward_in_pieces(unet: torch.nn.Module) -> Iterator[None]:
+    """While active, the feed-forward layers of a U-Net compute large inputs a piece of their rows after the other: each
+    row as before, bit for bit. Layers that another node has changed stay, as do those that convert their weights at
+    every call, and all of a U-Net that is compiled."""
+    layers = [] if torch.compiler.is_compiling() else [layer for layer in unet.modules() if _is_plain_gated(layer)]
+    for layer in layers:
+        vars(layer)["forward"] = partial(_in_pieces, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
 
 
 class ForeignLayers(TorchFunctionMode):
@@ -167,8 +187,8 @@ def _speedup(usual: Callable[[], Any], other: Callable[[], Any], times: int = 3)
     return min(taken[usual]) / min(taken[other])
 
 
-def _by_one_dnn(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    with OneDnnProducts():
+def _exactly(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    with OneDnnProducts(), feed_forward_in_pieces(executor.class_obj):
         return executor(*args, **kwargs)
 
 
@@ -213,6 +233,31 @@ def _are_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and weight.is_contiguous()
     )
+
+
+def _is_plain_gated(layer: torch.nn.Module) -> bool:
+    if type(layer) is not FeedForward or "forward" in vars(layer):
+        return False
+    gated: Any
+    last: Any
+    gated, _, last = layer.net
+    return type(gated) is GEGLU and _keeps_its_weights(gated.proj) and _keeps_its_weights(last)
+
+
+def _keeps_its_weights(layer: Any) -> bool:
+    """Whether the layer computes with its weights as they are, in fp32."""
+    weight = layer.weight
+    return isinstance(weight, torch.Tensor) and _are_plain(weight, weight) and not getattr(layer, "weight_function", ())
+
+
+def _in_pieces(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """``x`` [..., rows, features]."""
+    rows, bytes_of_a_row = x.flatten(0, -2), layer.net[0].proj.out_features * x.element_size()
+    if x.dtype is not torch.float32 or len(rows) * bytes_of_a_row <= LARGE:
+        whole: torch.Tensor = FeedForward.forward(layer, x)
+        return whole
+    pieces = rows.split(max(1, PIECE // bytes_of_a_row))
+    return torch.cat([FeedForward.forward(layer, piece) for piece in pieces]).view(*x.shape[:-1], -1)
 
 
 class _Convolution(NamedTuple):
