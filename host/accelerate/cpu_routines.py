@@ -238,10 +238,8 @@ def _are_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _is_plain_gated(layer: torch.nn.Module) -> bool:
     if type(layer) is not FeedForward or "forward" in vars(layer):
         return False
-    gated: Any
-    last: Any
-    gated, _, last = layer.net
-    return type(gated) is GEGLU and _keeps_its_weights(gated.proj) and _keeps_its_weights(last)
+    parts: Any = layer.net
+    return type(parts[0]) is GEGLU and _keeps_its_weights(parts[0].proj) and _keeps_its_weights(parts[-1])
 
 
 def _keeps_its_weights(layer: Any) -> bool:
