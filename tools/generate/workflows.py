@@ -74,7 +74,8 @@ def accelerated(release: Release) -> Columns:
         f"{release.name}, sampled faster",
         "**KOALA Accelerate**, last on the MODEL wire: most steps run only a small part of the U-Net and reuse cached "
         "features, extrapolated from earlier steps. After a run, the sampler shows how many were full steps.",
-        "*exact*: identical image. *balanced*: nearly identical. *fast*: details and occasionally shapes differ. "
+        "*exact*: identical image, on a GPU but for rounding. *balanced*: nearly identical. *fast*: details and "
+        "occasionally shapes differ. "
         f"Bypass the node (Ctrl+B) to compare. The sampler's preset *auto* follows the model: {settings}.",
     )
     text = prompt(loader, PROMPT, NEGATIVE)
