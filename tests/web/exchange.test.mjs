@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { isBeside, merge } from "../../web/lib/exchange.mjs";
+import { isBeside, isStock, merge, replace } from "../../web/lib/exchange.mjs";
 import { linkInto, spot } from "../../web/lib/links.mjs";
 import { add, chain, empty, made } from "./sdxl.mjs";
 
@@ -37,6 +37,21 @@ test("Load LoRA Model is told to merge", () => {
   assert.equal(isBeside(node), true);
   merge(node, () => assert.fail("no other node"));
   assert.deepEqual([node.values.bypass, isBeside(node)], [false, false]);
+});
+
+test("the stock loader is exchanged for ours, which has further widgets", () => {
+  const graph = empty();
+  const { koala, lora, sampler } = add(graph, {
+    koala: "koala",
+    lora: ["lora", { widgets: { lora_name: "mine" } }],
+    sampler: "sampler",
+  });
+  chain(koala, lora, sampler);
+  assert.deepEqual([lora, koala].map(isStock), [true, false]);
+  replace(lora, (type) => made("lora", { title: type, widgets: { trained_on: "auto" } }));
+  assert.deepEqual(graph.wires, ["KoalaLoraLoader>sampler", "koala>KoalaLoraLoader"]);
+  const { lora_name, trained_on } = graph.nodes.at(-1).values;
+  assert.deepEqual([lora_name, trained_on], ["mine", "auto"]);
 });
 
 test("other loaders are left", () => assert.equal(isBeside(made("lora")), false));

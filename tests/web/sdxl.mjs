@@ -17,6 +17,14 @@ const KINDS = {
       widgets: { lora_name: "a", strength_model: 1, strength_clip: 1 },
     },
   ],
+  ours: [
+    "KoalaLoraLoader",
+    {
+      inputs: { model: "MODEL", clip: "CLIP" },
+      outputs: { MODEL: "MODEL", CLIP: "CLIP", report: "STRING" },
+      widgets: { lora_name: "", strength_model: 1, strength_clip: 1, trained_on: "auto" },
+    },
+  ],
   patch: ["FreeU", { inputs: { model: "MODEL" }, outputs: { MODEL: "MODEL" } }],
   sampler: [
     "KSampler",

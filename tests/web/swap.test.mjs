@@ -136,6 +136,37 @@ test("a LoRA beside the weights is merged into them", () => {
   assert.deepEqual(graph.wires, ["KoalaUNetSwap>sampler", "LoraLoader>KoalaUNetSwap", "loader>LoraLoader"]);
 });
 
+test("a stock LoRA loader on a model that is KOALA's already gives way to ours", () => {
+  const { koala, patch, lora, sampler } = add(graph, {
+    koala: "koala",
+    patch: "patch",
+    lora: "lora",
+    sampler: "sampler",
+  });
+  chain(koala, patch, lora, sampler);
+  assert.deepEqual(swap(patch), [
+    "warn",
+    'KOALA LoRA Loader put in the place of "lora"',
+    '"patch" has a KOALA model already.',
+  ]);
+  assert.deepEqual(graph.wires, ["KoalaLoraLoader>sampler", "koala>patch", "patch>KoalaLoraLoader"]);
+  assert.deepEqual(settings(sampler), SDXL);
+  assert.deepEqual(swap(patch), ["warn", '"patch" has a KOALA model already.']);
+});
+
+test("so does one behind KOALA's own nodes behind the swap", () => {
+  const { loader, old, ours, lora, sampler } = add(graph, {
+    loader: "loader",
+    old: "swap",
+    ours: "ours",
+    lora: "lora",
+    sampler: "sampler",
+  });
+  chain(loader, old, ours, lora, sampler);
+  assert.deepEqual(swap(loader), ["success", 'KOALA LoRA Loader put in the place of "lora"']);
+  assert.deepEqual(graph.wires, ["KoalaLoraLoader>sampler", "loader>old", "old>ours", "ours>KoalaLoraLoader"]);
+});
+
 test("what the swap cannot vouch for is named", () => {
   const nodes = add(graph, {
     loader: "loader",

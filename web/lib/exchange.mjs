@@ -1,22 +1,29 @@
 // @ts-check
-// LoRA loaders whose LoRAs no swap can carry over, as they run beside SDXL's own layers: others load the same files.
+// LoRA loaders in the wrong place, and the nodes that load the same files there.
 
 import { setWidget } from "./edit.mjs";
 import { connect, endOf, linkInto, linksFrom, spot } from "./links.mjs";
 import { widgetOf } from "./samplers.mjs";
 
-/** Loader -> the loader that merges the same LoRA into the weights. */
+/** Loader of a LoRA that runs beside SDXL's own layers, so that no swap can carry it over -> one that merges it. */
 const MERGING = new Map([
   ["LoraLoaderBypass", "LoraLoader"],
   ["LoraLoaderBypassModelOnly", "LoraLoaderModelOnly"],
 ]);
 /** Loader with a widget that chooses between the two. */
 const [CHOOSING, BYPASS] = ["LoraModelLoader", "bypass"];
+/** The stock loader, which puts an SDXL LoRA on wrong layers of a KOALA model, and ours. */
+const [STOCK, OURS] = ["LoraLoader", "KoalaLoraLoader"];
 
-/** Whether a node's LoRA would be lost behind a swap. @param {ComfyNode} node */
+/** Whether a node's LoRA would be lost in front of a swap. @param {ComfyNode} node */
 export function isBeside(node) {
   const type = node.comfyClass ?? "";
   return MERGING.has(type) || (type === CHOOSING && widgetOf(node, BYPASS)?.value === true);
+}
+
+/** Whether KOALA LoRA Loader can take a node's place. @param {ComfyNode} node */
+export function isStock(node) {
+  return node.comfyClass === STOCK;
 }
 
 /**
@@ -26,12 +33,32 @@ export function isBeside(node) {
  */
 export function merge(node, create) {
   const choice = widgetOf(node, BYPASS);
-  if (choice) return setWidget(choice, false);
+  if (choice) setWidget(choice, false);
+  else exchange(node, create(MERGING.get(node.comfyClass ?? "") ?? STOCK));
+}
+
+/**
+ * Put KOALA LoRA Loader in a stock loader's place.
+ * @param {ComfyNode} node
+ * @param {(type: string) => ComfyNode} create a node
+ */
+export function replace(node, create) {
+  exchange(node, create(OURS));
+}
+
+/**
+ * Put a node in another one's place, with its values and links by their names.
+ * @param {ComfyNode} node
+ * @param {ComfyNode} other not yet in a graph
+ */
+function exchange(node, other) {
   const { graph } = node;
-  const other = create(MERGING.get(node.comfyClass ?? "") ?? "");
   Object.assign(other, { pos: node.pos, mode: node.mode });
   graph.add(other);
-  for (const widget of other.widgets ?? []) setWidget(widget, widgetOf(node, widget.name)?.value);
+  for (const widget of other.widgets ?? []) {
+    const known = widgetOf(node, widget.name);
+    if (known) setWidget(widget, known.value);
+  }
   for (const [slot, input] of (node.inputs ?? []).entries()) {
     const link = linkInto(spot(node, slot));
     const own = (other.inputs ?? []).findIndex(({ name }) => name === input.name);

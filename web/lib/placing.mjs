@@ -12,8 +12,8 @@ import { message } from "./words.mjs";
  * Where a swap belongs, and the links that are to begin at it.
  * @typedef {{ wire: Wire, branches: Branch[] }} Placement
  *
- * What a person wants to be swapped, or why it cannot be.
- * @typedef {{ wires: Wire[], problem?: Words }} Start
+ * What a person wants to be swapped, or why it cannot be; ``koala``: where a MODEL that is KOALA's already goes.
+ * @typedef {{ wires: Wire[], problem?: Words, koala?: Wire[] }} Start
  */
 
 /**
@@ -29,8 +29,11 @@ export function startOf(root, node) {
   if (swap && link) {
     return { wires: [follow(root, { graph: swap.graph, id: link.origin_id, slot: link.origin_slot, path: [] }, swap)] };
   }
-  if (before.some(isKoala))
-    return { wires: [], problem: message('"{node}" has a KOALA model already.', { node: node.title }) };
+  const loader = before.filter(isKoala).at(-1);
+  if (loader) {
+    const koala = modelOutputs(loader).map((slot) => follow(root, spot(loader, slot)));
+    return { wires: [], koala, problem: message('"{node}" has a KOALA model already.', { node: node.title }) };
+  }
   const outputs = modelOutputs(node).map((slot) => spot(node, slot));
   const wires = outputs.map((output) => follow(root, output));
   if (!outputs.some((output) => linksFrom(output).length)) {

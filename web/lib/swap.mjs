@@ -3,7 +3,7 @@
 
 import { ADAPTER, controlsOf } from "./controls.mjs";
 import { addBelow, asOneStep, create, setWidget } from "./edit.mjs";
-import { isBeside, merge } from "./exchange.mjs";
+import { isBeside, isStock, merge, replace } from "./exchange.mjs";
 import { connect, spot } from "./links.mjs";
 import { allBranches, follow, isBehind, isKoala, isMerge, SWAP } from "./models.mjs";
 import { distinct, inPlace, placements, placeSwaps, startOf } from "./placing.mjs";
@@ -37,15 +37,13 @@ export function swapUNet(app, nodes) {
   const wires = distinct(starts.flatMap((start) => start.wires));
   const problems = starts.flatMap(({ problem }) => (problem ? [problem] : []));
   const found = placements(wires);
-  if (!found.length) return { severity: "warn", words: joined("\n", problems) };
+  const koala = [...starts.flatMap((start) => start.koala ?? []), ...behind(wires)];
+  const stock = changersOf(koala, isStock);
+  if (!found.length && !stock.length) return { severity: "warn", words: joined("\n", problems) };
   const controls = controlsOf(root, takersOf(wires));
-  const beside = [
-    ...new Set(
-      allBranches(wires).flatMap(({ kind, node }) => (kind === "change" && node && isBeside(node) ? [node] : [])),
-    ),
-  ];
+  const beside = changersOf(wires, isBeside);
   const ready = inPlace(wires, found);
-  if (ready && !controls.length && !beside.length) {
+  if (ready && !controls.length && !beside.length && !stock.length) {
     const [{ title }] = nodes;
     return { severity: "info", words: message('"{node}" is already followed by KOALA U-Net Swap.', { node: title }) };
   }
@@ -60,15 +58,17 @@ export function swapUNet(app, nodes) {
     apply(settings);
     for (const control of controls) adapt(control);
     for (const node of beside) merge(node, create);
+    for (const node of stock) replace(node, create);
     const doubts = doubtsOf(root, wires);
     said.push(
       ...(placed ? swapped(placed, file) : []),
       ...report(settings),
       ...adapted(controls),
       ...merged(beside),
+      ...replaced(stock),
       ...doubts,
     );
-    smooth &&= !doubts.length && settings.every(({ faults }) => !faults.length) && /koala/i.test(file);
+    smooth &&= !doubts.length && settings.every(({ faults }) => !faults.length) && (ready || /koala/i.test(file));
   });
   return { severity: smooth ? "success" : "warn", words: joined("\n", [...said, ...problems]) };
 }
@@ -118,7 +118,7 @@ export function watchFile(swap, changed) {
   };
 }
 
-/** The file of a swap; NONE where it has none. @param {ComfyNode} swap */
+/** The file of a swap; NONE where it has none. @param {ComfyNode | undefined} swap */
 function chosen(swap) {
   return String(widgetOf(swap, FILE)?.value ?? NONE);
 }
@@ -165,6 +165,25 @@ function takersOf(wires, added = false) {
   return taken(wires).flatMap(({ kind, node, path }) => (kind === "use" && node ? [{ node, path }] : []));
 }
 
+/**
+ * Where MODELs go that are KOALA's once they are swapped, behind what takes them.
+ * @param {Wire[]} wires
+ * @returns {Wire[]}
+ */
+function behind(wires) {
+  return allBranches(wires).flatMap(({ kind, below }) => (kind === "use" ? below : []));
+}
+
+/**
+ * The nodes of a kind among those that change MODELs, each once.
+ * @param {Wire[]} wires
+ * @param {(node: ComfyNode) => boolean} condition
+ */
+function changersOf(wires, condition) {
+  const nodes = allBranches(wires).flatMap(({ kind, node }) => (kind === "change" && node ? [node] : []));
+  return [...new Set(nodes)].filter(condition);
+}
+
 /** @param {Control} control */
 function adapt({ from, to }) {
   const adapter = create(ADAPTER);
@@ -207,6 +226,12 @@ function merged(loaders) {
   return loaders.length
     ? [message("merges its LoRA into the weights now, so that it is carried over: {nodes}", { nodes })]
     : [];
+}
+
+/** @param {ComfyNode[]} loaders @returns {Words[]} */
+function replaced(loaders) {
+  const nodes = listed(loaders.map(({ title }) => title));
+  return loaders.length ? [message("KOALA LoRA Loader put in the place of {nodes}", { nodes })] : [];
 }
 
 /**
