@@ -49,10 +49,15 @@ def chromium(shared: ExitStack) -> Browser:
 def server(host: Host, shared: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server of these tests' own: it has nodes of theirs, its model files are empty, and no other test should come
     upon them."""
-    pack = tmp_path_factory.mktemp("pack")
-    shutil.copy(PACK, pack)
-    save_file(adapters.unet(adapters.SMALL_SDXL), pack / "sdxl.safetensors")
-    return shared.enter_context(running(host, model_folders={"custom_nodes": [pack]}))
+    return shared.enter_context(running(host, model_folders={"custom_nodes": [nodes_of_tests(tmp_path_factory)]}))
+
+
+def nodes_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of custom nodes with those of the tests, and with what they read."""
+    folder = tmp_path_factory.mktemp("pack")
+    shutil.copy(PACK, folder)
+    save_file(adapters.unet(adapters.SMALL_SDXL), folder / "sdxl.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +69,11 @@ def client(server: Server) -> Client:
 @pytest.fixture(scope="session")
 def files(server: Server) -> None:
     """The empty model files; koala-tiny's U-Net, its LoRA and its ControlNet in files of their own; a small LoRA."""
+    place_files(server)
+
+
+def place_files(server: Server) -> None:
+    """Put those files below a server's models/."""
     for name in FILES:
         path = server.base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)
