@@ -121,7 +121,7 @@ class Bench:
     def ways(self) -> tuple[str, ...]:
         """Who takes turns at steps and decoding."""
         if self.device == "cuda":
-            return (*ENGINES, *COMPILED)
+            return ("pack, exact", *ENGINES, *COMPILED)
         return (*ROUTINES, *ENGINES[1:])
 
     @property

@@ -19,6 +19,7 @@ import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from koala_sdxl import koala_loader
+from koala_sdxl.host.accelerate import gpu_vae
 from koala_sdxl.host.accelerate.cpu_routines import install_vae
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.host.accelerate.plan import Acceleration
@@ -81,6 +82,7 @@ class Pack(Stock):
 
     def __init__(self, weight_dtype: str = "default") -> None:
         self.weight_dtype = weight_dtype
+        self._made: dict[str, Any] = {}
 
     def load(self, folder: Path) -> None:
         self.model, self.clip, self.vae = koala_loader.load_folder(folder, self.weight_dtype)
@@ -89,13 +91,23 @@ class Pack(Stock):
         self.model = koala_loader.load_unet(inspect_model(folder / UNET), folder.name, self.weight_dtype)
 
     def by(self, routines: str) -> Pack:
-        """The same with KOALA Accelerate's routines, none of its reuse."""
+        """The same with what KOALA Accelerate makes faster, none of its reuse; made once for what was loaded."""
+        loaded = (self.model, self.vae)
+        if self._made.get(routines, (None,))[0] != loaded:
+            self._made[routines] = (loaded, self._accelerated(routines))
+        other = self._made[routines][1]
+        if other.model is not None:
+            comfy.model_management.load_models_gpu([other.model])  # so that the change between clones is not timed
+        return other
+
+    def _accelerated(self, routines: str) -> Pack:
         other = copy.copy(self)
         if self.model is not None:
             other.model = accelerate(self.model, Acceleration(routines), lambda _: None).model
-            comfy.model_management.load_models_gpu([other.model])  # so that the change between clones is not timed
         if self.vae is not None:
-            other.vae, _ = install_vae(self.vae, routines)
+            other.vae, how = install_vae(self.vae, routines)
+            if not how:
+                other.vae, _ = gpu_vae.install(self.vae)
         return other
 
     def load_vae(self, folder: Path) -> None:

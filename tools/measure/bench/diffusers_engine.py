@@ -100,10 +100,5 @@ class Offloading(Diffusers):
         self.unet, self.vae = pipe.unet, pipe.vae
         self.parts = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        if self.device == "cuda":
-            self.unet.to("cpu")  # as the pipeline does between its parts
-        return super().decode(latent)
-
 
 ENGINES = {"diffusers": Diffusers, "diffusers, fast": Fast, "diffusers, offload": Offloading}

@@ -215,6 +215,6 @@ TARGETS: Mapping[str, tuple[Target, ...]] = {
         *(_over_diffusers(px) for px in (256, 512, 1024)),
         *(target for way in ROUTINES for target in _of_routines(way)),
     ),
-    "gpu": (*ON_A_GPU, *_of_decoding("pack", 0.6), *EVERYWHERE),
+    "gpu": (*ON_A_GPU, *_of_decoding("pack, exact", 0.6), *EVERYWHERE),
 }
 """By the kind of memory that counts."""
