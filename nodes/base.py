@@ -13,7 +13,7 @@ from .. import koala_loader
 from ..host.model import WEIGHT_DTYPES
 from ..koala.files import stamp
 from ..koala.files.folder import folder_files
-from ..koala.words import data
+from ..koala.words import Message, data
 
 CATEGORY = "KOALA"
 ADD_ONS = f"{CATEGORY}/SDXL add-ons"
@@ -33,7 +33,7 @@ SHOWS: dict[str, Any] = (
 cache."""
 
 
-def shown(text: str, *outputs: object, **drawing: object) -> io.NodeOutput:
+def shown(text: Message | None, *outputs: object, **drawing: object) -> io.NodeOutput:
     """The node's outputs together with what the canvas shows on it: ``text`` (in English also in the run's history),
     and ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws. Messages are shown in its language."""
     texts: dict[str, object] = {"text": (str(text),)} if text else {}

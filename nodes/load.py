@@ -122,7 +122,7 @@ class KoalaCheckpointLoader(io.ComfyNode):
     @classmethod
     def execute(cls, source: dict[str, str], weight_dtype: str) -> io.NodeOutput:
         model, clip, vae = _load(source, weight_dtype)
-        return shown("", model, clip, vae, badge=badge(model_facts(model)))
+        return shown(None, model, clip, vae, badge=badge(model_facts(model)))
 
 
 def _load(source: dict[str, str], weight_dtype: str) -> koala_loader.Loaded:

@@ -79,7 +79,7 @@ class KoalaScheduler(io.ComfyNode):
         chosen: Spacing = model_facts(model).settings.spacing if spacing == AUTO else spacing
         sigmas = _schedule(model, steps, chosen, denoise).sigmas
         title = message("{steps} steps, {spacing}", steps=len(sigmas) - 1, spacing=chosen)
-        return shown("", sigmas, curve=_curve(model, sigmas, title))
+        return shown(None, sigmas, curve=_curve(model, sigmas, title))
 
 
 def _curve(model: Model, sigmas: torch.Tensor, title: str) -> dict[str, Any]:

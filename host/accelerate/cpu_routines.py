@@ -26,6 +26,7 @@ from comfy.patcher_extension import WrappersMP
 from torch.nn.functional import conv2d, linear, pad
 from torch.overrides import TorchFunctionMode
 
+from ...koala.words import message
 from ..protocols import Executor, Model, Vae
 from .plan import BF16, OFF
 
@@ -61,11 +62,11 @@ def install(model: Model, routines: str) -> str:
     if routines == BF16 and bf16_is_faster():
         model.set_model_compute_dtype(torch.bfloat16)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _with_foreign_layers)
-        return "U-Net in bf16"
+        return message("U-Net in bf16")
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _exactly)
     if one_dnn_is_faster():
-        return "products by oneDNN, attention by PyTorch"
-    return "attention by PyTorch"
+        return message("products by oneDNN, attention by PyTorch")
+    return message("attention by PyTorch")
 
 
 def install_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
@@ -79,7 +80,7 @@ def install_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
     faster = copy.copy(vae)  # shares the network; ComfyUI has no other way to clone a VAE
     for name in ("decode", "decode_tiled", "encode", "encode_tiled"):
         setattr(faster, name, _within(Convolutions(torch.bfloat16 if in_bf16 else None), getattr(vae, name)))
-    return faster, "VAE in bf16" if in_bf16 else "VAE in channels_last"
+    return faster, message("VAE in bf16") if in_bf16 else message("VAE in channels_last")
 
 
 class OneDnnProducts(TorchFunctionMode):

@@ -12,7 +12,7 @@ import comfy.utils
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage, is_teacher
-from ...koala.words import joined, message
+from ...koala.words import Message, joined, message
 from ..model import attached_facts, model_facts, unet_layout
 from ..protocols import Model
 from . import attention
@@ -34,7 +34,7 @@ class Swapped(NamedTuple):
     """A KOALA MODEL with an SDXL MODEL's patches, and a text that says what was carried over and what was not."""
 
     model: Model
-    report: str
+    report: Message
 
 
 def swap(sdxl: Model, koala: Model) -> Swapped:

@@ -154,7 +154,9 @@ function stripes(angle) {
 function curve(data, say) {
   const plot = plotCurve(data);
   const viewBox = `0 0 ${SIZE.width} ${SIZE.height}`;
-  const root = svg("svg", { viewBox, class: "koala-curve", style: "display: block;" });
+  // of one height, however wide the host makes its place at first: the node grows with it, and never shrinks
+  const style = `display: block; max-width: 100%; height: ${SIZE.height}px;`;
+  const root = svg("svg", { viewBox, class: "koala-curve", style });
   const run = svg("g", { style: `color: ${LINE};` });
   const key = (/** @type {number} */ y) => [plot.left, plot.left + 18].map((x) => ({ x, y: y - 3 }));
   const title = { x: plot.left + 24, style: TEXT, fill: "currentColor" };
