@@ -185,9 +185,10 @@ def fit(bench: Bench) -> Figures:
     """What runs, and in how many seconds, where another process leaves so much of the GPU's memory."""
     from tools.measure.bench.served import serving
 
-    found: Figures = {"free": {str(free): {} for free in bench.scale.free}, "left": {}}
-    dropped, failed = Dropped(), set[str]()
     scale = bench.scale
+    drawn = f"{scale.served}, {scale.served.steps} steps"
+    found: Figures = {"free": {str(free): {} for free in scale.free}, "left": {}, "image": drawn}
+    dropped, failed = Dropped(), set[str]()
     with Hog(bench.device) as hog:
         with serving(tuple(dict.fromkeys(image.model for _, _, image in scale.fitted))) as served:
             for free in scale.free:

@@ -81,13 +81,14 @@ def _prompts(runs: list[Mapping[str, Any]]) -> Iterator[str]:
 
 def fit(sections: Sections, kind: str) -> Iterator[str]:
     found = readings.figures(sections, "fit")
+    is_held = any(left is not None for left in found["left"].values())
     names = list(dict.fromkeys(name for ways in found["free"].values() for name in ways))
     yield from (
         "### Little memory",
         "",
-        "Another process holds the GPU's memory but for so much. Seconds of the second image of 1024 px, 25 steps, cfg "
-        "7.5: by the real server the whole prompt, by diffusers and with SDXL's U-Net, each in a process of its own, "
-        "sampling and decoding. What failed is not tried in less.",
+        ("Another process holds the GPU's memory but for so much. " if is_held else "There was no GPU to hold. ")
+        + f"Seconds of the second image, {found['image']}, cfg 7.5: by the real server the whole prompt, by diffusers and "
+        "with SDXL's U-Net, each in a process of its own, sampling and decoding. What failed is not tried in less.",
         "",
     )
     yield from table(
