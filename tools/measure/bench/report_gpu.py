@@ -87,8 +87,8 @@ def fit(sections: Sections, kind: str) -> Iterator[str]:
         "### Little memory",
         "",
         ("Another process holds the GPU's memory but for so much. " if is_held else "There was no GPU to hold. ")
-        + f"Seconds of the second image, {found['image']}, cfg 7.5: by the real server the whole prompt, by diffusers and "
-        "with SDXL's U-Net, each in a process of its own, sampling and decoding. What failed is not tried in less.",
+        + f"Seconds of the second image, {found['image']}, cfg 7.5: by the real server the whole prompt, by diffusers "
+        "and with SDXL's U-Net, each in a process of its own, sampling and decoding. What failed is not tried in less.",
         "",
     )
     yield from table(
