@@ -37,8 +37,8 @@ MIN_SPEEDUP = 1.05
 """Another routine for the same arithmetic is used where it is at least this many times faster on this processor."""
 MIN_SPEEDUP_BF16 = 1.5
 """The same for bf16, which is not exact."""
-MEASURED_ROWS = 256
-"""Rows of the products that are measured: with more of them, the time of each row stays the same."""
+MEASURED_ROWS = MIN_ROWS
+"""Rows of the products that are measured: with more of them, how the two compare hardly changes."""
 MAX_PIXELS = 512
 """Convolutions with more output pixels than this, over a batch, are never faster as products: there the copy of the
 weights matters less, and the one of the image more."""
@@ -151,7 +151,7 @@ class Convolutions(TorchFunctionMode):
 
 @cache
 def one_dnn_is_faster(inputs: int = WIDE, outputs: int = WIDE) -> bool:
-    """Whether oneDNN's product with so many features is: measured once for each, in some 20 to 200 ms."""
+    """Whether oneDNN's product with so many features is: measured once for each, in some 10 to 100 ms."""
     if not _has_one_dnn():
         return False
     rows, weight = torch.ones(MEASURED_ROWS, inputs), torch.ones(outputs, inputs)
@@ -161,7 +161,7 @@ def one_dnn_is_faster(inputs: int = WIDE, outputs: int = WIDE) -> bool:
 @cache
 def bf16_is_faster() -> bool:
     """Measured likewise, including the conversion of the weights."""
-    rows, weight = torch.ones(2 * MEASURED_ROWS, WIDE), torch.ones(WIDE, WIDE)
+    rows, weight = torch.ones(512, WIDE), torch.ones(WIDE, WIDE)
     in_bf16 = rows.bfloat16()
     return (
         _speedup(lambda: linear(rows, weight), lambda: linear(in_bf16, weight.bfloat16()), times=5) >= MIN_SPEEDUP_BF16
@@ -174,7 +174,7 @@ def product_convolves_faster(batch: int, height: int, width: int) -> bool:
     measured once for each size, in some 100 to 500 ms."""
     x, weight = torch.ones(batch, WIDE, height, width), torch.ones(WIDE, WIDE, 3, 3)
     convolution = _Convolution(x, weight, None, 1)
-    return _speedup(lambda: conv2d(x, weight, padding=1), convolution.as_product) >= MIN_SPEEDUP
+    return _speedup(lambda: conv2d(x, weight, padding=1), convolution.as_product, times=2) >= MIN_SPEEDUP
 
 
 def _speedup(usual: Callable[[], Any], other: Callable[[], Any], times: int = 3) -> float:
