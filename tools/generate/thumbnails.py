@@ -61,7 +61,7 @@ FACES = {
 
 SIDE = 512  # pixels
 BAND, LETTERS, EDGE = 84, 46, 20  # pixels: the words' band, their size, and how near they come to its ends
-QUALITY = 85
+QUALITY = 80
 PALETTE, BACKGROUND = "light", "#d3d3d3"  # the canvas's own, in which a small graph is seen best
 EXAMPLE = "example.png"  # the picture that ComfyUI comes with, and Load Image starts with
 SEED = 9  # looked at: of the first two dozen the clearest koala
