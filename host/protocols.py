@@ -63,6 +63,8 @@ class Model(Protocol):
     current_hooks: Any
     cached_patcher_init: Any
     """How its loader loads it once more; None: not at all."""
+    parent: Model | None
+    """The MODEL that it is a clone of; ComfyUI goes on with it when this one is gone."""
 
     def clone(self, disable_dynamic: bool = False, model_override: Any = None) -> Model: ...
 

@@ -38,11 +38,13 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # one for all: libraries hold memory for each stream
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """See ``Recorder``. Raises torch.OutOfMemoryError where it does not fit, and RuntimeError where it cannot be
         captured."""
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, aside = torch.cuda.current_stream(), self._stream or torch.cuda.Stream()
+        self._stream = aside
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(WARMUPS):
@@ -55,7 +57,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             # Only this thread's calls are captured: the server's may ask for free memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
                 output = run()
         finally:
             torch.cuda.set_stream(current)  # where capturing fails at its end, PyTorch does not return to it

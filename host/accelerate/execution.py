@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import comfy.model_management as management
 import torch
@@ -53,24 +53,31 @@ class Prepared:
             self.captures.clear()
 
 
-_prepared: WeakKeyDictionary[torch.nn.Module, Prepared] = WeakKeyDictionary()
-"""By U-Net, which all clones of a MODEL share: they share its captured passes, too."""
+_prepared: WeakKeyDictionary[torch.nn.Module, ReferenceType[Prepared]] = WeakKeyDictionary()
+"""By U-Net, which all clones of a MODEL share: they share its captured passes, too, as long as one of them lives."""
 
 
 def prepared(unet: UNetModel, strategy: Strategy) -> Prepared:
-    """What is made for a U-Net and a strategy; what was made for another one is given back."""
-    known = _prepared.get(unet)
+    """What is made for a U-Net and a strategy; what was made for another one is given back. Whoever goes on using it
+    keeps it: it is gone with its last user."""
+    known = _find(unet)
     if known is None or known.strategy != strategy:
         release(unet)
-        known = _prepared[unet] = Prepared(unet, strategy)
+        known = Prepared(unet, strategy)
+        _prepared[unet] = ref(known)
     return known
 
 
 def release(unet: torch.nn.Module) -> None:
     """Give back the memory of a U-Net's captured passes."""
-    known = _prepared.get(unet)
+    known = _find(unet)
     if known is not None:
         known.release()
+
+
+def _find(unet: torch.nn.Module) -> Prepared | None:
+    reference = _prepared.get(unet)
+    return reference() if reference is not None else None
 
 
 def on_detach(patcher: Model, unpatch_all: bool) -> None:
@@ -83,8 +90,8 @@ class Execution:
     """Made when sampling begins. ``run`` executes a pass; the text is how passes were executed so far."""
 
     def __init__(self, strategy: Strategy, guider: Guider) -> None:
-        self._strategy = strategy
         self._patcher = guider.model_patcher
+        self.prepared = prepared(self._patcher.model.diffusion_model, strategy)
         self._why_eager = _why_eager(guider)
         self._why_not_captured = _why_not_captured(guider)
         self._ways: Counter[tuple[str, str]] = Counter()
@@ -100,8 +107,7 @@ class Execution:
         Raises what that raises, and InterruptProcessingException where the person has cancelled.
         """
         management.throw_exception_if_processing_interrupted()  # a captured pass does not ask
-        unet = self._patcher.model.diffusion_model
-        made = prepared(unet, self._strategy)
+        unet, made = self._patcher.model.diffusion_model, self.prepared
         made.weights.update()
         why = self._why_eager or made.failed or _why_pass_is_eager(unet, made.weights, call, further)
         if why:
@@ -123,7 +129,7 @@ class Execution:
         """After a run, also one that failed: give memory back where little is left."""
         device = self._patcher.load_device
         if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < FREE_BETWEEN_RUNS:
-            release(self._patcher.model.diffusion_model)
+            self.prepared.release()
 
     def _faster(self, made: Prepared, network: Network, call: Call, feature: torch.Tensor | None) -> torch.Tensor:
         why, within_blocks = _patches(call)

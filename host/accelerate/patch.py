@@ -14,7 +14,7 @@ from comfy.samplers import CFGGuider
 from ..protocols import Executor, Guider, Model
 from . import cpu_routines
 from .branches import Branches, Call, Execute, Network
-from .execution import Execution, on_detach
+from .execution import Execution, Prepared, on_detach
 from .feature_cache import Key, Run
 from .gates import gates
 from .plan import FULL_RANGE, Acceleration, Gates, falls, full_steps
@@ -95,6 +95,7 @@ class _Wrappers:
         self.strategy = strategy
         self.report = report
         self.branches: WeakKeyDictionary[torch.nn.Module, Branches] = WeakKeyDictionary()
+        self.prepared: WeakKeyDictionary[torch.nn.Module, Prepared] = WeakKeyDictionary()
 
     def outer_sample(
         self,
@@ -117,6 +118,8 @@ class _Wrappers:
             else "features are not reused"
         )
         execution = None if self.strategy.is_eager else Execution(self.strategy, guider)
+        if execution is not None:  # what it has made stays for the next run, as long as this MODEL
+            self.prepared[guider.model_patcher.model.diffusion_model] = execution.prepared
         guider.model_options = create_model_options_clone(before)
         guider.model_options["transformer_options"] |= {KEY: run, EXECUTION: execution}
         try:

@@ -68,6 +68,8 @@ def why_not_compiled(device: torch.device) -> str:
     """Why code cannot be compiled for a device; empty where it can."""
     if device.type != "cuda" or torch.version.cuda is None:
         return NO_NVIDIA
+    if management.torch_version_numeric < (2, 6):
+        return message("PyTorch older than 2.6")
     if importlib.util.find_spec("triton") is None:
         return message("triton not found")
     if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
@@ -81,7 +83,8 @@ def room_is_missing(model: Model) -> float:
     What ComfyUI keeps of other models counts as free: it unloads them when the room is needed.
     """
     device = model.load_device
-    others = sum(one.loaded_size() for one in management.loaded_models() if one.load_device == device)
+    loaded = (one for one in management.loaded_models() if one is not None and one.load_device == device)
+    others = sum(one.loaded_size() for one in loaded)
     need = model.model_size() + pass_memory(model, GUIDED_PASS) + management.minimum_inference_memory()
     return float(need - management.get_free_memory(device) - others)
 
@@ -95,20 +98,23 @@ def pass_memory(model: Model, shape: tuple[int, ...]) -> float:
 def without_dynamic_vram(model: Model) -> Model:
     """A clone whose weights are loaded at once and stay; with dynamic VRAM they are read from the file once more.
 
-    ComfyUI shares them among no further clones of ``model``, so that each change of a LoRA would read them again; here
-    they are kept as long as the MODEL's own.
+    By itself ``clone`` would read them for every clone, at every change of a LoRA; here they are kept as long as the
+    MODEL's own. The clone's parent, which ComfyUI goes on with when the clone is gone, has them, too.
     """
     if not model.is_dynamic():
         return model.clone()
     resident = _resident.get(model.model)
-    clone = model.clone(disable_dynamic=True, model_override=resident)
     if resident is None:
-        _resident[model.model] = clone.get_clone_model_override()
+        load, arguments, *part = model.cached_patcher_init
+        loaded = load(*arguments, disable_dynamic=True)
+        resident = _resident[model.model] = loaded[part[0]] if part else loaded
+    clone = model.clone(disable_dynamic=True, model_override=resident.get_clone_model_override())
+    clone.parent = resident
     return clone
 
 
-_resident: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""A model with dynamic VRAM -> its second self without, as ``clone`` takes it; that one knows nothing of the first."""
+_resident: WeakKeyDictionary[Any, Model] = WeakKeyDictionary()
+"""A model with dynamic VRAM -> the MODEL of its second self without, which knows nothing of the first."""
 
 
 def _why_eager(model: Model) -> str:

@@ -45,17 +45,18 @@ class Case:
     near: float
     said: Said = field(default_factory=Said)
 
-    used: list[Any] = field(default_factory=list)
+    kept: list[execution.Prepared] = field(default_factory=list)
+    """What was captured, which would else go with each MODEL."""
 
     def close(self) -> None:
         """Forget all that was captured."""
-        for unet in self.used:
-            execution.release(unet)
+        for made in self.kept:
+            made.release()
 
     def faster(self, settings: Acceleration = EXACT, model: Any = None) -> Any:
         """An accelerated clone."""
         given = parity.tiny_models()[0] if model is None else model
-        self.used.append(given.model.diffusion_model)
+        self.kept.append(execution.prepared(given.model.diffusion_model, self.strategy))
         return accelerate(given, settings, self.said.append, lambda one: Choice(one.clone(), self.strategy)).model
 
     @property

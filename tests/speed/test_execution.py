@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from koala_sdxl.host.accelerate import gpu_vae
+from koala_sdxl.host.accelerate import execution, gpu_vae
 from koala_sdxl.host.accelerate.strategy import Strategy, choose
 from tests.speed import execution_cases as cases
 from tests.speed.execution_cases import Case
 from tests.speed.recorders import Counting, Operations, Reruns
+from tests.speed.sampling import run
 from tools.harness.testhost import ROOT
 from tools.measure import parity
 
@@ -77,6 +80,20 @@ def test_where_vram_runs_out_a_pass_runs_as_comfyui_runs_it() -> None:
     case = Case(Strategy(recorder=Full), NEAR)
     case.same()
     assert case.said[-1] == "3 passes as ComfyUI runs them: too little VRAM for more"
+
+
+def test_what_was_captured_goes_with_the_last_accelerated_clone() -> None:
+    model = Case(CAPTURED, NEAR).faster()
+    run(model, preset=cases.SHORT)
+    unet = model.model.diffusion_model
+    further = model.clone()
+    made = weakref.ref(execution.prepared(unet, CAPTURED))
+    del model
+    gc.collect()
+    assert made() is not None
+    del further
+    gc.collect()
+    assert made() is None
 
 
 def test_a_cpu_runs_as_comfyui_runs_it() -> None:
