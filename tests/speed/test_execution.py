@@ -9,12 +9,14 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from koala_sdxl.host.accelerate import execution, gpu_vae
-from koala_sdxl.host.accelerate.strategy import Strategy, choose
+from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
 from tests.speed import execution_cases as cases
 from tests.speed.execution_cases import Case
 from tests.speed.recorders import Counting, Operations, Reruns
@@ -94,6 +96,37 @@ def test_what_was_captured_goes_with_the_last_accelerated_clone() -> None:
     del further
     gc.collect()
     assert made() is None
+
+
+class Streamed(ModelPatcher):
+    """A MODEL with dynamic VRAM, as far as a CPU can have one: the host makes a plain one of it there."""
+
+    def is_dynamic(self) -> bool:
+        return True
+
+
+def test_without_dynamic_vram_weights_are_read_once() -> None:
+    given = parity.tiny_models()[0]
+    load, arguments = given.cached_patcher_init
+    loaded = []
+
+    def counted(*inputs: Any, **options: Any) -> Any:
+        loaded.append(load(*inputs, **options))
+        return loaded[-1]
+
+    streamed = Streamed(given.model, given.load_device, given.offload_device)
+    streamed.cached_patcher_init = (counted, arguments)
+    streamed.attachments = given.attachments
+    name = "diffusion_model.out.2.bias"
+    patched = streamed.clone()
+    patched.add_patches({name: ("diff", (torch.ones(4),))})
+    first, second = without_dynamic_vram(streamed), without_dynamic_vram(patched)
+    assert len(loaded) == 1
+    assert first.model is second.model is not given.model
+    assert first.parent is second.parent is loaded[0]
+    assert not first.is_dynamic()
+    assert (list(first.patches), list(second.patches)) == ([], [name])
+    assert torch.equal(run(first, preset=cases.SHORT), run(given, preset=cases.SHORT))
 
 
 def test_a_cpu_runs_as_comfyui_runs_it() -> None:
