@@ -109,21 +109,23 @@ class Execution:
         management.throw_exception_if_processing_interrupted()  # a captured pass does not ask
         unet, made = self._patcher.model.diffusion_model, self.prepared
         made.weights.update()
+        failed = ""
         why = self._why_eager or made.failed or _why_pass_is_eager(unet, made.weights, call, further)
         if why:
             return self._eager(why, network, call, further, feature)
         try:
             return self._faster(made, network, call, feature)
         except management.OOM_EXCEPTION:
-            made.release()
-            management.soft_empty_cache()
-            return self._eager("too little VRAM for more", network, call, further, feature)
+            why = self._why_not_captured = "too little VRAM for more"
         except RuntimeError as error:
-            made.release()
-            why = f"PyTorch could not: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            output = self._eager(why, network, call, further, feature)  # or it raises the same, and this pass is wrong
-            made.failed = why
-            return output
+            first_line = str(error).strip().partition("\n")[0]
+            why = failed = f"PyTorch could not: {type(error).__name__}: {first_line}"
+        # here, not above: as long as an error is handled, it holds the memory of what failed
+        made.release()
+        management.soft_empty_cache()
+        output = self._eager(why, network, call, further, feature)  # or it raises the same, and the pass is wrong
+        made.failed = failed
+        return output
 
     def end(self) -> None:
         """After a run, also one that failed: give memory back where little is left."""
