@@ -29,7 +29,7 @@ BETWEEN_BLOCKS = frozenset(
 FREE_BETWEEN_RUNS = 6 * GIB
 """Captured passes stay for the next run where at least this much VRAM is free beside them: decoding a 1024 x 1024 image
 takes most of it, and ComfyUI does not see what they hold."""
-REPLAYED, COMPILED, EAGERLY = "by CUDA graph", "compiled", "as ComfyUI runs them"
+REPLAYED, COMPILED, EAGERLY = "by CUDA graph", "compiled", "as in ComfyUI itself"
 """How a pass was executed, in words."""
 COMPILED_BY_CORE = "torch.compile"
 """Key of the wrapper by which core's TorchCompileModel, and other nodes, have a U-Net compiled."""
@@ -44,8 +44,15 @@ class Prepared:
         self.parts = parts(unet) if strategy.compiled else []
         self.between_patches = [part for part in self.parts if not is_transformer(part)]
         self.captures = Captures(self.weights, strategy.recorder()) if strategy.recorder is not None else None
-        self.failed = ""
-        """Why nothing is compiled or captured any more: PyTorch could not."""
+        self.not_compiled = self.failed = ""
+        """Why nothing is compiled any more, and why nothing is captured either: PyTorch could not."""
+
+    def fail(self, why: str) -> None:
+        """PyTorch could not do all that was asked of it: without a C compiler, say, it can capture and not compile."""
+        if self.parts:
+            self.parts, self.between_patches, self.not_compiled = [], [], f"not compiled, as {why}"
+        else:
+            self.failed = why
 
     def release(self) -> None:
         """Give back the memory of the captured passes."""
@@ -95,9 +102,13 @@ class Execution:
         self._why_eager = _why_eager(guider)
         self._why_not_captured = _why_not_captured(guider)
         self._ways: Counter[tuple[str, str]] = Counter()
+        self._what = "pass"
 
     def __str__(self) -> str:
-        return "; ".join(f"{count} passes {how}{why and f': {why}'}" for (how, why), count in self._ways.most_common())
+        return "; ".join(
+            f"{count} {self._what}{'' if count == 1 else 'es'} {how}{why and f': {why}'}"
+            for (how, why), count in self._ways.most_common()
+        )
 
     def run(
         self, network: Network, call: Call, further: Mapping[str, Any], feature: torch.Tensor | None
@@ -108,6 +119,8 @@ class Execution:
         """
         management.throw_exception_if_processing_interrupted()  # a captured pass does not ask
         unet, made = self._patcher.model.diffusion_model, self.prepared
+        if network.unet is not unet:
+            self._what = "branch pass"  # a full step has two
         made.weights.update()
         failed = ""
         why = self._why_eager or made.failed or _why_pass_is_eager(unet, made.weights, call, further)
@@ -119,12 +132,13 @@ class Execution:
             why = self._why_not_captured = "too little VRAM for more"
         except RuntimeError as error:
             first_line = str(error).strip().partition("\n")[0]
-            why = failed = f"PyTorch could not: {type(error).__name__}: {first_line}"
+            why = failed = f"PyTorch failed ({type(error).__name__}: {first_line})"
         # here, not above: as long as an error is handled, it holds the memory of what failed
         made.release()
         management.soft_empty_cache()
         output = self._eager(why, network, call, further, feature)  # or it raises the same, and the pass is wrong
-        made.failed = failed
+        if failed:
+            made.fail(failed)
         return output
 
     def end(self) -> None:
@@ -143,10 +157,10 @@ class Execution:
         with running(compiled):
             if captures is not None and not why:
                 output = captures.run(network.name, lambda own: _plain(network, own), inputs)
-                self._ways[REPLAYED, ""] += 1
+                self._ways[REPLAYED, made.not_compiled] += 1
             else:
                 output = network.run(_with_own_residuals(call), {}, feature)
-                self._ways[COMPILED if compiled else EAGERLY, why] += 1
+                self._ways[COMPILED if compiled else EAGERLY, why or made.not_compiled] += 1
         return output
 
     def _eager(

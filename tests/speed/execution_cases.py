@@ -113,7 +113,7 @@ def branches_equal_eager(case: Case) -> None:
     assert decibels(found, wanted) >= case.near
     assert case.said[-1].splitlines() == [
         "12 of 25 passes ran the full U-Net, 25 with guidance",
-        "37 passes by CUDA graph",
+        "37 branch passes by CUDA graph",
     ]
     assert len(case.captures) == 2
 
@@ -219,11 +219,11 @@ def add_ons_fall_back(case: Case) -> None:
     exchanged = model.clone()
     exchanged.add_object_patch("diffusion_model.out", torch.nn.Sequential(*model.model.diffusion_model.out))
     case.same(exchanged)
-    assert case.said[-1] == "3 passes as ComfyUI runs them: another node has exchanged parts of the U-Net"
+    assert case.said[-1] == "3 passes as in ComfyUI itself: another node has exchanged parts of the U-Net"
     wrapped = model.clone()
     wrapped.add_weight_wrapper("diffusion_model.out.2.weight", lambda weight: 0.9 * weight)
     case.same(wrapped)
-    assert case.said[-1].startswith("3 passes as ComfyUI runs them: ComfyUI streams the weights")
+    assert case.said[-1].startswith("3 passes as in ComfyUI itself: ComfyUI streams the weights")
     chosen = model.clone()
     options = chosen.model_options["transformer_options"]
     options["optimized_attention_override"] = lambda function, *inputs, **named: function(*inputs, **named)

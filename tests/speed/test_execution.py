@@ -16,6 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from koala_sdxl.host.accelerate import execution, gpu_vae
+from koala_sdxl.host.accelerate.compiled import Part
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
 from tests.speed import execution_cases as cases
 from tests.speed.execution_cases import Case
@@ -69,10 +70,24 @@ def test_where_pytorch_fails_the_image_is_right_and_the_reason_is_told() -> None
 
     case = Case(Strategy(recorder=Broken), NEAR)
     case.same()
-    assert case.said[-1] == (
-        "3 passes as ComfyUI runs them: PyTorch could not: RuntimeError: operation not permitted when stream is "
-        "capturing"
-    )
+    why = "PyTorch failed (RuntimeError: operation not permitted when stream is capturing)"
+    assert case.said[-1] == f"3 passes as in ComfyUI itself: {why}"
+
+
+def test_what_cannot_be_compiled_is_captured() -> None:
+    """As where PyTorch finds no C compiler."""
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    case = Case(BOTH, NEAR)
+    model = case.faster()
+    (made,) = case.kept
+    made.parts = made.between_patches = [Part(model.model.diffusion_model.out[0], fail)]
+    wanted, found = (run(one, preset=cases.SHORT) for one in (parity.tiny_models()[0], model))
+    assert torch.equal(found, wanted)
+    why = "PyTorch failed (RuntimeError: Failed to find C compiler.)"
+    assert case.said[-1] == f"2 passes by CUDA graph: not compiled, as {why}; 1 pass as in ComfyUI itself: {why}"
 
 
 def test_where_vram_runs_out_a_pass_runs_as_comfyui_runs_it() -> None:
@@ -81,7 +96,7 @@ def test_where_vram_runs_out_a_pass_runs_as_comfyui_runs_it() -> None:
 
     case = Case(Strategy(recorder=Full), NEAR)
     case.same()
-    assert case.said[-1] == "3 passes as ComfyUI runs them: too little VRAM for more"
+    assert case.said[-1] == "3 passes as in ComfyUI itself: too little VRAM for more"
 
 
 def test_what_was_captured_goes_with_the_last_accelerated_clone() -> None:
