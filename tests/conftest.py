@@ -26,6 +26,7 @@ FULL_SIZE = ("test_loader.py", "test_loading.py", "test_parity.py", "test_save.p
 """Files of parity/ that have full-size models, one at a time: in two processes they would wait for each other."""
 LONGEST = (
     "speed/test_accelerate.py",
+    "speed/test_execution.py",
     "browser",
     "host",
     "dev/test_distill.py",

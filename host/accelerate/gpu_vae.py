@@ -42,7 +42,10 @@ def _within(compiled: list[Part], method: Callable[..., torch.Tensor]) -> Callab
         except comfy.model_management.OOM_EXCEPTION:
             raise  # ComfyUI has already tried tiles
         except RuntimeError as error:
-            logging.warning("KOALA Accelerate: the VAE runs uncompiled, as PyTorch could not compile it: %s", error)
-        return method(*arguments, **options)
+            failed = str(error)
+        output = method(*arguments, **options)  # or it raises the same, and what was given is wrong
+        compiled.clear()
+        logging.warning("KOALA Accelerate: the VAE runs uncompiled from now on, as PyTorch failed: %s", failed)
+        return output
 
     return run

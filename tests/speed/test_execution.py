@@ -54,6 +54,22 @@ def test_the_vae() -> None:
     cases.the_vae_draws_the_same(Case(BOTH, NEAR))
 
 
+def test_a_vae_that_cannot_be_compiled_runs_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    vae = parity.tiny_models()[2]
+    failing = [Part(vae.first_stage_model.decoder.norm_out, fail)]
+    decode = gpu_vae._within(failing, vae.decode)
+    latent = torch.zeros(1, 4, 8, 8)
+    for _ in range(2):
+        assert torch.equal(decode(latent), vae.decode(latent))
+    assert failing == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "KOALA Accelerate: the VAE runs uncompiled from now on, as PyTorch failed: Failed to find C compiler."
+    ]
+
+
 class Failing(Counting):
     """Fails as PyTorch may."""
 
