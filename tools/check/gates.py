@@ -146,7 +146,7 @@ EXCEPTED = (
     ),
     Excepted(
         "code_execution",
-        r"torch\.compile\(own\)",
+        r"torch\.compile\(own, fullgraph=True\)",
         "PyTorch's compiler, on functions of this pack's own; no text is compiled",
     ),
 )
