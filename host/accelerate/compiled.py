@@ -161,8 +161,8 @@ def _plain_norm(x: torch.Tensor, *further: Any) -> torch.Tensor:
 def _compiled(function: Any, structure: tuple[Any, ...] = ()) -> Callable[..., torch.Tensor]:
     """The code for all modules of a structure.
 
-    PyTorch counts the variants of one code object and compiles no more than eight; so each structure has its own. What it
-    cannot compile as one graph is an error: in pieces it would compile each of them for every block and size.
+    PyTorch counts the variants of one code object and compiles no more than eight; so each structure has its own. What
+    it cannot compile as one graph is an error: in pieces it would compile each of them for every block and size.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__)
     compiled: Callable[..., torch.Tensor] = torch.compile(own, fullgraph=True)

@@ -6,6 +6,7 @@ ControlNets, scheduled LoRAs, makes it compiled without being captured, or runs 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,7 @@ class Prepared:
         self.parts = parts(unet) if strategy.compiled else []
         self.between_patches = [part for part in self.parts if not is_transformer(part)]
         self.captures = Captures(self.weights, strategy.recorder()) if strategy.recorder is not None else None
+        self.has_run = False
         self.not_compiled = self.failed = ""
         """Why nothing is compiled any more, and why nothing is captured either: PyTorch could not."""
 
@@ -154,6 +156,9 @@ class Execution:
         why = why or self._why_not_captured
         if captures is not None and not why and not captures.has(network.name, inputs):
             why = _missing_room(self._patcher, call.x)
+        if compiled and not made.has_run:
+            logging.info("KOALA Accelerate: compiling, which takes a while; PyTorch keeps the code on disk")
+        made.has_run = True
         with running(compiled):
             if captures is not None and not why:
                 output = captures.run(network.name, lambda own: _plain(network, own), inputs)
