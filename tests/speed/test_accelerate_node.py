@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from koala_sdxl.host.accelerate import cpu_routines as kernels
+from koala_sdxl.host.accelerate.patch import Accelerated
 from koala_sdxl.host.accelerate.plan import OFF, PRESETS
+from koala_sdxl.host.model import model_facts
 from koala_sdxl.koala.architecture.layout import KOALA_700M
+from koala_sdxl.nodes import speed
 from koala_sdxl.nodes.speed import KoalaAccelerate
 from tools.measure import parity, transfer
 
@@ -43,6 +47,42 @@ def test_custom_settings() -> None:
     assert made.ui["text"][0].splitlines() == ["9 of 25 steps run the full U-Net", "guidance from 0 to 0.7"]
     with pytest.raises(ValueError, match=r"guidance_start is 0\.8 and guidance_end 0\.7; expected an end after"):
         node(**chosen | {"guidance_start": 0.8})
+
+
+def test_settings_that_do_nothing_are_named() -> None:
+    chosen = {"preset": "custom", "reuse": OFF, "guidance_start": 0.0, "guidance_end": 1.0, "cpu_routines": OFF}
+    assert node(**chosen).ui["text"][0].splitlines() == [
+        "25 of 25 steps run the full U-Net",
+        "changes nothing on this machine: these settings leave everything as it is",
+    ]
+
+
+GRAPHS, NO_NVIDIA = "CUDA graphs (triton not found)", "faster execution needs an NVIDIA GPU"
+
+
+@pytest.mark.parametrize(
+    ("preset", "execution", "why_eager", "vae", "said"),
+    [
+        ("exact", GRAPHS, "", "", [f"on this GPU: {GRAPHS}"]),
+        ("fast", GRAPHS, "", "VAE compiled", [f"on this GPU: {GRAPHS}, VAE compiled"]),
+        ("exact", "", NO_NVIDIA, "", [f"changes nothing on this machine: {NO_NVIDIA}"]),
+        ("fast", "", NO_NVIDIA, "", [f"the U-Net as ComfyUI runs it: {NO_NVIDIA}"]),
+        (
+            "exact",
+            "",
+            "too little",
+            "VAE compiled",
+            ["on this GPU: VAE compiled", "the U-Net as ComfyUI runs it: too little"],
+        ),
+    ],
+)
+def test_what_is_said_of_a_gpu(preset: str, execution: str, why_eager: str, vae: str, said: list[str]) -> None:
+    """What is found out on a GPU, by itself, is tested there."""
+    model = parity.tiny_models()[0].clone()
+    model.load_device = torch.device("cuda")
+    made = Accelerated(model, "", execution, why_eager)
+    text = speed._summary(model_facts(model), PRESETS[preset], made, vae)
+    assert text.splitlines()[1:] == said
 
 
 def test_models_that_are_no_koala_are_refused() -> None:
