@@ -101,8 +101,7 @@ def test_notes_link_every_download_with_size_folder_total_and_licence(workflow: 
     assert ("Apache-2.0" in notes) != bool(models)
 
 
-def test_what_runs_at_once_is_listed_first() -> None:
-    """The canvas sorts by titles; a pack's files come in any order."""
+def test_what_runs_at_once_comes_first_by_name() -> None:
     titles = list(workflows())
     assert titles == sorted(titles)
     assert [title.split(" ", 1)[1] for title in titles] == list(graphs())

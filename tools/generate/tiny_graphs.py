@@ -130,7 +130,7 @@ def tiny_training() -> Columns:
             "latents": latents["LATENT"],
             "positive": caption["positive"],
             "batch_size": 4,
-            "steps": 120,
+            "steps": 80,
             "learning_rate": 0.002,
             "training_dtype": "fp32",
             "lora_dtype": "fp32",

@@ -151,8 +151,8 @@ def sdxl_controlnet(release: Release) -> Columns:
 
 
 def graphs() -> dict[str, Columns]:
-    """Every shipped graph by its name, in the order in which the canvas lists them: first what runs at once, then what
-    most people come for."""
+    """Every shipped graph by its name, in the order of their numbers: first what runs at once, then what most people
+    come for."""
     released = {release.name: release for release in RELEASES}
     base, lightning = released["koala-700m"], released["koala-lightning-700m"]
     return {
@@ -174,7 +174,8 @@ def graphs() -> dict[str, Columns]:
 def workflows() -> dict[str, dict[str, Any]]:
     """Every shipped workflow by its title, which is its file's stem and what the canvas lists it as.
 
-    The canvas sorts by titles, so a number comes before the graph's name.
+    A number comes before the graph's name. The host lists a folder as its file system does, and the canvas keeps that
+    order: by name on NTFS, in none on ext4, where the dialog can be told to sort alphabetically.
     """
     numbered = enumerate(graphs().items(), 1)
     return {f"{number:02} {name}": canvas(name, columns) for number, (name, columns) in numbered}
