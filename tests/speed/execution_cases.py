@@ -138,7 +138,7 @@ def nothing_is_compiled_anew(case: Case) -> None:
 
 
 def a_size_is_captured_once(case: Case) -> None:
-    """Also after another size; only the last few are kept."""
+    """Also after another size."""
     wide = {"samples": torch.zeros(1, 4, 16, 24)}
     case.same()
     count = case.captures.count
@@ -146,9 +146,6 @@ def a_size_is_captured_once(case: Case) -> None:
     case.same()
     case.same(latent=wide)
     assert case.captures.count == count + 1
-    for width in range(26, 42, 2):
-        case.same(latent={"samples": torch.zeros(1, 4, 16, width)}, preset=SHORT | {"steps": 1})
-    assert len(case.captures) == 8
 
 
 def a_lora_under_a_captured_pass(case: Case) -> None:

@@ -16,6 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from koala_sdxl.host.accelerate import execution, gpu_vae
+from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Weights
 from koala_sdxl.host.accelerate.compiled import Part
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
 from tests.speed import execution_cases as cases
@@ -113,6 +114,26 @@ def test_where_vram_runs_out_a_pass_runs_as_comfyui_runs_it() -> None:
     case = Case(Strategy(recorder=Full), NEAR)
     case.same()
     assert case.said[-1] == "3 passes as in ComfyUI itself: too little VRAM for more"
+
+
+def test_the_last_used_passes_are_kept() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    weights, recorder = Weights(network), Operations()
+    captures = Captures(weights, recorder)
+
+    def run_with(rows: int) -> None:
+        x = torch.randn(rows, 4)
+        assert torch.equal(captures.run("some", lambda own: network(own["x"]), {"x": x}), network(x))
+
+    for rows in (*range(1, MAX_PASSES + 1), 1, MAX_PASSES + 1, 1, 3):
+        run_with(rows)
+    assert (len(captures), captures.count) == (MAX_PASSES, MAX_PASSES + 1)  # the second is gone
+    run_with(2)
+    assert captures.count == MAX_PASSES + 2
+    network[0].weight.data = torch.randn(4, 4)
+    weights.update()
+    run_with(3)
+    assert (len(captures), recorder.released) == (1, 1)
 
 
 def test_what_was_captured_goes_with_the_last_accelerated_clone() -> None:
