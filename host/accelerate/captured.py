@@ -18,6 +18,11 @@ MAX_PASSES = 8
 WARMUPS = 2
 """Passes before one is captured: the first compiles, and libraries choose their routines."""
 
+PLAIN = (torch.nn.Parameter, torch.Tensor)
+"""Kinds of weights that are in memory as they are computed with; those of quantised files are others."""
+CHANGED_WHEN_USED = "changed when used"
+"""In a weight's place: it is another kind of tensor, or the host changes it whenever it is used."""
+
 Inputs = Mapping[str, torch.Tensor]
 Pass = Callable[[Inputs], torch.Tensor]
 """One pass through a network."""
@@ -95,21 +100,18 @@ class Weights:
 
     def _look(self) -> Iterator[Hashable]:
         for module in self._modules:
-            yield _is_changed_when_used(module)
+            own = vars(module)
+            if own.get("weight_function") or own.get("bias_function"):
+                yield CHANGED_WHEN_USED
             for weight in module._parameters.values():
                 if weight is not None:
-                    yield weight.data_ptr()
+                    yield weight.data_ptr() if type(weight) in PLAIN else CHANGED_WHEN_USED
                     yield weight.dtype
 
     def _find_device(self) -> torch.device | None:
         weights = (weight for module in self._modules for weight in module._parameters.values() if weight is not None)
         devices = {weight.device for weight in weights}
-        return devices.pop() if len(devices) == 1 and not any(map(_is_changed_when_used, self._modules)) else None
-
-
-def _is_changed_when_used(module: torch.nn.Module) -> bool:
-    own = vars(module)
-    return bool(own.get("weight_function") or own.get("bias_function"))
+        return devices.pop() if len(devices) == 1 and CHANGED_WHEN_USED not in self._places else None
 
 
 class _Captured(NamedTuple):

@@ -136,6 +136,20 @@ def test_the_last_used_passes_are_kept() -> None:
     assert (len(captures), recorder.released) == (1, 1)
 
 
+def test_weights_of_other_kinds_are_not_captured() -> None:
+    class Quantised(torch.nn.Parameter):
+        """As quantised files have them."""
+
+    linear = torch.nn.Linear(4, 4)
+    weights = Weights(torch.nn.Sequential(linear))
+    weights.update()
+    assert weights.are_on(torch.device("cpu"))
+    linear.weight = Quantised(linear.weight.data, requires_grad=False)
+    weights.update()
+    assert weights.version == 2
+    assert not weights.are_on(torch.device("cpu"))
+
+
 def test_what_was_captured_goes_with_the_last_accelerated_clone() -> None:
     model = Case(CAPTURED, NEAR).faster()
     run(model, preset=cases.SHORT)
