@@ -140,3 +140,62 @@ test("every text is shown in the language of the canvas", () => {
   const shown = texts(content());
   for (const text of ["적용됨", "2단계", "시그마: 3 steps, leading", "folded"]) assert.ok(shown.includes(text), text);
 });
+
+/** The host's palettes: the colour of texts, and that of a node. Nodes 2.0 has nodes of its own in dark and light. */
+const PALETTES = {
+  dark: ["#dddddd", "#353535"],
+  "dark, Nodes 2.0": ["#dddddd", "#262729"],
+  light: ["#222222", "#f5f5f5"],
+  "light, Nodes 2.0": ["#222222", "#ffffff"],
+  arc: ["#dddddd", "#242730"],
+  github: ["#bcc2c8", "#13171d"],
+  nord: ["#bcc2c8", "#161b22"],
+  solarized: ["#93a1a1", "#073642"],
+};
+
+const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+
+/** Relative luminance, as WCAG 2 defines it. */
+function luminance(rgb) {
+  const [red, green, blue] = rgb
+    .map((value) => value / 255)
+    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+
+function contrast(one, other) {
+  const [high, low] = [luminance(one), luminance(other)].sort((a, b) => b - a);
+  return (high + 0.05) / (low + 0.05);
+}
+
+/** A colour of ours under a palette: that of texts, or a hue mixed with it. */
+function mixed(css, text) {
+  const found = css.match(/^color-mix\(in srgb, (#\w{6}) (\d+)%, var\(--input-text/);
+  if (!found) {
+    assert.match(css, /^var\(--input-text/);
+    return channels(text);
+  }
+  const share = Number(found[2]) / 100;
+  return channels(found[1]).map((value, at) => share * value + (1 - share) * channels(text)[at]);
+}
+
+test("every colour stands out from a node by 4.5 at least, in every palette of the host", () => {
+  const outcomes = ["applied", "folded", "removed", "mismatch", "incomplete", "malformed", "unsupported", "unknown"];
+  const words = Object.fromEntries(outcomes.map((outcome) => [outcome, outcome]));
+  const stages = { down: Object.fromEntries(outcomes.map((outcome) => [outcome, 1])) };
+  LiteGraph.vueNodesMode = true;
+  show(node, { koala: [{ badge: "b", text: "t", curve: CURVE, coverage: { stages, names: { down: "down" }, words } }] });
+  const styles = content().all(() => true).map(({ style, attributes }) => style.cssText || attributes.style || "");
+  assert.ok(styles.every((style) => !/opacity/.test(style)));
+  const drawn = styles.flatMap((style) => [...style.matchAll(/(?:^|[ ;])color: (.+?);/g)].map(([, colour]) => colour));
+  const own = drawn.filter((colour) => colour.startsWith("color-mix") || colour.startsWith("var"));
+  assert.equal(new Set(own).size, 8); // seven hues, one of them also the curve's, and the colour of texts
+  for (const [palette, [text, behind]] of Object.entries(PALETTES)) {
+    for (const colour of own) {
+      const found = contrast(mixed(colour, text), channels(behind));
+      assert.ok(found >= 4.5, `${palette}: ${colour}: ${found}`);
+    }
+  }
+  const badge = byClass("koala-badge")[0].style.cssText.match(/background: (#\w{6}); color: #fff;/);
+  assert.ok(contrast(channels(badge[1]), [255, 255, 255]) >= 4.5);
+});
