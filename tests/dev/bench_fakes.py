@@ -74,7 +74,8 @@ class FakeWorker:
     def step(self, out: str = "", routines: str = "", **_: Any) -> dict[str, Any]:
         if out:
             numpy.save(out, numpy.array([2.0, 1.0 if self.engine == "stock" else 1.5]))
-        return {"seconds": self.seconds() / (2 if routines else 1), "peak": {"ram": 3 * GB, "gpu": GB}}
+        seconds = self.seconds() / (2 if routines else 1)
+        return {"seconds": seconds, "processor": 2 * seconds, "peak": {"ram": 3 * GB, "gpu": GB}}
 
     decode = step
 

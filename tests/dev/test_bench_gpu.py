@@ -74,6 +74,23 @@ def test_steps_of_larger_sizes_are_dropped_first(
     assert "![size]" in text
 
 
+def test_a_page_of_the_smallest_size_alone(
+    fake: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "left", lambda _: 30.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("time.monotonic", itertools.count(0.0, 20.0).__next__)
+        found = SECTIONS["step"](Bench("cpu", 2))
+    assert (list(found["sizes"]), list(found["batches"]), found["sdxl"]) == (["256"], ["1"], {})
+    for name in ("machine", "macs", "decode"):
+        store.add(tmp_path, "cpu", name, FakeWorker("stock", "cpu").machine(), SECTIONS[name](Bench()))
+    store.add(tmp_path, "cpu", "step", FakeWorker("stock", "cpu").machine(), found)
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "| 256 | pack, exact |" in text
+    assert "a guided step, 256 px" in text
+    assert "a guided step, 512 px" not in text
+
+
 def test_each_thing_is_dropped_once(capsys: pytest.CaptureFixture[str]) -> None:
     dropped = Dropped()
     assert not dropped.lacks(Bench(), 1e9, "without a limit nothing is")

@@ -134,6 +134,19 @@ def test_what_seems_faster_than_its_bound_is_undecided(fake: type[FakeWorker]) -
     assert rows[0].endswith("| 41.0 % |")
 
 
+def test_processors_time_is_shown_where_it_was_measured(fake: type[FakeWorker], tmp_path: Path) -> None:
+    machine, found = FakeWorker(NO_ENGINE, "cpu").machine(), SECTIONS["step"](Bench(repeats=2))
+    store.add(tmp_path, "cpu", "step", machine, found)
+    shown = report.write(tmp_path).read_text("utf-8")
+    assert "| 512 | pack, exact | 0.50 (0.50..0.50) | 0.25 x (0.25..0.25) | 0.25 x (0.25..0.25) | 3.00 |" in shown
+    for at in (*found["sizes"].values(), *found["batches"].values()):
+        for run in (run for runs in at.values() for run in runs):
+            run.pop("processor", None)
+    store.add(tmp_path, "cpu", "step", machine, found)
+    shown = report.write(tmp_path).read_text("utf-8")
+    assert "| 512 | pack, exact | 0.50 (0.50..0.50) | 0.25 x (0.25..0.25) | 3.00 |" in shown
+
+
 def test_part_of_the_sections_makes_a_report(fake: type[FakeWorker], tmp_path: Path) -> None:
     text = command.run(["macs"], Bench(), tmp_path).read_text("utf-8")
     assert "### Multiplications" in text

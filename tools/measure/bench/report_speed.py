@@ -13,6 +13,7 @@ from tools.measure.bench.stats import spread
 from tools.measure.bench.variants import ROUTINES, VARIANTS
 
 KOALA = "KOALA-700M"
+PROCESSORS = "processors' time over stock's"
 WAY_NAMES = {
     "stock": "KSampler, stock loader",
     "KOALA Sampler": "KOALA Sampler",
@@ -73,11 +74,12 @@ def step(sections: Sections, kind: str) -> Iterator[str]:
         yield from _turns(found["batches"], BATCHES, "batch", kind)
     apart = ", ".join(f"{engine} {apart:.1g}" for engine, apart in found["difference"].items() if engine != "stock")
     way = readings.ours(sections)
-    ours = {px: readings.step_seconds(sections, way, int(px)).median for px in found["sdxl"]}
+    ours = {px: readings.step_seconds(sections, way, int(px)).median for px in found["sdxl"] if px in found["sizes"]}
     sdxl = ", ".join(
         f"{spread(readings.seconds(runs)).median:.2f} s at {px} px ({KOALA}, {way}: {ours[px]:.2f} s, "
         f"{ours[px] / spread(readings.seconds(runs)).median:.2f} of it)"
         for px, runs in found["sdxl"].items()
+        if px in ours
     )
     yield from (f"Largest difference from stock's latent, over the largest value in it: {apart}.", "")
     if peers := found.get("peers"):
@@ -177,25 +179,24 @@ def memory(sections: Sections, kind: str) -> Iterator[str]:
 
 
 def _processors(runs: list[readings.Row], stock: list[readings.Row]) -> str:
-    """What all threads spent, which other programs on the machine disturb less; old entries lack it."""
-    if "processor" not in runs[0] or not stock[0]["processor"]:
-        return ""
+    """What all threads spent, over stock's: other programs on the machine disturb it less."""
     return ratio(readings.ratio([run["processor"] for run in runs], [run["processor"] for run in stock]))
 
 
 def _turns(found: Mapping[str, Any], places: Iterable[int], unit: str, kind: str) -> list[str]:
-    return table(
-        (unit, "engine", "seconds", "over stock", "processors' time over stock's", "peak of the process, GB"),
+    measured = [(at, engine, runs) for at in places for engine, runs in found.get(str(at), {}).items()]
+    with_processors = all("processor" in runs[0] for _, _, runs in measured)  # old entries lack it
+    titles = (unit, "engine", "seconds", "over stock", PROCESSORS, "peak of the process, GB")
+    rows = (
         (
-            (
-                at,
-                engine,
-                times(readings.seconds(runs)),
-                ratio(readings.ratio(readings.seconds(runs), readings.seconds(found[str(at)]["stock"]))),
-                _processors(runs, found[str(at)]["stock"]),
-                f"{readings.most(runs, kind) / 1e9:.2f}",
-            )
-            for at in places
-            for engine, runs in found.get(str(at), {}).items()
-        ),
+            at,
+            engine,
+            times(readings.seconds(runs)),
+            ratio(readings.ratio(readings.seconds(runs), readings.seconds(found[str(at)]["stock"]))),
+            _processors(runs, found[str(at)]["stock"]) if with_processors else "",
+            f"{readings.most(runs, kind) / 1e9:.2f}",
+        )
+        for at, engine, runs in measured
     )
+    columns = [column for column, _ in enumerate(titles) if with_processors or column != titles.index(PROCESSORS)]
+    return table([titles[column] for column in columns], ([row[column] for column in columns] for row in rows))
