@@ -71,7 +71,8 @@ def test_steps_of_larger_sizes_are_dropped_first(
     assert "Dropped from *step* for want of time: 768 px, batch 1, 1024 px, batch 1." in text
     assert "a step at 512 px, pack, exact: time over stock" in text
     assert "a step at 1024 px" not in text
-    assert "![size]" in text
+    assert "![size]" not in text
+    assert "![batch]" in text
 
 
 def test_a_page_of_the_smallest_size_alone(

@@ -51,12 +51,14 @@ def bounds(sections: Sections, kind: str) -> Iterator[str]:
         ("step", "a guided step", KOALA, SIZES, 2),
         ("decode", "VAE decode", "vae", DECODED, 1),
     ):
-        for px in places:
+        for px in places if section in sections else ():
             for way, runs in readings.figures(sections, section)["sizes"].get(str(px), {}).items():
                 if way in (readings.ours(sections), *ROUTINES):
                     in_bf16 = way == "pack, bf16" and readings.figures(sections, "machine")["faster"]["bf16"]
                     least = readings.bound(sections, model, px, pictures, in_bf16)
                     lines.append((f"{what}, {px} px", way, least, min(readings.seconds(runs))))
+    if not lines:
+        raise readings.NotMeasured("step, decode")
     yield from (
         "### What limits the speed",
         "",
