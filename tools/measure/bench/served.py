@@ -39,7 +39,7 @@ class Served:
                 result = self.client.run(graphs.graph(way, image, next(self._seeds)))
             except GraphError as error:
                 words = f"{error}: {error.errors}"
-                return {"error": words[:500], "fits": not any(part in words for part in OUT_OF_MEMORY)}
+                return {"error": words[:1000], "fits": not any(part in words for part in OUT_OF_MEMORY)}
         messages = self.client.history(result.prompt_id)["status"]["messages"]
         at = {kind: content["timestamp"] for kind, content in messages if "timestamp" in content}
         return {"seconds": (at["execution_success"] - at["execution_start"]) / 1000, "nvml": watch.peak, "fits": True}
