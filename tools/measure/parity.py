@@ -213,7 +213,7 @@ def _in_fp32(file: Path, at_once: int = 100) -> dict[str, torch.Tensor]:
     """A file's tensors; it is opened anew for some at a time, as all that was read of an open file stays in memory."""
     with safe_open(file, framework="pt") as stored:
         names = list(stored.keys())
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for start in range(0, len(names), at_once):
         with safe_open(file, framework="pt") as stored:
             state |= {name: stored.get_tensor(name).float() for name in names[start : start + at_once]}
