@@ -63,8 +63,10 @@ def weight_dtype_input() -> io.Combo.Input:
 
 
 def choices(folder: str) -> list[str]:
-    """What an input offers of ComfyUI's folder key ``folder``: the files there, and the pack's own for koala-tiny. These
-    come last, so that none is the default where there are others."""
+    """What an input offers of ComfyUI's folder key ``folder``: the files there, and the pack's own for koala-tiny.
+
+    These come last, so that none is the default where there are others.
+    """
     return [*folder_paths.get_filename_list(folder), *(name for key, name in BUILT_IN if key == folder)]
 
 

@@ -24,7 +24,7 @@ def test_the_counted_unets_have_the_weights_that_their_layouts_say(layout: Layou
 
 @pytest.mark.parametrize("layout", [SDXL, *scale.STUDENTS])
 def test_multiplications_are_those_of_the_benchmark(layout: Layout) -> None:
-    unets = store.read(ROOT / "docs")["cpu"]["macs"]["figures"]["unets"]
+    unets = store.shared(ROOT / "docs")["macs"]["figures"]["unets"]
     known = unets["SDXL" if layout == SDXL else name(layout)]["sizes"]["1024"]
     assert scale.unet_macs(layout) == sum(known.values())
 

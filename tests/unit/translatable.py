@@ -9,7 +9,7 @@ from koala_sdxl.koala.words import Data, Message
 
 
 def english_only(text: str) -> list[str]:
-    """Pieces of a text that no template gives, and that are more than a name or a number: two words of prose in a row."""
+    """Pieces of a text that no template gives, and that are more than a name or number: two words of prose."""
     return [piece for piece in _pieces(text.data if isinstance(text, Message) else text) if _WORDS.search(piece)]
 
 
