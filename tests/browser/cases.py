@@ -125,10 +125,12 @@ CASES = {
             LoRA=lora(),
             KSampler=ksampler(),
             subgraphs={"inner": ("LoRA", "KSampler")},
+            shown={"inner": ("KSampler", "steps")},
         ),
         f"{SDXL} > inner, in > LoRA > {SWAP} > KSampler",
         (IN_PLACE, SET),
         WITH_LORA,
+        values={"inner": {"steps": PUBLISHED["steps"]}},
     ),
     "subgraph, from inside": Case(
         graph(

@@ -53,12 +53,14 @@ def lora(strength: float = 1.0, kind: str = "LoraLoader") -> Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes by name; links; modes that are not 0; and what is put into subgraphs: the subgraph's name -> nodes."""
+    """Nodes by name; links; modes that are not 0; what is put into subgraphs (the subgraph's name -> nodes), and which
+    widgets a subgraph shows on its node (the subgraph's name -> node, widget)."""
 
     nodes: Mapping[str, Node]
     links: tuple[Link, ...]
     modes: Mapping[str, int] = field(default_factory=dict)
     subgraphs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shown: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def saved_as(self, prefix: str) -> Graph:
         """The same graph with another name for its image."""
@@ -77,10 +79,11 @@ class Graph:
 def graph(*parts: str | Link, clip: str = SDXL, show: str = "KSampler", **nodes: Any) -> Graph:
     """A graph that shows what the sampler ``show`` gives.
 
-    ``parts``: links, or "A > B > C" for a MODEL that goes from each to the next. ``nodes``: named nodes; a dictionary
-    for ``modes`` and ``subgraphs``. Prompts, latent and image are added, and linked to whatever has a place for them.
+    ``parts``: links, or "A > B > C" for a MODEL that goes from each to the next. ``nodes``: named nodes; dictionaries
+    for ``modes``, ``subgraphs`` and ``shown``. Prompts, latent and image are added, and linked to whatever has a place
+    for them.
     """
-    further = {name: nodes.pop(name) for name in ("modes", "subgraphs") if name in nodes}
+    further = {name: nodes.pop(name) for name in ("modes", "subgraphs", "shown") if name in nodes}
     made: dict[str, Node] = {
         SDXL: ("TinySDXL", {}),
         "positive": ("CLIPTextEncode", {"text": PROMPT}),
@@ -146,6 +149,13 @@ BUILD = """async (graph) => {
         node.title = name;
         made[name] = node;
     }
+    for (const [name, [inner, widget]] of Object.entries(graph.shown)) {
+        const { subgraph } = made[name];
+        const node = subgraph.nodes.find((each) => each.title === inner);
+        const slot = node.inputs.find((input) => input.widget?.name === widget);
+        subgraph.addInput(widget, slot.type);
+        subgraph.inputs.at(-1).connect(slot, node);
+    }
     await open(window.app.rootGraph.serialize()); // as a file of it is opened
 }"""
 
@@ -153,7 +163,8 @@ BUILD = """async (graph) => {
 def build(page: Page, wanted: Graph) -> None:
     """Put a graph on the canvas, in place of what is there, and make it what undo comes back to."""
     described = {"nodes": dict(wanted.nodes), "links": wanted.links}
-    page.evaluate(BUILD, {**described, "modes": dict(wanted.modes), "subgraphs": dict(wanted.subgraphs)})
+    further = {"modes": wanted.modes, "subgraphs": wanted.subgraphs, "shown": wanted.shown}
+    page.evaluate(BUILD, {**described, **{name: dict(values) for name, values in further.items()}})
     page.wait_for_timeout(300)
     page.evaluate(
         """() => { const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker;

@@ -61,8 +61,9 @@ def choose(page: Page, nodes_2: bool, file: str) -> None:
     name = file.rsplit("/")[-1]
     browser.see_all(page)
     if nodes_2:
-        page.locator('[data-testid="node-widget"]', has_text="unet_name").locator("[role=combobox]").click()
-        page.get_by_role("option", name=name).click()
+        node = page.locator(f'[data-node-id="{one(page, "KoalaUNetSwap")["id"]}"]')
+        node.get_by_test_id("widget-select-default-trigger").first.click()
+        page.get_by_test_id("widget-select-default-overlay").get_by_text(name).click()
     else:
         x, y = page.evaluate(
             """() => { const node = window.app.rootGraph.nodes.find((known) => known.type === 'KoalaUNetSwap');
