@@ -35,7 +35,8 @@ cache."""
 
 def shown(text: Message | None, *outputs: object, **drawing: object) -> io.NodeOutput:
     """The node's outputs together with what the canvas shows on it: ``text`` (in English also in the run's history),
-    and ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws. Messages are shown in its language."""
+    and ``badge``, ``curve`` or ``coverage``, which web/lib/drawings.mjs draws. Messages are shown in its language.
+    No text: None."""
     texts: dict[str, object] = {"text": (str(text),)} if text else {}
     drawn = data({"text": text, **drawing} if text else drawing)
     return io.NodeOutput(*outputs, ui={**texts, DRAWING: (drawn,)})
