@@ -166,6 +166,7 @@ def test_another_file_sets_the_samplers_again_but_for_what_a_person_has_set(
 ) -> None:
     browser.open_workflow(page, without_swap())
     command(page, "CheckpointLoaderSimple")
+    page.wait_for_timeout(500)
     start_history(page)
     before = browser.nodes(page)
     assert settings(page) == [*BASE_WIDGETS.values()]

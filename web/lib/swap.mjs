@@ -89,8 +89,7 @@ export function setForFile(app, swap, before) {
   const samplers = samplersOf(root, takersOf([follow(root, spot(swap, 0))]), now);
   const settings = plan(root, samplers, (name, value) => value === old[name]);
   if (!settings.some(({ changes }) => changes.length)) return undefined;
-  apply(settings);
-  app.canvas.setDirty(true, true);
+  asOneStep(app, () => apply(settings));
   const severity = settings.every(({ faults }) => !faults.length) ? "success" : "warn";
   return { severity, words: joined("\n", report(settings)) };
 }
