@@ -70,10 +70,10 @@ def click_title(page: Page, kind: str, button: Any = "left") -> None:
 
 def swap_command(page: Page) -> list[str]:
     """Give the command to swap for what is selected; returns the lines of what is said."""
-    shown = page.locator(".p-toast-detail")
+    shown = page.locator(".p-toast-detail, [data-testid=toast]")  # as the tested canvas has it, and as newer ones
     before = shown.count()
     page.evaluate("() => window.app.extensionManager.command.execute('KOALA.SwapUNet')")
     shown.nth(before).wait_for()
-    lines: list[str] = shown.nth(before).inner_text().split("\n")
-    page.locator(".p-toast-close-button").nth(before).click()
-    return lines
+    lines = [line.strip() for line in shown.nth(before).inner_text().split("\n")]
+    page.locator(".p-toast-close-button, [data-testid=toast-close]").nth(before).click()
+    return [line for line in lines if line not in ("", "KOALA")]

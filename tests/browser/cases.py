@@ -28,7 +28,7 @@ SET = "the sampler is set as KOALA was published"
 BOTH = "2 of 2 samplers set as KOALA was published"
 SWAP = "KOALA U-Net Swap"
 TWICE = f"2 times {SWAP} in place, one for each MODEL that is sampled"
-CUSTOM = {
+CUSTOM: dict[str, Any] = {
     "noise": ("RandomNoise", {"noise_seed": SEED}),
     "chosen": ("KSamplerSelect", {"sampler_name": SETTINGS["sampler_name"]}),
     "sigmas": ("BasicScheduler", {"scheduler": SETTINGS["scheduler"], "steps": SETTINGS["steps"], "denoise": 1.0}),
@@ -41,7 +41,7 @@ CUSTOM_LINKS = (
     ("chosen", 0, "custom", "sampler"),
     ("sigmas", 0, "custom", "sigmas"),
 )
-CONTROL = {"net": ("ControlNetLoader", {"control_net_name": CONTROLNET}), "apply": APPLY}
+CONTROL: dict[str, Any] = {"net": ("ControlNetLoader", {"control_net_name": CONTROLNET}), "apply": APPLY}
 HINT = ("EmptyImage", {"width": 128, "height": 128, "batch_size": 1, "color": 0x40FF20})
 CONTROL_LINKS = (
     ("hint", 0, "apply", "image"),
