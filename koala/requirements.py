@@ -10,6 +10,10 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import EulerDiscreteScheduler
 
 PACK = Path(__file__).parents[1]
 """The pack's folder, as ComfyUI found it: links are not followed."""
@@ -55,7 +59,7 @@ def diffusers_fault() -> str:
     return _fault(f"diffusers {found} is installed" if found else "diffusers is not installed", wanted)
 
 
-def scheduler_class() -> type:
+def scheduler_class() -> type[EulerDiscreteScheduler]:
     """``EulerDiscreteScheduler`` of diffusers. Raises RequirementError where that is missing, too old or broken."""
     if said := diffusers_fault():
         raise RequirementError(said)
@@ -65,7 +69,7 @@ def scheduler_class() -> type:
         first = str(error).strip().partition("\n")[0]
         what = f"diffusers {version('diffusers')} cannot be imported ({first})"
         raise RequirementError(_fault(what, least("requirements.txt", "diffusers"))) from error
-    scheduler: type = EulerDiscreteScheduler
+    scheduler: type[EulerDiscreteScheduler] = EulerDiscreteScheduler
     return scheduler
 
 
