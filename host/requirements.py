@@ -13,18 +13,19 @@ def require_host() -> None:
     Raises RequirementError for a ComfyUI that is older than the pack is for; ComfyUI shows its message in the log.
     """
     found, wanted = _version(), least("pyproject.toml", "requires-comfyui")
-    if is_older(found, wanted):
+    if found is None or is_older(found, wanted):
+        what = f"is {found}" if found else "has no version (no comfyui_version.py)"
         raise RequirementError(
-            f"this ComfyUI is {found}; KOALA for ComfyUI needs {wanted} or newer. Update ComfyUI, install its "
+            f"this ComfyUI {what}; KOALA for ComfyUI needs {wanted} or newer. Update ComfyUI, install its "
             f"requirements.txt again, and restart it."
         )
     if fault := diffusers_fault():
         logging.warning("KOALA Sampler, KOALA Scheduler and KOALA Accelerate will not run: %s", fault)
 
 
-def _version() -> str:
+def _version() -> str | None:
     try:
         from comfyui_version import __version__
     except ImportError:
-        return "of an unknown version (it has no comfyui_version.py)"
+        return None
     return str(__version__)

@@ -31,12 +31,14 @@ def least(file: str, name: str) -> str:
 
 
 def is_older(found: str, wanted: str) -> bool:
-    """Whether a version comes before another; a pre-release counts as its release."""
-    return _numbers(found) < _numbers(wanted)
+    """Whether a version comes before another. A pre-release counts as its release, and a name without a number, as some
+    builds have it, as the newest."""
+    numbers = _numbers(found)
+    return bool(numbers) and numbers < _numbers(wanted)
 
 
 def _numbers(release: str) -> list[int]:
-    leading = re.match(r"\d+(?:\.\d+)*", release)
+    leading = re.search(r"\d+(?:\.\d+)*", release)
     numbers = [int(number) for number in leading[0].split(".")] if leading else []
     while numbers and not numbers[-1]:
         numbers.pop()
@@ -75,8 +77,8 @@ def scheduler_class() -> type[EulerDiscreteScheduler]:
 
 def _fault(what: str, wanted: str) -> str:
     return (
-        f"{what}; expected diffusers {wanted} or newer, from which KOALA's noise levels come. In ComfyUI's folder, run "
-        f"{_command()}, and restart ComfyUI."
+        f"{what}; expected diffusers {wanted} or newer, from which KOALA's noise levels come. Run {_command()}, and "
+        f"restart ComfyUI."
     )
 
 
@@ -85,5 +87,10 @@ def _command() -> str:
 
     It is written there for people; in code, the registry's scan would take it for an installation.
     """
-    command = (PACK / "requirements.txt").read_text("utf-8").splitlines()[0].removeprefix("# ")
-    return command.replace("python", f'"{sys.executable}"', 1).replace("koala-sdxl", PACK.name, 1)
+    line = (PACK / "requirements.txt").read_text("utf-8").splitlines()[0].removeprefix("# ")
+    _, *between, _ = line.split()
+    return " ".join((_quoted(sys.executable), *between, _quoted(str(PACK / "requirements.txt"))))
+
+
+def _quoted(path: str) -> str:
+    return f'"{path}"' if " " in path else path
