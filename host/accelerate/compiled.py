@@ -74,7 +74,7 @@ def running(chosen: Iterable[Part]) -> Iterator[None]:
 
 def _parts_of(module: Any) -> Iterator[Part]:
     if type(module) is BasicTransformerBlock:
-        structure = tuple((name, tuple(weight.shape)) for name, weight in module.named_parameters())
+        structure = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in module.named_parameters())
         yield Part(module, partial(_transformer_block, _compiled(_transformer, structure), module))
     elif type(module) is ResBlock and not module.use_scale_shift_norm:
         for layers in (module.in_layers, module.out_layers):
@@ -93,7 +93,7 @@ def _norm_and_activation(
     norm: torch.nn.GroupNorm, *activation: torch.nn.Module, order: torch.memory_format = torch.preserve_format
 ) -> Iterator[Part]:
     """A norm that computes its activation as well, and the activation, which then does nothing."""
-    yield Part(norm, partial(_norm, _compiled(_activated_norm), norm, order))
+    yield Part(norm, partial(_norm, _compiled(_activated_norm, (order,)), norm, order))
     for module in activation:
         yield Part(module, _unchanged)
 

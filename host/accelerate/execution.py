@@ -130,11 +130,14 @@ class Execution:
             return self._eager(why, network, call, further, feature)
         try:
             return self._faster(made, network, call, feature)
-        except management.OOM_EXCEPTION:
-            why = self._why_not_captured = "too little VRAM for more"
-        except RuntimeError as error:
-            first_line = str(error).strip().partition("\n")[0]
-            why = failed = f"PyTorch failed ({type(error).__name__}: {first_line})"
+        except management.InterruptProcessingException:
+            raise
+        except Exception as error:  # what PyTorch raises of compiling and capturing has no other base in common
+            if management.is_oom(error):
+                why = self._why_not_captured = "too little VRAM for more"
+            else:
+                first_line = str(error).strip().partition("\n")[0]
+                why = failed = f"PyTorch failed ({type(error).__name__}: {first_line})"
         # here, not above: as long as an error is handled, it holds the memory of what failed
         made.release()
         management.soft_empty_cache()

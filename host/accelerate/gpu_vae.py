@@ -39,9 +39,11 @@ def _within(compiled: list[Part], method: Callable[..., torch.Tensor]) -> Callab
         try:
             with running(compiled):
                 return method(*arguments, **options)
-        except comfy.model_management.OOM_EXCEPTION:
-            raise  # ComfyUI has already tried tiles
-        except RuntimeError as error:
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:  # what PyTorch raises of compiling has no other base in common
+            if comfy.model_management.is_oom(error):
+                raise  # ComfyUI has already tried tiles
             failed = str(error)
         output = method(*arguments, **options)  # or it raises the same, and what was given is wrong
         compiled.clear()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from koala_sdxl.host.accelerate import execution, gpu_vae
 from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Weights
@@ -91,11 +92,12 @@ def test_where_pytorch_fails_the_image_is_right_and_the_reason_is_told() -> None
     assert case.said[-1] == f"3 passes as in ComfyUI itself: {why}"
 
 
-def test_what_cannot_be_compiled_is_captured() -> None:
-    """As where PyTorch finds no C compiler."""
-
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to find C compiler."), FailOnRecompileLimitHit("recompile_limit reached")], ids=repr
+)
+def test_what_cannot_be_compiled_is_captured(error: Exception) -> None:
     def fail(*_: object) -> torch.Tensor:
-        raise RuntimeError("Failed to find C compiler.")
+        raise error
 
     case = Case(BOTH, NEAR)
     model = case.faster()
@@ -103,7 +105,7 @@ def test_what_cannot_be_compiled_is_captured() -> None:
     made.parts = made.between_patches = [Part(model.model.diffusion_model.out[0], fail)]
     wanted, found = (run(one, preset=cases.SHORT) for one in (parity.tiny_models()[0], model))
     assert torch.equal(found, wanted)
-    why = "PyTorch failed (RuntimeError: Failed to find C compiler.)"
+    why = f"PyTorch failed ({type(error).__name__}: {error})"
     assert case.said[-1] == f"2 passes by CUDA graph: not compiled, as {why}; 1 pass as in ComfyUI itself: {why}"
 
 
