@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { addBelow, asOneStep, create, freePlace, setWidget } from "../../web/lib/edit.mjs";
-import { INPUTS } from "../../web/lib/links.mjs";
+import { addBelow, asOneStep, create, freePlace, lead, setWidget } from "../../web/lib/edit.mjs";
+import { INPUTS, OUTPUTS } from "../../web/lib/links.mjs";
 import { app, subgraph } from "./fakes.mjs";
 import { add, empty, made, register } from "./sdxl.mjs";
 
@@ -14,6 +14,17 @@ test("a free place is the one asked for, or the first below what is in the way",
   assert.deepEqual(freePlace([node(0, 260), node(0, 0)], [10, 20], [200, 100]), [10, 440]);
   assert.deepEqual(freePlace([node(0, -90)], [0, 30], [200, 100]), [0, 90]); // a title has to fit in between
   assert.deepEqual(freePlace([node(0, 150)], [0, 20], [200, 100]), [0, 330]);
+});
+
+test("the two borders of a subgraph are joined through a reroute, other ends by a link", () => {
+  register();
+  const { inner } = subgraph(empty(), { inputs: { model: "MODEL" }, outputs: { MODEL: "MODEL" } });
+  const { patch } = add(inner, { patch: "patch" });
+  const [input, output] = [INPUTS, OUTPUTS].map((id) => ({ graph: inner, id, slot: 0 }));
+  lead(input, { graph: inner, id: patch.id, slot: 0 });
+  assert.deepEqual(inner.wires, ["in>patch"]);
+  lead(input, output);
+  assert.deepEqual(inner.wires, ["Reroute>out", "in>Reroute", "in>patch"]);
 });
 
 test("a node is added below the one in front of it, or below the border", () => {

@@ -129,3 +129,9 @@ test("links are made from a border, to a border and between nodes", () => {
   assert.deepEqual(inner.wires, ["in>patch", "lora>out", "patch>lora"]);
   assert.equal(linkInto(spot(lora, 0)).parentId, 7);
 });
+
+test("a link without a node at either end is refused", () => {
+  const { inner } = subgraph(empty(), MODEL);
+  const [output, input] = [INPUTS, OUTPUTS].map((id) => ({ graph: inner, id, slot: 0 }));
+  assert.throws(() => connect(output, input), /a node at neither end/);
+});

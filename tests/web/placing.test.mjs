@@ -4,7 +4,7 @@ import { INPUTS, linkInto, OUTPUTS, spot } from "../../web/lib/links.mjs";
 import { distinct, inPlace, placements, placeSwaps, startOf } from "../../web/lib/placing.mjs";
 import { translate } from "../../web/lib/words.mjs";
 import { subgraph, use } from "./fakes.mjs";
-import { add, chain, empty, made } from "./sdxl.mjs";
+import { add, chain, empty, made, register } from "./sdxl.mjs";
 
 const MODEL = { inputs: { model: "MODEL" }, outputs: { MODEL: "MODEL" } };
 
@@ -241,6 +241,21 @@ test("a new swap is set like the one that is there; one that is not needed any m
     ["mine"],
   );
   assert.deepEqual(graph.wires, ["loader>lora", "loader>old", "lora>new", "new>refined", "old>sampler"]);
+});
+
+test("a swap that is all there is in a subgraph leaves the MODEL its way through it", () => {
+  register();
+  const root = empty();
+  const { loader, lora, sampler } = add(root, { loader: "loader", lora: "lora", sampler: "sampler" });
+  const { inner, node } = subgraph(root, { ...MODEL, title: "node" });
+  const { old } = add(inner, { old: "swap" });
+  inner.link(INPUTS, 0, old.id, 0);
+  inner.link(old.id, 0, OUTPUTS, 0);
+  chain(loader, node, lora, sampler);
+  swap(root, lora);
+  assert.deepEqual(inner.wires, ["Reroute>out", "in>Reroute"]);
+  assert.deepEqual(root.wires, ["loader>node", "lora>new", "new>sampler", "node>lora"]);
+  assert.equal(ready(root, lora), true);
 });
 
 test("two swaps side by side, to compare, are left", () => {

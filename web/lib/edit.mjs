@@ -1,6 +1,8 @@
 // @ts-check
 // Changes to a graph that one Ctrl+Z undoes.
 
+import { connect, REROUTE, spot } from "./links.mjs";
+
 /** @import { Place } from "./links.mjs" */
 
 const GAP = 80; // pixels between nodes, a title's height among them
@@ -61,6 +63,19 @@ export function addBelow(node, { graph, id }) {
   const [x, y] = from ? [from.pos[0], from.pos[1] + from.size[1] + GAP] : [0, 0];
   node.pos = freePlace(graph.nodes, [x, y], node.size);
   graph.add(node);
+}
+
+/**
+ * Link an output to an input, through a reroute where both are the border's.
+ * @param {Place} output
+ * @param {Place} input
+ */
+export function lead(output, input) {
+  if (output.graph.getNodeById(output.id) || input.graph.getNodeById(input.id)) return connect(output, input);
+  const reroute = create(REROUTE);
+  addBelow(reroute, output);
+  connect(output, spot(reroute, 0));
+  connect(spot(reroute, 0), input);
 }
 
 /**

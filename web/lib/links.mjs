@@ -6,7 +6,7 @@
 /** Ids that stand in a link for the subgraph's own inputs, where it begins, and outputs, where it ends. */
 export const INPUTS = -10;
 export const OUTPUTS = -20;
-const REROUTE = "Reroute";
+export const REROUTE = "Reroute";
 /** Links by name, of the pack KJNodes: what goes into the one comes out of each of the others with the same name. */
 const [SET, GET] = ["SetNode", "GetNode"];
 
@@ -167,8 +167,8 @@ export function sources(root, input, seen = new Set()) {
 }
 
 /**
- * Link an output to an input; what was linked to the input before is not any more. One of the two at most is the
- * border's.
+ * Link an output to an input; what was linked to the input before is not any more. Throws an Error where neither end is
+ * a node's: no link joins two borders.
  * @param {Place} output
  * @param {Place} input
  * @param {number} [reroute] id of the canvas's reroute that the link is to go through
@@ -178,4 +178,5 @@ export function connect(output, input, reroute) {
   if (from && to) from.connect(output.slot, to, input.slot, reroute);
   else if (to?.inputs) output.graph.inputs?.[output.slot].connect(to.inputs[input.slot], to, reroute);
   else if (from) input.graph.outputs?.[input.slot].connect(from.outputs[output.slot], from, reroute);
+  else throw new Error(`There is a node at neither end of the link from ${key(output)} to ${key(input)}.`);
 }

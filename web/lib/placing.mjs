@@ -1,6 +1,7 @@
 // @ts-check
 // Where KOALA U-Net Swaps belong: behind everything that changes SDXL's MODEL, in front of everything that uses it.
 
+import { lead } from "./edit.mjs";
 import { connect, endOf, key, linkInto, linksFrom, spot } from "./links.mjs";
 import { allBranches, follow, isKoala, modelOutputs, SWAP, upstream } from "./models.mjs";
 import { message } from "./words.mjs";
@@ -169,7 +170,7 @@ export function placeSwaps(wires, found, add) {
       if (!branch.swap || !wire.swaps.includes(branch.swap)) connect(spot(swap, 0), endOf(wire.graph, branch.link));
     }
   }
-  for (const { wire, branch } of wrong) connect(wire, endOf(wire.graph, branch.link));
+  for (const { wire, branch } of wrong) lead(wire, endOf(wire.graph, branch.link));
   for (const swap of spare) swap.graph.remove(swap);
   return placed;
 }
