@@ -150,6 +150,25 @@ test("base and refiner share the steps; where one ends and the other begins keep
   );
 });
 
+test("steps that end, or split, behind the last one do so with more steps, too", () => {
+  const graph = empty();
+  const few = { steps: 4, end_at_step: 10 };
+  const { sampler, all } = add(graph, {
+    sampler: ["advanced", { widgets: few }],
+    all: ["advanced", { widgets: { steps: 4 } }],
+  });
+  const ends = (node) => wishes(graph, node).filter(([, name]) => name === "end_at_step");
+  assert.deepEqual(ends(sampler), [["sampler", "end_at_step", 25]]);
+  sampler.widgets.find(({ name }) => name === "end_at_step").value = 40;
+  assert.deepEqual([ends(sampler), ends(all)], [[], []]);
+  const { scheduler, guider, split, custom: first } = custom(graph, { split: "split" });
+  scheduler.widgets.find(({ name }) => name === "steps").value = 10;
+  scheduler.connect(0, split, 0);
+  split.connect(0, first, "sigmas");
+  const parts = wishes(graph, guider).filter(([node]) => node === "split");
+  assert.deepEqual(parts, [["split", "step", 25]]);
+});
+
 test("a linked setting is set where it comes from, if that feeds nothing else", () => {
   const graph = empty();
   const { number, sampler, other, reroute } = add(graph, {

@@ -132,7 +132,7 @@ function presetFaults(node) {
 }
 
 /**
- * Where a sampler's steps begin and end keeps its share of them.
+ * Where a sampler's steps begin and end keeps its share of them; what is behind the last step stays there.
  * @param {ComfyGraph} root
  * @param {Taker} taker
  * @param {string[]} names
@@ -145,8 +145,9 @@ function partsOf(root, { node, path }, names, stepper, steps) {
   const before = holder && "widget" in holder ? Number(holder.widget.value) : NaN;
   return names.flatMap((name) => {
     const old = Number(widgetOf(node, name)?.value);
-    if (!(old <= before)) return []; // 10000 stands for the last step
-    return [{ node, path, name, value: Math.round((old * Number(steps)) / before), part: true }];
+    const last = Number(steps);
+    if (!(old <= before || (old > before && old < last))) return []; // none, or 10000, which stands for the last step
+    return [{ node, path, name, value: old > before ? last : Math.round((old * last) / before), part: true }];
   });
 }
 
