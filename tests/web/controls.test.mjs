@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { controlsOf } from "../../web/lib/controls.mjs";
-import { Node } from "./fakes.mjs";
+import { INPUTS } from "../../web/lib/links.mjs";
+import { Node, subgraph, use } from "./fakes.mjs";
 import { add, empty } from "./sdxl.mjs";
 
 const described = (graph, node) =>
@@ -48,4 +49,40 @@ test("what comes through KOALA ControlNet is left, also with a node behind it", 
   net.connect(0, adapter, 0);
   adapter.connect(0, type, 0);
   assert.deepEqual(described(graph, sampler), []);
+});
+
+test("a subgraph that is used twice has the ControlNets of both uses", () => {
+  const root = empty();
+  const { inner, node } = subgraph(root, { inputs: { positive: "CONDITIONING" } });
+  const second = use(root, inner, "second");
+  const { sampler, area } = add(inner, {
+    sampler: "sampler",
+    area: ["prompt", { inputs: { positive: "CONDITIONING" } }],
+  });
+  inner.link(INPUTS, 0, area.id, 0);
+  area.connect(0, sampler, "positive");
+  const { prompt, net, apply } = add(root, { prompt: "prompt", net: "controlnet", apply: "control" });
+  prompt.connect(0, node, 0);
+  apply.connect(0, second, 0);
+  net.connect(0, apply, "control_net");
+  const found = controlsOf(
+    root,
+    [node, second].map((outer) => ({ node: sampler, path: [outer] })),
+  );
+  assert.deepEqual(
+    found.map(({ from }) => from.id),
+    [net.id],
+  );
+});
+
+test("ControlNets in a circle end the search", () => {
+  const graph = empty();
+  const { apply, sampler } = add(graph, { apply: "control", sampler: "sampler" });
+  const slots = { inputs: { control_net: "CONTROL_NET" }, outputs: { CONTROL_NET: "CONTROL_NET" } };
+  const [one, two] = ["one", "two"].map((title) => graph.add(new Node("SetUnionControlNetType", { ...slots, title })));
+  one.connect(0, two, 0);
+  two.connect(0, one, 0);
+  two.connect(0, apply, "control_net");
+  apply.connect(0, sampler, "positive");
+  assert.deepEqual(described(graph, sampler), [["two", ["apply"]]]);
 });

@@ -130,6 +130,22 @@ test("links are made from a border, to a border and between nodes", () => {
   assert.equal(linkInto(spot(lora, 0)).parentId, 7);
 });
 
+test("a subgraph that is used twice in a row is gone through twice", () => {
+  const root = empty();
+  const { loader, sampler } = add(root, { loader: "loader", sampler: "sampler" });
+  const { inner, node } = subgraph(root, MODEL);
+  const second = use(root, inner, "second");
+  const { reroute } = add(inner, { reroute: "reroute" });
+  inner.link(INPUTS, 0, reroute.id, 0);
+  inner.link(reroute.id, 0, OUTPUTS, 0);
+  chain(loader, node, second, sampler);
+  assert.deepEqual(titles(targets(root, spot(loader, 0))), ["sampler"]);
+  assert.deepEqual(titles(sources(root, spot(sampler, 0))), ["loader"]);
+  chain(second, node); // a circle
+  assert.deepEqual(titles(targets(root, spot(second, 0))), ["sampler"]);
+  assert.deepEqual(titles(sources(root, spot(sampler, 0))), []);
+});
+
 test("a link without a node at either end is refused", () => {
   const { inner } = subgraph(empty(), MODEL);
   const [output, input] = [INPUTS, OUTPUTS].map((id) => ({ graph: inner, id, slot: 0 }));

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { INPUTS, OUTPUTS, spot } from "../../web/lib/links.mjs";
 import { allBranches, follow, isKoala, isMerge, isSampler, modelOutputs, upstream } from "../../web/lib/models.mjs";
-import { Node, subgraph } from "./fakes.mjs";
+import { Node, subgraph, use } from "./fakes.mjs";
 import { add, chain, empty, made } from "./sdxl.mjs";
 
 const MODEL = { inputs: { model: "MODEL" }, outputs: { MODEL: "MODEL" } };
@@ -108,6 +108,22 @@ test("a circle of nodes is walked once", () => {
     upstream(graph, b).map(({ title }) => title),
     ["b", "a", "loader"],
   );
+});
+
+test("a subgraph that is used twice in a row is followed through both uses, down and up", () => {
+  const root = empty();
+  const { loader, sampler } = add(root, { loader: "loader", sampler: "sampler" });
+  const { inner, node } = subgraph(root, MODEL);
+  const second = use(root, inner, "second");
+  const { patch } = add(inner, { patch: "patch" });
+  inner.link(INPUTS, 0, patch.id, 0);
+  inner.link(patch.id, 0, OUTPUTS, 0);
+  chain(loader, node, second, sampler);
+  assert.equal(kinds(follow(root, spot(loader, 0))).sampler, "use");
+  assert.deepEqual(upstream(root, second), [second, patch, patch, loader]);
+  chain(second, node); // a circle of subgraphs
+  assert.equal(kinds(follow(root, spot(second, 0))).sampler, "use");
+  assert.deepEqual(upstream(root, second), [second, patch, patch]);
 });
 
 test("a MODEL is followed up to its loader, through subgraphs", () => {

@@ -173,6 +173,29 @@ test("a MODEL that leaves a subgraph used twice is followed out of both", () => 
   assert.deepEqual(root.wires, ["first>new", "lora>new", "new>a", "new>b", "second>lora"]);
 });
 
+test("in a subgraph used twice, a swap is where it is right for both uses", () => {
+  for (const [linked, inside, outside] of [
+    ["both", ["in>patch", "patch>out"], ["first>new", "lora>new", "new>a", "new>b", "second>lora"]],
+    ["in a row", ["in>patch", "patch>out"], ["first>second", "new>a", "second>new"]],
+  ]) {
+    const root = empty();
+    const { loader, a, b, lora } = add(root, { loader: "loader", a: "sampler", b: "sampler", lora: "lora" });
+    const { inner, node } = subgraph(root, { ...MODEL, title: "first" });
+    const second = use(root, inner, "second");
+    const { patch } = add(inner, { patch: "patch" });
+    inner.link(INPUTS, 0, patch.id, 0);
+    inner.link(patch.id, 0, OUTPUTS, 0);
+    if (linked === "both") {
+      chain(loader, node, a);
+      chain(loader, second, lora, b);
+    } else chain(loader, node, second, a);
+    swap(root, loader);
+    assert.deepEqual(inner.wires, inside);
+    assert.deepEqual(root.wires.filter((wire) => !wire.startsWith("loader")), outside);
+    assert.equal(ready(root, loader), true);
+  }
+});
+
 test("several nodes of one chain: one swap", () => {
   const graph = empty();
   const { loader, lora, sampler, second, other } = add(graph, {

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { INPUTS } from "../../web/lib/links.mjs";
 import { holdersOf, samplersOf } from "../../web/lib/samplers.mjs";
+import { apply, plan } from "../../web/lib/settings.mjs";
 import { translate } from "../../web/lib/words.mjs";
 import { Node, subgraph, use } from "./fakes.mjs";
 import { add, BASE, chain, empty } from "./sdxl.mjs";
@@ -167,6 +168,31 @@ test("steps that end, or split, behind the last one do so with more steps, too",
   split.connect(0, first, "sigmas");
   const parts = wishes(graph, guider).filter(([node]) => node === "split");
   assert.deepEqual(parts, [["split", "step", 25]]);
+});
+
+test("a sampler in a subgraph that is used twice is one, set in every use", () => {
+  const root = empty();
+  const { inner, node } = subgraph(root, { inputs: { steps: "INT" }, widgets: { steps: 30 }, title: "first" });
+  const second = use(root, inner, "second", { steps: 40 });
+  const { sampler } = add(inner, { sampler: "sampler" });
+  const slot = sampler.inputs.findIndex(({ name }) => name === "steps");
+  inner.link(INPUTS, 0, sampler.id, slot);
+  const takers = [node, second, second].map((outer) => ({ node: sampler, path: [outer] }));
+  const settings = plan(root, samplersOf(root, takers, BASE));
+  assert.equal(settings.length, 1);
+  apply(settings);
+  assert.deepEqual([node.values.steps, second.values.steps, sampler.values.cfg], [25, 25, BASE.cfg]);
+});
+
+test("a fault that a sampler has in every use is said once", () => {
+  const root = empty();
+  const { inner, node } = subgraph(root);
+  const second = use(root, inner, "second");
+  const { guider } = custom(inner);
+  guider.widgets = [];
+  const takers = [node, second].map((outer) => ({ node: guider, path: [outer] }));
+  const [{ faults }] = plan(root, samplersOf(root, takers, BASE));
+  assert.deepEqual(faults.map((fault) => translate(fault)), ['cfg, because "guider" has none']);
 });
 
 test("a linked setting is set where it comes from, if that feeds nothing else", () => {

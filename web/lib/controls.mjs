@@ -1,7 +1,7 @@
 // @ts-check
 // ControlNets that a sampler gets with its conditioning, and that go by SDXL's layers.
 
-import { key, linkInto, sources, spot } from "./links.mjs";
+import { key, linkInto, nodeKey, sources, spot, useKey } from "./links.mjs";
 import { isKoala } from "./models.mjs";
 
 /**
@@ -35,7 +35,7 @@ export function controlsOf(root, takers) {
       found.set(key(from), control);
     }
     const before = linked(node, CONDITIONING, path).flatMap((input) => sources(root, input));
-    nodes.push(...before.filter((source) => !nodes.some((known) => known.node === source.node)));
+    nodes.push(...before.filter((source) => !nodes.some((known) => nodeKey(known) === nodeKey(source))));
   }
   return [...found.values()];
 }
@@ -57,8 +57,10 @@ function linked(node, type, path) {
  * @param {Spot} input
  * @returns {boolean}
  */
-function adapted(root, input) {
+function adapted(root, input, seen = new Set()) {
+  if (seen.has(useKey(input))) return false; // a circle
+  seen.add(useKey(input));
   return sources(root, input).some(
-    ({ node, path }) => isKoala(node) || linked(node, CONTROL, path).some((next) => adapted(root, next)),
+    ({ node, path }) => isKoala(node) || linked(node, CONTROL, path).some((next) => adapted(root, next, seen)),
   );
 }

@@ -36,6 +36,16 @@ export function key({ graph, id, slot }) {
   return `${graph.id}:${id}:${slot}`;
 }
 
+/** The same for a place in one of the uses of its subgraph. @param {Spot} at */
+export function useKey(at) {
+  return [...at.path.map(({ id }) => id), key(at)].join("/");
+}
+
+/** The same for a node. @param {{ node: ComfyNode, path: Path }} at */
+export function nodeKey({ node, path }) {
+  return useKey(spot(node, 0, path));
+}
+
 /** @param {NodeId} one @param {NodeId} other */
 function same(one, other) {
   return String(one) === String(other);
@@ -125,8 +135,8 @@ function named(slots, name) {
  * @returns {(Spot & { node: ComfyNode })[]}
  */
 export function targets(root, output, seen = new Set()) {
-  if (seen.has(key(output))) return [];
-  seen.add(key(output));
+  if (seen.has(useKey(output))) return [];
+  seen.add(useKey(output));
   return linksFrom(output).flatMap((link) => {
     const end = { ...endOf(output.graph, link), path: output.path };
     const further = passedOn(root, end);
@@ -144,8 +154,8 @@ export function targets(root, output, seen = new Set()) {
  */
 export function sources(root, input, seen = new Set()) {
   const link = linkInto(input);
-  if (!link || seen.has(key(input))) return [];
-  seen.add(key(input));
+  if (!link || seen.has(useKey(input))) return [];
+  seen.add(useKey(input));
   const { graph, path } = input;
   if (same(link.origin_id, INPUTS)) {
     const name = graph.inputs?.[link.origin_slot]?.name;

@@ -1,7 +1,7 @@
 // @ts-check
 // Where a MODEL goes: through reroutes and borders of subgraphs, nodes that change it, to the nodes that use it.
 
-import { endOf, key, linkInto, linksFrom, OUTPUTS, passedOn, sources, spot } from "./links.mjs";
+import { endOf, linkInto, linksFrom, nodeKey, OUTPUTS, passedOn, sources, spot, useKey } from "./links.mjs";
 
 /** @import { Path, Spot } from "./links.mjs" */
 
@@ -74,8 +74,8 @@ export function isMerge(node) {
 export function follow(root, output, only, seen = new Set()) {
   /** @type {Wire} */
   const wire = { ...output, branches: [], swaps: [] };
-  if (seen.has(key(output))) return wire; // a circle, or a node with several MODELs
-  seen.add(key(output));
+  if (seen.has(useKey(output))) return wire; // a circle, or a node with several MODELs
+  seen.add(useKey(output));
   const { graph, path } = output;
   /** @param {Spot} from @param {ComfyNode} [swap] */
   const add = (from, swap) => {
@@ -136,12 +136,12 @@ export function allBranches(wires) {
  * @param {ComfyNode} node
  */
 export function upstream(root, node) {
-  /** @type {ComfyNode[]} */
-  const nodes = [];
+  /** @type {Map<string, ComfyNode>} */
+  const nodes = new Map();
   /** @type {{ node: ComfyNode, path: Path } | undefined} */
   let next = { node, path: [] };
-  for (; next && !nodes.includes(next.node); next = above(root, next.node, next.path)) nodes.push(next.node);
-  return nodes;
+  for (; next && !nodes.has(nodeKey(next)); next = above(root, next.node, next.path)) nodes.set(nodeKey(next), next.node);
+  return [...nodes.values()];
 }
 
 /** @param {ComfyGraph} root @param {ComfyNode} node @param {Path} path */

@@ -68,8 +68,9 @@ export function distinct(wires) {
  */
 export function placements(wires) {
   const all = wires.flatMap(values);
-  const found = all.flatMap((wire) => place(wire, ["use"]));
-  const chosen = found.length ? found : all.flatMap((wire) => place(wire, ["use", "look"]));
+  const stay = new Set(allBranches(wires).flatMap((at) => (meets(at, ["change", "keep"]) ? [at.link] : [])));
+  const found = all.flatMap((wire) => place(wire, ["use"], stay));
+  const chosen = found.length ? found : all.flatMap((wire) => place(wire, ["use", "look"], stay));
   return [...new Map(chosen.map((placement) => [key(placement.wire), placement])).values()];
 }
 
@@ -85,18 +86,23 @@ function changed(wire) {
   );
 }
 
-/** @param {Wire} wire @param {Kind[]} using @returns {Placement[]} */
-function place(wire, using) {
+/**
+ * @param {Wire} wire
+ * @param {Kind[]} using
+ * @param {Set<ComfyLink>} stay the links that cannot begin at a swap, in one of the uses of their subgraph at least
+ * @returns {Placement[]}
+ */
+function place(wire, using, stay) {
   /** @param {Branch} branch */
   const used = (branch) => meets(branch, using);
   /** @param {Branch} branch */
-  const unswapped = (branch) => meets(branch, ["change", "keep"]);
+  const unswapped = ({ link }) => stay.has(link);
   const { branches } = wire;
   const swapped = branches.filter((branch) => !unswapped(branch));
   const deeper = branches.filter((branch) => used(branch) && unswapped(branch)).flatMap(({ below }) => below);
   return [
     ...(swapped.some(used) ? [{ wire, branches: swapped }] : []),
-    ...deeper.flatMap((further) => place(further, using)),
+    ...deeper.flatMap((further) => place(further, using, stay)),
   ];
 }
 
@@ -122,10 +128,11 @@ function allWires(wires) {
  * @param {Placement[]} found
  */
 function strays(wires, found) {
-  const right = new Set(found.flatMap(({ branches }) => branches));
-  return allWires(wires).flatMap((wire) =>
-    wire.branches.flatMap((branch) => (branch.swap && !right.has(branch) ? [{ wire, branch }] : [])),
+  const right = new Set(found.flatMap(({ branches }) => branches.map(({ link }) => link)));
+  const wrong = allWires(wires).flatMap((wire) =>
+    wire.branches.flatMap((branch) => (branch.swap && !right.has(branch.link) ? [{ wire, branch }] : [])),
   );
+  return [...new Map(wrong.map((stray) => [stray.branch.link, stray])).values()];
 }
 
 /**

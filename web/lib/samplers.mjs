@@ -1,7 +1,7 @@
 // @ts-check
 // Which widgets hold the settings that a MODEL is sampled with, wherever in the graph they are.
 
-import { linkInto, passedOn, sources, spot, targets } from "./links.mjs";
+import { linkInto, nodeKey, passedOn, sources, spot, targets } from "./links.mjs";
 import { isKoala, isSampler } from "./models.mjs";
 import { message } from "./words.mjs";
 
@@ -42,7 +42,7 @@ function gives(node, type) {
 }
 
 /**
- * The samplers that a MODEL's takers are or belong to, each once, and what each has to be set to.
+ * The samplers that a MODEL's takers are or belong to, each once, and what each has to be set to in all its uses.
  * @param {ComfyGraph} root
  * @param {Taker[]} takers
  * @param {Settings} settings
@@ -51,10 +51,16 @@ function gives(node, type) {
 export function samplersOf(root, takers, settings) {
   /** @type {Map<ComfyNode, Sampler>} */
   const found = new Map();
-  for (const taker of takers) {
-    for (const { node, path, guider } of samplersAt(root, taker)) {
-      if (!found.has(node)) found.set(node, describe(root, { node, path }, guider, settings));
-    }
+  const seen = new Set();
+  for (const { node, path, guider } of takers.flatMap((taker) => samplersAt(root, taker))) {
+    const use = nodeKey({ node, path });
+    if (seen.has(use)) continue;
+    seen.add(use);
+    const { wishes, faults } = describe(root, { node, path }, guider, settings);
+    const before = found.get(node);
+    before?.wishes.push(...wishes);
+    before?.faults.push(...faults);
+    if (!before) found.set(node, { node, wishes, faults });
   }
   return [...found.values()];
 }
@@ -89,7 +95,7 @@ function describe(root, { node, path }, guider, settings) {
     const wishes = whole.map(([name, value]) => ({ node, path, name, value }));
     const coupled = stagesWith(root, { node, path });
     const others = coupled
-      .filter((stage) => stage.node !== node)
+      .filter((stage) => nodeKey(stage) !== nodeKey({ node, path }))
       .flatMap((stage) => [
         { ...stage, name: "steps", value: steps },
         { ...stage, name: "scheduler", value: scheduler },
@@ -114,7 +120,7 @@ function describe(root, { node, path }, guider, settings) {
   let [source] = sources(root, spot(node, inputOf(node, "SIGMAS"), path));
   /** @type {Taker[]} */
   const between = []; // nodes that change the noise levels
-  while (source && inputOf(source.node, "SIGMAS") >= 0 && !between.some(({ node }) => node === source.node)) {
+  while (source && inputOf(source.node, "SIGMAS") >= 0 && !between.some((known) => nodeKey(known) === nodeKey(source))) {
     between.push(source);
     [source] = sources(root, spot(source.node, inputOf(source.node, "SIGMAS"), source.path));
   }
@@ -164,7 +170,7 @@ function stagesWith(root, first) {
     const before = sources(root, latent).filter((at) => leaves(at.node));
     const after = leaves(node) ? targets(root, spot(node, gives(node, "LATENT"), path)) : [];
     const further = [...before, ...after].filter((at) => PARTS.every((name) => widgetOf(at.node, name)));
-    stages.push(...further.filter((at) => !stages.some((stage) => stage.node === at.node)));
+    stages.push(...further.filter((at) => !stages.some((stage) => nodeKey(stage) === nodeKey(at))));
   }
   return stages;
 }

@@ -27,7 +27,7 @@ export function plan(root, samplers, may = () => true) {
   );
   return samplers.map((sampler) => {
     /** @type {Setting} */
-    const setting = { node: sampler.node, changes: [], faults: [...sampler.faults] };
+    const setting = { node: sampler.node, changes: [], faults: [] };
     let stepsStay = false;
     const parts = sampler.wishes.filter(({ part }) => part);
     for (const wish of [...sampler.wishes.filter(({ part }) => !part), ...parts]) {
@@ -43,8 +43,13 @@ export function plan(root, samplers, may = () => true) {
         stepsStay ||= wish.name === "steps" && !!fault;
       }
     }
-    return setting;
+    return { ...setting, faults: distinct([...sampler.faults, ...setting.faults]) };
   });
+}
+
+/** Each text once: those of several uses of a subgraph are the same. @param {Words[]} texts */
+function distinct(texts) {
+  return [...new Map(texts.map((text) => [JSON.stringify(text), text])).values()];
 }
 
 /**
