@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { INPUTS, linkInto, OUTPUTS, spot } from "../../web/lib/links.mjs";
-import { distinct, inPlace, placements, placeSwaps, startOf } from "../../web/lib/placing.mjs";
+import { alsoChanged, distinct, inPlace, placements, placeSwaps, startOf } from "../../web/lib/placing.mjs";
 import { translate } from "../../web/lib/words.mjs";
 import { subgraph, use } from "./fakes.mjs";
 import { add, chain, empty, made, register } from "./sdxl.mjs";
@@ -194,6 +194,59 @@ test("in a subgraph used twice, a swap is where it is right for both uses", () =
     assert.deepEqual(root.wires.filter((wire) => !wire.startsWith("loader")), outside);
     assert.equal(ready(root, loader), true);
   }
+});
+
+test("a subgraph that another MODEL goes through, too, is left: the swap is behind its node", () => {
+  for (const nested of [false, true]) {
+    const root = empty();
+    const nodes = add(root, { loader: "loader", other: "loader", a: "sampler", b: "sampler" });
+    const outer = subgraph(root, { ...MODEL, title: "first" });
+    const second = use(root, outer.inner, "second");
+    const inner = nested ? subgraph(outer.inner, { ...MODEL, title: "nested" }) : undefined;
+    if (inner) {
+      root.subgraphs.set(inner.inner.id, inner.inner);
+      outer.inner.link(INPUTS, 0, inner.node.id, 0);
+      outer.inner.link(inner.node.id, 0, OUTPUTS, 0);
+    }
+    const at = (inner ?? outer).inner;
+    const { patch } = add(at, { patch: "patch" });
+    at.link(INPUTS, 0, patch.id, 0);
+    at.link(patch.id, 0, OUTPUTS, 0);
+    chain(nodes.loader, outer.node, nodes.a);
+    chain(nodes.other, second, nodes.b);
+    const { wires } = startOf(root, nodes.loader);
+    assert.deepEqual(alsoChanged(root, wires, placements(wires)), []);
+    swap(root, nodes.loader);
+    assert.deepEqual(at.wires, ["in>patch", "patch>out"]);
+    assert.deepEqual(root.wires, ["first>new", "loader>first", "new>a", "other>second", "second>b"]);
+    assert.equal(ready(root, nodes.loader), true);
+  }
+});
+
+test("where another MODEL gets a swap, too, or loses one, its subgraph's node is known", () => {
+  const root = empty();
+  const { loader, other, lora, a } = add(root, { loader: "loader", other: "loader", lora: "lora", a: "sampler" });
+  const { inner, node } = subgraph(root, { ...MODEL, title: "first" });
+  const second = use(root, inner, "second");
+  const { patch, sampler } = add(inner, { patch: "patch", sampler: "sampler" });
+  inner.link(INPUTS, 0, patch.id, 0);
+  chain(patch, sampler);
+  chain(loader, node);
+  chain(other, second);
+  const also = () => {
+    const { wires } = startOf(root, loader);
+    return alsoChanged(root, wires, placements(wires)).map(({ title }) => title);
+  };
+  assert.deepEqual(also(), ["second"]);
+  swap(root, loader);
+  assert.deepEqual(inner.wires, ["in>patch", "new>sampler", "patch>new"]);
+  assert.deepEqual(also(), []);
+  inner.remove(sampler);
+  inner.link(inner.nodes.at(-1).id, 0, OUTPUTS, 0);
+  chain(node, a);
+  assert.deepEqual([also(), ready(root, loader)], [[], true]); // it is in place
+  chain(node, lora, a);
+  assert.deepEqual(also(), ["second"]);
 });
 
 test("several nodes of one chain: one swap", () => {

@@ -1,8 +1,9 @@
 import assert from "node:assert/strict";
 import { beforeEach, test } from "node:test";
+import { INPUTS } from "../../web/lib/links.mjs";
 import { setForFile, swapUNet, watchFile } from "../../web/lib/swap.mjs";
 import { translate } from "../../web/lib/words.mjs";
-import { app } from "./fakes.mjs";
+import { app, subgraph, use } from "./fakes.mjs";
 import { add, BASE, chain, empty, LIGHTNING, register, SDXL } from "./sdxl.mjs";
 
 let graph;
@@ -192,6 +193,23 @@ test("what the swap cannot vouch for is named", () => {
     'left out by the swap, as it mixes SDXL\'s weights: "merge"',
     'not known: "strange"; KOALA U-Net Swap says after a run what it carried over',
     'not known: what "user" does with the MODEL',
+  ]);
+});
+
+test("another use of the subgraph that the swap is put into is named", () => {
+  const nodes = add(graph, { loader: "loader", other: "loader" });
+  const { inner, node } = subgraph(graph, { inputs: { model: "MODEL" }, title: "first" });
+  const second = use(graph, inner, "second");
+  const { lora, sampler } = add(inner, { lora: "lora", sampler: "sampler" });
+  inner.link(INPUTS, 0, lora.id, 0);
+  chain(lora, sampler);
+  chain(nodes.loader, node);
+  chain(nodes.other, second);
+  assert.deepEqual(swap(nodes.loader), [
+    "warn",
+    "koala-700m in place",
+    "the sampler is set as KOALA was published",
+    'changed as well, being the same subgraph: "second"',
   ]);
 });
 

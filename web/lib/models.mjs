@@ -1,7 +1,7 @@
 // @ts-check
 // Where a MODEL goes: through reroutes and borders of subgraphs, nodes that change it, to the nodes that use it.
 
-import { endOf, linkInto, linksFrom, nodeKey, OUTPUTS, passedOn, sources, spot, useKey } from "./links.mjs";
+import { endOf, linkInto, linksFrom, nodeKey, OUTPUTS, passedOn, sources, spot, useKey, uses } from "./links.mjs";
 
 /** @import { Path, Spot } from "./links.mjs" */
 
@@ -35,7 +35,8 @@ const OF_SDXL = new Set(["DiffControlNetLoader"]);
  * @property {Wire[]} below
  *
  * An output with a MODEL, and where that goes. Of a KOALA U-Net Swap that takes it, the links count as the output's.
- * @typedef {Spot & { branches: Branch[], swaps: ComfyNode[] }} Wire
+ * ``shared``: the MODEL has come into a subgraph that is used elsewhere, too.
+ * @typedef {Spot & { branches: Branch[], swaps: ComfyNode[], shared: boolean }} Wire
  */
 
 /** The slots of a node's MODEL outputs. @param {Partial<ComfyNode>} node */
@@ -72,8 +73,9 @@ export function isMerge(node) {
  * @returns {Wire}
  */
 export function follow(root, output, only, seen = new Set()) {
+  const shared = output.path.some(({ subgraph }) => subgraph && uses(root, subgraph).length > 1);
   /** @type {Wire} */
-  const wire = { ...output, branches: [], swaps: [] };
+  const wire = { ...output, branches: [], swaps: [], shared };
   if (seen.has(useKey(output))) return wire; // a circle, or a node with several MODELs
   seen.add(useKey(output));
   const { graph, path } = output;
@@ -137,11 +139,13 @@ export function allBranches(wires) {
  */
 export function upstream(root, node) {
   /** @type {Map<string, ComfyNode>} */
-  const nodes = new Map();
+  const found = new Map();
   /** @type {{ node: ComfyNode, path: Path } | undefined} */
   let next = { node, path: [] };
-  for (; next && !nodes.has(nodeKey(next)); next = above(root, next.node, next.path)) nodes.set(nodeKey(next), next.node);
-  return [...nodes.values()];
+  for (; next && !found.has(nodeKey(next)); next = above(root, next.node, next.path)) {
+    found.set(nodeKey(next), next.node);
+  }
+  return [...found.values()];
 }
 
 /** @param {ComfyGraph} root @param {ComfyNode} node @param {Path} path */

@@ -2,7 +2,7 @@
 // Where KOALA U-Net Swaps belong: behind everything that changes SDXL's MODEL, in front of everything that uses it.
 
 import { lead } from "./edit.mjs";
-import { connect, endOf, key, linkInto, linksFrom, spot } from "./links.mjs";
+import { connect, endOf, key, linkInto, linksFrom, spot, uses } from "./links.mjs";
 import { allBranches, follow, isKoala, modelOutputs, SWAP, upstream } from "./models.mjs";
 import { message } from "./words.mjs";
 
@@ -68,10 +68,34 @@ export function distinct(wires) {
  */
 export function placements(wires) {
   const all = wires.flatMap(values);
-  const stay = new Set(allBranches(wires).flatMap((at) => (meets(at, ["change", "keep"]) ? [at.link] : [])));
+  const stay = new Set(allWires(wires).flatMap((wire) => unswapped(wire).map(({ link }) => link)));
   const found = all.flatMap((wire) => place(wire, ["use"], stay));
   const chosen = found.length ? found : all.flatMap((wire) => place(wire, ["use", "look"], stay));
   return [...new Map(chosen.map((placement) => [key(placement.wire), placement])).values()];
+}
+
+/**
+ * The links of an output that are not to begin at a swap: what they lead to needs SDXL's MODEL, or is outside of a
+ * subgraph whose other uses would be swapped, too.
+ * @param {Wire} wire
+ */
+function unswapped({ branches, shared, path }) {
+  return branches.filter(
+    (branch) => meets(branch, ["change", "keep"]) || (shared && !branch.swap && leaves(branch, path.length)),
+  );
+}
+
+/**
+ * Whether an unchanged MODEL leaves a subgraph that is so many deep.
+ * @param {Branch} branch
+ * @param {number} depth
+ * @returns {boolean}
+ */
+function leaves({ kind, below }, depth) {
+  return (
+    kind === "pass" &&
+    below.some(({ path, branches }) => path.length < depth || branches.some((next) => leaves(next, depth)))
+  );
 }
 
 /** An output, and those of every node behind it that changes its MODEL. @param {Wire} wire @returns {Wire[]} */
@@ -95,11 +119,9 @@ function changed(wire) {
 function place(wire, using, stay) {
   /** @param {Branch} branch */
   const used = (branch) => meets(branch, using);
-  /** @param {Branch} branch */
-  const unswapped = ({ link }) => stay.has(link);
   const { branches } = wire;
-  const swapped = branches.filter((branch) => !unswapped(branch));
-  const deeper = branches.filter((branch) => used(branch) && unswapped(branch)).flatMap(({ below }) => below);
+  const swapped = branches.filter(({ link }) => !stay.has(link));
+  const deeper = branches.filter((branch) => used(branch) && stay.has(branch.link)).flatMap(({ below }) => below);
   return [
     ...(swapped.some(used) ? [{ wire, branches: swapped }] : []),
     ...deeper.flatMap((further) => place(further, using, stay)),
@@ -143,6 +165,21 @@ function strays(wires, found) {
 export function inPlace(wires, found) {
   const swaps = found.flatMap(({ branches }) => branches.map(({ swap }) => swap));
   return swaps.every((swap) => swap && !swap.mode) && !strays(wires, found).length;
+}
+
+/**
+ * The nodes of subgraphs that get or lose a swap for another use's sake.
+ * @param {ComfyGraph} root
+ * @param {Wire[]} wires
+ * @param {Placement[]} found
+ */
+export function alsoChanged(root, wires, found) {
+  const all = allWires(wires);
+  const right = new Set(found.map(({ wire }) => key(wire)));
+  const changed = all.filter((wire) => wire.shared && right.has(key(wire)) !== wire.swaps.length > 0);
+  const nodes = changed.flatMap(({ path }) => path.flatMap(({ subgraph }) => (subgraph ? uses(root, subgraph) : [])));
+  const followed = new Set(all.flatMap(({ path }) => path));
+  return [...new Set(nodes)].filter((node) => !followed.has(node));
 }
 
 /**

@@ -6,7 +6,7 @@ import { addBelow, asOneStep, create, setWidget } from "./edit.mjs";
 import { isBeside, isStock, merge, replace } from "./exchange.mjs";
 import { connect, spot } from "./links.mjs";
 import { allBranches, follow, isBehind, isKoala, isMerge, SWAP } from "./models.mjs";
-import { distinct, inPlace, placements, placeSwaps, startOf } from "./placing.mjs";
+import { alsoChanged, distinct, inPlace, placements, placeSwaps, startOf } from "./placing.mjs";
 import { samplersAt, samplersOf, widgetOf } from "./samplers.mjs";
 import { apply, plan, report } from "./settings.mjs";
 import { joined, message } from "./words.mjs";
@@ -59,7 +59,7 @@ export function swapUNet(app, nodes) {
     for (const control of controls) adapt(control);
     for (const node of beside) merge(node, create);
     for (const node of stock) replace(node, create);
-    const doubts = doubtsOf(root, wires);
+    const doubts = [...doubtsOf(root, wires), ...others(ready ? [] : alsoChanged(root, wires, found))];
     said.push(
       ...(placed ? swapped(placed, file) : []),
       ...report(settings),
@@ -231,6 +231,12 @@ function merged(loaders) {
 function replaced(loaders) {
   const nodes = listed(loaders.map(({ title }) => title));
   return loaders.length ? [message("KOALA LoRA Loader put in the place of {nodes}", { nodes })] : [];
+}
+
+/** @param {ComfyNode[]} uses @returns {Words[]} */
+function others(uses) {
+  const nodes = listed(uses.map(({ title }) => title));
+  return uses.length ? [message("changed as well, being the same subgraph: {nodes}", { nodes })] : [];
 }
 
 /**
