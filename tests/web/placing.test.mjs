@@ -358,6 +358,23 @@ test("a swap that is switched off is switched on", () => {
   assert.deepEqual([old.mode, graph.wires], [0, ["loader>old", "old>sampler"]]);
 });
 
+test("a stock loader with a KOALA file has KOALA's MODEL already", () => {
+  const graph = empty();
+  const { loader, lora, sampler } = add(graph, {
+    loader: ["unet", { widgets: { unet_name: "KOALA/sd_xl.safetensors" } }],
+    lora: "lora",
+    sampler: "sampler",
+  });
+  chain(loader, lora, sampler);
+  assert.equal(startOf(graph, lora).wires.length, 1); // the folder's name is none of the file's
+  for (const name of ["koala-700m.safetensors", "sub/KOALA_1B.safetensors", "sub\\my-koala.sft"]) {
+    loader.widgets[0].value = name;
+    const { wires, problem, koala } = startOf(graph, lora);
+    assert.deepEqual([wires, translate(problem)], [[], '"lora" has a KOALA model already.']);
+    assert.equal(koala.length, 1);
+  }
+});
+
 test("what is not to be swapped is said", () => {
   const graph = empty();
   const { loader, lora, koala, sampler, patch } = add(graph, {
@@ -371,6 +388,9 @@ test("what is not to be swapped is said", () => {
   assert.equal(said(loader), 'The MODEL output of "loader" is not connected. Connect it first.');
   chain(loader, lora);
   assert.equal(said(loader), 'The MODEL of "loader" comes to no sampler. Connect it first.');
+  const { old } = add(graph, { old: "swap" });
+  chain(loader, old, lora);
+  assert.equal(said(lora), 'The MODEL of "lora" comes to no sampler. Connect it first.');
   chain(koala, patch, sampler);
   assert.equal(said(patch), '"patch" has a KOALA model already.');
 });

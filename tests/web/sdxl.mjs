@@ -9,6 +9,7 @@ export const FILES = { "": BASE, "koala-700m": BASE, "koala-lightning": LIGHTNIN
 
 const KINDS = {
   loader: ["CheckpointLoaderSimple", { outputs: { MODEL: "MODEL", CLIP: "CLIP", VAE: "VAE" } }],
+  unet: ["UNETLoader", { outputs: { MODEL: "MODEL" }, widgets: { unet_name: "", weight_dtype: "default" } }],
   lora: [
     "LoraLoader",
     {

@@ -145,11 +145,7 @@ test("a stock LoRA loader on a model that is KOALA's already gives way to ours",
     sampler: "sampler",
   });
   chain(koala, patch, lora, sampler);
-  assert.deepEqual(swap(patch), [
-    "warn",
-    'KOALA LoRA Loader put in the place of "lora"',
-    '"patch" has a KOALA model already.',
-  ]);
+  assert.deepEqual(swap(patch), ["success", 'KOALA LoRA Loader put in the place of "lora"']);
   assert.deepEqual(graph.wires, ["KoalaLoraLoader>sampler", "koala>patch", "patch>KoalaLoraLoader"]);
   assert.deepEqual(settings(sampler), SDXL);
   assert.deepEqual(swap(patch), ["warn", '"patch" has a KOALA model already.']);
@@ -194,6 +190,31 @@ test("what the swap cannot vouch for is named", () => {
     'not known: "strange"; KOALA U-Net Swap says after a run what it carried over',
     'not known: what "user" does with the MODEL',
   ]);
+});
+
+test("a swap that comes to no sampler is said to", () => {
+  const { loader, old, lora } = add(graph, { loader: "loader", old: "swap", lora: "lora" });
+  chain(loader, old, lora);
+  assert.deepEqual(swap(lora), ["warn", 'The MODEL of "lora" comes to no sampler. Connect it first.']);
+});
+
+test("a guider that comes to no sampler is named", () => {
+  const { loader, guider } = add(graph, { loader: "loader", guider: "guider" });
+  chain(loader, guider);
+  assert.deepEqual(swap(loader), [
+    "warn",
+    "koala-700m in place",
+    'The MODEL of "guider" comes to no sampler. Connect it first.',
+  ]);
+});
+
+test("a ControlNet that comes from outside of the subgraph is called as its input there", () => {
+  const { inner } = subgraph(graph, { inputs: { my_net: "CONTROL_NET" } });
+  const { loader, apply, sampler } = add(inner, { loader: "loader", apply: "control", sampler: "sampler" });
+  chain(loader, sampler);
+  apply.connect(0, sampler, "positive");
+  inner.link(INPUTS, 0, apply.id, 1);
+  assert.equal(swap(loader).at(-1), 'KOALA ControlNet put behind "my_net"');
 });
 
 test("another use of the subgraph that the swap is put into is named", () => {

@@ -4,6 +4,7 @@
 import { lead } from "./edit.mjs";
 import { connect, endOf, key, linkInto, linksFrom, spot, uses } from "./links.mjs";
 import { allBranches, follow, isKoala, modelOutputs, SWAP, upstream } from "./models.mjs";
+import { widgetOf } from "./samplers.mjs";
 import { message } from "./words.mjs";
 
 /**
@@ -17,6 +18,8 @@ import { message } from "./words.mjs";
  * @typedef {{ wires: Wire[], problem?: Words, koala?: Wire[] }} Start
  */
 
+const FILES = ["unet_name", "ckpt_name"]; // widgets of loaders that give a MODEL
+
 /**
  * What swapping a node's MODEL is about. Where it has been swapped on its way already, all that the swap serves.
  * @param {ComfyGraph} root
@@ -28,24 +31,39 @@ export function startOf(root, node) {
   const swap = before.filter((found) => found.comfyClass === SWAP).at(-1); // the first on the way
   const link = swap && linkInto(spot(swap, 0));
   if (swap && link) {
-    return { wires: [follow(root, { graph: swap.graph, id: link.origin_id, slot: link.origin_slot, path: [] }, swap)] };
+    return sampled(node, [
+      follow(root, { graph: swap.graph, id: link.origin_id, slot: link.origin_slot, path: [] }, swap),
+    ]);
   }
-  const loader = before.filter(isKoala).at(-1);
+  const loader = before.filter((found) => isKoala(found) || loadsKoala(found)).at(-1);
   if (loader) {
     const koala = modelOutputs(loader).map((slot) => follow(root, spot(loader, slot)));
     return { wires: [], koala, problem: message('"{node}" has a KOALA model already.', { node: node.title }) };
   }
   const outputs = modelOutputs(node).map((slot) => spot(node, slot));
-  const wires = outputs.map((output) => follow(root, output));
   if (!outputs.some((output) => linksFrom(output).length)) {
     const problem = message('The MODEL output of "{node}" is not connected. Connect it first.', { node: node.title });
     return { wires: [], problem };
   }
-  if (placements(wires).length) return { wires };
-  return {
-    wires: [],
-    problem: message('The MODEL of "{node}" comes to no sampler. Connect it first.', { node: node.title }),
-  };
+  return sampled(
+    node,
+    outputs.map((output) => follow(root, output)),
+  );
+}
+
+/** A node's MODELs, or that they come to no sampler. @param {ComfyNode} node @param {Wire[]} wires @returns {Start} */
+function sampled(node, wires) {
+  return placements(wires).length ? { wires } : { wires: [], problem: noSampler(node) };
+}
+
+/** @param {ComfyNode} node */
+export function noSampler({ title }) {
+  return message('The MODEL of "{node}" comes to no sampler. Connect it first.', { node: title });
+}
+
+/** Whether a loader of another's has a KOALA file, by its name. @param {ComfyNode} node */
+function loadsKoala(node) {
+  return FILES.some((name) => /koala[^/\\]*$/i.test(String(widgetOf(node, name)?.value)));
 }
 
 /**

@@ -41,6 +41,11 @@ function gives(node, type) {
   return (node.outputs ?? []).findIndex((output) => output.type === type);
 }
 
+/** Whether a node guides a sampler that it is linked to. @param {ComfyNode} node */
+export function isGuider(node) {
+  return gives(node, "GUIDER") >= 0;
+}
+
 /**
  * The samplers that a MODEL's takers are or belong to, each once, and what each has to be set to in all its uses.
  * @param {ComfyGraph} root

@@ -6,8 +6,8 @@ import { addBelow, asOneStep, create, setWidget } from "./edit.mjs";
 import { isBeside, isStock, merge, replace } from "./exchange.mjs";
 import { connect, spot } from "./links.mjs";
 import { allBranches, follow, isBehind, isKoala, isMerge, SWAP } from "./models.mjs";
-import { alsoChanged, distinct, inPlace, placements, placeSwaps, startOf } from "./placing.mjs";
-import { samplersAt, samplersOf, widgetOf } from "./samplers.mjs";
+import { alsoChanged, distinct, inPlace, noSampler, placements, placeSwaps, startOf } from "./placing.mjs";
+import { isGuider, samplersAt, samplersOf, widgetOf } from "./samplers.mjs";
 import { apply, plan, report } from "./settings.mjs";
 import { joined, message } from "./words.mjs";
 
@@ -35,7 +35,9 @@ export function swapUNet(app, nodes) {
   const root = app.rootGraph ?? app.canvas.graph;
   const starts = nodes.map((node) => startOf(root, node));
   const wires = distinct(starts.flatMap((start) => start.wires));
-  const problems = starts.flatMap(({ problem }) => (problem ? [problem] : []));
+  const problems = starts.flatMap(({ problem, koala = [] }) =>
+    problem && !changersOf(koala, isStock).length ? [problem] : [],
+  );
   const found = placements(wires);
   const koala = [...starts.flatMap((start) => start.koala ?? []), ...behind(wires)];
   const stock = changersOf(koala, isStock);
@@ -215,7 +217,9 @@ function swapped({ added, moved }, file) {
 
 /** @param {Control[]} controls @returns {Words[]} */
 function adapted(controls) {
-  const names = controls.map(({ from }) => from.graph.getNodeById(from.id)?.title ?? ADAPTER);
+  const names = controls.map(
+    ({ from: { graph, id, slot } }) => graph.getNodeById(id)?.title ?? graph.inputs?.[slot].name ?? ADAPTER,
+  );
   return names.length ? [message("KOALA ControlNet put behind {nodes}", { nodes: listed(names) })] : [];
 }
 
@@ -255,7 +259,10 @@ function doubtsOf(root, wires) {
   const left = titles("change", ({ node }) => isBehind(node));
   const merges = titles("change", ({ node }) => isMerge(node));
   const unknown = titles("change", ({ node }) => isForeign(node));
-  const users = titles("use", (taker) => isForeign(taker.node) && !samplersAt(root, taker).length);
+  const idle = branches.flatMap(({ kind, node, path }) =>
+    kind === "use" && node && isGuider(node) && !samplersAt(root, { node, path }).length ? [node] : [],
+  );
+  const users = titles("use", (taker) => isForeign(taker.node) && !isGuider(taker.node) && !samplersAt(root, taker).length);
   return [
     ...(left.length ? [message("left out by the swap, to be put behind it: {nodes}", { nodes: listed(left) })] : []),
     ...(merges.length
@@ -268,6 +275,7 @@ function doubtsOf(root, wires) {
           }),
         ]
       : []),
+    ...[...new Set(idle)].map(noSampler),
     ...(users.length ? [message("not known: what {nodes} does with the MODEL", { nodes: listed(users) })] : []),
   ];
 }
