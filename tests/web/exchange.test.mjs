@@ -22,7 +22,7 @@ test("a LoRA loader beside the weights is exchanged for one that merges, with it
   merge(lora, (type) => (types.push(type), made("lora", { title: "new" })));
   const other = graph.nodes.at(-1);
   assert.deepEqual(types, ["LoraLoader"]);
-  assert.deepEqual(graph.wires, ["loader>new", "loader>new", "new>prompt", "new>sampler"]);
+  assert.deepEqual(graph.wires, ["loader>lora", "loader>lora", "lora>prompt", "lora>sampler"]);
   assert.deepEqual(
     [other.values.lora_name, other.values.strength_model, other.pos, other.mode],
     ["mine", 0.5, [7, 8], 4],
@@ -49,9 +49,29 @@ test("the stock loader is exchanged for ours, which has further widgets", () => 
   chain(koala, lora, sampler);
   assert.deepEqual([lora, koala].map(isStock), [true, false]);
   replace(lora, (type) => made("lora", { title: type, widgets: { trained_on: "auto" } }));
-  assert.deepEqual(graph.wires, ["KoalaLoraLoader>sampler", "koala>KoalaLoraLoader"]);
+  assert.deepEqual(graph.wires, ["koala>lora", "lora>sampler"]);
   const { lora_name, trained_on } = graph.nodes.at(-1).values;
   assert.deepEqual([lora_name, trained_on], ["mine", "auto"]);
+});
+
+test("what a person has made of the node stays: its title, colours and whether it is collapsed", () => {
+  for (const [title, shown] of [
+    ["LoraLoader", "KoalaLoraLoader"],
+    ["My style", "My style"],
+  ]) {
+    const graph = empty();
+    const { koala, lora } = add(graph, { koala: "koala", lora: "lora" });
+    Object.assign(lora, { title, color: "#232", bgcolor: "#353", flags: { collapsed: true } });
+    Object.defineProperty(lora, "constructor", { value: { title: "LoraLoader" } });
+    chain(koala, lora);
+    replace(lora, (type) => made("ours", { title: type }));
+    const other = graph.nodes.at(-1);
+    assert.deepEqual(
+      [other.comfyClass, other.title, other.color, other.bgcolor, other.flags],
+      ["KoalaLoraLoader", shown, "#232", "#353", { collapsed: true }],
+    );
+    assert.notEqual(other.flags, lora.flags);
+  }
 });
 
 test("other loaders are left", () => assert.equal(isBeside(made("lora")), false));

@@ -134,7 +134,8 @@ test("a LoRA beside the weights is merged into them", () => {
   lora.comfyClass = "LoraLoaderBypass";
   chain(loader, lora, sampler);
   assert.match(swap(loader).at(-1), /^merges its LoRA into the weights now, .*: "lora"$/);
-  assert.deepEqual(graph.wires, ["KoalaUNetSwap>sampler", "LoraLoader>KoalaUNetSwap", "loader>LoraLoader"]);
+  assert.deepEqual(graph.wires, ["KoalaUNetSwap>sampler", "loader>lora", "lora>KoalaUNetSwap"]);
+  assert.equal(graph.nodes.find(({ title }) => title === "lora").comfyClass, "LoraLoader");
 });
 
 test("a stock LoRA loader on a model that is KOALA's already gives way to ours", () => {
@@ -146,7 +147,8 @@ test("a stock LoRA loader on a model that is KOALA's already gives way to ours",
   });
   chain(koala, patch, lora, sampler);
   assert.deepEqual(swap(patch), ["success", 'KOALA LoRA Loader put in the place of "lora"']);
-  assert.deepEqual(graph.wires, ["KoalaLoraLoader>sampler", "koala>patch", "patch>KoalaLoraLoader"]);
+  assert.deepEqual(graph.wires, ["koala>patch", "lora>sampler", "patch>lora"]);
+  assert.equal(graph.nodes.at(-1).comfyClass, "KoalaLoraLoader");
   assert.deepEqual(settings(sampler), SDXL);
   assert.deepEqual(swap(patch), ["warn", '"patch" has a KOALA model already.']);
 });
@@ -161,7 +163,8 @@ test("so does one behind KOALA's own nodes behind the swap", () => {
   });
   chain(loader, old, ours, lora, sampler);
   assert.deepEqual(swap(loader), ["success", 'KOALA LoRA Loader put in the place of "lora"']);
-  assert.deepEqual(graph.wires, ["KoalaLoraLoader>sampler", "loader>old", "old>ours", "ours>KoalaLoraLoader"]);
+  assert.deepEqual(graph.wires, ["loader>old", "lora>sampler", "old>ours", "ours>lora"]);
+  assert.equal(graph.nodes.at(-1).comfyClass, "KoalaLoraLoader");
 });
 
 test("what the swap cannot vouch for is named", () => {

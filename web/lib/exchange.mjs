@@ -47,13 +47,14 @@ export function replace(node, create) {
 }
 
 /**
- * Put a node in another one's place, with its values and links by their names.
+ * Put a node in another one's place, looking as it does, with its values and links by their names.
  * @param {ComfyNode} node
  * @param {ComfyNode} other not yet in a graph
  */
 function exchange(node, other) {
-  const { graph } = node;
-  Object.assign(other, { pos: node.pos, mode: node.mode });
+  const { graph, pos, mode, color, bgcolor, flags } = node;
+  Object.assign(other, { pos, mode, color, bgcolor, flags: { ...flags } });
+  if (node.title !== node.constructor.title) other.title = node.title; // a person's own
   graph.add(other);
   for (const widget of other.widgets ?? []) {
     const known = widgetOf(node, widget.name);

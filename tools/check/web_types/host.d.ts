@@ -112,8 +112,12 @@ interface ComfyNode {
   /** Whether the server never sees it. */
   isVirtualNode?: boolean;
   badges: object[];
+  color?: string;
+  bgcolor?: string;
+  /** ``collapsed`` and ``pinned`` among them. */
+  flags?: object;
   /** The class that the canvas made of the node's entry in GET /object_info. */
-  constructor: Function & { nodeData: ComfyNodeDef };
+  constructor: Function & { title: string; nodeData: ComfyNodeDef };
   connect(output: number, target: ComfyNode, input: number | string, reroute?: number): unknown;
   configure(saved: object): void;
   computeSize(): ArrayLike<number>;
