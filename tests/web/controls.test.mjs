@@ -86,3 +86,22 @@ test("ControlNets in a circle end the search", () => {
   apply.connect(0, sampler, "positive");
   assert.deepEqual(described(graph, sampler), [["two", ["apply"]]]);
 });
+
+test("a ControlNet is left where all uses of the subgraph have adapted it, not where one has", () => {
+  const root = empty();
+  const { inner, node } = subgraph(root, { inputs: { net: "CONTROL_NET" } });
+  const second = use(root, inner, "second");
+  const { apply, sampler } = add(inner, { apply: "control", sampler: "sampler" });
+  inner.link(INPUTS, 0, apply.id, 1);
+  apply.connect(0, sampler, "positive");
+  const { net, adapter, type } = add(root, { net: "controlnet", adapter: "adapter", type: "adapter" });
+  type.comfyClass = "SetUnionControlNetType";
+  net.connect(0, adapter, 0);
+  adapter.connect(0, type, 0);
+  type.connect(0, node, 0);
+  const found = () => controlsOf(root, [{ node: sampler, path: [] }]).length;
+  net.connect(0, second, 0);
+  assert.equal(found(), 1);
+  type.connect(0, second, 0);
+  assert.equal(found(), 0);
+});

@@ -52,15 +52,16 @@ function linked(node, type, path) {
 }
 
 /**
- * Whether what comes to an input has been through KOALA ControlNet.
+ * Whether what comes to an input has been through KOALA ControlNet, in every use of its subgraph.
  * @param {ComfyGraph} root
  * @param {Spot} input
  * @returns {boolean}
  */
-function adapted(root, input, seen = new Set()) {
-  if (seen.has(useKey(input))) return false; // a circle
-  seen.add(useKey(input));
-  return sources(root, input).some(
-    ({ node, path }) => isKoala(node) || linked(node, CONTROL, path).some((next) => adapted(root, next, seen)),
-  );
+function adapted(root, input, behind = /** @type {string[]} */ ([])) {
+  if (behind.includes(useKey(input))) return false; // a circle
+  const from = sources(root, input);
+  const next = [...behind, useKey(input)];
+  /** @param {Taker} source */
+  const passed = ({ node, path }) => linked(node, CONTROL, path).some((before) => adapted(root, before, next));
+  return from.length > 0 && from.every((source) => isKoala(source.node) || passed(source));
 }
