@@ -74,7 +74,12 @@ def test_a_saved_workflow_is_queued_as_it_was(path: Path, object_info: dict[str,
     assert lost(queued(path), to_prompt(read(path), object_info)) == {}
 
 
-@pytest.mark.parametrize("path", SAVED, ids=TITLES)
+@pytest.mark.parametrize(
+    "path",
+    # training takes two minutes; by day the template it was saved from is run (test_example_workflows.py)
+    [pytest.param(path, marks=[pytest.mark.nightly] if "training" in path.stem else []) for path in SAVED],
+    ids=TITLES,
+)
 def test_an_exported_graph_is_accepted(path: Path, client: Client) -> None:
     assert faults(client, queued(path)) == []
 
