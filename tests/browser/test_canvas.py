@@ -177,7 +177,7 @@ def test_an_error_is_read_in_the_error_panel(page: Page, shoot: Shoot) -> None:
     page.evaluate(
         """(id) => { const node = window.app.rootGraph.getNodeById(id); const source = node.widgets[0];
             source.value = 'U-Net + SDXL checkpoint'; source.callback?.(source.value);
-            node.widgets.find((widget) => widget.name.endsWith('unet_name')).value = 'koala-700m.fp16.safetensors'; }""",
+            node.widgets.find(({ name }) => name.endsWith('unet_name')).value = 'koala-700m.fp16.safetensors'; }""",
         loader,
     )
     connect(page, loader, 0, add(page, "KoalaModelInfo"), "model")
