@@ -146,6 +146,21 @@ CASES = {
         WITH_LORA,
         inside="inner",
     ),
+    "subgraph with the swap alone": Case(
+        graph(
+            f"{SDXL} > swapped > LoRA > KSampler",
+            (SDXL, 1, "LoRA", "clip"),
+            clip="LoRA",
+            swapped=("KoalaUNetSwap", {"unet_name": UNET}),
+            LoRA=lora(),
+            KSampler=ksampler(**PUBLISHED),
+            subgraphs={"inner": ("swapped",)},
+        ),
+        f"{SDXL} > inner > LoRA > {SWAP} > KSampler, Reroute > out",  # the link into it has no type
+        (IN_PLACE,),
+        WITH_LORA,
+        click=("LoRA",),
+    ),
     "bypassed nodes": Case(
         graph(
             f"{SDXL} > LoRA > off > compiled > KSampler",
@@ -301,7 +316,7 @@ CASES = {
             LoRA=lora(kind="LoraLoaderBypass"),
             KSampler=ksampler(),
         ),
-        f"{SDXL} > Load LoRA (Model and CLIP) > {SWAP} > KSampler",
+        f"{SDXL} > LoRA > {SWAP} > KSampler",
         (IN_PLACE, SET, 'merges its LoRA into the weights now, so that it is carried over: "LoRA"'),
         WITH_LORA,
     ),
