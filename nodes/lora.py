@@ -97,9 +97,7 @@ class KoalaLoraLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = "", **_: Any) -> str:
         """Changes when the file is replaced on disk under the same name."""
-        return fingerprint(
-            *(file for path in paths_of("loras", lora_name) for file in (path, config_beside(path)) if file)
-        )
+        return _fingerprint(lora_name)
 
     @classmethod
     def execute(
@@ -149,9 +147,7 @@ class KoalaHookLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = "", **_: Any) -> str:
         """Changes when the file is replaced on disk under the same name."""
-        return fingerprint(
-            *(file for path in paths_of("loras", lora_name) for file in (path, config_beside(path)) if file)
-        )
+        return _fingerprint(lora_name)
 
     @classmethod
     def execute(
@@ -167,6 +163,11 @@ class KoalaHookLora(io.ComfyNode):
         hooks, plan, text = hook_lora(model, path, strength_model, strength_clip, trained_on)
         before: Hooks = prev_hooks if prev_hooks is not None else comfy.hooks.HookGroup()
         return _with_coverage(plan, text, before.clone_and_combine(hooks))
+
+
+def _fingerprint(lora_name: str) -> str:
+    """Of a LoRA's file and of the configuration beside it, which says how strong it is."""
+    return fingerprint(*(file for path in paths_of("loras", lora_name) for file in (path, config_beside(path)) if file))
 
 
 def _with_coverage(plan: Plan, text: str, *outputs: object) -> io.NodeOutput:
