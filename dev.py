@@ -33,9 +33,10 @@ def main(arguments: list[str]) -> int:
         folder = getattr(options, "comfyui", None)
         if hasattr(options, "comfyui"):
             testhost.check_program(os.environ.get("COMFYUI_PYTHON"))
-        if folder:  # looked for here, where the Python is still the user's own
+        if folder and not getattr(options, "address", None):  # here the Python is still the user's own
             os.environ["COMFYUI_PYTHON"] = str(testhost.own_host(folder, os.environ.get("COMFYUI_PYTHON")).python)
-        python = testhost.ensure(testhost.TOOLS if folder else testhost.FULL)
+        own = commands.COMMANDS[options.command].environment
+        python = testhost.ensure(own or (testhost.TOOLS if folder else testhost.FULL))
         if Path(sys.prefix).resolve() != python.parent.parent.resolve():
             return run_inside(python, arguments)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server is stopped then too

@@ -35,6 +35,8 @@ SECTIONS = (
     "fit",
 )
 """Sections of the benchmark, in the order in which they are measured."""
+BATCH_SECTIONS = ("overhead", "scale")
+"""Sections of the measurement of `dev.py batch`."""
 REPORT, SEARCH = "report", "search"
 """What the benchmark can do beside measuring sections."""
 GROUPS = ("curve", "place", "layers", "addons")
@@ -55,6 +57,8 @@ class Command:
     epilog: str = ""
     passes_on: str = ""
     """Who reads the arguments that are not the command's own; empty: such arguments are an error."""
+    environment: testhost.Environment | None = None
+    """What runs it, where it is another than the tests'."""
 
 
 def host_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +114,61 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
 def has_tokenizer(folder: Path) -> bool:
     """True for a folder with the two files that make CLIP's tokenizer."""
     return all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+
+
+def batch_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py batch``."""
+    file = options.existing("a file", Path.is_file)
+    parser.add_argument(
+        "workflow", metavar="WORKFLOW", type=file, help="saved for the API, or as the canvas saves it, or a PNG with it"
+    )
+    parser.add_argument(
+        "table",
+        metavar="TABLE",
+        nargs="?",
+        type=file,
+        help=".csv, .jsonl or .parquet; a column is an input: prompt, negative, seed, ..., TITLE.INPUT or ID.INPUT",
+    )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUES",
+        help="seed=0..9 or cfg=4,7.5: each row with each of the values; may be given several times",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="where pictures and manifest go: a folder, or s3://..., gs://..."
+    )
+    parser.add_argument(
+        "--workers", type=options.number(1), metavar="N", help="draw on CPUs, with N workers (default: on all GPUs)"
+    )
+    parser.add_argument(
+        "--per-gpu", type=options.number(1), default=1, metavar="N", help="workers that share a GPU (default: 1)"
+    )
+    parser.add_argument("--address", help="join the Ray cluster there (default: this machine alone)")
+    parser.add_argument(
+        "--comfyui",
+        type=Path,
+        default=os.environ.get("COMFYUI_PATH") or None,
+        metavar="DIR",
+        help="your own ComfyUI, on each machine, with its models and packs; it is not changed (default: COMFYUI_PATH, "
+        "else one that is fetched and knows koala-tiny)",
+    )
+    parser.add_argument(
+        "--inputs", type=Path, metavar="DIR", help="pictures for Load Image (default: your ComfyUI's input folder)"
+    )
+    parser.add_argument("--limit", type=options.number(1), metavar="N", help="draw at most N pictures now")
+    parser.add_argument("--retry-errors", action="store_true", help="try rows again that had an error")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the plan and the first three graphs; draw and write nothing"
+    )
+
+
+def batch_bench_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py batch-bench``."""
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", type=options.one_of(*BATCH_SECTIONS), help="overhead, scale"
+    )
 
 
 def train_tiny_options(parser: argparse.ArgumentParser) -> None:
@@ -268,6 +327,18 @@ COMMANDS = {
         "send hundreds of prompts through one server and measure how its memory grows",
         "tools.measure.soak:main",
         soak_options,
+    ),
+    "batch": Command(
+        "draw a table of prompts with a workflow, on one machine or many (batch/README.md)",
+        "batch.__main__:main",
+        batch_options,
+        environment=testhost.BATCH,
+    ),
+    "batch-bench": Command(
+        "measure `dev.py batch` beside a plain loop, and on simulated clusters, and write docs/batch.md",
+        "tools.measure.batch:main",
+        batch_bench_options,
+        environment=testhost.BATCH,
     ),
     "train-tiny": Command("train the built-in model", "tools.tiny.train:main", train_tiny_options),
     "pack-tiny": Command("write the built-in model's one file", "tools.tiny.pack:main", pack_tiny_options),

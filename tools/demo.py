@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from koala_sdxl.koala.files.header import CheckpointError
@@ -18,19 +16,16 @@ from koala_sdxl.koala.files.inspect import inspect_checkpoint, inspect_folder
 from koala_sdxl.koala.model_info import ModelFacts
 from tools import commands
 from tools.generate.captions import PROMPTS as SHEET_PROMPTS
-from tools.generate.captions import wrapped
 from tools.harness import server, testhost
 from tools.harness.assets import SHIPPED
 from tools.harness.client import Client, GraphError
+from tools.harness.contact_sheet import contact_sheet
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT, Host, say
 from tools.harness.workflow import ObjectInfo, Workflow, to_prompt, with_widget
 
 WORKFLOW = ROOT / "example_workflows" / "01 KOALA-tiny text to image.json"
 DEFAULT_FOLDER = Path("koala-demo")
-SHEET_COLUMNS = 4
-CAPTION_HEIGHT = 36  # pixels: two lines of text
-MARGIN = 8
 
 
 @dataclass(frozen=True)
@@ -222,19 +217,3 @@ def save(pictures: Sequence[bytes], prompts: Sequence[str], target: Path) -> Non
         contact_sheet(pictures, prompts).save(target)
         say(f"The pictures by themselves, each with its graph inside: {folder}")
     say(str(target))
-
-
-def contact_sheet(pictures: Sequence[bytes], captions: Sequence[str]) -> Image.Image:
-    """All pictures in a grid, each with its caption under it."""
-    opened = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
-    side = max(160, *(max(picture.size) for picture in opened))
-    rows = -(-len(opened) // SHEET_COLUMNS)
-    across, down = side + MARGIN, side + CAPTION_HEIGHT + MARGIN
-    sheet = Image.new("RGB", (SHEET_COLUMNS * across + MARGIN, rows * down + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=12)
-    for number, (picture, caption) in enumerate(zip(opened, captions, strict=True)):
-        left, top = MARGIN + number % SHEET_COLUMNS * across, MARGIN + number // SHEET_COLUMNS * down
-        sheet.paste(picture, (left + (side - picture.width) // 2, top + side - picture.height))
-        pen.multiline_text((left, top + side + 4), wrapped(caption, font, side), fill="black", font=font)
-    return sheet

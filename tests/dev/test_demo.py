@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tools import demo
+from tools.harness import contact_sheet
 from tools.harness.errors import UserError
 
 
@@ -51,14 +52,14 @@ def test_several_become_a_sheet_and_a_folder(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "sheet.png")
     assert min(path.name for path in (tmp_path / "sheet").iterdir()) == "01 red.png"
     sheet = Image.open(tmp_path / "sheet.png")
-    across, down = sheet.width // demo.SHEET_COLUMNS, sheet.height // 2
+    across, down = sheet.width // contact_sheet.COLUMNS, sheet.height // 2
     seen = [sheet.getpixel((across * (place % 4) + across // 2, down * (place // 4) + down // 2)) for place in range(5)]
     assert seen == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0), (128, 0, 128)]
 
 
 def test_captions_are_broken_to_fit() -> None:
-    font = demo.ImageFont.load_default(size=12)
-    lines = demo.wrapped("a purple triangle on a gray background", font, 160).split("\n")
+    font = contact_sheet.ImageFont.load_default(size=12)
+    lines = contact_sheet.wrapped("a purple triangle on a gray background", font, 160).split("\n")
     assert " ".join(lines) == "a purple triangle on a gray background"
     assert 1 < len(lines) <= 2
     assert all(font.getlength(line) <= 160 for line in lines)

@@ -90,6 +90,6 @@ def types() -> int:
     The pack's relative imports make sense only in a package, which the checkout is under any name: links give it one.
     """
     with structure.importable() as folder:
-        packages = [option for name in (PACK, "tools", "tests") for option in ("-p", name)]
+        packages = [option for name in (PACK, "batch", "tools", "tests") for option in ("-p", name)]
         options = ["--config-file", CONFIG, "--cache-dir", str(ROOT / ".mypy_cache")]
         return subprocess.call([sys.executable, "-m", "mypy", *options, *packages], cwd=folder)

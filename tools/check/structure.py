@@ -22,7 +22,7 @@ from tools.harness.testhost import ROOT, say
 
 IN_PACK = ("__init__.py", "koala", "host", "nodes", "koala_loader.py", "distill")
 """What the pack's import name leads to."""
-ROOTS = (PACK, "tools")
+ROOTS = (PACK, "batch", "tools")
 LONGEST = 400  # lines of a Python file
 CONFIG = str(ROOT / "pyproject.toml")
 READ_IMPORTS = """
@@ -33,7 +33,7 @@ print(json.dumps({module: sorted(graph.find_modules_directly_imported_by(module)
 LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command(sys.argv[1:])"
 
 Imports = Mapping[str, Iterable[str]]
-"""Module -> the modules that it imports directly; of the pack and the tools only."""
+"""Module -> the modules that it imports directly; of the pack, the batch tool and the tools only."""
 
 
 def main(_: list[str]) -> int:
@@ -65,7 +65,7 @@ def check(imports: Imports) -> int:
 
 
 def read_imports() -> dict[str, list[str]]:
-    """The imports between the modules of the pack and the tools."""
+    """The imports between the modules of ROOTS."""
     command = [sys.executable, "-c", READ_IMPORTS, *ROOTS]
     with importable() as folder:
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
@@ -161,7 +161,7 @@ def too_long(names: Iterable[str]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def importable() -> Iterator[Path]:
-    """A temporary folder from which the pack, the tools and the tests can be imported, each module by its one name.
+    """A temporary folder from which pack, tools and tests can be imported, each module by its one name.
 
     The pack's relative imports make sense only in a package, which the checkout is under any name: links give it one.
     """
@@ -170,6 +170,6 @@ def importable() -> Iterator[Path]:
         (folder / PACK).mkdir()
         for name in IN_PACK:
             os.symlink(ROOT / name, folder / PACK / name)
-        for name in ("tools", "tests"):
+        for name in ("batch", "tools", "tests"):
             os.symlink(ROOT / name, folder / name, target_is_directory=True)
         yield folder

@@ -1,8 +1,4 @@
-"""The prompts of contact sheets, and captions that fit below an image. Needs no PyTorch, as `dev.py demo` does not."""
-
-from __future__ import annotations
-
-from typing import Any
+"""The prompts of contact sheets. Needs no PyTorch, as `dev.py demo` does not."""
 
 PROMPTS = (
     "a gray koala on a green background",
@@ -18,15 +14,3 @@ PROMPTS = (
     "a red triangle on a gray background",
     "a purple ring on a white background",
 )
-
-
-def wrapped(text: str, font: Any, width: int) -> str:
-    """The text broken into lines that fit ``width`` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)

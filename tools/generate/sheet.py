@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional
 from torchvision.transforms.functional import to_tensor
 
-from tools.generate.captions import PROMPTS, wrapped
+from tools.generate.captions import PROMPTS
 from tools.generate.workflows import workflows
 from tools.harness.client import Client
+from tools.harness.contact_sheet import wrapped
 from tools.harness.workflow import ObjectInfo, to_prompt, with_widget
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, Drawings, draw
 

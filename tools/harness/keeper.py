@@ -9,6 +9,7 @@ It does the latter when its stdin closes: the other end belongs to one process, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from collections.abc import Callable
 
 STOPPED_WITHIN = 10.0  # seconds that a process has to end by itself before it is killed
 REMOVED_WITHIN = STOPPED_WITHIN + 10.0  # a folder's process may be on its way out, and still be writing into it
+SET_PARENT_DEATH_SIGNAL = 1  # of <sys/prctl.h>
 WINDOWS = sys.platform == "win32"
 ENDING = ("SIGTERM", "SIGINT", "SIGHUP")
 
@@ -37,6 +39,7 @@ def run(*command: str) -> int:
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=not WINDOWS,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
     except OSError as error:
@@ -51,6 +54,11 @@ def run(*command: str) -> int:
             process.wait(STOPPED_WITHIN)
     _tell(process, "SIGKILL")  # also what it has started and left behind
     return process.wait()
+
+
+def _die_with_parent() -> None:
+    """In the command's process, before it is the command: when this keeper is killed, Linux kills the command, too."""
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _then(wait: Callable[[], object], done: Callable[[], None]) -> None:
@@ -74,7 +82,12 @@ def _tell(process: subprocess.Popen[bytes], name: str) -> None:
 
 
 def keep(prefix: str, folder: str) -> int:
-    """Make a temporary folder and remove it once stdin closes; returns the exit status."""
+    """Make a temporary folder and remove it once stdin closes; returns the exit status.
+
+    It leaves the process that has asked, as some kill all that a killed process had started; stdout closes at the end.
+    """
+    if not WINDOWS and os.fork():
+        return 0
     for name in ENDING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -61,7 +61,9 @@ def folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
                 raise UserError(f"{place}: no temporary folder can be made here ({answer['error']}).")
             yield Path(answer["folder"])
         finally:
-            stop(process)
+            process.stdin.close()  # type: ignore[union-attr]
+            process.stdout.read()  # type: ignore[union-attr]  # it closes when the folder is gone
+            process.wait()
 
 
 def lines(stream: TextIO) -> Iterator[str]:

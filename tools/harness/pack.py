@@ -15,6 +15,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from tools.harness import lifeline
 from tools.harness.errors import UserError
@@ -71,5 +72,14 @@ def source_files(checkout: Path) -> list[str]:
 
 def project_name(checkout: Path) -> str:
     """The registry id, which is also the folder that Manager unpacks into."""
-    name: str = tomllib.loads((checkout / "pyproject.toml").read_text("utf-8"))["project"]["name"]
-    return name.lower()
+    return str(_project(checkout)["name"]).lower()
+
+
+def version(checkout: Path) -> str:
+    """The pack's version."""
+    return str(_project(checkout)["version"])
+
+
+def _project(checkout: Path) -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((checkout / "pyproject.toml").read_text("utf-8"))["project"]
+    return project

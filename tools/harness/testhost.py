@@ -94,6 +94,9 @@ FULL = Environment(
 # Enough to pack, serve and talk to a ComfyUI that brings its own Python.
 TOOLS = Environment(name="tools", requirements=("tools/requirements-tools.txt",), gigabytes=1)
 
+# `dev.py batch`: Ray, and enough to serve. The ComfyUI that draws has an environment of its own.
+BATCH = Environment(name="batch", requirements=("tools/requirements-tools.txt", "batch/requirements.txt"), gigabytes=2)
+
 
 @dataclass(frozen=True)
 class Host:

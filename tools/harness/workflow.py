@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from comfy_cli import workflow_ops, workflow_to_api
@@ -60,13 +61,18 @@ def with_widget(workflow: Workflow, object_info: ObjectInfo, class_type: str, wi
     if not nodes:
         present = ", ".join(sorted({node["type"] for node in workflow["nodes"]}))
         raise UserError(f"The workflow has no {class_type}; it has {present}.")
+    return with_values(workflow, object_info, [(node, widget, value) for node in nodes])
+
+
+def with_values(workflow: Workflow, object_info: ObjectInfo, values: Iterable[tuple[int | str, str, Any]]) -> Workflow:
+    """The workflow with some nodes' widgets changed: (id, widget, value). Raises UserError if one cannot be."""
     graph = Graph.from_object_info(object_info)
     workflow = copy.deepcopy(workflow)  # comfy-cli writes into what it is given, and stamps it against later changes
-    for node in nodes:
+    for node, widget, value in values:
         try:
             workflow, _ = workflow_ops.set_widget(workflow, graph, node, widget, value)
         except ValueError as error:
-            raise UserError(f"{class_type}, {widget} = {value!r}: {error}") from error
+            raise UserError(f"Node {node}, {widget} = {value!r}: {error}") from error
     return {key: part for key, part in workflow.items() if not key.startswith("_")}  # without comfy-cli's journal
 
 

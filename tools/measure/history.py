@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from koala_sdxl.koala.files.atomic_write import replace_file
 from tools.harness.errors import UserError
 
 Entry = dict[str, Any]
@@ -33,6 +32,8 @@ def read(file: Path) -> list[Entry]:
 
 def add(file: Path, entry: Entry) -> None:
     """Add an entry with today's date. The file is replaced as a whole, or stays as it is."""
+    from koala_sdxl.koala.files.atomic_write import replace_file  # which needs PyTorch; reading does not
+
     entries = [*read(file), {"date": time.strftime("%Y-%m-%d"), **entry}]
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, as_text(entries))

@@ -1,0 +1,1 @@
+"""A workflow and a table in, images out: many prompts on many GPUs."""

@@ -1,0 +1,214 @@
+"""Rows through workers, by Ray Data: it starts the workers, hands out blocks of rows, and starts dead workers again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+
+from batch import manifest
+from batch.comfy import Comfy, Setup
+from batch.ledger import Ledger
+from batch.manifest import Outcome
+from batch.plan import Recipe, Row
+from batch.store import Store
+from batch.worker import Artist, Worker, comfy
+from tools.harness import lifeline
+from tools.harness.errors import UserError
+from tools.harness.testhost import ROOT
+
+MOST_ROWS = 16
+"""In a block: few enough for a worker to be soon through, many enough for Ray to keep up with hundreds of workers."""
+SHARE = 8
+"""Blocks are so small that each worker gets this many more, until they are single rows: all end together."""
+IN_FLIGHT = 2
+"""Blocks at a worker, so that it need not wait for the next; more would wait behind a slow card."""
+SHIPPED = ("batch/*", "tools/__init__.py", "tools/*.txt", "tools/harness/*", "requirements.txt")
+"""What of the checkout the workers import or read, on whatever machine they are."""
+PACK = "pack.zip"
+"""The packed pack, in the folder in which workers run."""
+SHORT = Path("/tmp") if os.name == "posix" else None
+"""Where Ray's folder is: a path of more than a hundred characters is none for a socket."""
+STORE_BYTES = 512 * 2**20
+"""Of Ray's shared memory on one machine: only rows and the packed pack are in it."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many workers there are, and what each is given of its machine."""
+
+    workers: int
+    gpus: float
+    """Of one worker: 1, a share of one, or 0 on CPUs."""
+    threads: int | None
+    """Of one worker on a CPU."""
+
+
+@contextmanager
+def connected(address: str | None, workers: int | None, pack: bytes) -> Iterator[None]:
+    """Ray on this machine, or a cluster's; the workers find the packed pack as PACK. Raises UserError."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would speak of its own works
+    _be_quiet()
+    with lifeline.folder("koala-batch-") as shipped, _session(address, workers) as options:
+        _ship(shipped)
+        (shipped / PACK).write_bytes(pack)
+        options |= {"runtime_env": {"working_dir": str(shipped)}, "log_to_driver": False, "configure_logging": False}
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{address or 'this machine'}: Ray cannot be reached or started ({error}). Expected the address that "
+                "`ray start --head` printed, and the same versions of Ray and Python there."
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _session(address: str | None, workers: int | None) -> Iterator[dict[str, Any]]:
+    """What Ray is started with; its own files, half a gigabyte in ten jobs, go with the job."""
+    if address:
+        yield {}
+        return
+    with lifeline.folder("ray-", SHORT) as folder:
+        options = {"include_dashboard": False, "object_store_memory": STORE_BYTES, "_temp_dir": str(folder)}
+        # One CPU, in Ray's books, for each worker; nothing else is counted there.
+        yield options | ({"num_cpus": workers + 1} if workers else {})
+
+
+def pool(workers: int | None, per_gpu: int, cores: int) -> Pool:
+    """Workers for all GPUs of the cluster; ``workers`` on CPUs instead if it is given. Raises UserError."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if workers:
+        machines = sum(bool(node["Alive"]) for node in ray.nodes())
+        return Pool(workers, 0, max(1, cores * machines // workers))
+    if not gpus:
+        raise UserError(
+            "Ray finds no GPU here. Expected one for each worker; give --workers N to draw on CPUs, or --address to "
+            "join a cluster that has some."
+        )
+    return Pool(gpus * per_gpu, 1 / per_gpu, None)
+
+
+@contextmanager
+def elsewhere(setup: Setup, of: Pool) -> Iterator[Asked]:
+    """A ComfyUI on one of the cluster's machines, to be asked before the job. Raises UserError."""
+    actor = ray.remote(Comfy).options(num_gpus=of.gpus, num_cpus=_cpus(of)).remote(setup, Path(PACK))
+    try:
+        yield _Elsewhere(actor)
+    except ray.exceptions.RayActorError as error:
+        raise UserError(f"No ComfyUI can be started on the cluster. {error}") from error
+    finally:
+        ray.get(actor.close.remote())
+        ray.kill(actor)
+
+
+class Asked(Protocol):
+    """What is asked of a ComfyUI before a job, as Comfy answers it."""
+
+    def object_info(self) -> dict[str, Any]:
+        """As Comfy's."""
+        ...
+
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """As Comfy's."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    actor: Any
+
+    def object_info(self) -> dict[str, Any]:
+        found: dict[str, Any] = ray.get(self.actor.object_info.remote())
+        return found
+
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        found: dict[str, str] = ray.get(self.actor.hashes.remote(list(names)))
+        return found
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job at work."""
+
+    outcomes: Iterator[list[Outcome]]
+    """What becomes of the rows, as it happens."""
+    ledger: Any
+    """The handle of its Ledger."""
+
+
+def run(recipe: Recipe, rows: Sequence[Row], store: Store, of: Pool, setup: Setup) -> Running:
+    """Start a job on ComfyUI."""
+    models = dict(recipe.models)
+    return run_with(recipe, rows, store, of, lambda: comfy(setup, Path(PACK), models))
+
+
+def run_with(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    store: Store,
+    of: Pool,
+    start: Callable[[], Artist],
+    concurrency: int = 1,
+) -> Running:
+    """Start a job on anything that draws; ``concurrency`` is for artists that only wait."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    _be_quiet()
+    ledger = ray.remote(Ledger).options(num_cpus=0, max_concurrency=1).remote()
+    blocks = ray.data.from_arrow([_block(part) for part in parts(rows, of.workers * concurrency)])
+    drawn = blocks.map_batches(
+        Worker,
+        fn_constructor_args=(recipe, store, ledger, start),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=of.workers, max_tasks_in_flight_per_actor=IN_FLIGHT * concurrency),
+        num_gpus=of.gpus or None,
+        num_cpus=_cpus(of),
+        max_concurrency=concurrency,
+    )
+    found = drawn.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    return Running((manifest.outcomes(batch) for batch in found), ledger)
+
+
+def parts(rows: Sequence[Row], workers: int) -> Iterator[Sequence[Row]]:
+    """Blocks of rows, smaller and smaller towards the end."""
+    start = 0
+    while start < len(rows):
+        size = min(MOST_ROWS, max(1, (len(rows) - start) // (workers * SHARE)))
+        yield rows[start : start + size]
+        start += size
+
+
+def _block(rows: Sequence[Row]) -> pa.Table:
+    values = [json.dumps(row.values) for row in rows]
+    return pa.table({"row": [row.number for row in rows], "id": [row.id for row in rows], "values": values})
+
+
+def _cpus(of: Pool) -> int:
+    return 0 if of.gpus else 1
+
+
+def _be_quiet() -> None:
+    """Ray sets these anew when it starts, and when ray.data does."""
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _ship(folder: Path) -> None:
+    for source in (file for pattern in SHIPPED for file in ROOT.glob(pattern) if file.is_file()):
+        target = folder / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
