@@ -41,11 +41,11 @@ def main(arguments: list[str]) -> int:
             if not options.dry_run:
                 stack.enter_context(alone(store))
             packed = pack.archive(ROOT)
-            pool = None
+            pool = Pool(1, 0, None)
             if options.address or not options.dry_run:
                 stack.enter_context(engine.connected(options.address, options.workers, packed))
                 pool = engine.pool(options.workers, options.per_gpu, os.cpu_count() or 1)
-            setup = Setup(options.comfyui, os.environ.get("COMFYUI_PYTHON"), options.inputs, pool and pool.threads)
+            setup = Setup(options.comfyui, os.environ.get("COMFYUI_PYTHON"), options.inputs, pool.threads)
             with asked_comfy(setup, packed, pool if options.address else None) as comfy:
                 found = comfy.object_info()
                 read = workflow.read(options.workflow, lambda: found)

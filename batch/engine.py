@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,7 @@ class Pool:
 def connected(address: str | None, workers: int | None, pack: bytes) -> Iterator[None]:
     """Ray on this machine, or a cluster's; the workers find the packed pack as PACK. Raises UserError."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would speak of its own works
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # and to others
     _be_quiet()
     with lifeline.folder("koala-batch-") as shipped, _session(address, workers) as options:
         _ship(shipped)
@@ -91,7 +92,9 @@ def pool(workers: int | None, per_gpu: int, cores: int) -> Pool:
     """Workers for all GPUs of the cluster; ``workers`` on CPUs instead if it is given. Raises UserError."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if workers:
-        machines = sum(bool(node["Alive"]) for node in ray.nodes())
+        machines, cpus = sum(bool(node["Alive"]) for node in ray.nodes()), ray.cluster_resources().get("CPU", 0)
+        if cpus < workers:
+            raise UserError(f"--workers {workers}: the cluster has {cpus:.0f} CPUs; expected one for each worker.")
         return Pool(workers, 0, max(1, cores * machines // workers))
     if not gpus:
         raise UserError(
@@ -110,7 +113,8 @@ def elsewhere(setup: Setup, of: Pool) -> Iterator[Asked]:
     except ray.exceptions.RayActorError as error:
         raise UserError(f"No ComfyUI can be started on the cluster. {error}") from error
     finally:
-        ray.get(actor.close.remote())
+        with suppress(ray.exceptions.RayError):
+            ray.get(actor.close.remote())
         ray.kill(actor)
 
 

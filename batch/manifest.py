@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("sha256", pa.list_(pa.string())),  # of each file
         ("seconds", pa.float64()),  # from the graph's start to the last file's; null where a killed job has left none
         ("worker", pa.string()),
-        ("finished", pa.float64()),  # seconds since 1970
+        ("finished", pa.float64()),  # seconds since 1970; 0 where a killed job has left no time
         ("error", pa.string()),  # null: it is done
     ]
 )
@@ -45,7 +45,7 @@ class Outcome:
     sha256: tuple[str, ...] = ()
     seconds: float | None = None
     worker: str | None = None
-    finished: float | None = None
+    finished: float = 0.0
     error: str | None = None
 
     def with_pictures(self, pictures: Sequence[Picture]) -> Outcome:

@@ -20,6 +20,8 @@ from PIL import Image
 from tests.batch.conftest import HEADER, ROWS, WORKFLOW, Job, batch, has_each_once, started, write_table
 from tests.dev.test_lifeline import wait_for
 from tools.harness import testhost
+from tools.harness.client import Prompt
+from tools.harness.server import free_port
 from tools.harness.testhost import Host
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow]
@@ -189,7 +191,7 @@ def test_two_nodes_of_a_cluster(host: Host, table: str, tmp_path: Path, one_by_o
         subprocess.run([ray, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
 
     try:
-        port = str(_free_port())
+        port = str(free_port())
         address = f"127.0.0.1:{port}"
         common = ("--num-cpus", "1", "--object-store-memory", "200000000", "--disable-usage-stats")
         run("start", "--head", "--port", port, "--include-dashboard", "false", *common)
@@ -204,17 +206,11 @@ def test_two_nodes_of_a_cluster(host: Host, table: str, tmp_path: Path, one_by_o
         run("stop", "--force")
 
 
-def _free_port() -> int:
-    from tools.harness.server import free_port
-
-    return free_port()
-
-
 def test_bad_rows_have_their_error_and_the_others_their_picture(comfyui: Path, tmp_path: Path) -> None:
-    graph = {
+    graph: Prompt = {
         "1": {"class_type": "NotANumber", "inputs": {"seed": 1}, "_meta": {"title": "Make"}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}},
-        "3": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "3": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 16384, "batch_size": 1, "color": 0}},
         "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "y"}},
         "5": {"class_type": "LoadImage", "inputs": {"image": "there.png"}},
         "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "z"}},
@@ -230,8 +226,6 @@ def test_bad_rows_have_their_error_and_the_others_their_picture(comfyui: Path, t
         (3, 4096, "there.png", 16384),
         (4, 1, "there.png", 16),
     ]
-    graph["3"]["inputs"]["height"] = 16384
-    workflow.write_text(json.dumps(graph))
     command = (str(workflow), write_table(tmp_path / "t.csv", rows, header), "--comfyui", str(comfyui))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMFYUI_PYTHON", sys.executable)

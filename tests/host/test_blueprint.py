@@ -53,6 +53,7 @@ def test_the_tiny_one_draws_its_prompt(client: Client, object_info: dict[str, An
     assert seen(Image.open(io.BytesIO(client.view(image)))) == ("gray", "koala", "green")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_size")
 def test_the_published_one_draws_with_its_files(server: Server, client: Client, host: Host) -> None:

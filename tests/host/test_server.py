@@ -46,40 +46,33 @@ def test_a_taken_port_is_named(host: Host) -> None:
 
 
 @pytest.mark.slow
-def test_extra_model_folders_a_given_port_and_the_end_by_an_exception(host: Host, tmp_path: Path) -> None:
+def test_extra_model_folders_a_given_port_and_a_death_at_work_that_is_reported(host: Host, tmp_path: Path) -> None:
     (tmp_path / "some.safetensors").touch()
     port = free_port()
     before = listing(host.folder)
-    with (
-        contextlib.suppress(ZeroDivisionError),
-        running(host, port=port, model_folders={"checkpoints": [tmp_path]}) as server,
-    ):
-        assert server.url.endswith(f":{port}")
-        assert "some.safetensors" in Client(server.url).get("/models/checkpoints")
-        raise ZeroDivisionError
-    assert server.process.poll() is not None
-    assert not server.base.exists()
-    assert listing(host.folder) == before
-
-
-@pytest.mark.slow
-def test_a_server_that_dies_at_work_is_reported_with_its_log(host: Host) -> None:
-    def kill(*_: object) -> None:
-        psutil.Process(server.process.pid).children()[0].kill()
 
     graph = {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
     }
+
+    def look_and_kill(server: Server) -> None:
+        assert server.url.endswith(f":{port}")
+        assert "some.safetensors" in Client(server.url).get("/models/checkpoints")
+        process = psutil.Process(server.process.pid).children()[0]
+        Client(server.url).run(graph, on_event=lambda *_: process.kill())
+
     with (
         pytest.raises(UserError, match=r"(?s)ended while it was at work \(exit status -9\).*To see the GUI go to"),
-        running(host) as server,
+        running(host, port=port, model_folders={"checkpoints": [tmp_path]}) as server,
     ):
-        Client(server.url).run(graph, on_event=kill)
+        look_and_kill(server)
+    assert not server.base.exists()
+    assert listing(host.folder) == before
 
 
 @pytest.mark.slow
-def test_a_borrowed_comfyui_is_left_as_it_is(host: Host, tmp_path: Path) -> None:
+def test_a_borrowed_comfyui_is_left_as_it_is_and_the_server_ends_with_an_exception(host: Host, tmp_path: Path) -> None:
     own = tmp_path / "ComfyUI"
     own.mkdir()
     for entry in host.folder.iterdir():
@@ -89,11 +82,17 @@ def test_a_borrowed_comfyui_is_left_as_it_is(host: Host, tmp_path: Path) -> None
     (own / "models" / "checkpoints" / "mine.safetensors").touch()
     (own / "custom_nodes" / "other-pack").mkdir(parents=True)
     before = subprocess.run(["ls", "-lRL", str(own)], capture_output=True, check=True).stdout
-    with running(Host(own, host.python, borrowed=True)) as server:
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        running(Host(own, host.python, borrowed=True)) as server,
+    ):
         client = Client(server.url)
         assert "mine.safetensors" in client.get("/models/checkpoints")
         assert "KoalaSampler" in client.object_info()
         assert "other-pack" not in server.log.read_text()
+        raise ZeroDivisionError
+    assert server.process.poll() is not None
+    assert not server.base.exists()
     assert subprocess.run(["ls", "-lRL", str(own)], capture_output=True, check=True).stdout == before
 
 

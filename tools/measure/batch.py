@@ -142,8 +142,8 @@ def _job(setup: Setup, job: Plan, out: Path) -> tuple[float, float]:
     begun = time.time()
     running = engine.run(job.recipe, job.rows, Store(str(out)), Pool(1, 0, setup.threads), setup)
     outcomes = [one for found in running.outcomes for one in found]
-    ends = sorted(one.finished or 0 for one in outcomes)
-    first = min(outcomes, key=lambda one: one.finished or 0)
+    ends = sorted(one.finished for one in outcomes)
+    first = min(outcomes, key=lambda one: one.finished)
     return (ends[-1] - ends[0]) / (len(ends) - 1), ends[0] - begun - (first.seconds or 0)
 
 

@@ -171,6 +171,7 @@ def server(bench: Bench) -> Figures:
             if dropped.lacks(bench, A_PROCESS, way):
                 continue
             runs: list[Figures] = []
+            served.forget()  # so that each graph's first run loads the model
             for i in range(1 + bench.repeats):
                 if i and dropped.lacks(bench, A_RUN, f"{way}, again"):
                     break

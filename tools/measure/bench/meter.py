@@ -35,16 +35,19 @@ def _wait() -> None:
 
 
 def forget_peak() -> dict[str, int]:
-    """Begin a new peak, and return the memory in use now: ``ram`` (resident, mapped files included) and ``gpu``."""
+    """Begin a new peak, and return the memory in use now: ``ram`` (resident, mapped files included) and ``gpu``.
+
+    The latter is what PyTorch holds of the GPU: what the graphs that it has captured will use counts as free to it.
+    """
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return {"ram": _kilobytes("VmRSS"), "gpu": torch.cuda.memory_allocated() if torch.cuda.is_available() else 0}
+    return {"ram": _kilobytes("VmRSS"), "gpu": torch.cuda.memory_reserved() if torch.cuda.is_available() else 0}
 
 
 def peak() -> dict[str, int]:
     """The most since ``forget_peak``, or since the process began."""
-    return {"ram": _kilobytes("VmHWM"), "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+    return {"ram": _kilobytes("VmHWM"), "gpu": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0}
 
 
 def _kilobytes(name: str) -> int:

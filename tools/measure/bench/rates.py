@@ -24,21 +24,23 @@ CONVOLUTIONS = (
 """Batch, channels in and out, side: 3 x 3 convolutions of a guided step at 512 px."""
 DECODER = ((1, 512, 512, 64), (1, 512, 512, 128), (1, 256, 256, 256), (1, 128, 128, 512))
 """The same of the VAE's decoder at 512 px."""
-SIDE = 2048  # of the matrices
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 SECONDS = 0.5  # for each rate, after a first run
+LEAST = 0.01  # seconds between two readings of the clock: a GPU's queue has to be filled, and to run empty
 
 
 def measured(device: str) -> dict[str, Any]:
     """Rates of the device's usual type, fp32 on the CPU, fp16 on a GPU; on the CPU those of bf16, too."""
     place: dict[str, Any] = {"device": device, "dtype": torch.float16 if device == "cuda" else torch.float32}
-    a, b = torch.randn(SIDE, SIDE, **place), torch.randn(SIDE, SIDE, **place)
+    side = SIDE[device]
+    a, b = torch.randn(side, side, **place), torch.randn(side, side, **place)
     products: dict[str, Callable[[], Any]] = {"PyTorch": lambda: linear(a, b)}
     if device == "cpu":
         a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
         products |= {"oneDNN": lambda: _by_one_dnn(a, b), "bf16": lambda: linear(a_bf16, b_bf16)}
     half = torch.randn(64, 1024, 1024).half()
     return {
-        "matmul": {how: 2e-9 * SIDE**3 / _seconds(product) for how, product in products.items()},
+        "matmul": {how: 2e-9 * side**3 / _seconds(product) for how, product in products.items()},
         "unet": [_convolution(*shape, place) for shape in CONVOLUTIONS],
         "vae": [_convolution(*shape, place) for shape in DECODER],
         "fp16 to fp32": 4e-9 * half.numel() / _seconds(half.float),
@@ -71,8 +73,14 @@ def _convolution(batch: int, c_in: int, c_out: int, side: int, place: dict[str, 
 def _seconds(work: Callable[[], Any]) -> float:
     """Median time of a run; the first, which sets things up, does not count."""
     work()
+    times = max(1, round(LEAST / meter.timed(work)[0]))
+
+    def several() -> None:
+        for _ in range(times):
+            work()
+
     found: list[float] = []
     end = time.perf_counter() + SECONDS
     while len(found) < 3 or time.perf_counter() < end:
-        found.append(meter.timed(work)[0])
+        found.append(meter.timed(several)[0] / times)
     return median(found)

@@ -25,8 +25,9 @@ def images(sections: Sections, kind: str) -> Iterator[str]:
         "### Images, in one process of each engine",
         "",
         f"Euler, {found['steps']} steps, cfg 7.5, the same sigmas, without text encoding and decoding. *First* is the "
-        "first run of that size in the process, compilation included. PSNR compares the latents with those of the same "
-        "sampler, eager, over their range.",
+        "first run of that size in the process, compilation included; balanced and fast come after exact, whose code "
+        "they share. ComfyUI runs without dynamic VRAM here. PSNR compares the latents with those of the same sampler, "
+        "eager, over their range.",
         "",
     )
     for place, ways in found["places"].items():
@@ -57,7 +58,8 @@ def server(sections: Sections, kind: str) -> Iterator[str]:
     yield from (
         "### The real server",
         "",
-        f"A whole prompt with text encoding and decoding, {found['image']}, as the server notes its start and end. "
+        f"A whole prompt, {found['image']}, as the server notes its start and end. The first run loads the model, "
+        "encodes the text and compiles what is to be compiled; later ones have another seed, sample and decode. "
         + (f"Its log: {'; '.join(found['notes'])}." if found["notes"] else ""),
         "",
     )
@@ -114,7 +116,7 @@ def _faster(ways: Mapping[str, Any], way: str) -> str:
 
 
 def _memory(peak: Mapping[str, Any], kind: str) -> str:
-    """PyTorch's own peak; in brackets, what the driver counts for the process, where it tells."""
+    """What PyTorch held at most; in brackets, what the driver counts for the process, where it tells."""
     told = f" ({peak['nvml'] / 1e9:.2f})" if peak.get("nvml") else ""
     return f"{peak[kind] / 1e9:.2f}{told}"
 
