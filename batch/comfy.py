@@ -57,8 +57,8 @@ class Comfy:
         options: dict[str, Any] = {"install": self._install}
         if self._host.borrowed:
             options["model_folders"] = {"custom_nodes": [self._host.folder / "custom_nodes"]}
-        if inputs := self._setup.inputs or (self._host.folder / "input" if self._host.borrowed else None):
-            options["arguments"] = ["--input-directory", str(inputs)]
+        if self._inputs:
+            options["arguments"] = ["--input-directory", str(self._inputs)]
         self._server = self._running.enter_context(server.running(self._host, **options))
         self._client = Client(self._server.url)
 
@@ -94,18 +94,24 @@ class Comfy:
         return files
 
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
-        """SHA-256 of the model files and folders of these names, such as "sdxl.safetensors", of those that are there.
+        """SHA-256 of the files and folders of these names, such as "sdxl.safetensors", of those that are there.
 
-        A name that is in several of the server's folders stands for all of them.
+        Models and input pictures; a name that is in several of the server's folders stands for all of them.
         """
+        kinds = self._client.get("/experiment/models")
+        folders = [folder for kind in kinds if kind["name"] not in NO_MODELS for folder in kind["folders"]]
         wanted, found = set(names), defaultdict(list)
-        for kind in self._client.get("/experiment/models"):
-            for folder in kind["folders"] if kind["name"] not in NO_MODELS else []:
-                for path in _below(Path(folder)):
-                    name = path.relative_to(folder).as_posix()
-                    if name in wanted:
-                        found[name].append(path)
+        for folder in [*folders, *([self._inputs] if self._inputs else [])]:
+            for path in _below(Path(folder)):
+                name = path.relative_to(folder).as_posix()
+                if name in wanted:
+                    found[name].append(path)
         return {name: _hash(sorted(set(paths))) for name, paths in found.items()}
+
+    @property
+    def _inputs(self) -> Path | None:
+        """The folder with pictures for Load Image."""
+        return self._setup.inputs or (self._host.folder / "input" if self._host.borrowed else None)
 
     def _install(self, custom_nodes: Path) -> None:
         with zipfile.ZipFile(self._pack) as packed:

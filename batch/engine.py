@@ -38,6 +38,11 @@ PACK = "pack.zip"
 """The packed pack, in the folder in which workers run."""
 SHORT = Path("/tmp") if os.name == "posix" else None
 """Where Ray's folder is: a path of more than a hundred characters is none for a socket."""
+SETTINGS = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # it would speak of its own works,
+    "RAY_USAGE_STATS_ENABLED": "0",  # and to others;
+    "RAY_worker_niceness": "0",  # a ComfyUI is no less worth than what else the machine does
+}
 STORE_BYTES = 512 * 2**20
 """Of Ray's shared memory on one machine: only rows and the packed pack are in it."""
 
@@ -56,8 +61,8 @@ class Pool:
 @contextmanager
 def connected(address: str | None, workers: int | None, pack: bytes) -> Iterator[None]:
     """Ray on this machine, or a cluster's; the workers find the packed pack as PACK. Raises UserError."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would speak of its own works
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # and to others
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     _be_quiet()
     with lifeline.folder("koala-batch-") as shipped, _session(address, workers) as options:
         _ship(shipped)
@@ -155,8 +160,8 @@ class Running:
 
 def run(recipe: Recipe, rows: Sequence[Row], store: Store, of: Pool, setup: Setup) -> Running:
     """Start a job on ComfyUI."""
-    models = dict(recipe.models)
-    return run_with(recipe, rows, store, of, lambda: comfy(setup, Path(PACK), models))
+    files = dict(recipe.files)
+    return run_with(recipe, rows, store, of, lambda: comfy(setup, Path(PACK), files))
 
 
 def run_with(
@@ -175,13 +180,13 @@ def run_with(
     blocks = ray.data.from_arrow([_block(part) for part in parts(rows, of.workers * concurrency)])
     drawn = blocks.map_batches(
         Worker,
-        fn_constructor_args=(recipe, store, ledger, start),
+        fn_constructor_args=(recipe, store, ledger, start, concurrency > 1),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=of.workers, max_tasks_in_flight_per_actor=IN_FLIGHT * concurrency),
         num_gpus=of.gpus or None,
         num_cpus=_cpus(of),
-        max_concurrency=concurrency,
+        **({"max_concurrency": concurrency} if concurrency > 1 else {}),
     )
     found = drawn.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     return Running((manifest.outcomes(batch) for batch in found), ledger)

@@ -39,8 +39,8 @@ class Recipe:
     source: str
     object_info: ObjectInfo
     """Of the graph's nodes."""
-    models: Mapping[str, str]
-    """SHA-256 by name of the model files that the rows use."""
+    files: Mapping[str, str]
+    """SHA-256 by name of the models and input pictures that the rows may use."""
 
     def inputs(self, values: tuple[Value, ...]) -> str:
         """A row as the manifest tells it: JSON, value by column."""
@@ -92,7 +92,7 @@ def make(
 ) -> Plan:
     """Find the columns' places, check every value, name every row. Raises UserError with all that is wrong.
 
-    ``hashes`` gives the SHA-256 of those of some names that are names of model files.
+    ``hashes`` gives the SHA-256 of those of some names that are names of models or input pictures.
     """
     places = columns.places(workflow.graph, table.columns, table.source)
     classes = {node["class_type"] for node in workflow.graph.values()}
@@ -102,9 +102,9 @@ def make(
             f"{workflow.source}: this ComfyUI has no node of class {', '.join(unknown)}. Install the pack that brings "
             "it, or give the ComfyUI that has it with --comfyui."
         )
-    models = hashes(candidates(_literals(workflow.graph)) | candidates(value for row in table.rows for value in row))
+    files = hashes(candidates(_literals(workflow.graph)) | candidates(value for row in table.rows for value in row))
     own = {name: object_info[name] for name in classes}
-    recipe = Recipe(workflow, table.columns, places, table.source, own, models)
+    recipe = Recipe(workflow, table.columns, places, table.source, own, files)
     faults: list[str] = []
     rows: dict[str, tuple[tuple[Any, ...], Row]] = {}
     for number, values in enumerate(table.rows, 1):
@@ -114,7 +114,7 @@ def make(
         except UserError as error:
             faults.append(str(error))
             continue
-        used = {name: models[name] for name in candidates(_literals(graph)) & models.keys()}
+        used = {name: files[name] for name in candidates(_literals(graph)) & files.keys()}
         row = Row(number, _identity(graph, used, pack_version), values)
         rows.setdefault(row.id, ((sorted(used), _pixels(graph), number), row))
     if faults:
@@ -128,10 +128,10 @@ def _literals(graph: Graph) -> Iterator[Any]:
     return (value for node in graph.values() for value in node["inputs"].values() if not isinstance(value, list))
 
 
-def _identity(graph: Graph, models: Mapping[str, str], pack_version: str) -> str:
+def _identity(graph: Graph, files: Mapping[str, str], pack_version: str) -> str:
     """Titles do not count."""
     bare = {name: {"class_type": node["class_type"], "inputs": node["inputs"]} for name, node in graph.items()}
-    told = json.dumps([bare, models, pack_version], sort_keys=True, ensure_ascii=False)
+    told = json.dumps([bare, files, pack_version], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:ID_LENGTH]
 
 

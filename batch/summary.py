@@ -27,7 +27,7 @@ def say_plan(job: Plan, store: Store, left: Sequence[Row]) -> None:
     say(f"{len(job.rows)} pictures{repeated}, {len(left)} to draw now; output: {store.location}")
     for column, place in columns.describe(job.recipe.workflow.graph, job.recipe.places):
         say(f"  {column} -> {place}")
-    for name, digest in job.recipe.models.items():
+    for name, digest in job.recipe.files.items():
         say(f"  {name}: SHA-256 {digest[:16]}...")
 
 

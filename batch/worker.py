@@ -46,14 +46,14 @@ class Artist(Protocol):
         ...
 
 
-def comfy(setup: Setup, pack: Path, models: dict[str, str]) -> Comfy:
-    """A ComfyUI whose model files are those of the plan. Raises UserError."""
+def comfy(setup: Setup, pack: Path, files: dict[str, str]) -> Comfy:
+    """A ComfyUI whose models and input pictures are those of the plan. Raises UserError."""
     made = Comfy(setup, pack)
-    found = made.hashes(models)
-    if differing := sorted(name for name in models if found.get(name) != models[name]):
+    found = made.hashes(files)
+    if differing := sorted(name for name in files if found.get(name) != files[name]):
         made.close()
         name = differing[0]
-        what = f"its SHA-256 is {found[name]}, expected {models[name]}" if name in found else "it is not there"
+        what = f"its SHA-256 is {found[name]}, expected {files[name]}" if name in found else "it is not there"
         raise UserError(
             f"{platform.node()}: {name} is not the file that the job was planned with ({what}). Put the same files on "
             "all machines."
@@ -64,10 +64,13 @@ def comfy(setup: Setup, pack: Path, models: dict[str, str]) -> Comfy:
 class Worker:
     """Takes blocks of rows (columns ``row``, ``id``, ``values`` as JSON) and gives the manifest's rows for them."""
 
-    def __init__(self, recipe: Recipe, store: Store, ledger: Any, start: Callable[[], Artist]):
-        """``ledger`` is the handle of a Ledger. A ComfyUI that does not start ends the job, in words."""
+    def __init__(self, recipe: Recipe, store: Store, ledger: Any, start: Callable[[], Artist], threads: bool):
+        """``ledger`` is the handle of a Ledger; ``threads``: each thread of this actor counts as a worker.
+
+        A ComfyUI that does not start ends the job, in words.
+        """
         self._recipe, self._store, self._ledger = recipe, store, ledger
-        self._process = f"{platform.node()}:{os.getpid()}"
+        self._process, self._threads = f"{platform.node()}:{os.getpid()}", threads
         self._artist: Artist | None = None
         threading.Thread(target=self._beat, daemon=True).start()
         try:
@@ -77,10 +80,8 @@ class Worker:
 
     @property
     def _name(self) -> str:
-        """By which ledger and manifest know the worker; in an actor of several threads each is one."""
-        thread = threading.current_thread()
-        main = thread is threading.main_thread()
-        return self._process if main else f"{self._process}/{thread.ident}"
+        """By which ledger and manifest know the worker."""
+        return f"{self._process}/{threading.get_ident()}" if self._threads else self._process
 
     def __del__(self) -> None:
         """Ray Data's word for the end of an actor that nobody has killed."""

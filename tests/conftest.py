@@ -25,20 +25,20 @@ SERVED = ("browser", "host")
 FULL_SIZE = ("test_loader.py", "test_loading.py", "test_parity.py", "test_save.py", "test_saver_full_size.py")
 """Files of parity/ that have full-size models, one at a time: in two processes they would wait for each other."""
 LONGEST = (
-    "speed/test_accelerate.py",
-    "speed/test_execution.py",
-    "browser",
     "host",
     "dev/test_distill.py",
     "dev/test_distill_ways.py",
-    "tiny/test_fidelity.py",
+    "browser",
+    "speed/test_accelerate.py",
+    "speed/test_execution.py",
     "full-size",
+    "adapters/test_kinds.py",
     "dev/test_bench.py",
     "dev/test_gates.py",
-    "adapters/test_kinds.py",
     "parity/test_transfer.py",
+    "tiny/test_fidelity.py",
 )
-"""What takes longest, in that order, but for full-size models beside the server's."""
+"""What takes longest, in about that order: neither what has a browser nor full-size models beside the host's server."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,7 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from tests.dev.test_lifeline import wait_for
 from tools.harness.client import Client, Prompt
 from tools.harness.server import running
 from tools.harness.testhost import ROOT, Host
@@ -36,6 +36,7 @@ PROMPTS = (
 ROWS = tuple((prompt, seed) for seed in range(8) for prompt in PROMPTS)
 """Forty: prompt and seed."""
 HEADER = ("prompt", "seed")
+PATIENCE = 600.0  # seconds: two servers start on two cores
 MARK = "KOALA_BATCH_TEST"
 """An environment variable by which all processes of a job are known."""
 
@@ -114,6 +115,14 @@ def started(folder: Path, *arguments: str, out: Path | None = None) -> Iterator[
             for one in job.processes():
                 with contextlib.suppress(psutil.Error):
                     one.send_signal(signal.SIGKILL)
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    """Return once it is so."""
+    until = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def batch(folder: Path, *arguments: str, out: Path | None = None) -> tuple[int, str, Job]:

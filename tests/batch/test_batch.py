@@ -17,8 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.batch.conftest import HEADER, ROWS, WORKFLOW, Job, batch, has_each_once, started, write_table
-from tests.dev.test_lifeline import wait_for
+from tests.batch.conftest import HEADER, ROWS, WORKFLOW, Job, batch, has_each_once, started, wait_for, write_table
 from tools.harness import testhost
 from tools.harness.client import Prompt
 from tools.harness.server import free_port
@@ -249,7 +248,7 @@ def test_a_row_that_ends_its_server_is_set_aside(comfyui: Path, tmp_path: Path) 
     workflow.write_text(json.dumps(graph))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMFYUI_PYTHON", sys.executable)
-        status, said, job = batch(tmp_path, str(workflow), "--grid", "seed=10..15", "--comfyui", str(comfyui))
+        status, _, job = batch(tmp_path, str(workflow), "--grid", "seed=10..15", "--comfyui", str(comfyui))
     assert status == 1
     errors = {json.loads(entry["inputs"])["seed"]: entry["error"] for entry in job.manifest()}
     assert sorted(errors) == list(range(10, 16))

@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from playwright.sync_api import Page
 
 from tools.generate.workflows import shipped
 
 Shoot = Callable[[str], Any]
+in_both_renderers = pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"], indirect=True)
+"""For a test of what each of them draws, or takes from the mouse, by code of its own."""
 
 
 def workflow(name: str) -> dict[str, Any]:
@@ -70,10 +73,15 @@ def click_title(page: Page, kind: str, button: Any = "left") -> None:
 
 def swap_command(page: Page) -> list[str]:
     """Give the command to swap for what is selected; returns the lines of what is said."""
-    shown = page.locator(".p-toast-detail, [data-testid=toast]")  # as the tested canvas has it, and as newer ones
-    before = shown.count()
+    new = ":not([data-seen])"  # others may go meanwhile: they are known by a mark, not counted
+    page.evaluate(
+        """() => document.querySelectorAll('.p-toast-detail, .p-toast-close-button, [data-testid^=toast]').forEach(
+            (known) => { known.dataset.seen = '' })"""
+    )
     page.evaluate("() => window.app.extensionManager.command.execute('KOALA.SwapUNet')")
-    shown.nth(before).wait_for()
-    lines = [line.strip() for line in shown.nth(before).inner_text().split("\n")]
-    page.locator(".p-toast-close-button, [data-testid=toast-close]").nth(before).click()
+    # as the tested canvas has it, and as newer ones
+    shown = page.locator(f".p-toast-detail{new}, [data-testid=toast]{new}").first
+    shown.wait_for()
+    lines = [line.strip() for line in shown.inner_text().split("\n")]
+    page.locator(f".p-toast-close-button{new}, [data-testid=toast-close]{new}").first.click()
     return [line for line in lines if line not in ("", "KOALA")]

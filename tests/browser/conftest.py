@@ -88,9 +88,9 @@ def place_files(server: Server) -> None:
     save_file(unet, models / "diffusion_models" / graphs.UNET)
 
 
-@pytest.fixture(params=[False, True], ids=["classic", "nodes2"])
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.nightly)], ids=["classic", "nodes2"])
 def nodes_2(request: pytest.FixtureRequest) -> bool:
-    """Which renderer: the classic canvas, or Nodes 2.0."""
+    """Which renderer: the classic canvas, or Nodes 2.0; by day the latter in tests with ``in_both_renderers`` alone."""
     return bool(request.param)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from playwright.sync_api import Browser, Page
 
 from koala_sdxl.koala.schedule import schedule
-from tests.browser.canvas import Shoot, add, click_title, connect, overlaps, workflow
+from tests.browser.canvas import Shoot, add, click_title, connect, in_both_renderers, overlaps, workflow
 from tools.generate.workflows import FOLDER, name_of
 from tools.harness import browser
 from tools.harness.client import Client
@@ -88,6 +88,7 @@ def test_koala_tiny_draws_from_the_canvas_and_its_picture_brings_the_graph_back(
     assert page.evaluate("() => window.koalaDone") == "execution_success"
 
 
+@in_both_renderers
 def test_curve_bars_and_badge_are_drawn_with_the_right_numbers(page: Page, shoot: Shoot, nodes_2: bool) -> None:
     loader = add(page, "KoalaCheckpointLoader")
     scheduler = add(page, "KoalaScheduler", steps=12)

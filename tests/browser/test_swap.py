@@ -54,7 +54,7 @@ def apart(links: str) -> list[str]:
     return sorted(f"{one} > {two}" for chain in chains for one, two in pairwise(chain))
 
 
-BY_DAY = {"LoRA chain", "subgraph, from inside", "linked steps", "several selected", "ControlNet"}
+BY_DAY = {"subgraph, from inside", "ControlNet"}
 """What is looked at in Nodes 2.0 by day, too: the graph is changed by the same code there, and drawn by another."""
 CANVASES = [
     pytest.param(

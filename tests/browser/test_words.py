@@ -87,7 +87,9 @@ class Shown:
         browser.see_all(self.page)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes2"])
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.nightly)], ids=["classic", "nodes2"]
+)
 def shown(
     request: pytest.FixtureRequest, chromium: Browser, server: Server, files: None, shots: Path
 ) -> Iterator[Shown]:

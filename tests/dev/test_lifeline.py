@@ -102,6 +102,29 @@ def test_a_keeper_that_is_told_to_end_takes_its_process_along(
     wait_for(lambda: not folder.exists())  # its owner has nothing more to wait for
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with the one that started it")
+def test_a_killed_keeper_takes_its_process_along() -> None:
+    process = lifeline.start(
+        [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(1000)"], stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stdout.read(1) == b"1"
+    (below,) = psutil.Process(process.pid).children()
+    process.kill()
+    wait_for(lambda: gone(below))
+
+
+def test_a_folder_goes_when_all_that_was_started_for_it_is_killed(
+    owner: tuple[psutil.Process, Path, list[psutil.Process]],
+) -> None:
+    """As Ray does with an actor: the process, and every process below it, of whatever group."""
+    process, folder, family = owner
+    for one in [*process.children(recursive=True), process]:
+        one.kill()
+    wait_for(lambda: all(map(gone, [process, *family])))
+    wait_for(lambda: not folder.exists())
+
+
 def test_what_listens_to_no_signal_is_ended_by_force() -> None:
     deaf = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\n"
     process = lifeline.start([sys.executable, "-c", deaf + "time.sleep(1000)"], stdout=subprocess.PIPE)

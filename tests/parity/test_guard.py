@@ -249,11 +249,16 @@ def test_a_hook_with_an_sdxl_lora_is_refused(sampler: str) -> None:
         assert found.startswith("the conditioning has a hook with a LoRA of another model than koala-tiny: ")
 
 
-@samplers
-def test_a_merge_with_sdxl_is_refused(sampler: str) -> None:
+@pytest.fixture(scope="module")
+def koala_and_sdxl() -> Any:
+    """A KOALA merged with an SDXL; the host takes seconds to put the patches into its weights."""
     whole, part = transfer.pair(KOALA_700M)
-    merged = ModelMergeSimple().merge(part, whole, 0.5)[0]
-    found = refusal(SAMPLERS[sampler], merged, plain(), plain(4))
+    return ModelMergeSimple().merge(part, whole, 0.5)[0]
+
+
+@samplers
+def test_a_merge_with_sdxl_is_refused(sampler: str, koala_and_sdxl: Any) -> None:
+    found = refusal(SAMPLERS[sampler], koala_and_sdxl, plain(), plain(4))
     assert found.startswith("this MODEL has a merge with a model of another layout: ")
 
 

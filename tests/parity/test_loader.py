@@ -192,13 +192,20 @@ def test_host_can_build_every_part_again_from_its_file() -> None:
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_stock_nodes_merge_and_compile_our_models() -> None:
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
+def test_a_stock_node_merges_our_models() -> None:
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
     model, clip, _ = parity.tiny_models()
     (merged,) = ModelMergeSimple().merge(model, model.clone(), 0.5)
     assert torch.allclose(_sample(merged, clip), _sample(model, clip), atol=1e-4)
+
+
+@pytest.mark.nightly
+def test_a_stock_node_compiles_our_models() -> None:
+    """By day an accelerated one: tests/speed/test_accelerate.py."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model, clip, _ = parity.tiny_models()
     compiled = model.clone()
     set_torch_compile_wrapper(model=compiled, backend="eager")
     assert torch.allclose(_sample(compiled, clip), _sample(model, clip), atol=1e-4)

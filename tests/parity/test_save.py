@@ -58,6 +58,7 @@ def test_koala_tiny_saved_by_core_loads_again(tmp_path: Path) -> None:
     _close(vae.decode(latent), again_vae.decode(latent))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_size")
 def test_koala_700m_saved_by_core_loads_here_and_in_the_stock_loader(tmp_path: Path) -> None:

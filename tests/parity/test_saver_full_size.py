@@ -55,6 +55,7 @@ def _save_full_size(save: Callable[..., None], path: Path, parts: int = 3) -> No
     large.let_go()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_size")
 def test_koala_700m_in_the_stock_checkpoint_loader(wanted: Answers, tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_koala_700ms_unet_in_the_stock_unet_loader(wanted: Answers, tmp_path: Pa
     assert torch.equal(predict(model), wanted.predicted)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_size")
 def test_koala_700m_in_the_stock_diffusers_loader(wanted: Answers, tmp_path: Path) -> None:

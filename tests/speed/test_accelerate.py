@@ -93,20 +93,32 @@ def test_the_given_model_stays_as_it_is(faster: Callable[..., Any]) -> None:
 # Features used again
 
 
-def test_presets_keep_the_pictures(faster: Callable[..., Any], said: Said) -> None:
-    """Bounds are docs/benchmarks.md's, on a third of its prompts; fewer steps on some of these."""
-    grid = grid_prompts(216)[0][5::3]
+@pytest.mark.parametrize(("every", "slack"), [(11, 1), pytest.param(3, 0, marks=pytest.mark.nightly)])
+def test_presets_keep_the_pictures(every: int, slack: float, faster: Callable[..., Any], said: Said) -> None:
+    """Bounds are docs/benchmarks.md's, on a third of its prompts, by day on an eleventh, whose mean is less sure by
+    ``slack`` decibels; fewer steps on some of these."""
+    grid = grid_prompts(216)[0][5::every]
     texts, some = prompts(grid), prompts(grid[:18])  # noise is drawn picture by picture: the first have the same
     wanted = pictures(plain(texts))
     for preset, full, bound, as_dear, margin in (("balanced", 12, 39, 13, 6), ("fast", 9, 33, 10, 2.5)):
         found = pictures(run(faster(Acceleration(OFF, REUSE[preset])), texts))
         assert said.full == full
-        assert psnr(found, wanted) >= bound
+        assert psnr(found, wanted) >= bound - slack
         fewer = pictures(plain(some, preset=BASE | {"steps": as_dear}))
         assert psnr(found[:18], wanted[:18]) >= psnr(fewer, wanted[:18]) + margin
 
 
-@pytest.mark.parametrize("sampler", sorted(module.SINGLE_STEP_SAMPLERS | module.MULTISTEP_SAMPLERS))
+BY_DAY = ("sample_euler", "sample_heun", "sample_dpmpp_2m", "sample_deis")
+"""One evaluation a step, two, and two that look back."""
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(sampler, marks=[] if sampler in BY_DAY else pytest.mark.nightly)
+        for sampler in sorted(module.SINGLE_STEP_SAMPLERS | module.MULTISTEP_SAMPLERS)
+    ],
+)
 def test_every_deterministic_sampler(sampler: str, faster: Callable[..., Any], said: Said) -> None:
     """Better than fewer steps of the same sampler that are as dear."""
     name = sampler.removeprefix("sample_")

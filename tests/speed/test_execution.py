@@ -42,10 +42,23 @@ def test_captured(case: Callable[[Case], None], loras: None) -> None:
     cases.check(case, CAPTURED, NEAR)
 
 
+COMPILED_BY_DAY = (
+    cases.exact_equals_eager,
+    cases.branches_equal_eager,
+    cases.nothing_is_compiled_anew,
+    cases.add_ons_fall_back,
+)
+"""Where compiled parts act otherwise than parts that are captured alone, which all cases try by day."""
+
+
 @pytest.mark.parametrize(
     "case",
     # for one more type everything would be compiled once more
-    [case for case in cases.ALL if case is not cases.weights_of_another_type],
+    [
+        pytest.param(case, marks=[] if case in COMPILED_BY_DAY else pytest.mark.nightly)
+        for case in cases.ALL
+        if case is not cases.weights_of_another_type
+    ],
     ids=lambda case: case.__name__,
 )
 def test_compiled_and_captured(case: Callable[[Case], None], loras: None) -> None:

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -197,6 +198,7 @@ def _most_memory() -> int:
 
 
 def _starter(seconds: float) -> Any:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # this module is not sent to workers
     return lambda: Sleeper(seconds)
 
 

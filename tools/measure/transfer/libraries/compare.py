@@ -133,6 +133,6 @@ def _baked_text(encoders: Any) -> State:
     """A CLIP's weights with its patches merged, ComfyUI's names."""
     patcher = encoders.patcher
     return {
-        key: comfy.lora.calculate_weight(patcher.patches.get(key, []), weight.float(), key)
+        key: comfy.lora.calculate_weight(patcher.patches.get(key, []), weight.float().clone(), key)
         for key, weight in patcher.model_state_dict().items()
     }
