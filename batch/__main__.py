@@ -11,21 +11,20 @@ from pathlib import Path
 import ray
 from filelock import FileLock, Timeout
 
-from batch import engine, manifest, plan, progress, summary, table, workflow
+from batch import engine, manifest, plan, progress, resume, summary, table, workflow
 from batch.comfy import Comfy, Setup
 from batch.ending import Ending
 from batch.engine import Asked, Pool
 from batch.ledger import Progress
-from batch.manifest import Outcome, Recorder
+from batch.manifest import Recorder
 from batch.plan import Plan, Row
-from batch.store import StorageError, Store
+from batch.store import LOCK, StorageError, Store
 from batch.table import Table
 from tools import commands
 from tools.harness import lifeline, pack
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 
-LOCK = ".batch.lock"
 STOPPED = 130
 """Exit status after Ctrl+C."""
 
@@ -33,7 +32,7 @@ STOPPED = 130
 def main(arguments: list[str]) -> int:
     """``dev.py batch``; returns 0, 1 if a row has an error, 130 after Ctrl+C. Raises UserError."""
     options = commands.parser("batch").parse_args(arguments)
-    store = Store(options.out if "://" in options.out else str(Path(options.out).absolute()))
+    store = Store(options.out if "://" in options.out else str(Path(options.out).expanduser().absolute()))
     rows = asked(options.table, options.grid)
     try:
         with ExitStack() as stack:
@@ -41,27 +40,46 @@ def main(arguments: list[str]) -> int:
             if not options.dry_run:
                 stack.enter_context(alone(store))
             packed = pack.archive(ROOT)
-            pool = Pool(1, 0, None)
-            if options.address or not options.dry_run:
+            if options.address:
                 stack.enter_context(engine.connected(options.address, options.workers, packed))
-                pool = engine.pool(options.workers, options.per_gpu, os.cpu_count() or 1)
-            setup = Setup(options.comfyui, os.environ.get("COMFYUI_PYTHON"), options.inputs, pool.threads)
-            with asked_comfy(setup, packed, pool if options.address else None) as comfy:
+            own = Setup(
+                _whole(options.comfyui),
+                os.environ.get("COMFYUI_PYTHON"),
+                _whole(options.inputs),
+                on_cpu=bool(options.workers),
+                share=1,
+            )
+            with asked_comfy(own, packed, engine.pool(options.workers, 1) if options.address else None) as comfy:
                 found = comfy.object_info()
                 read = workflow.read(options.workflow, lambda: found)
-                job = plan.make(read, rows, found, comfy.hashes, pack.version(ROOT))
-            left, told = remaining(job, store, options.retry_errors)
-            left = left[: options.limit]
+                job = plan.make(read, rows, found, comfy.hashes, comfy.pack_version())
+            before = resume.state(job, store)
+            left = resume.to_draw(job, before, options.retry_errors, options.limit)
             summary.say_plan(job, store, left)
             if options.dry_run:
                 summary.say_first_graphs(job, left)
                 return 0
             store.clear()
-            manifest.append(store, told)
-            now = draw(job, left, store, pool, setup, ending) if left else Progress()
+            manifest.append(store, before.untold)
+            now = Progress()
+            if left:
+                if not options.address:
+                    stack.enter_context(engine.connected(None, options.workers, packed))
+                pool = engine.pool(options.workers, options.per_gpu)
+                now = draw(job, left, store, pool, replace(own, share=pool.share), ending)
             return finish(job, store, now, ending)
     except StorageError as error:
         raise UserError(f"{error}. Nothing that was drawn is lost: run the same command again.") from error
+    except ray.exceptions.RayError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"Ray has ended the job ({first}). What is drawn is kept: run the same command again."
+        ) from error
+
+
+def _whole(path: Path | None) -> Path | None:
+    """Workers run in another folder."""
+    return path.expanduser().absolute() if path else None
 
 
 def asked(file: Path | None, grids: Sequence[str]) -> Table:
@@ -106,39 +124,25 @@ def alone(store: Store) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written to ({error.strerror}). Give another --out.") from error
 
 
-def remaining(job: Plan, store: Store, retry_errors: bool) -> tuple[list[Row], list[Outcome]]:
-    """The rows that have no picture yet, and what is known of the others but is not in the manifest as it is now."""
-    done, known = set(store.rows()), manifest.read(store)
-    left, told = [], []
-    for row in job.rows:
-        before = known.get(row.id)
-        if row.id in done:
-            if before is None or before.error or before.row != row.number:
-                whole = before if before and not before.error else None
-                fresh = Outcome(row.number, row.id, job.recipe.inputs(row.values)).with_pictures(store.find(row.id))
-                told.append(replace(whole, row=row.number) if whole else fresh)
-        elif before is None or before.error is None or retry_errors:
-            left.append(row)
-    return left, told
-
-
 def draw(job: Plan, rows: Sequence[Row], store: Store, pool: Pool, setup: Setup, ending: Ending) -> Progress:
     """Draw rows and write down what becomes of them."""
+    ending.waits = True
     with Recorder(store) as record:
         running = engine.run(job.recipe, rows, store, pool, setup)
         with progress.shown(running.ledger, len(rows), ending):
             for outcomes in running.outcomes:
                 record.add(outcomes)
-                now: Progress = ray.get(running.ledger.progress.remote())
-                if now.stopped and not now.running:
-                    break
-        return ray.get(running.ledger.progress.remote())
+        now: Progress = ray.get(running.ledger.progress.remote())
+        return now
 
 
 def finish(job: Plan, store: Store, now: Progress, ending: Ending) -> int:
     """One manifest and the contact sheet; returns the exit status. Raises UserError with what has ended the job."""
+    manifest.append(store, resume.state(job, store).untold)  # of workers that were killed after the picture
     manifest.merge(store)
-    errors = summary.say_end(job, store)
-    if now.stopped and not ending.asked:
-        raise UserError(f"{now.stopped}. What is drawn is kept: run the same command again.")
-    return STOPPED if ending.asked else int(bool(errors))
+    found = resume.state(job, store)
+    summary.say_end(job, store, found)
+    summary.draw_sheet(job, store, found)
+    if found.left and not ending.asked and (reasons := [*filter(None, [now.stopped]), *now.retired]):
+        raise UserError(f"{reasons[0].rstrip('.')}. What is drawn is kept: run the same command again.")
+    return STOPPED if ending.asked else int(bool(found.errors))

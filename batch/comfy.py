@@ -20,8 +20,9 @@ from batch.store import File
 from tools.harness import server, testhost
 from tools.harness.client import Client, GraphError, Image, Prompt
 
-NO_MODELS = ("configs", "custom_nodes")
-"""Of the server's folders, those whose files are no weights."""
+NO_MODELS, OF_FOLDERS = ("configs", "custom_nodes"), "diffusers"
+"""Kinds of the server's folders: those whose files are no weights, and the one in which a folder is a model."""
+SILENCE = 3600.0  # seconds without a word from the server after which it is started again
 NAN = "invalid value encountered in cast"
 """What NumPy says when ComfyUI turns a picture with NaN into bytes: the picture comes out black."""
 
@@ -36,8 +37,10 @@ class Setup:
     """What runs it, where that is not its own environment's."""
     inputs: Path | None
     """Pictures for Load Image; None: the ComfyUI's own input folder."""
-    threads: int | None
-    """Of a server on a CPU; None: PyTorch's default."""
+    on_cpu: bool
+    """No GPU is used, if there is one."""
+    share: int
+    """How many workers a machine has: each gets its part of the cores."""
 
 
 class Comfy:
@@ -48,19 +51,23 @@ class Comfy:
         self._setup, self._pack = setup, pack
         self._host = testhost.own_host(setup.folder, setup.python) if setup.folder else testhost.test_host()
         self._running = ExitStack()
+        self._kept: set[Image] = set()
+        self._black: set[Image] = set()
         self.restart()
 
     def restart(self) -> None:
         """Start again, after the server has gone, say. Raises UserError."""
         self.close()
-        _set_environment(self._setup.threads)
-        options: dict[str, Any] = {"install": self._install}
+        self._kept, self._black = set(), set()
+        _set_environment(self._setup.share)
+        arguments = ["--cpu"] if self._setup.on_cpu else []
+        options: dict[str, Any] = {"install": self._install, "arguments": arguments}
         if self._host.borrowed:
             options["model_folders"] = {"custom_nodes": [self._host.folder / "custom_nodes"]}
         if self._inputs:
-            options["arguments"] = ["--input-directory", str(self._inputs)]
+            arguments += ["--input-directory", str(self._inputs)]
         self._server = self._running.enter_context(server.running(self._host, **options))
-        self._client = Client(self._server.url)
+        self._client = Client(self._server.url, SILENCE)
 
     def close(self) -> None:
         """End the server."""
@@ -74,39 +81,52 @@ class Comfy:
         """Run a graph and take what it has saved, in the order of its nodes.
 
         Raises GraphError if the server refuses the graph, a node fails, nothing is saved or a picture has NaN in it;
-        ConnectionError or UserError if the server has gone.
+        ConnectionError if the server has gone.
         """
         said = self._server.log.stat().st_size
         result = self._client.run(graph, canvas)
+        saved = [output for output in _outputs(result.outputs) if output.type == "output"]
         with open(self._server.log, encoding="utf-8", errors="replace") as log:
             log.seek(said)
             if NAN in log.read():
-                raise GraphError("The picture has NaN in it and would be saved black", {})
-        saved = [output for output in _outputs(result.outputs) if output.type == "output"]
+                self._black |= {*saved} - self._kept
+        self._forget_all_but({*saved})
+        if not self._black.isdisjoint(saved):
+            raise GraphError("The picture has NaN in it and would be saved black", {})
         if not saved:
             raise GraphError("The graph saves nothing: it needs a node such as Save Image", {})
         try:
-            files = tuple(File(PurePosixPath(one.filename).suffix, self._client.view(one)) for one in saved)
+            return tuple(File(PurePosixPath(one.filename).suffix, self._client.view(one)) for one in saved)
         except requests.HTTPError as error:
             raise GraphError(f"What the graph has saved cannot be fetched ({error})", {}) from error
-        for one in saved:
-            (self._server.base / "output" / one.subfolder / one.filename).unlink(missing_ok=True)
-        return files
+
+    def pack_version(self) -> str:
+        """Of the KOALA pack that is in it."""
+        with zipfile.ZipFile(self._pack) as packed:
+            project = tomllib.loads(packed.read("pyproject.toml").decode())["project"]
+        own = _packs(self._host.folder / "custom_nodes") if self._host.borrowed else {}
+        return str(own.get(project["name"], project["version"]))
 
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
         """SHA-256 of the files and folders of these names, such as "sdxl.safetensors", of those that are there.
 
         Models and input pictures; a name that is in several of the server's folders stands for all of them.
         """
-        kinds = self._client.get("/experiment/models")
-        folders = [folder for kind in kinds if kind["name"] not in NO_MODELS for folder in kind["folders"]]
-        wanted, found = set(names), defaultdict(list)
-        for folder in [*folders, *([self._inputs] if self._inputs else [])]:
-            for path in _below(Path(folder)):
-                name = path.relative_to(folder).as_posix()
-                if name in wanted:
+        kinds = [kind for kind in self._client.get("/experiment/models") if kind["name"] not in NO_MODELS]
+        places = [(Path(folder), kind["name"] == OF_FOLDERS) for kind in kinds for folder in kind["folders"]]
+        places += [(self._inputs, False)] if self._inputs else []
+        wanted, found = {name.replace("\\", "/").removesuffix(" [input]"): name for name in names}, defaultdict(list)
+        for place, folders in places:
+            for path in _below(place, folders):
+                if name := wanted.get(path.relative_to(place).as_posix()):
                     found[name].append(path)
         return {name: _hash(sorted(set(paths))) for name, paths in found.items()}
+
+    def _forget_all_but(self, saved: set[Image]) -> None:
+        """Remove what earlier graphs have saved, but for what this one names again: ComfyUI does not save it anew."""
+        for one in self._kept - saved:
+            (self._server.base / "output" / one.subfolder / one.filename).unlink(missing_ok=True)
+        self._kept = saved
 
     @property
     def _inputs(self) -> Path | None:
@@ -126,14 +146,13 @@ def candidates(values: Iterable[object]) -> set[str]:
     return {value for value in values if isinstance(value, str) and 0 < len(value) < 256 and "\n" not in value}
 
 
-def _set_environment(threads: int | None) -> None:
+def _set_environment(share: int) -> None:
     """For the server that this process starts next.
 
     Ray gives an actor one OpenMP thread; two servers with PyTorch's default wait for each other.
     """
-    os.environ.pop("OMP_NUM_THREADS", None)
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // share))
     os.environ.update(testhost.OPENMP)
     os.environ["PYTHONWARNINGS"] = f"always:{NAN}:RuntimeWarning"  # said for each picture, not once
 
@@ -155,20 +174,23 @@ def _outputs(outputs: dict[str, dict[str, Any]]) -> list[Image]:
     return [Image(entry["filename"], entry["subfolder"], entry["type"]) for entry in entries]
 
 
-def _packs(custom_nodes: Path) -> set[str]:
-    found = set()
+def _packs(custom_nodes: Path) -> dict[str, str]:
+    """Name and version of the packs that are installed."""
+    found = {}
     for file in custom_nodes.glob("*/pyproject.toml"):
         try:
-            found.add(tomllib.loads(file.read_text("utf-8"))["project"]["name"])
+            project = tomllib.loads(file.read_text("utf-8"))["project"]
+            if file.parent.suffix != ".disabled":
+                found[str(project["name"])] = str(project["version"])
         except (tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError):
             continue  # another pack's, which is none of ours
     return found
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """All files and folders in a folder, at any depth."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        yield from (Path(place, name) for name in (*folders, *files))
+def _below(folder: Path, folders: bool) -> Iterator[Path]:
+    """All files in a folder, at any depth, and if ``folders`` all folders."""
+    for place, inside, files in os.walk(folder, followlinks=True):
+        yield from (Path(place, name) for name in (*(inside if folders else ()), *files))
 
 
 def _hash(paths: list[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl+C once: what runs is finished. Twice: everything ends at once."""
+"""Ctrl+C once while pictures are drawn: those that are begun are finished. Twice, or before: all ends at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class Ending:
 
     def __init__(self) -> None:
         self.asked = False
+        self.waits = False
+        """Whether there is something to be finished."""
 
     @classmethod
     @contextmanager
@@ -27,6 +29,6 @@ class Ending:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked or not self.waits:
             raise KeyboardInterrupt
         self.asked = True

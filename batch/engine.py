@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batch import manifest
 from batch.comfy import Comfy, Setup
@@ -54,8 +55,8 @@ class Pool:
     workers: int
     gpus: float
     """Of one worker: 1, a share of one, or 0 on CPUs."""
-    threads: int | None
-    """Of one worker on a CPU."""
+    share: int
+    """How many of them a machine has, at most."""
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def connected(address: str | None, workers: int | None, pack: bytes) -> Iterator
         (shipped / PACK).write_bytes(pack)
         options |= {"runtime_env": {"working_dir": str(shipped)}, "log_to_driver": False, "configure_logging": False}
         try:
-            ray.init(address=address, **options)
+            ray.init(address=address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{address or 'this machine'}: Ray cannot be reached or started ({error}). Expected the address that "
@@ -93,20 +94,22 @@ def _session(address: str | None, workers: int | None) -> Iterator[dict[str, Any
         yield options | ({"num_cpus": workers + 1} if workers else {})
 
 
-def pool(workers: int | None, per_gpu: int, cores: int) -> Pool:
+def pool(workers: int | None, per_gpu: int) -> Pool:
     """Workers for all GPUs of the cluster; ``workers`` on CPUs instead if it is given. Raises UserError."""
+    machines = [node for node in ray.nodes() if node["Alive"]]
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if workers:
-        machines, cpus = sum(bool(node["Alive"]) for node in ray.nodes()), ray.cluster_resources().get("CPU", 0)
+        cpus = ray.cluster_resources().get("CPU", 0)
         if cpus < workers:
             raise UserError(f"--workers {workers}: the cluster has {cpus:.0f} CPUs; expected one for each worker.")
-        return Pool(workers, 0, max(1, cores * machines // workers))
+        return Pool(workers, 0, -(-workers // len(machines)))
     if not gpus:
         raise UserError(
             "Ray finds no GPU here. Expected one for each worker; give --workers N to draw on CPUs, or --address to "
             "join a cluster that has some."
         )
-    return Pool(gpus * per_gpu, 1 / per_gpu, None)
+    most = max(int(machine["Resources"].get("GPU", 0)) for machine in machines)
+    return Pool(gpus * per_gpu, 1 / per_gpu, most * per_gpu)
 
 
 @contextmanager
@@ -134,6 +137,10 @@ class Asked(Protocol):
         """As Comfy's."""
         ...
 
+    def pack_version(self) -> str:
+        """As Comfy's."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Elsewhere:
@@ -146,6 +153,9 @@ class _Elsewhere:
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
         found: dict[str, str] = ray.get(self.actor.hashes.remote(list(names)))
         return found
+
+    def pack_version(self) -> str:
+        return str(ray.get(self.actor.pack_version.remote()))
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,8 @@ def run_with(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     _be_quiet()
-    ledger = ray.remote(Ledger).options(num_cpus=0, max_concurrency=1).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote(of.workers)
     blocks = ray.data.from_arrow([_block(part) for part in parts(rows, of.workers * concurrency)])
     drawn = blocks.map_batches(
         Worker,

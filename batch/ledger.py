@@ -22,63 +22,101 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the ledger says of a row that a worker is about to begin."""
+
+    verdict: Verdict
+    tried: bool
+    """It was begun before: its picture may be there."""
+    why: str
+    """What ended the try before."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """Of this run."""
 
     done: int = 0
     errors: int = 0
-    running: int = 0
     workers: int = 0
     """That have been heard of lately."""
     stopped: str | None = None
     """Why no further row is begun."""
+    retired: tuple[str, ...] = ()
+    """Why some workers could not go on."""
 
 
 class Ledger:
     """Ray runs its methods one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        """``workers``: how many there are to be."""
+        self._workers = workers
         self._starts: Counter[str] = Counter()
-        self._running: dict[str, str] = {}  # worker -> id of its row
+        self._why: dict[str, str] = {}
+        self._ended: dict[str, bool] = {}  # id -> whether it has an error
+        self._running: set[str] = set()  # workers
+        self._ran = time.monotonic()  # when one was running last
         self._heard: dict[str, float] = {}
-        self._done = self._errors = 0
         self._stopped: str | None = None
+        self._retired: list[str] = []
 
-    def begin(self, worker: str, row_id: str) -> tuple[Verdict, int]:
-        """Before each try of a row; the number of tries that came before is returned, too."""
-        self.beat(worker)
-        self._running.pop(worker, None)
+    def begin(self, worker: str, row_id: str, why: str = "") -> Answer:
+        """Before each try of a row; ``why``: what has ended the one before."""
+        self.leave(worker)
+        if why:
+            self._why[row_id] = why
+        tried = row_id in self._ended or self._starts[row_id] > 0
         if self._stopped:
-            return Verdict.LEAVE, self._starts[row_id]
-        if self._starts[row_id] >= MOST_STARTS:
-            return Verdict.SET_ASIDE, self._starts[row_id]
-        self._running[worker] = row_id
-        self._starts[row_id] += 1
-        return Verdict.DRAW, self._starts[row_id] - 1
+            verdict = Verdict.LEAVE
+        elif self._starts[row_id] >= MOST_STARTS:
+            verdict = Verdict.SET_ASIDE
+        else:
+            verdict = Verdict.DRAW
+            self._running.add(worker)
+            self._starts[row_id] += 1
+        return Answer(verdict, tried, self._why.get(row_id, ""))
 
     def end(self, worker: str, row_id: str, error: bool) -> None:
         """A row is done, or has its error."""
-        self.beat(worker)
-        self._running.pop(worker, None)
+        self.leave(worker)
         self._starts.pop(row_id, None)
-        self._done += not error
-        self._errors += error
+        self._ended[row_id] = error
 
     def leave(self, worker: str) -> None:
-        """The worker has put its row down."""
-        self._running.pop(worker, None)
+        """The worker has no row."""
+        self.beat(worker)
+        self._running.discard(worker)
 
     def beat(self, worker: str) -> None:
         """The worker is there."""
-        self._heard[worker] = time.monotonic()
+        now = time.monotonic()
+        self._heard[worker] = now
+        if self._running:
+            self._ran = now
+
+    def retire(self, reason: str) -> None:
+        """A worker cannot go on; the job ends with the last one."""
+        self._retired.append(reason)
+        if len(self._retired) >= self._workers:
+            self.stop(reason)
 
     def stop(self, reason: str) -> None:
         """Let no further row be begun; the first reason stays."""
         self._stopped = self._stopped or reason
 
+    def is_over(self) -> bool:
+        """No row is begun any more; or some were, and none has been for a while."""
+        self._running &= self._alive()
+        idle = time.monotonic() - self._ran > LOST_AFTER and not self._running
+        return bool(self._stopped) or (idle and bool(self._starts or self._ended))
+
     def progress(self) -> Progress:
         """As of now."""
+        errors = sum(self._ended.values())
+        retired = tuple(dict.fromkeys(self._retired))
+        return Progress(len(self._ended) - errors, errors, len(self._alive()), self._stopped, retired)
+
+    def _alive(self) -> set[str]:
         now = time.monotonic()
-        self._heard = {worker: heard for worker, heard in self._heard.items() if now - heard < LOST_AFTER}
-        running = self._running.keys() & self._heard.keys()
-        return Progress(self._done, self._errors, len(running), len(self._heard), self._stopped)
+        return {worker for worker, heard in self._heard.items() if now - heard < LOST_AFTER}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import pyarrow as pa
 from pyarrow import parquet
 
-from batch.store import Picture, Store
+from batch.store import Picture, StorageError, Store
 
 FILE, PARTS = "manifest.parquet", "manifest"
 PART_EVERY = 5.0  # seconds
@@ -74,7 +74,14 @@ def read(store: Store) -> dict[str, Outcome]:
     for name in [FILE, *store.names(PARTS)]:
         content = store.read(name)
         if content is not None:
-            known |= {one.id: one for one in outcomes(parquet.read_table(io.BytesIO(content), schema=SCHEMA))}
+            try:
+                found = parquet.read_table(io.BytesIO(content), schema=SCHEMA)
+            except (pa.ArrowException, OSError) as error:
+                raise StorageError(
+                    f"{store.shown}/{name} is damaged ({error}); expected a part of the manifest. Remove it: "
+                    "pictures that only it lists are found again, errors are tried again"
+                ) from error
+            known |= {one.id: one for one in outcomes(found)}
     return known
 
 
@@ -100,9 +107,9 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._write()
 
-    def add(self, outcomes: Iterable[Outcome]) -> None:
+    def add(self, new: Iterable[Outcome]) -> None:
         """Raises StorageError; what could not be written is tried again with what comes next."""
-        self._pending += outcomes
+        self._pending += new
         if time.monotonic() - self._written >= PART_EVERY:
             self._write()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from batch import columns
@@ -14,10 +14,12 @@ from batch.comfy import candidates
 from batch.table import Table, Value
 from batch.workflow import Graph, Workflow
 from tools.harness.errors import UserError
-from tools.harness.workflow import ObjectInfo, with_values
+from tools.harness.workflow import ObjectInfo, to_prompt, with_values
 
 ID_LENGTH = 24  # hexadecimal digits: two of 10**9 rows are the same by chance once in 10**11 jobs
 MOST_FAULTS = 10  # that are shown
+OWN_NODES = "Koala"
+"""How the names of the pack's nodes begin: its version counts for graphs that have one."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Recipe:
     object_info: ObjectInfo
     """Of the graph's nodes."""
     files: Mapping[str, str]
-    """SHA-256 by name of the models and input pictures that the rows may use."""
+    """SHA-256 by name of the models and input pictures that the rows use."""
 
     def inputs(self, values: tuple[Value, ...]) -> str:
         """A row as the manifest tells it: JSON, value by column."""
-        return json.dumps(dict(zip(self.columns, values, strict=True)), ensure_ascii=False)
+        told = json.dumps(dict(zip(self.columns, values, strict=True)), ensure_ascii=False)
+        return told.encode("utf-8", "replace").decode()  # half an emoji is no text that Parquet takes
 
     def graph(self, number: int, values: tuple[Value, ...]) -> Graph:
         """A row's graph. Raises UserError for a value that does not fit."""
@@ -59,18 +62,15 @@ class Recipe:
         if self.workflow.canvas is None:
             return None
         targets = [place for found in self.places.values() for place in found]
-        values = [
-            (
-                int(place.node) if place.node.isdigit() else place.node,
-                place.input,
-                graph[place.node]["inputs"][place.input],
-            )
-            for place in targets
-        ]
+        values = {place: graph[place.node]["inputs"][place.input] for place in targets}
+        changes = [(int(at.node) if at.node.isdigit() else at.node, at.input, value) for at, value in values.items()]
         try:
-            return with_values(self.workflow.canvas, self.object_info, values)
+            canvas = with_values(self.workflow.canvas, self.object_info, changes)
+            shown = to_prompt(canvas, self.object_info)
         except UserError:
             return None
+        same = all(shown[at.node]["inputs"].get(at.input) == value for at, value in values.items() if at.node in shown)
+        return canvas if same else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def make(
     files = hashes(candidates(_literals(workflow.graph)) | candidates(value for row in table.rows for value in row))
     own = {name: object_info[name] for name in classes}
     recipe = Recipe(workflow, table.columns, places, table.source, own, files)
+    own_pack = pack_version if any(name.startswith(OWN_NODES) for name in classes) else ""
     faults: list[str] = []
+    all_used: dict[str, str] = {}
     rows: dict[str, tuple[tuple[Any, ...], Row]] = {}
     for number, values in enumerate(table.rows, 1):
         try:
@@ -115,13 +117,14 @@ def make(
             faults.append(str(error))
             continue
         used = {name: files[name] for name in candidates(_literals(graph)) & files.keys()}
-        row = Row(number, _identity(graph, used, pack_version), values)
+        all_used |= used
+        row = Row(number, _identity(graph, used, own_pack), values)
         rows.setdefault(row.id, ((sorted(used), _pixels(graph), number), row))
     if faults:
         more = [f"... and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
         raise UserError("\n".join([*faults[:MOST_FAULTS], *more]))
     ordered = tuple(row for _, row in sorted(rows.values(), key=lambda entry: entry[0]))
-    return Plan(recipe, ordered, len(table.rows) - len(ordered))
+    return Plan(replace(recipe, files=dict(sorted(all_used.items()))), ordered, len(table.rows) - len(ordered))
 
 
 def _literals(graph: Graph) -> Iterator[Any]:
@@ -129,10 +132,17 @@ def _literals(graph: Graph) -> Iterator[Any]:
 
 
 def _identity(graph: Graph, files: Mapping[str, str], pack_version: str) -> str:
-    """Titles do not count."""
-    bare = {name: {"class_type": node["class_type"], "inputs": node["inputs"]} for name, node in graph.items()}
+    """A hash of all that decides the picture; titles do not, and 7.0 is 7."""
+    bare = {
+        name: [node["class_type"], {key: _plain(value) for key, value in node["inputs"].items()}]
+        for name, node in graph.items()
+    }
     told = json.dumps([bare, files, pack_version], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:ID_LENGTH]
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _pixels(graph: Graph) -> int:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
+import re
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
-from pyarrow import ArrowInvalid, fs
+from pyarrow import ArrowException, ArrowInvalid, fs
 
 from tools.harness.errors import UserError
 
+T = TypeVar("T")
 PICTURES = "pictures"
+NAME = re.compile(r"(?P<row>[0-9a-f]{24})(?:-(?P<number>[0-9]{3}))?(?:\.[A-Za-z0-9]+)?")
+"""Of a picture: its row's id; the first one of a row has no number."""
+LOCK = ".batch.lock"
+"""In a folder that a job writes to."""
 UNFINISHED = ".unfinished-"
 """How the name of a file begins that is being written, in a folder; an object store shows no file before its end."""
+WAITS = (1.0, 5.0, 25.0)
+"""Seconds before each new try of a write: networks come back."""
 
 
 class StorageError(Exception):
@@ -43,6 +56,12 @@ class Store:
 
     location: str
 
+    @property
+    def shown(self) -> str:
+        """The location for people: a URI may have a password in it."""
+        scheme, is_uri, rest = self.location.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}" if is_uri else self.location
+
     def save(self, row_id: str, files: Sequence[File]) -> tuple[Picture, ...]:
         """Write a row's files, the first one last, so that it vouches for all.
 
@@ -56,108 +75,123 @@ class Store:
 
     def find(self, row_id: str) -> tuple[Picture, ...]:
         """A row's files, read again for their hashes; empty if the row is not done. Raises StorageError."""
-        system, base = self._system()
-        names = self._listed(fs.FileSelector(f"{base}/{_folder(row_id)}", allow_not_found=True))
-        own = sorted((name for name in names if _row_of(name) == row_id), key=_number_of)
-        if not own or _number_of(own[0]):
+        found = {number: name for name in self.names(_folder(row_id)) for number in _numbers(name, row_id)}
+        if 0 not in found:
             return ()
-        try:
-            return tuple(
-                Picture(name, hashlib.sha256(system.open_input_stream(f"{base}/{name}").readall()).hexdigest())
-                for name in own
-            )
-        except OSError as error:
-            raise self._failed("read", error) from error
+        contents = [(found[number], self.read(found[number])) for number in sorted(found)]
+        return tuple(Picture(name, hashlib.sha256(content).hexdigest()) for name, content in contents if content)
 
     def rows(self) -> Iterator[str]:
-        """Ids of the rows that are done, that is whose first file is there. Raises StorageError."""
-        _, base = self._system()
-        selector = fs.FileSelector(f"{base}/{PICTURES}", allow_not_found=True, recursive=True)
-        return (_row_of(name) for name in self._listed(selector) if not _number_of(name))
+        """Ids of the rows that are done, that is whose first file is there and not empty. Raises StorageError."""
+        for name in self._listed(PICTURES, recursive=True):
+            parsed = NAME.fullmatch(PurePosixPath(name).name)
+            if parsed and parsed["number"] is None:
+                yield parsed["row"]
 
     def names(self, folder: str) -> list[str]:
         """Paths of the finished files in a folder of the output, sorted. Raises StorageError."""
-        _, base = self._system()
-        return sorted(self._listed(fs.FileSelector(f"{base}/{folder}", allow_not_found=True)))
+        return sorted(self._listed(folder, recursive=False))
 
     def read(self, name: str) -> bytes | None:
         """A file's content; None if there is no such file. Raises StorageError."""
-        system, base = self._system()
-        try:
+
+        def content(system: fs.FileSystem, base: str) -> bytes | None:
             if system.get_file_info(f"{base}/{name}").type != fs.FileType.File:
                 return None
             with system.open_input_stream(f"{base}/{name}") as stream:
                 return bytes(stream.readall())
-        except OSError as error:
-            raise self._failed("read", error) from error
+
+        return self._tried("read", content)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all, in the place of one that may be there. Raises StorageError."""
-        system, base = self._system()
-        path = PurePosixPath(base, name)
-        local = isinstance(system, fs.LocalFileSystem)
-        target = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}") if local else path
-        try:
-            if local:
-                system.create_dir(str(path.parent))
-            with system.open_output_stream(str(target)) as stream:
-                stream.write(content)
-            if local:
-                Path(target).replace(path)
-        except OSError as error:
-            if local:
-                Path(target).unlink(missing_ok=True)
-            raise self._failed("written", error) from error
+        """Write a file whole or not at all, in the place of one that may be there; in several tries.
 
-    def delete(self, names: list[str]) -> None:
+        Raises StorageError.
+        """
+        for wait in (*WAITS, None):
+            try:
+                return self._tried("written", functools.partial(_write, name, content))
+            except StorageError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
+
+    def delete(self, names: Sequence[str]) -> None:
         """Remove files. Raises StorageError."""
-        system, base = self._system()
-        try:
+
+        def work(system: fs.FileSystem, base: str) -> None:
             for name in names:
                 system.delete_file(f"{base}/{name}")
-        except OSError as error:
-            raise self._failed("changed", error) from error
+
+        self._tried("changed", work)
 
     def clear(self) -> None:
-        """Remove what killed processes of this machine's folder left half written. Raises StorageError."""
-        system, base = self._system()
-        if isinstance(system, fs.LocalFileSystem):
-            for path in Path(base).rglob(f"{UNFINISHED}*"):
-                path.unlink(missing_ok=True)
+        """Remove what killed processes have left half written in a folder of this machine. Raises StorageError."""
+        if folder := self.local():
+            places = [folder, *(folder / PICTURES).glob("*"), folder / "manifest"]
+            with suppress(OSError):  # they are in nobody's way
+                for path in (path for place in places for path in place.glob(f"{UNFINISHED}*")):
+                    path.unlink()
 
     def local(self) -> Path | None:
-        """The folder, if it is one of this machine."""
-        system, base = self._system()
-        return Path(base) if isinstance(system, fs.LocalFileSystem) else None
+        """The folder, if it is one of this machine. Raises StorageError."""
+        return self._tried("reached", lambda system, base: Path(base) if _is_local(system) else None)
 
-    def _system(self) -> tuple[fs.FileSystem, str]:
-        return open_location(self.location)
+    def _listed(self, folder: str, recursive: bool) -> list[str]:
+        def names(system: fs.FileSystem, base: str) -> list[str]:
+            selector = fs.FileSelector(f"{base}/{folder}", allow_not_found=True, recursive=recursive)
+            files = [info for info in system.get_file_info(selector) if info.type == fs.FileType.File and info.size]
+            paths = [PurePosixPath(info.path).relative_to(base) for info in files]
+            return [str(path) for path in paths if not path.name.startswith(UNFINISHED)]
 
-    def _listed(self, selector: fs.FileSelector) -> Iterator[str]:
-        system, base = self._system()
+        return self._tried("listed", names)
+
+    def _tried(self, what: str, work: Callable[[fs.FileSystem, str], T]) -> T:
         try:
-            found = system.get_file_info(selector)
-        except OSError as error:
-            raise self._failed("listed", error) from error
-        for info in found:
-            if info.type == fs.FileType.File and not info.base_name.startswith(UNFINISHED):
-                yield str(PurePosixPath(info.path).relative_to(base))
-
-    def _failed(self, what: str, error: OSError) -> StorageError:
-        return StorageError(f"{self.location} cannot be {what} now ({error.strerror or error})")
+            return work(*open_location(self.location))
+        except (OSError, ArrowException) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise StorageError(f"{self.shown} cannot be {what} now ({reason})") from error
 
 
+@functools.cache
 def open_location(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it. Raises UserError for what is neither."""
+    """The file system of a path or URI, and the path in it. Raises UserError for what is neither, OSError."""
+    if "://" not in location:
+        return fs.LocalFileSystem(), Path(location).absolute().as_posix()
     try:
-        if "://" not in location:
-            return fs.LocalFileSystem(), str(Path(location).absolute())
-        return fs.FileSystem.from_uri(location)
-    except (ArrowInvalid, OSError, ValueError) as error:
+        system, base = fs.FileSystem.from_uri(location)
+    except (ArrowInvalid, ValueError) as error:
         raise UserError(
-            f"{location}: no place to write to ({error}). Expected a folder, or a URI such as s3://bucket/folder or "
+            f"{Store(location).shown}: no place to write to ({error}). Expected a folder, or a URI such as s3://bucket/folder or "
             "gs://bucket/folder."
         ) from error
+    return system, base.rstrip("/")
+
+
+def _is_local(system: fs.FileSystem) -> bool:
+    return isinstance(system, fs.LocalFileSystem)
+
+
+def _write(name: str, content: bytes, system: fs.FileSystem, base: str) -> None:
+    path = f"{base}/{name}"
+    if not _is_local(system):
+        with system.open_output_stream(path) as stream:
+            stream.write(content)
+        return
+    target = Path(path)
+    beside = target.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def _folder(row_id: str) -> str:
@@ -168,10 +202,7 @@ def _name(row_id: str, number: int, suffix: str) -> str:
     return f"{_folder(row_id)}/{row_id}{f'-{number:03d}' if number else ''}{suffix}"
 
 
-def _row_of(name: str) -> str:
-    return PurePosixPath(name).name.split(".")[0].split("-")[0]
-
-
-def _number_of(name: str) -> int:
-    number = PurePosixPath(name).name.split(".")[0].partition("-")[2]
-    return int(number) if number else 0
+def _numbers(name: str, row_id: str) -> list[int]:
+    """The number of a row's file; none of another's."""
+    parsed = NAME.fullmatch(PurePosixPath(name).name)
+    return [int(parsed["number"] or 0)] if parsed and parsed["row"] == row_id else []

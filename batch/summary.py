@@ -7,10 +7,11 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from PIL import UnidentifiedImageError
+from PIL import Image
 
 from batch import columns, manifest
 from batch.plan import Plan, Row
+from batch.resume import State
 from batch.store import Store
 from tools.harness.contact_sheet import contact_sheet
 from tools.harness.testhost import say
@@ -19,16 +20,20 @@ SHEET = "contact-sheet.png"
 SHEET_ROWS, SHEET_COLUMNS, SHEET_SIDE = 5, 8, 192  # the side in pixels
 SHOWN = 3
 """How many graphs a dry run shows, and kinds of errors the end."""
+MOST_FILES = 8
 
 
 def say_plan(job: Plan, store: Store, left: Sequence[Row]) -> None:
     """How many rows there are and where their columns go."""
-    repeated = f" ({job.repeated} repeat another row)" if job.repeated else ""
-    say(f"{len(job.rows)} pictures{repeated}, {len(left)} to draw now; output: {store.location}")
+    repeated = f" ({job.repeated} more rows repeat one of them)" if job.repeated else ""
+    say(f"{len(job.rows)} rows{repeated}, {len(left)} to draw now; output: {store.shown}")
     for column, place in columns.describe(job.recipe.workflow.graph, job.recipe.places):
         say(f"  {column} -> {place}")
-    for name, digest in job.recipe.files.items():
+    files = list(job.recipe.files.items())
+    for name, digest in files[:MOST_FILES]:
         say(f"  {name}: SHA-256 {digest[:16]}...")
+    if len(files) > MOST_FILES:
+        say(f"  ... and {len(files) - MOST_FILES} more files")
 
 
 def say_first_graphs(job: Plan, left: Sequence[Row]) -> None:
@@ -38,41 +43,45 @@ def say_first_graphs(job: Plan, left: Sequence[Row]) -> None:
         say(f"\nRow {row.number}, {row.id}:\n{json.dumps(graph, indent=2, ensure_ascii=False)}")
 
 
-def say_end(job: Plan, store: Store) -> int:
-    """Say what is there, what is not and why, and how to go on; returns the number of errors. Raises StorageError."""
-    known = manifest.read(store)
-    mine = [known[row.id] for row in job.rows if row.id in known]
-    done, errors = [one for one in mine if one.error is None], [one for one in mine if one.error]
-    draw_sheet(job, store)
-    say(f"{len(done)} of {len(job.rows)} pictures are in {store.location}/pictures, listed in {manifest.FILE}.")
-    for error, count in Counter((one.error or "").splitlines()[0] for one in errors).most_common(SHOWN):
-        say(f"  {count} rows with an error: {error}")
-    if errors:
-        say("  The column error of the manifest has all; --retry-errors tries these rows again.")
-    if left := len(job.rows) - len(done) - len(errors):
-        say(f"  {left} rows are left: run the same command again.")
-    return len(errors)
+def say_end(job: Plan, store: Store, now: State) -> None:
+    """What is there now, what is not and why, and how to go on."""
+    say(f"Rows done: {len(now.done)} of {len(job.rows)}; {store.shown}/{manifest.FILE} lists them.")
+    if now.errors:
+        say(f"Rows with an error: {len(now.errors)}; --retry-errors tries them again. The most frequent:")
+    for error, count in Counter((one.error or "").splitlines()[0] for one in now.errors).most_common(SHOWN):
+        say(f"  {count} x {error}")
+    if now.left:
+        say(f"Rows left: {len(now.left)}; run the same command again.")
 
 
-def draw_sheet(job: Plan, store: Store) -> None:
+def draw_sheet(job: Plan, store: Store, now: State) -> None:
     """Pictures from all over the job, each above its row. Raises StorageError."""
     known = manifest.read(store)
-    done = [known[row.id] for row in sorted(job.rows, key=lambda row: row.number) if row.id in known]
-    done = [one for one in done if one.files and one.files[0].endswith(".png")]
-    if not done:
-        return
+    done = [known[row.id] for row in sorted(now.done, key=lambda row: row.number)]
     step = max(1, -(-len(done) // (SHEET_ROWS * SHEET_COLUMNS)))
     pictures, captions = [], []
     for one in done[::step]:
-        content = store.read(one.files[0])
-        if content is not None:
-            pictures.append(content)
+        small = _small(store.read(one.files[0]) or b"")
+        if small:
+            pictures.append(small)
             values = ", ".join(str(value) for value in json.loads(one.inputs).values() if value is not None)
             captions.append(f"{one.row}: {values[:60]}")
+    if pictures:
+        store.write(SHEET, _png(contact_sheet(pictures, captions, SHEET_COLUMNS)))
+
+
+def _small(content: bytes) -> bytes | None:
+    """A picture's thumbnail as PNG; None for what is no picture, such as a video."""
     try:
-        sheet = contact_sheet(pictures, captions, SHEET_COLUMNS, SHEET_SIDE)
-    except UnidentifiedImageError:
-        return
+        with Image.open(io.BytesIO(content)) as image:
+            image.draft("RGB", (SHEET_SIDE, SHEET_SIDE))
+            image.thumbnail((SHEET_SIDE, SHEET_SIDE))
+            return _png(image.convert("RGB"))
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
+        return None
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    store.write(SHEET, buffer.getvalue())
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

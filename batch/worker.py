@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,17 +19,19 @@ import ray
 
 from batch import manifest
 from batch.comfy import Comfy, Setup
-from batch.ledger import HEARTBEAT, MOST_STARTS, Verdict
+from batch.ledger import HEARTBEAT, MOST_STARTS, Answer, Verdict
 from batch.manifest import Outcome
 from batch.plan import Recipe
-from batch.store import File, Picture, StorageError, Store
+from batch.store import LOCK, File, StorageError, Store
 from batch.workflow import Graph
 from tools.harness.client import GraphError, Interrupted
 from tools.harness.errors import UserError
 
-STORE_WAITS = (1.0, 5.0, 25.0)
-"""Seconds before each new try of a write: networks come back."""
 NO_ROOM = "No space left on device"
+BROKEN = re.compile(r"(CUDA|HIP) error|AcceleratorError", re.IGNORECASE)
+"""Errors after which nothing runs on the GPU in that process any more."""
+STARTS = 2
+"""Of a ComfyUI before its worker gives up: a port may be taken in the meantime."""
 
 
 class Artist(Protocol):
@@ -67,16 +71,29 @@ class Worker:
     def __init__(self, recipe: Recipe, store: Store, ledger: Any, start: Callable[[], Artist], threads: bool):
         """``ledger`` is the handle of a Ledger; ``threads``: each thread of this actor counts as a worker.
 
-        A ComfyUI that does not start ends the job, in words.
+        A worker whose ComfyUI does not start leaves the rows to the others.
         """
         self._recipe, self._store, self._ledger = recipe, store, ledger
         self._process, self._threads = f"{platform.node()}:{os.getpid()}", threads
         self._artist: Artist | None = None
-        threading.Thread(target=self._beat, daemon=True).start()
-        try:
-            self._artist = start()
-        except UserError as error:
-            self._stop(str(error))
+        self._left = False
+        threading.Thread(target=_beat, args=(ledger, self._process), daemon=True).start()
+        if ray.get(ledger.progress.remote()).stopped:
+            return
+        folder = store.local()
+        if folder and not (folder / LOCK).exists():
+            self._retire(
+                f"{platform.node()}: {folder} is not the folder that the job writes to. Give an --out that all "
+                "machines share, under the same path, or an object store."
+            )
+            return
+        for last in range(STARTS):
+            try:
+                self._artist = start()
+                return
+            except (UserError, OSError) as error:
+                if last == STARTS - 1:
+                    self._retire(str(error))
 
     @property
     def _name(self) -> str:
@@ -90,17 +107,23 @@ class Worker:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Rows that the end of the job leaves for the next run are not in what is returned."""
-        made = (self._row(row["row"], row["id"], tuple(json.loads(row["values"]))) for row in block.to_pylist())
-        return manifest.table([one for one in made if one])
+        made: list[Outcome] = []
+        for row in block.to_pylist():
+            one = None if self._left else self._row(row["row"], row["id"], tuple(json.loads(row["values"])))
+            if one is None:
+                break
+            made.append(one)
+        return manifest.table(made)
 
     def _row(self, number: int, row_id: str, values: tuple[Any, ...]) -> Outcome | None:
         blank = Outcome(number, row_id, self._recipe.inputs(values), worker=self._name)
         try:
             made = self._draw(blank, values)
         except StorageError as error:
-            self._stop(str(error))
+            ray.get(self._ledger.stop.remote(str(error)))
             made = None
         if made is None:
+            self._left = True
             ray.get(self._ledger.leave.remote(self._name))
             return None
         ray.get(self._ledger.end.remote(self._name, row_id, made.error is not None))
@@ -108,49 +131,60 @@ class Worker:
 
     def _draw(self, blank: Outcome, values: tuple[Any, ...]) -> Outcome | None:
         """Until the row has its picture or its error; None if the job ends before. Raises StorageError."""
+        why = ""
         while True:
-            verdict, tries = ray.get(self._ledger.begin.remote(self._name, blank.id))
-            if verdict is Verdict.LEAVE or self._artist is None:
+            if self._artist is None:
+                self._wait()
                 return None
-            if tries and (pictures := self._store.find(blank.id)):  # a worker that was killed had come so far
+            answer: Answer = ray.get(self._ledger.begin.remote(self._name, blank.id, why))
+            if answer.verdict is Verdict.LEAVE:
+                return None
+            if answer.tried and (pictures := self._store.find(blank.id)):  # a worker that was killed had come so far
                 return blank.with_pictures(pictures)
-            if verdict is Verdict.SET_ASIDE:
-                return replace(blank, error=f"Set aside: its server or worker ended {MOST_STARTS} times")
+            if answer.verdict is Verdict.SET_ASIDE:
+                last = f"; at last: {answer.why}" if answer.why else ""
+                return replace(blank, error=f"Set aside: its server or worker ended {MOST_STARTS} times{last}")
             started = time.monotonic()
             try:
                 graph = self._recipe.graph(blank.row, values)
                 files = self._artist.run(graph, self._recipe.canvas(graph))
+            except ConnectionError as error:
+                why = str(error)
+                self._restart()
+                continue
             except (GraphError, Interrupted) as error:
                 if NO_ROOM in str(error):
                     raise StorageError(f"{platform.node()}: ComfyUI cannot save ({NO_ROOM})") from error
+                if BROKEN.search(str(error)):
+                    why = str(error)
+                    self._restart()
+                    continue
                 return replace(blank, error=str(error), seconds=time.monotonic() - started)
-            except (ConnectionError, UserError):
-                if not self._restarted():
-                    return None
-                continue
-            pictures = self._saved(blank.id, files)
+            except Exception as error:  # whatever it is, it is this row's
+                told = f"{type(error).__name__}: {error}"
+                return replace(blank, error=told, seconds=time.monotonic() - started)
+            pictures = self._store.save(blank.id, files)
             return replace(blank.with_pictures(pictures), seconds=time.monotonic() - started)
 
-    def _saved(self, row_id: str, files: Sequence[File]) -> tuple[Picture, ...]:
-        for wait in STORE_WAITS:
-            try:
-                return self._store.save(row_id, files)
-            except StorageError:
-                time.sleep(wait)
-        return self._store.save(row_id, files)
-
-    def _restarted(self) -> bool:
+    def _restart(self) -> None:
         try:
             self._artist.restart()  # type: ignore[union-attr]
-        except UserError as error:
-            self._stop(str(error))
-            return False
-        return True
+        except (UserError, OSError) as error:
+            self._artist = None
+            self._retire(str(error))
 
-    def _stop(self, reason: str) -> None:
-        ray.get(self._ledger.stop.remote(reason))
+    def _retire(self, reason: str) -> None:
+        ray.get(self._ledger.retire.remote(reason))
 
-    def _beat(self) -> None:
+    def _wait(self) -> None:
+        """Keep the rows of a worker that cannot draw, until the others have drawn theirs."""
+        ray.get(self._ledger.leave.remote(self._name))
+        while not ray.get(self._ledger.is_over.remote()):
+            time.sleep(1)
+
+
+def _beat(ledger: Any, worker: str) -> None:
+    with suppress(ray.exceptions.RayError):
         while True:
-            self._ledger.beat.remote(self._process)
+            ray.get(ledger.beat.remote(worker))
             time.sleep(HEARTBEAT)

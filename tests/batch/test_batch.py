@@ -17,7 +17,18 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.batch.conftest import HEADER, ROWS, WORKFLOW, Job, batch, has_each_once, started, wait_for, write_table
+from tests.batch.conftest import (
+    HEADER,
+    PROMPTS,
+    ROWS,
+    WORKFLOW,
+    Job,
+    batch,
+    has_each_once,
+    started,
+    wait_for,
+    write_table,
+)
 from tools.harness import testhost
 from tools.harness.client import Prompt
 from tools.harness.server import free_port
@@ -37,7 +48,7 @@ def whole(table: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The job, run to its end."""
     status, said, job = batch(tmp_path_factory.mktemp("whole"), str(WORKFLOW), table)
     assert status == 0, said
-    assert "40 of 40 pictures" in said
+    assert "Rows done: 40 of 40" in said
     return job
 
 
@@ -66,7 +77,7 @@ def test_the_same_command_again_draws_nothing(whole: Job, table: str, tmp_path: 
     before = {path: path.stat().st_mtime_ns for path in whole.pictures()}
     status, said, again = batch(tmp_path, str(WORKFLOW), table, out=whole.out)
     assert status == 0, said
-    assert "40 pictures, 0 to draw now" in said
+    assert "40 rows, 0 to draw now" in said
     assert {path: path.stat().st_mtime_ns for path in again.pictures()} == before
 
 
@@ -80,8 +91,29 @@ def test_changed_lost_and_new_rows_are_drawn(whole: Job, tmp_path: Path, one_by_
     assert len(job.pictures()) == 40
     status, said, job = batch(tmp_path, str(WORKFLOW), write_table(tmp_path / "t.csv", rows))
     assert status == 0, said
-    assert "40 pictures, 1 to draw now" in said
+    assert "40 rows, 1 to draw now" in said
     assert len(job.pictures()) == 41
+
+
+def test_rows_that_were_done_when_their_worker_died_are_not_drawn_again(tmp_path: Path) -> None:
+    """A hundred quick rows: several to a block, which Ray begins again as a whole."""
+    rows = [(PROMPTS[0], seed) for seed in range(100)]
+    graph = json.loads(WORKFLOW.read_text("utf-8"))
+    (sampler,) = (node for node in graph["nodes"] if node["type"] == "KoalaSampler")
+    sampler["widgets_values"][2:3] = ["custom", 1, 1.0, "leading"]
+    workflow = tmp_path / "quick.json"
+    workflow.write_text(json.dumps(graph))
+    seen: dict[Path, int] = {}
+    command = (str(workflow), write_table(tmp_path / "t.csv", rows), "--workers", "1")
+    with started(tmp_path, *command) as job:
+        wait_for(lambda: len(job.pictures()) >= 20)
+        job.workers()[0].send_signal(signal.SIGKILL)
+        seen = {path: path.stat().st_mtime_ns for path in job.pictures()}
+        status, said = job.end()
+        job.leaves_nothing()
+    assert status == 0, said
+    assert "100 of 100" in said.splitlines()[-1]
+    assert seen.items() <= {path: path.stat().st_mtime_ns for path in job.pictures()}.items()
 
 
 def kill_server(job: Job) -> None:
@@ -136,8 +168,8 @@ def test_ctrl_c_finishes_what_runs(name: str, table: str, tmp_path: Path, one_by
     assert "Finishing what is being drawn" in said
     done = len(job.manifest())
     assert 5 <= done == len(job.pictures()) < 40
-    assert f"{done} of 40 pictures" in said
-    assert f"{40 - done} rows are left: run the same command again." in said
+    assert f"Rows done: {done} of 40" in said
+    assert f"Rows left: {40 - done}; run the same command again." in said
     status, said, job = batch(tmp_path, str(WORKFLOW), table)
     assert status == 0, said
     has_each_once(job, one_by_one)
@@ -175,7 +207,7 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(table: str, tmp_path: Path, 
         subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
         status, said, job = batch(tmp_path, str(WORKFLOW), table)
         assert status == 0, said
-        assert f"40 pictures, {40 - kept} to draw now" in said
+        assert f"40 rows, {40 - kept} to draw now" in said
         has_each_once(job, one_by_one)
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -236,7 +268,29 @@ def test_bad_rows_have_their_error_and_the_others_their_picture(comfyui: Path, t
     assert "missing.png" in errors[3]
     assert "memory" in errors[4].lower()
     assert all(len(entry["files"]) == 3 for entry in job.manifest() if not entry["error"])
-    assert "3 rows" not in said or "--retry-errors" in said
+    assert "Rows with an error: 3; --retry-errors tries them again" in said
+    again = batch(tmp_path, *command, "--retry-errors", "--limit", "1")
+    assert "5 rows, 1 to draw now" in again[1]
+
+
+def test_a_picture_that_no_row_changes_is_every_rows(comfyui: Path, tmp_path: Path) -> None:
+    """ComfyUI saves it once and names its file again; beside it, the same prefix gives names anew."""
+    graph: Prompt = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 255}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "ComfyUI"}},
+        "3": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "ComfyUI"}},
+    }
+    workflow = tmp_path / "graph.json"
+    workflow.write_text(json.dumps(graph))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMFYUI_PYTHON", sys.executable)
+        grid = ("--grid", "3.width=24,32,40,48", "--workers", "1", "--comfyui", str(comfyui))
+        status, said, job = batch(tmp_path, str(workflow), *grid)
+    assert status == 0, said
+    for entry in job.manifest():
+        sizes = [Image.open(job.out / file).size for file in entry["files"]]
+        assert sizes == [(16, 16), (json.loads(entry["inputs"])["3.width"], 8)]
 
 
 def test_a_row_that_ends_its_server_is_set_aside(comfyui: Path, tmp_path: Path) -> None:
@@ -260,7 +314,7 @@ def test_a_dry_run_writes_nothing(table: str, tmp_path: Path) -> None:
     status, said, job = batch(tmp_path, str(WORKFLOW), table, "--dry-run")
     assert status == 0, said
     assert not job.out.exists()
-    assert "40 pictures, 40 to draw now" in said
+    assert "40 rows, 40 to draw now" in said
     assert "prompt ->" in said
     assert said.count("Row ") == 3
     assert io.StringIO(said).read().count('"class_type": "KoalaSampler"') == 3

@@ -14,15 +14,10 @@ CAPTION_HEIGHT = 36  # pixels: two lines of text
 MARGIN = 8
 
 
-def contact_sheet(
-    pictures: Sequence[bytes], captions: Sequence[str], columns: int = COLUMNS, most: int | None = None
-) -> Image.Image:
-    """All pictures in a grid; ``most``: pixels to which a side is made smaller at least."""
+def contact_sheet(pictures: Sequence[bytes], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
+    """All pictures, of which there is at least one, in a grid."""
     columns = min(columns, len(pictures))
     opened = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
-    if most:
-        for picture in opened:
-            picture.thumbnail((most, most))
     side = max(LEAST_SIDE, *(max(picture.size) for picture in opened))
     rows = -(-len(opened) // columns)
     across, down = side + MARGIN, side + CAPTION_HEIGHT + MARGIN

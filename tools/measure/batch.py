@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def machine() -> str:
 
 def overhead(packed: bytes) -> Iterator[dict[str, Any]]:
     """The same rows through one server in a loop, and through one worker, in turns; and what a start takes."""
-    setup = Setup(None, None, None, os.cpu_count())
+    setup = Setup(None, None, None, True, 1)
     loops, jobs, starts = [], [], []
     with engine.connected(None, 1, packed), lifeline.folder("koala-batch-bench-") as folder:
         (folder / engine.PACK).write_bytes(packed)
@@ -141,7 +140,7 @@ def _loop(setup: Setup, packed: Path, job: Plan, out: Path) -> float:
 def _job(setup: Setup, job: Plan, out: Path) -> tuple[float, float]:
     """Seconds a picture, likewise; and from the command to the first picture, without the time that it is drawn in."""
     begun = time.time()
-    running = engine.run(job.recipe, job.rows, Store(str(out)), Pool(1, 0, setup.threads), setup)
+    running = engine.run(job.recipe, job.rows, Store(str(out)), Pool(1, 0, 1), setup)
     outcomes = [one for found in running.outcomes for one in found]
     ends = sorted(one.finished for one in outcomes)
     first = min(outcomes, key=lambda one: one.finished)
@@ -154,7 +153,7 @@ def _job(setup: Setup, job: Plan, out: Path) -> tuple[float, float]:
 def scale(packed: bytes) -> Iterator[dict[str, Any]]:
     """A hundred thousand rows for workers that sleep."""
     for workers, seconds in SIMULATED.items():
-        with _scratch() as folder, engine.connected(None, PROCESSES, packed):
+        with lifeline.folder("koala-batch-bench-") as folder, engine.connected(None, PROCESSES, packed):
             figures = _simulated(workers, seconds, Store(str(folder)))
             say(", ".join(f"{name} {value}" for name, value in figures.items()))
             yield figures
@@ -165,7 +164,7 @@ def _simulated(workers: int, seconds: float, store: Store) -> dict[str, Any]:
     read = workflow.Workflow("sleepers", graph, None)
     known = {"Sleeper": {"input": {"required": {"seed": ["INT", {}]}}}}
     job = plan.make(read, table.grid([f"seed=1..{ROWS}"]), known, lambda _: {}, "")
-    pool, threads = Pool(PROCESSES, 0, None), workers // PROCESSES
+    pool, threads = Pool(PROCESSES, 0, PROCESSES), workers // PROCESSES
     memory, parts, done = [], 0, 0
     with manifest.Recorder(store) as record:
         running = engine.run_with(job.recipe, job.rows, store, pool, _starter(seconds), threads)
@@ -200,12 +199,6 @@ def _most_memory() -> int:
 def _starter(seconds: float) -> Any:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # this module is not sent to workers
     return lambda: Sleeper(seconds)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    with lifeline.folder("koala-batch-bench-") as folder:
-        yield folder
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
