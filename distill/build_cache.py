@@ -1,24 +1,29 @@
-"""Computes the data cache: every image fitted to its bucket and encoded, every caption embedded, written in shards."""
+"""Computes the data cache: every image fitted to its bucket and encoded, every caption embedded, written in shards.
+
+A shard is written once and never again: whatever ends the work, the next one continues it, and images that are new in
+the source are added. Several processes share the work by ``sources.Part``.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..koala.files import atomic_write as disk
 from ..koala.files.unfinished import PATTERN
-from . import sources
+from . import cache, sources
 from .buckets import Size, buckets, fit, nearest
-from .cache import INDEX, Cache, Index, Shard, full_identity, ready
+from .cache import INDEX, Cache, Index, Shard, full_identity, opened_shard
 from .config import DataTable
 from .errors import UserError
+from .sources import WHOLE, Part
 
 PER_SHARD = 256
 AT_ONCE = 4
@@ -29,6 +34,7 @@ LISTED = 1000
 """Most problems that the index lists."""
 SAY_EVERY = 1000
 """Images between two progress messages."""
+SHARDS = "latents-*.safetensors"
 
 Row = dict[str, torch.Tensor]
 """One sample's tensors of a shard, without the first dimension."""
@@ -43,6 +49,29 @@ class Encoder(Protocol):
     def texts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """n captions -> context [n, 77, channels], pooled [n, channels]."""
 
+    def lengths(self, captions: list[str]) -> list[int]:
+        """The tokens of each caption, start and end included, however many they are."""
+
+
+class Plan(NamedTuple):
+    """What is to be done, the same for every process."""
+
+    listing: str
+    """``sources.listing`` before the first image is read."""
+    cached: dict[str, str]
+    """Image (``Entry.digest``) -> the shard that holds it already."""
+    first: int
+    """The number of the next shard."""
+
+
+class Outcome(NamedTuple):
+    """What one process found."""
+
+    present: list[str]
+    """Every image of its part, cached before or now, or skipped."""
+    skipped: int
+    problems: list[str]
+
 
 def build(
     data: DataTable,
@@ -51,108 +80,207 @@ def build(
     say: Callable[[str], None],
     report: Callable[[str], None],
 ) -> Cache:
-    """The cache in ``data.cache``, computed now if it is not there yet; by one process at a time.
+    """The cache in ``data.cache``, computed, continued or extended where that is necessary; by one process at a time.
 
     Skipped are what ``sources.read`` cannot use, images smaller than their bucket unless ``data.upscale`` is set, and
-    those for which the encoder returns infinities or NaN. The cache is computed in ``<cache>.building``, which is
-    renamed when it is complete and deleted if anything is raised; one that a killed process left is deleted next time.
+    those for which the encoder returns infinities or NaN. Whatever is raised, finished shards stay.
 
     Args:
         data: the table of the configuration.
-        encoder: may be None where ``ready`` finds a cache.
+        encoder: may be None where ``cache.ready`` finds a cache.
         identity: everything on which the encoder's results depend, as values that JSON can hold.
         say: receives progress messages.
         report: receives one line for everything that is skipped.
 
-    Raises UserError as ``ready`` and ``sources.read`` do, where no image is left, and where the disk is full.
+    Raises UserError as ``cache.ready`` and ``sources.read`` do, where no image is left, and where the disk is full.
     """
-    if cache := ready(data, identity):
-        say(f"{cache.folder}: {len(cache)} images, cached earlier.")
-        return cache
+    if found := cache.ready(data, identity):
+        say(f"{found.folder}: {len(found)} images, cached earlier.")
+        return found
     if encoder is None:
-        raise ValueError("there is no cache yet, and no encoder to compute it with")
-    problems, skipped = list[str](), 0
+        raise ValueError("the cache is not complete, and there is no encoder to compute it with")
+    plan = begin(data, identity, say)
+    return finish(data, identity, plan, [encode(data, encoder, plan, WHOLE, say, report)], say)
+
+
+def begin(data: DataTable, identity: Mapping[str, Any], say: Callable[[str], None]) -> Plan:
+    """Prepare the folder, on one process, and see what is in it. Raises UserError as ``build`` does."""
+    index, listing, folder = cache.read_index(data, identity), sources.listing(data), data.cache.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(PATTERN):  # of a process that was killed
+            shutil.rmtree(left)
+        if index is None:
+            _write_index(folder, Index(identity=full_identity(data, identity)))
+    except OSError as error:
+        raise UserError(
+            f"data.cache {folder} cannot be written to ({error.strerror or error}); expected a folder for the data "
+            f"cache. Make it writable, or choose another data.cache."
+        ) from None
+    paths = sorted(folder.glob(SHARDS))
+    cached = {image: path.name for path in paths for image in _images(path)}
+    if cached:
+        changed = index is not None and index.listing not in ("", listing)
+        why = "the images have changed since they were cached" if changed else "it is not complete"
+        say(f"{folder}: {why}; {len(cached)} images in it are kept, and what it lacks is computed.")
+    return Plan(listing, cached, 1 + max((int(path.name.split("-")[1]) for path in paths), default=-1))
+
+
+def encode(
+    data: DataTable,
+    encoder: Encoder,
+    plan: Plan,
+    part: Part,
+    say: Callable[[str], None],
+    report: Callable[[str], None],
+) -> Outcome:
+    """Encode what the cache lacks of one part, and write it in shards. Raises UserError as ``build`` does."""
+    outcome, skipped = Outcome([], 0, []), 0
 
     def skip(line: str) -> None:
         nonlocal skipped
         skipped += 1
-        if len(problems) < LISTED:
-            problems.append(line)
+        if len(outcome.problems) < LISTED:
+            outcome.problems.append(line)
         report(line)
 
-    with _new_folder(data.cache.resolve()) as folder:
-        shards = _Shards(folder)
-        for done, (bucket, row) in enumerate(_rows(data, encoder, skip), 1):
-            shards.add(bucket, row)
+    def wanted(entry: sources.Entry) -> bool:
+        outcome.present.append(entry.digest)
+        return entry.digest not in plan.cached
+
+    shards = _Shards(data.cache.resolve(), plan.first + part.number, part.of)
+    try:
+        for done, (bucket, image, row) in enumerate(_rows(data, encoder, part, wanted, skip), 1):
+            shards.add(bucket, image, row)
             if done % SAY_EVERY == 0:
                 say(f"{done} images cached, {skipped} skipped.")
         shards.finish()
-        if not shards.written:
-            raise UserError(
-                f"no image of {data.path} can be cached: {skipped} were skipped (first: {problems[0]}). Expected at "
-                f"least one; give other data, or change data.resolution or data.upscale."
-            )
-        index = Index(
-            identity=full_identity(data, identity),
-            samples=sum(shard.count for shard in shards.written),
-            skipped=skipped,
-            shards=tuple(shards.written),
-            problems=tuple(problems),
+    except disk.SaveError as error:
+        raise UserError(f"the data cache is not finished: {error}") from None
+    return outcome._replace(skipped=skipped)
+
+
+def finish(
+    data: DataTable,
+    identity: Mapping[str, Any],
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    say: Callable[[str], None],
+) -> Cache:
+    """Write the index, on one process, after all parts are encoded. Raises UserError as ``build`` does."""
+    folder, skipped = data.cache.resolve(), sum(outcome.skipped for outcome in outcomes)
+    problems = [line for outcome in outcomes for line in outcome.problems][:LISTED]
+    present = {image for outcome in outcomes for image in outcome.present}
+    shards = [shard for path in sorted(folder.glob(SHARDS)) if (shard := _shard(path, present)).used]
+    if not shards:
+        raise UserError(
+            f"no image of {data.path} can be cached: {skipped} were skipped (first: {problems[0]}). Expected at "
+            f"least one; give other data, or change data.resolution or data.upscale."
         )
-        content = index.model_dump_json(indent=1).encode()
-        with disk.written_whole(folder / INDEX, len(content)) as path:
-            disk.write_bytes(path, content)
-    cache = Cache(data.cache.resolve(), index)
-    say(f"{cache.folder}: {index.samples} images cached, {skipped} skipped.")
-    return cache
+    tokens, jpeg = (torch.cat([_column(folder, shard, name) for shard in shards]) for name in ("tokens", "jpeg"))
+    index = Index(
+        identity=full_identity(data, identity),
+        listing=plan.listing,
+        samples=len(tokens),
+        skipped=skipped,
+        shards=tuple(shards),
+        problems=tuple(problems),
+        long_captions=int((tokens > cache.TOKENS).sum()),
+        longest_caption=int(tokens.max()),
+        jpegs=int((jpeg > 0).sum()),
+        poor_jpegs=int(((jpeg > 0) & (jpeg <= cache.POOR_JPEG)).sum()),
+    )
+    try:
+        _write_index(folder, index)
+    except disk.SaveError as error:
+        raise UserError(f"the data cache is not finished: {error}") from None
+    gone = sum(len(shard.unused) for shard in shards)
+    aside = f" {gone} in it are of images that have changed or are gone, and are not used." if gone else ""
+    say(f"{folder}: {index.samples} images cached, {skipped} skipped.{aside}")
+    return Cache(folder, index)
+
+
+def _write_index(folder: Path, index: Index) -> None:
+    disk.replace_file(folder / INDEX, index.model_dump_json(indent=1))
+
+
+def _images(path: Path) -> list[str]:
+    """The images of a shard's rows, ``Entry.digest`` each."""
+    return json.loads(opened_shard(path)[0].metadata()["images"])
+
+
+def _shard(path: Path, present: set[str]) -> Shard:
+    """A shard's description, for a source with the images that are ``present``."""
+    bucket = tuple(int(side) for side in path.stem.split("-")[2].split("x"))
+    images = _images(path)
+    unused = tuple(row for row, image in enumerate(images) if image not in present)
+    return Shard(file=path.name, bucket=(bucket[0], bucket[1]), count=len(images), unused=unused)
+
+
+def _column(folder: Path, shard: Shard, name: str) -> torch.Tensor:
+    """A tensor of a shard, its used rows."""
+    whole = opened_shard(folder / shard.file)[0].get_tensor(name)
+    return whole[[row for row in range(shard.count) if row not in shard.unused]]
 
 
 @dataclass(frozen=True)
 class _Fitted:
     """An image in its bucket's size, not yet encoded."""
 
-    key: str
+    sample: sources.Sample
     image: torch.Tensor
-    caption: str
     ids: torch.Tensor
 
 
-def _rows(data: DataTable, encoder: Encoder, skip: Callable[[str], None]) -> Iterator[tuple[Size, Row]]:
-    """Every usable image: its bucket, and the tensors of its row in a shard."""
+def _rows(
+    data: DataTable,
+    encoder: Encoder,
+    part: Part,
+    wanted: Callable[[sources.Entry], bool],
+    skip: Callable[[str], None],
+) -> Iterator[tuple[Size, str, Row]]:
+    """Every usable image of a part: its bucket, its digest, and the tensors of its row in a shard."""
     texts = _Texts(encoder)
     waiting: dict[Size, list[_Fitted]] = defaultdict(list)
-    for bucket, fitted in _fitted(data, skip):
+    for bucket, fitted in _fitted(data, part, wanted, skip):
         waiting[bucket].append(fitted)
         if len(waiting[bucket]) == AT_ONCE:
-            yield from ((bucket, row) for row in _encode(encoder, texts, waiting.pop(bucket), skip))
+            yield from ((bucket, *row) for row in _encode(encoder, texts, waiting.pop(bucket), skip))
     for bucket, images in waiting.items():
-        yield from ((bucket, row) for row in _encode(encoder, texts, images, skip))
+        yield from ((bucket, *row) for row in _encode(encoder, texts, images, skip))
 
 
-def _fitted(data: DataTable, skip: Callable[[str], None]) -> Iterator[tuple[Size, _Fitted]]:
+def _fitted(
+    data: DataTable, part: Part, wanted: Callable[[sources.Entry], bool], skip: Callable[[str], None]
+) -> Iterator[tuple[Size, _Fitted]]:
     choices = buckets(data.resolution, data.bucket_step, data.max_aspect)
-    generator = torch.Generator().manual_seed(0)  # the same crops every time, as the images come in the same order
-    for sample in sources.read(data, skip):
+    for sample in sources.read(data, skip, part, wanted):
         width, height = sample.image.size
         bucket = nearest(width, height, choices)
         if (width < bucket[0] or height < bucket[1]) and not data.upscale:
             skip(f"{sample.key}: {width} x {height} is smaller than its bucket, {bucket[0]} x {bucket[1]}; skipped")
             continue
+        # the same crop every time, whichever images come before
+        generator = torch.Generator().manual_seed(int(sources.digest(sample.key)[:15], 16))
         image, (top, left) = fit(sample.image, bucket, data.crop, generator)
         ids = torch.tensor([height, width, top, left, bucket[1], bucket[0]], dtype=torch.int32)
-        yield bucket, _Fitted(sample.key, image, sample.caption, ids)
+        yield bucket, _Fitted(sample, image, ids)
 
 
-def _encode(encoder: Encoder, texts: _Texts, images: Sequence[_Fitted], skip: Callable[[str], None]) -> Iterator[Row]:
+def _encode(
+    encoder: Encoder, texts: _Texts, images: Sequence[_Fitted], skip: Callable[[str], None]
+) -> Iterator[tuple[str, Row]]:
+    captions = [fitted.sample.caption for fitted in images]
     with torch.no_grad():
         latents = _half(encoder.latents(torch.stack([fitted.image for fitted in images])))
-        embedded = texts.embed([fitted.caption for fitted in images])
-    for fitted, own, (context, pooled) in zip(images, latents, embedded, strict=True):
-        row = {"latents": own, "context": context, "pooled": pooled, "ids": fitted.ids}
+        embedded = texts.embed(captions)
+    numbers = torch.tensor([encoder.lengths(captions), [fitted.sample.jpeg for fitted in images]], dtype=torch.int32)
+    for fitted, own, (context, pooled), (tokens, jpeg) in zip(images, latents, embedded, numbers.T, strict=True):
+        row = {"latents": own, "context": context, "pooled": pooled, "ids": fitted.ids, "tokens": tokens, "jpeg": jpeg}
         if bad := [name for name, tensor in row.items() if not tensor.isfinite().all()]:
-            skip(f"{fitted.key}: {' and '.join(bad)} came out infinite or not a number; skipped")
+            skip(f"{fitted.sample.key}: {' and '.join(bad)} came out infinite or not a number; skipped")
         else:
-            yield row
+            yield fitted.sample.digest, row
 
 
 @dataclass
@@ -182,15 +310,16 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Shards:
-    """Collects rows into shards."""
+    """Collects one process's rows into shards, which it gives every ``step``-th number."""
 
     folder: Path
-    written: list[Shard] = field(default_factory=list)
-    waiting: dict[Size, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    number: int
+    step: int
+    waiting: dict[Size, list[tuple[str, Row]]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, bucket: Size, row: Row) -> None:
+    def add(self, bucket: Size, image: str, row: Row) -> None:
         """Take a row; a bucket's shard is written once it is full. Raises SaveError."""
-        self.waiting[bucket].append(row)
+        self.waiting[bucket].append((image, row))
         if len(self.waiting[bucket]) == PER_SHARD:
             self._write(bucket, self.waiting.pop(bucket))
 
@@ -199,57 +328,9 @@ class _Shards:
         for bucket, rows in sorted(self.waiting.items()):
             self._write(bucket, rows)
 
-    def _write(self, bucket: Size, rows: Sequence[Row]) -> None:
-        shard = Shard(
-            file=f"latents-{len(self.written):05}-{bucket[0]}x{bucket[1]}.safetensors", bucket=bucket, count=len(rows)
-        )
-        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        with disk.written_whole(self.folder / shard.file, sum(tensor.nbytes for tensor in tensors.values())) as path:
-            disk.write_safetensors(path, tensors, {})
-        self.written.append(shard)
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder, ``<target>.building``, which is renamed at the end, or deleted if anything is raised.
-
-    Raises UserError in place of the OSErrors of writing.
-    """
-    folder = target.with_name(f"{target.name}.building")
-    try:
-        if folder.exists():
-            _delete(folder)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made for the data cache ({error.strerror}); expected an unused name, or the folder of "
-            f"an interrupted build. Delete the folder if it exists, or choose another data.cache."
-        ) from None
-    try:
-        yield folder
-        try:
-            if target.is_dir():
-                target.rmdir()  # empty
-            folder.rename(target)
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be renamed to {target.name} ({error.strerror}); expected that name to be unused. "
-                f"Choose another data.cache."
-            ) from None
-    except BaseException as error:
-        with suppress(OSError):  # the first error matters more
-            _delete(folder)
-        if isinstance(error, disk.SaveError):
-            raise UserError(f"the data cache is not finished: {error}") from None
-        raise
-
-
-def _delete(folder: Path) -> None:
-    """Delete an unfinished cache: its own files, including partly written ones, then the folder. Raises OSError if
-    anything else is in it."""
-    for pattern in ("latents-*.safetensors*", f"{INDEX}*"):
-        for path in folder.glob(pattern):
-            path.unlink()
-    for path in folder.glob(PATTERN):
-        shutil.rmtree(path)
-    folder.rmdir()
+    def _write(self, bucket: Size, rows: Sequence[tuple[str, Row]]) -> None:
+        path = self.folder / f"latents-{self.number:05}-{bucket[0]}x{bucket[1]}.safetensors"
+        tensors = {name: torch.stack([row[name] for _, row in rows]) for name in rows[0][1]}
+        with disk.written_whole(path, sum(tensor.nbytes for tensor in tensors.values())) as aside:
+            disk.write_safetensors(aside, tensors, {"images": json.dumps([image for image, _ in rows])})
+        self.number += self.step

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -14,41 +15,77 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from ..koala.files.unfinished import PATTERN
+from . import sources
 from .buckets import Size
 from .config import DataTable
 from .errors import UserError
+from .processes import LOCK
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
+TOKENS = 77
+"""That SDXL's text encoders take, the start and the end of a caption included."""
+POOR_JPEG = 75
+"""Pillow's default quality, and so that of tools which write images again without being asked to."""
 SETTINGS = ("kind", "image", "caption", "resolution", "bucket_step", "max_aspect", "upscale", "crop")
 """Keys of the table data that change what is cached, beside the path."""
 
 
 class Shard(BaseModel):
-    """One file of the cache: tensors latents, context, pooled (fp16) and ids (int32), ``count`` rows each."""
+    """One file of the cache: latents, context, pooled (fp16), ids, tokens and jpeg (int32), of ``count`` rows each.
+
+    Its metadata name each row's image as ``sources.Entry.digest`` does, so that a file explains itself.
+    """
 
     model_config = ConfigDict(frozen=True)
     file: str
     bucket: Size
     count: PositiveInt
+    unused: tuple[int, ...] = ()
+    """Rows, ascending, whose image is no longer in the source, or is another one now."""
+
+    @property
+    def used(self) -> int:
+        return self.count - len(self.unused)
+
+    def row(self, number: int) -> int:
+        """The row of the used sample with this number."""
+        for unused in self.unused:
+            number += unused <= number
+        return number
 
 
 class Index(BaseModel):
-    """The content of index.json. It is written last: a folder without it is not a cache."""
+    """The content of index.json. It is written before the first shard, and again when all are there."""
 
     model_config = ConfigDict(frozen=True)
     identity: dict[str, Any]
-    """What the cache was computed from; a run with another identity cannot use it."""
-    samples: int
-    skipped: int
-    """Number of images that were left out, and of shards or lines that could not be read."""
-    shards: tuple[Shard, ...] = Field(min_length=1)
-    problems: tuple[str, ...]
+    """What the cache was computed from, beside the images; a run with another identity cannot use it."""
+    listing: str = ""
+    """``sources.listing`` of the images; empty until all are cached."""
+    samples: int = 0
+    skipped: int = 0
+    """Number of images that were left out, and of shards, lines and kinds of files that could not be read."""
+    shards: tuple[Shard, ...] = ()
+    problems: tuple[str, ...] = ()
     """The reasons for the first ``build_cache.LISTED`` of them."""
+    long_captions: int = 0
+    longest_caption: int = 0
+    """Captions of more than ``TOKENS``, and the tokens of the longest caption."""
+    jpegs: int = 0
+    poor_jpegs: int = 0
+    """Images that were JPEGs, and those whose quality was at most ``POOR_JPEG``."""
+
+    @property
+    def digest(self) -> str:
+        """The same for caches with the same images in the same order."""
+        content = self.model_dump_json(include={"identity", "listing", "shards"})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def full_identity(data: DataTable, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +105,7 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
     _opened: dict[int, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._ends = list(accumulate(shard.count for shard in self.index.shards))
+        self._ends = list(accumulate(shard.used for shard in self.index.shards))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -81,7 +118,8 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
         which = bisect_right(self._ends, number)
         if which not in self._opened:
             self._opened[which] = self._open(self.index.shards[which])
-        row = number - self._ends[which] + self.index.shards[which].count
+        shard = self.index.shards[which]
+        row = shard.row(number - self._ends[which] + shard.used)
         names = ("latents", "context", "pooled", "ids")
         return {name: self._opened[which].get_slice(name)[row].float() for name in names}
 
@@ -93,42 +131,86 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
     def bucket_of(self) -> list[int]:
         """The bucket of each sample, as a number; samples with the same number have the same size."""
         sizes = sorted({shard.bucket for shard in self.index.shards})
-        return [sizes.index(shard.bucket) for shard in self.index.shards for _ in range(shard.count)]
+        return [sizes.index(shard.bucket) for shard in self.index.shards for _ in range(shard.used)]
 
     def check(self) -> None:
         """Open every shard once. Raises UserError for the first that is missing, cut short or of another length."""
         for shard in self.index.shards:
             self._open(shard)
 
+    def remarks(self) -> list[str]:
+        """What is worth knowing of the images before training, one line each."""
+        index, lines = self.index, []
+        if index.long_captions:
+            lines.append(
+                f"{index.long_captions} of {index.samples} captions have more than {TOKENS} tokens, the longest "
+                f"{index.longest_caption}: the text encoders read the first {TOKENS}, start and end included."
+            )
+        if 2 * index.poor_jpegs > index.samples:
+            lines.append(
+                f"{index.poor_jpegs} of {index.samples} images are JPEGs of quality {POOR_JPEG} or less: a tool may "
+                f"have compressed them again, as datasets.map does (distill/README.md, Data)."
+            )
+        return lines
+
     def _open(self, shard: Shard) -> Any:
-        path = self.folder / shard.file
-        try:
-            opened = safe_open(path, framework="pt")
-            rows = opened.get_slice("latents").get_shape()[0]
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(path, str(error)) from None
+        opened, rows = opened_shard(self.folder / shard.file)
         if rows != shard.count:
-            raise self._damaged(path, f"{rows} samples, not {shard.count}")
+            raise damaged(self.folder / shard.file, f"{rows} samples, not {shard.count}")
         return opened
 
-    def _damaged(self, path: Path, fault: str) -> UserError:
-        return UserError(
-            f"{path} is damaged ({fault}); expected a shard of the data cache. Delete the folder {self.folder} and run "
-            f"again: the cache is then computed again."
-        )
+
+def opened_shard(path: Path) -> tuple[Any, int]:
+    """A shard's open file, and its number of rows. Raises UserError where it is damaged or missing."""
+    try:
+        opened = safe_open(path, framework="pt")
+        return opened, opened.get_slice("latents").get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, str(error)) from None
+
+
+def damaged(path: Path, fault: str) -> UserError:
+    """The error for a shard that cannot be read."""
+    return UserError(
+        f"{path} is damaged ({fault}); expected a shard of the data cache. Delete this file and run again: its images "
+        f"are then encoded again."
+    )
 
 
 def ready(data: DataTable, identity: Mapping[str, Any]) -> Cache | None:
-    """The complete cache in ``data.cache``; None where there is none yet.
+    """The cache in ``data.cache`` with all images of ``data.path``; None where there is none yet, some are missing or
+    have changed since. Where nothing is left at ``data.path``, the cache is taken as it is.
+
+    Raises UserError as ``existing`` and ``sources.listing`` do.
+    """
+    cache = existing(data, identity)
+    return cache if cache and (sources.is_gone(data) or cache.index.listing == sources.listing(data)) else None
+
+
+def existing(data: DataTable, identity: Mapping[str, Any]) -> Cache | None:
+    """The cache in ``data.cache`` as it was when it was last complete; None where it never was, or lacks a shard.
 
     Raises UserError where it is damaged or was computed from something else, or the folder holds something else.
     """
+    index = read_index(data, identity)
+    if index is None or not index.listing:
+        return None
+    cache = Cache(data.cache.resolve(), index)
+    if not all((cache.folder / shard.file).exists() for shard in index.shards):
+        return None
+    cache.check()
+    return cache
+
+
+def read_index(data: DataTable, identity: Mapping[str, Any]) -> Index | None:
+    """The index in ``data.cache``, of a complete cache or not; None for an empty folder or none. Raises UserError as
+    ``existing`` does."""
     folder = data.cache.resolve()
     advice = "Choose another folder as data.cache, or delete this one."
     try:
         content = (folder / INDEX).read_bytes()
     except FileNotFoundError:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != LOCK and not path.match(PATTERN) for path in folder.iterdir()):
             raise UserError(
                 f"data.cache {folder} is a folder with other files and no {INDEX}; expected a data cache, an empty "
                 f"folder or none. {advice}"
@@ -155,6 +237,4 @@ def ready(data: DataTable, identity: Mapping[str, Any]) -> Cache | None:
             f"the data cache in {folder} was computed with {', '.join(different)}; expected one with this run's "
             f"settings. {advice}"
         )
-    cache = Cache(folder, index)
-    cache.check()
-    return cache
+    return index

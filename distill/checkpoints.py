@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 
 from ..koala.files.atomic_write import replace_file
+from .average import Average
 from .config import Config
 from .errors import UserError
 
@@ -20,6 +22,7 @@ MAY_CHANGE = {
     "training": {"steps", "learning_rate", "final_rate", "warmup", "checkpoint_every", "keep"},
     "data": {"workers", "path", "cache"},
     "teacher": {"model", "tokenizer"},
+    "validation": {"every"},
     "log": None,
     "output": None,
 }
@@ -28,12 +31,94 @@ BYTES_PER_WEIGHT = 16
 """Of a checkpoint: weights, AdamW's two moments and the average, fp32."""
 
 
+AVERAGE = "average.safetensors"
+ORDER = "order.json"
+"""Files of a checkpoint beside accelerate's own."""
+BEST = "best.json"
+"""Beside the checkpoints."""
+
+
+class Order(BaseModel):
+    """What decides, beside the configuration, which images a step sees."""
+
+    model_config = ConfigDict(frozen=True)
+    passes: PositiveInt
+    """Forward passes of an optimiser step, those of all processes together."""
+    data: str
+    """``Index.digest`` of the data cache."""
+
+
+class Best(BaseModel):
+    """The checkpoint with the lowest held-out loss."""
+
+    model_config = ConfigDict(frozen=True)
+    step: int
+    loss: float
+
+
+def best(folder: Path) -> Best | None:
+    """The best checkpoint in a folder, as last written there; None where there is none."""
+    try:
+        found = Best.model_validate_json((folder / BEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    return found if _named(folder, found.step).is_dir() else None
+
+
+def write_best(folder: Path, found: Best) -> None:
+    """Make a checkpoint the best one. It is kept from then on. Raises SaveError."""
+    replace_file(folder / BEST, found.model_dump_json())
+
+
+def _named(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:07d}"
+
+
 def existing(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, the oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
-def resume(accelerator: Accelerator, folder: Path, say: Callable[[str], None]) -> int:
+def order(config: Config, processes: int, data: str, folder: Path, say: Callable[[str], None]) -> Order:
+    """The order of a new run, or, where one is resumed, its order until now: the same images a step by whatever number
+    of processes, in the same order.
+
+    Raises UserError where that number does not divide them, and for checkpoints of another format.
+    """
+    table = config.training
+    new = Order(passes=table.accumulate * processes, data=data)
+    if not (checkpoints := existing(folder)):
+        return new
+    last = checkpoints[-1]
+    try:
+        begun = Order.model_validate_json((last / ORDER).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{last / ORDER} cannot be read ({_one_line(error)}); expected a checkpoint of this version. "
+            f"Delete {last} to resume from the checkpoint before it, or choose another output folder."
+        ) from None
+    if begun.passes % processes:
+        possible = ", ".join(str(number) for number in range(1, begun.passes + 1) if begun.passes % number == 0)
+        raise UserError(
+            f"{processes} processes cannot resume {last}: its steps are {begun.passes} batches of {table.batch}; "
+            f"expected a number of processes that divides {begun.passes}: {possible}. Start so many, or choose another "
+            f"output folder."
+        )
+    if begun.passes != new.passes:
+        say(
+            f"number of processes: {processes}, forward passes a step on each: {begun.passes // processes}. A step "
+            f"stays at {begun.passes * table.batch} images, the same ones in the same order."
+        )
+    if begun.data != data:
+        say(f"the data cache has changed since {last.name}: from here on the images come in another order.")
+    return Order(passes=begun.passes, data=data)
+
+
+def _one_line(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+
+
+def resume(accelerator: Accelerator, folder: Path, average: Average | None, say: Callable[[str], None]) -> int:
     """Load the last checkpoint; returns the number of steps done. Raises UserError where it cannot be loaded."""
     checkpoints = existing(folder)
     if not checkpoints:
@@ -41,6 +126,8 @@ def resume(accelerator: Accelerator, folder: Path, say: Callable[[str], None]) -
     last = checkpoints[-1]
     try:
         accelerator.load_state(str(last))
+        if average:
+            average.load(last / AVERAGE)
     except Exception as error:  # torch, pickle and safetensors each have their own
         raise UserError(
             f"{last} cannot be loaded ({error}); expected a checkpoint of this run. Delete that folder: the run then "
@@ -51,13 +138,21 @@ def resume(accelerator: Accelerator, folder: Path, say: Callable[[str], None]) -
     return step
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, keep: int, network: torch.nn.Module) -> None:
-    """Write a checkpoint, then delete all but the last ``keep``; called on every process.
+def save(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    keep: int,
+    network: torch.nn.Module,
+    average: Average | None,
+    order: Order,
+) -> None:
+    """Write a checkpoint, then delete all but the last ``keep`` and the best one; called on every process.
 
     Raises UserError where it cannot be written, such as on a full disk; earlier ones stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step:07d}"
+    target = _named(folder, step)
     unfinished = folder / f".step-{step:07d}.partial"
     size = BYTES_PER_WEIGHT * sum(parameter.numel() for parameter in network.parameters())
     try:
@@ -67,6 +162,10 @@ def save(accelerator: Accelerator, folder: Path, step: int, keep: int, network: 
                 raise OSError(f"{size / 1e9:.2f} GB needed, {free / 1e9:.2f} free")
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
+        if average:
+            average.save(unfinished / AVERAGE, writes=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            (unfinished / ORDER).write_text(order.model_dump_json())
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
@@ -80,8 +179,10 @@ def save(accelerator: Accelerator, folder: Path, step: int, keep: int, network: 
             f"again."
         ) from None
     if accelerator.is_main_process:
+        kept = best(folder)
         for old in existing(folder)[:-keep]:
-            shutil.rmtree(old)
+            if not (kept and old == _named(folder, kept.step)):
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
@@ -93,9 +194,9 @@ def require_same_run(config: Config) -> None:
     path = config.output / "config.json"
     now = config.model_dump(mode="json")
     if not path.exists():
-        replace_file(path, json.dumps(now, indent=2) + "\n")  # by every process; none may see half of it
+        replace_file(path, json.dumps(now, indent=2) + "\n")
         return
-    begun = json.loads(path.read_text("utf-8"))
+    begun = Config.model_validate_json(path.read_text("utf-8")).model_dump(mode="json")
     for table, values in now.items():
         free = MAY_CHANGE.get(table, set())
         if free is None:

@@ -135,6 +135,11 @@ class TrainingTable(Table):
     keep: PositiveInt = key(2, "number of checkpoints kept")
 
 
+class ValidationTable(Table):
+    images: Count = key(0, "images held out to measure the loss on them, at most half of all; 0: no validation")
+    every: PositiveInt = key(500, "optimiser steps between validations")
+
+
 class LogTable(Table):
     every: PositiveInt = key(10, "optimiser steps between rows of metrics")
     to: tuple[Literal["csv", "tensorboard"], ...] = key(("csv",), "formats of the metrics in the output folder")
@@ -153,6 +158,7 @@ class Config(Table):
     data: DataTable
     loss: LossTable = LossTable()
     training: TrainingTable
+    validation: ValidationTable = ValidationTable()
     log: LogTable = LogTable()
 
 

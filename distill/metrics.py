@@ -21,8 +21,8 @@ class Means:
     def add(self, values: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
         means = accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
         for name, value in zip(values, means, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+            self.sums[name] = self.sums.get(name, 0.0) + value * accelerator.num_processes
+        self.count += accelerator.num_processes  # a run may be resumed by another number of processes
 
     def take(self) -> dict[str, float]:
         """Return the means and reset them."""

@@ -29,7 +29,11 @@ class Objective:
     student_features: FeatureRecorder
 
     def errors(
-        self, network: torch.nn.Module, batch: Mapping[str, torch.Tensor], generator: torch.Generator
+        self,
+        network: torch.nn.Module,
+        batch: Mapping[str, torch.Tensor],
+        generator: torch.Generator,
+        time: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Each term of the loss before its factor, as scalars.
 
@@ -37,18 +41,21 @@ class Objective:
             network: the student.
             batch: samples of the cache, stacked.
             generator: on the CPU; draws noise, time steps and dropped captions.
+            time: int64 [n], time steps instead of those drawn.
         """
         latents = batch["latents"]
         count, device = len(latents), latents.device
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        time = losses.time_steps(count, self.noise.config.num_train_timesteps, generator).to(device)
+        if time is None:
+            time = losses.time_steps(count, self.noise.config.num_train_timesteps, generator)
+        time = time.to(device)
         with_caption = (torch.rand(count, generator=generator) >= self.dropout).float().to(device)
         noisy = self.noise.add_noise(latents, noise, time)
         conditions = {
             "encoder_hidden_states": batch["context"] * with_caption.view(count, 1, 1),
             "added_cond_kwargs": {
                 "text_embeds": batch["pooled"] * with_caption.view(count, 1),
-                "time_ids": batch["ids"],
+                "time_ids": batch["ids"].long(),  # no cast to a smaller type touches them: bf16 rounds 1365 to 1368
             },
         }
         teacher_output, wanted = None, {}
@@ -65,6 +72,10 @@ class Objective:
 
 
 def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        key: _cast(value, dtype) if isinstance(value, dict) else value.to(dtype) for key, value in conditions.items()
-    }
+    return {key: _cast_one(value, dtype) for key, value in conditions.items()}
+
+
+def _cast_one(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return _cast(value, dtype)
+    return value.to(dtype) if value.is_floating_point() else value

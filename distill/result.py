@@ -27,7 +27,7 @@ DTYPE = "fp16"
 ADVICE = "Start again in another output folder, with a lower training.learning_rate."
 
 
-def distillation(config: Config, teacher: Teacher, lineage: Lineage) -> str:
+def distillation(config: Config, teacher: Teacher, lineage: Lineage, images_a_step: int) -> str:
     """The metadata ``DISTILLATION_KEY``: how the student was trained, as JSON."""
     return json.dumps(
         {
@@ -36,7 +36,7 @@ def distillation(config: Config, teacher: Teacher, lineage: Lineage) -> str:
             "loras": [path.name for path in config.teacher.loras],
             "start": Path(config.student.start).name,
             "steps": config.training.steps,
-            "images_a_step": config.training.batch * config.training.accumulate,
+            "images_a_step": images_a_step,
             "loss": config.loss.model_dump(mode="json"),
         }
     )
@@ -50,10 +50,18 @@ def unet(lineage: Lineage, weights: dict[str, torch.Tensor]) -> UNet2DConditionM
     return network.eval().requires_grad_(False)
 
 
-def write(config: Config, teacher: Teacher, lineage: Lineage, weights: dict[str, torch.Tensor], target: Path) -> None:
+def write(
+    config: Config,
+    teacher: Teacher,
+    lineage: Lineage,
+    weights: dict[str, torch.Tensor],
+    target: Path,
+    images_a_step: int,
+) -> None:
     """Write the folder ``target`` with NAME (a diffusers folder) and NAME.safetensors (ComfyUI's names).
 
-    NAME is that of the output folder. ``weights`` are the student's, by diffusers' names.
+    NAME is that of the output folder. ``weights`` are the student's, by diffusers' names; ``images_a_step`` counts
+    those of all processes.
 
     Raises UserError where it cannot be written, or a weight is not finite or beyond fp16's range; the last checkpoint
     is not changed.
@@ -72,7 +80,7 @@ def write(config: Config, teacher: Teacher, lineage: Lineage, weights: dict[str,
         scheduler={**SCHEDULER_CONFIG, **json.loads(made.scheduler.to_json_string())},
         kept_transformers=lineage.transformers,
     )
-    extra = {DISTILLATION_KEY: distillation(config, teacher, lineage)}
+    extra = {DISTILLATION_KEY: distillation(config, teacher, lineage, images_a_step)}
     dtypes = stored_dtypes(DTYPE)
     try:
         student = cast_state(weights, dtypes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..koala.files.export import unet_config
 from ..koala.files.header import CheckpointError, read_header
 from ..koala.files.unet_weights import UNetWeights, open_unet
 from ..koala.releases import SCHEDULER_CONFIG
-from . import single_file, tokenizer
+from . import identity, single_file, tokenizer
 from .config import TeacherTable
 from .errors import UserError
 
@@ -47,11 +46,10 @@ class Teacher:
     def name(self) -> str:
         return self.table.model.name
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
         """What distinguishes one teacher's latents and text embeddings from another's."""
-        files = {path.name: f"{path.stat().st_size} bytes" for path in (self.file.path, *self.table.loras)}
-        return {"teacher": self.name, "files": json.dumps(files)}
+        return identity.of_encoders(self.table, self.tokenizer)
 
     @property
     def tokenizer(self) -> Path:
@@ -216,3 +214,8 @@ class Encoder:
             prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return context.cpu(), pooled.cpu()
+
+    def lengths(self, captions: list[str]) -> list[int]:
+        """The tokens of each caption, start and end included, however many they are."""
+        ids = self.pipeline.tokenizer(captions, truncation=False, padding=False, verbose=False).input_ids
+        return [len(one) for one in ids]

@@ -1,7 +1,8 @@
 """The training run, on Hugging Face accelerate: one process or many, interrupted and resumed at any step.
 
-All random numbers come from (seed, number of the forward pass, process), none from an earlier state: a run that resumes
-from a checkpoint draws the same numbers as an uninterrupted one.
+All random numbers come from the seed and the number of the forward pass, counted over all processes, none from an
+earlier state: a run that resumes from a checkpoint, with whatever number of processes, draws the same numbers as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..koala.architecture.lineage import Lineage
-from . import build_cache, cache, checkpoints, losses, result, student
+from . import build_cache, cache, checkpoints, losses, processes, result, student
+from .average import Average
 from .buckets import Batches
 from .config import Config, TrainingTable
 from .errors import UserError
@@ -31,7 +34,9 @@ from .features import FeatureRecorder, Pair, pairs
 from .metrics import CsvTracker, Means
 from .objective import Objective
 from .samples import Grid
+from .sources import Part
 from .teacher import Encoder, Teacher, open_teacher
+from .validation import Validation, split
 
 FINISHED = "result"
 """The folder of the finished model, in the output folder."""
@@ -63,32 +68,29 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
     if done.exists():
         say(f"{done} exists already; nothing to do.")
         return done
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output = {str(config.output)!r} cannot be made ({error.strerror}). Change it.") from None
-    checkpoints.require_same_run(config)
     csv = [CsvTracker(config.output / "metrics.csv")] if "csv" in config.log.to else []
     accelerator = Accelerator(
         mixed_precision=config.training.precision,
-        gradient_accumulation_steps=config.training.accumulate,
         log_with=[*csv, *(to for to in config.log.to if to != "csv")],
         project_config=ProjectConfiguration(project_dir=str(config.output), logging_dir=str(config.output / "logs")),
-        # the other processes wait while the first one fills the cache, which may take days
+        # a process may wait for another one's share of the cache, which may take days
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    processes.require_connected(accelerator)
     if not accelerator.is_main_process:
         say = _silent
-    samples, grid = prepare(config, teacher, accelerator, say)
-    watches = [*([grid.save] if grid else []), *([watch] if watch else [])]
-    weights = _learn(config, teacher, lineage, compared, samples, watches, accelerator, say)
-    # the result is assembled in the memory that training used
-    accelerator.free_memory()
-    gc.collect()
-    if accelerator.is_main_process:
-        result.write(config, teacher, lineage, weights, done)
-        say(f"finished: {done}")
-    accelerator.wait_for_everyone()
+    with processes.held(accelerator, config.output, "output"):
+        processes.on_main(accelerator, lambda: checkpoints.require_same_run(config))
+        samples, grid = prepare(config, teacher, accelerator, say)
+        watches = [*([grid.save] if grid else []), *([watch] if watch else [])]
+        weights, order = _learn(config, teacher, lineage, compared, samples, watches, accelerator, say)
+        # the result is assembled in the memory that training used
+        accelerator.free_memory()
+        gc.collect()
+        if accelerator.is_main_process:
+            result.write(config, teacher, lineage, weights, done, config.training.batch * order.passes)
+            say(f"finished: {done}")
+        accelerator.wait_for_everyone()
     accelerator.end_training()  # ends the process group, too
     return done
 
@@ -100,17 +102,33 @@ def _silent(_: str) -> None:
 def prepare(
     config: Config, teacher: Teacher, accelerator: Accelerator, say: Callable[[str], None]
 ) -> tuple[cache.Cache, Grid | None]:
-    """The cached data, computed by the first process if necessary, and the grid of samples; the teacher's text encoders
-    and VAE are in memory only for this."""
+    """The cached data, computed by all processes if necessary, and the grid of samples; the teacher's text encoders and
+    VAE are in memory only for this."""
     drawing = accelerator.is_main_process and config.log.samples_every > 0 and bool(config.log.prompts)
-    with accelerator.main_process_first():
-        samples = cache.ready(config.data, teacher.identity)
-        encoder = Encoder(teacher.pipeline(), accelerator.device) if drawing or samples is None else None
-        if samples is None and encoder:
-            samples = build_cache.build(config.data, encoder, teacher.identity, say, say)
-    grid = Grid.of(config, encoder) if drawing and encoder else None
+    is_ready = processes.on_main(accelerator, lambda: cache.ready(config.data, teacher.identity) is not None)
+    encoder = Encoder(teacher.pipeline(), accelerator.device) if drawing or not is_ready else None
+    if encoder and not is_ready:
+        _fill_cache(config, teacher, encoder, accelerator, say)
+    samples = processes.on_every(accelerator, lambda: cache.existing(config.data, teacher.identity))
+    seen = samples.index.digest if samples else "none"
+    advice = "Set data.cache to a folder on storage that all machines share, or copy the one cache to each."
+    processes.require_same(accelerator, seen, f"data.cache = {str(config.data.cache)!r}", advice)
     assert samples is not None
-    return samples, grid
+    for line in samples.remarks():
+        say(line)
+    return samples, Grid.of(config, encoder) if drawing and encoder else None
+
+
+def _fill_cache(
+    config: Config, teacher: Teacher, encoder: Encoder, accelerator: Accelerator, say: Callable[[str], None]
+) -> None:
+    data, identity = config.data, teacher.identity
+    part = Part(accelerator.process_index, accelerator.num_processes)
+    with processes.held(accelerator, data.cache, "data.cache"):
+        plan = processes.on_main(accelerator, lambda: build_cache.begin(data, identity, say))
+        outcome = processes.on_every(accelerator, lambda: build_cache.encode(data, encoder, plan, part, say, say))
+        outcomes = gather_object([outcome])
+        processes.on_main(accelerator, lambda: build_cache.finish(data, identity, plan, outcomes, say).index.samples)
 
 
 def _learn(
@@ -122,28 +140,39 @@ def _learn(
     watches: list[Watch],
     accelerator: Accelerator,
     say: Callable[[str], None],
-) -> dict[str, torch.Tensor]:
-    """Run all remaining steps; returns the averaged weights at their end."""
-    table = config.training
+) -> tuple[dict[str, torch.Tensor], checkpoints.Order]:
+    """Run all remaining steps; returns the averaged weights at their end, on the main process, and the order of the
+    images."""
+    table, saves = config.training, config.output / "checkpoints"
+    order = processes.on_every(
+        accelerator,
+        lambda: checkpoints.order(config, accelerator.num_processes, samples.index.digest, saves, say),
+    )
+    accelerator.gradient_accumulation_steps = order.passes // accelerator.num_processes
     network, objective = _objective(config, teacher, lineage, compared, accelerator)
     optimiser = torch.optim.AdamW(
         network.parameters(), table.learning_rate, betas=table.betas, weight_decay=table.weight_decay, fused=True
     )
     wrapped, optimiser = accelerator.prepare(network, optimiser)
-    average = EMAModel(wrapped.parameters(), decay=table.ema, foreach=True) if table.ema else None
+    average = Average(network, table.ema) if table.ema else None
     means = Means()
-    accelerator.register_for_checkpointing(*filter(None, (average, means)))
-    saves = config.output / "checkpoints"
-    step = checkpoints.resume(accelerator, saves, say)
-    loader = _loader(config, samples, accelerator, step)
+    accelerator.register_for_checkpointing(means)
+    step = processes.on_every(accelerator, lambda: checkpoints.resume(accelerator, saves, average, say))
+    learned, held_out = split(config, samples)
+    validation = Validation(objective, samples, held_out, table.batch, table.seed) if held_out else None
+    held_out_losses, best = CsvTracker(config.output / "validation.csv"), checkpoints.best(saves)
+    held_out_losses.resume_from(step)
+    loader = _loader(config, samples, learned, accelerator, step, order.passes)
     _start_trackers(config, accelerator, step)
-    progress = Progress(config, accelerator, step)
-    for number, batch in enumerate(loader, step * table.accumulate):
+    progress = Progress(config, accelerator, step, order.passes)
+    first = step * order.passes + accelerator.process_index
+    for turn, batch in enumerate(loader):
         learning_rate = table.learning_rate * rate(table, step)  # not the checkpoint's: a resumed run may have another
         for group in optimiser.param_groups:
             group["lr"] = learning_rate
         with accelerator.accumulate(wrapped):
-            errors = objective.errors(wrapped, batch, _generator(table.seed, number, accelerator.process_index))
+            number = first + turn * accelerator.num_processes  # of this forward pass, in the order of one process
+            errors = objective.errors(wrapped, batch, _generator(table.seed, number))
             loss = losses.total(config.loss, errors)
             named = {f"{name} error": value for name, value in errors.items()}
             _require_finite(named | {"loss": loss}, accelerator, step, saves)
@@ -151,24 +180,36 @@ def _learn(
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(wrapped.parameters(), table.clip)
                 if table.precision != "fp16":  # there the scaler skips a step whose gradients overflow
-                    _require_finite({"gradient's norm": norm}, accelerator, step, saves)
+                    _require_finite({"gradient's norm": _plain(norm)}, accelerator, step, saves)
             optimiser.step()
             optimiser.zero_grad()
         means.add({name: value.detach() for name, value in {"loss": loss, **errors}.items()}, accelerator)
         if not accelerator.sync_gradients:
             continue
         if average:
-            average.step(wrapped.parameters())
+            average.update(step)
         step += 1
         progress.step(step, means, learning_rate)
-        if step % table.checkpoint_every == 0 or step == table.steps:
-            checkpoints.save(accelerator, saves, step, table.keep, network)
+        is_best = False
+        if validation and (step % config.validation.every == 0 or step == table.steps):
+            with average.in_place() if average else nullcontext():
+                row = validation.losses(network, accelerator)
+            held_out_losses.log(row, step=step)
+            is_best = math.isfinite(row["loss"]) and (best is None or row["loss"] < best.loss)
+        if is_best or step % table.checkpoint_every == 0 or step == table.steps:
+            checkpoints.save(accelerator, saves, step, table.keep, network, average, order)
+        if is_best:
+            best = checkpoints.Best(step=step, loss=row["loss"])
+            if accelerator.is_main_process:
+                checkpoints.write_best(saves, best)
         if config.log.samples_every and (step % config.log.samples_every == 0 or step == table.steps):
             weights = averaged(accelerator, wrapped, average)
             for watch in watches if accelerator.is_main_process else ():
                 watch(step, result.unet(lineage, weights))
     progress.bar.close()
-    return averaged(accelerator, wrapped, average)
+    if best:
+        say(f"the lowest held-out loss is {best.loss:.4f}, of step {best.step}; the result is of step {step}.")
+    return averaged(accelerator, wrapped, average), order
 
 
 def _objective(
@@ -193,10 +234,10 @@ def _objective(
 class Progress:
     """The progress bar, and a row of metrics every so many steps."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, step: int) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator, step: int, passes: int) -> None:
         table = config.training
         self.accelerator, self.every, self.last = accelerator, config.log.every, table.steps
-        self.per_step = table.batch * table.accumulate * accelerator.num_processes
+        self.per_step = table.batch * passes
         self.bar = tqdm(
             total=table.steps * self.per_step,
             initial=step * self.per_step,
@@ -218,17 +259,24 @@ class Progress:
         self.accelerator.log({**row, "images_per_s": round(speed, 3)}, step=step)
 
 
-def _generator(seed: int, number: int, process: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) * 4096 + process)
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) * 4096)
 
 
-def _loader(config: Config, samples: cache.Cache, accelerator: Accelerator, step: int) -> Any:
-    table = config.training
-    passes = table.accumulate * accelerator.num_processes
+def _loader(
+    config: Config, samples: cache.Cache, learned: list[int], accelerator: Accelerator, step: int, passes: int
+) -> Any:
+    table, bucket_of = config.training, samples.bucket_of
     batches = Batches(
-        samples.bucket_of, table.batch, table.seed, start=step * passes, count=(table.steps - step) * passes
+        [bucket_of[index] for index in learned],
+        table.batch,
+        table.seed,
+        start=step * passes,
+        count=(table.steps - step) * passes,
     )
-    return accelerator.prepare(DataLoader(samples, batch_sampler=batches, num_workers=config.data.workers))
+    return accelerator.prepare(
+        DataLoader(Subset(samples, learned), batch_sampler=batches, num_workers=config.data.workers)
+    )
 
 
 def _start_trackers(config: Config, accelerator: Accelerator, step: int) -> None:
@@ -238,15 +286,17 @@ def _start_trackers(config: Config, accelerator: Accelerator, step: int) -> None
     accelerator.init_trackers("tensorboard")
 
 
-def averaged(accelerator: Accelerator, wrapped: torch.nn.Module, average: EMAModel | None) -> dict[str, torch.Tensor]:
-    """The student's averaged weights, fp32 on the CPU, gathered from all processes."""
+def averaged(accelerator: Accelerator, wrapped: torch.nn.Module, average: Average | None) -> dict[str, torch.Tensor]:
+    """The student's averaged weights, fp32 on the CPU, gathered from all processes; empty on all but the main one."""
     if average:
-        average.store(wrapped.parameters())
-        average.copy_to(wrapped.parameters())
-    weights = {name: value.float().cpu().clone() for name, value in accelerator.get_state_dict(wrapped).items()}
-    if average:
-        average.restore(wrapped.parameters())
-    return weights
+        return average.gathered(keep=accelerator.is_main_process)
+    weights = accelerator.get_state_dict(wrapped)
+    return {name: value.float().cpu().clone() for name, value in weights.items() if accelerator.is_main_process}
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that each process has whole; where the student is sharded, so is the norm of its gradients."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _require_finite(values: Mapping[str, torch.Tensor], accelerator: Accelerator, step: int, saves: Path) -> None:

@@ -179,7 +179,7 @@ def test_weights_that_are_no_numbers_are_no_result(place: Path, whole: Path, tmp
     weights = load_file(whole / "checkpoints" / "step-0000010" / "model.safetensors")
     weights["mid"] = weights.pop("conv_out.bias").fill_(torch.nan)
     with pytest.raises(UserError, match=r"^the result was not written: mid of the student is not finite"):
-        result.write(table, open_teacher(table.teacher), LINE, weights, tmp_path / "result")
+        result.write(table, open_teacher(table.teacher), LINE, weights, tmp_path / "result", images_a_step=4)
     assert not any(tmp_path.iterdir())
 
 
@@ -241,7 +241,9 @@ def test_what_may_not_change_is_named(place: Path, whole: Path) -> None:
     assert not (place / "changed" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "average.safetensors"]
+)
 def test_a_damaged_checkpoint_is_named(place: Path, whole: Path, file: str) -> None:
     folder = begun(place, whole, f"damaged-{file}", "step-0000010")
     damaged = folder / "checkpoints" / "step-0000010"

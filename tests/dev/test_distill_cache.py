@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +22,10 @@ from koala_sdxl.distill import build_cache, cache
 from koala_sdxl.distill.buckets import Batches
 from koala_sdxl.distill.config import DataTable
 from koala_sdxl.distill.errors import UserError
+from koala_sdxl.distill.sources import Part
 from koala_sdxl.koala.files import atomic_write as disk
-from tests.dev.distill_pictures import encoded, picture, table, write
+from tests.dev.distill_pictures import encoded, noise, picture, table, write
+from tools.harness.testhost import ROOT
 
 IDENTITY = {"teacher.model": "sdxl"}
 
@@ -46,6 +53,9 @@ class Averages:
         self.captions += captions
         lengths = torch.tensor([float(len(caption)) for caption in captions])
         return lengths[:, None, None].expand(-1, 77, 6), lengths[:, None].expand(-1, 5) / 2
+
+    def lengths(self, captions: list[str]) -> list[int]:
+        return [2 + len(caption.split()) for caption in captions]
 
 
 def folder_of(path: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[str]) -> Path:
@@ -181,8 +191,15 @@ def test_a_cache_of_something_else_is_not_used(data: DataTable, change: dict[str
     built(data.model_copy(update={"workers": 7, "caption_dropout": 0.5}), None)  # these change nothing in it
 
 
+def shards(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """A cache's shards by name: when each was written, and its content."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("latents-*")}
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(data: DataTable, error: type[BaseException]) -> None:
+def test_an_interrupted_build_is_continued_to_the_cache_of_an_unbroken_one(
+    data: DataTable, error: type[BaseException]
+) -> None:
     encoder = Averages()
 
     def fail(_: torch.Tensor) -> None:
@@ -192,16 +209,106 @@ def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(data: DataTable
     encoder.spoil = fail
     with pytest.raises(error):
         built(data, encoder)
-    assert names(data.cache.parent) == ["data"]
-    assert len(built(data, Averages())[0]) == 13
+    before = shards(data.cache)
+    assert list(before) == ["latents-00000-64x64.safetensors"]
+    assert cache.ready(data, IDENTITY) is None
+
+    again = Averages()
+    continued, said, _ = built(data, again)
+    assert said[0] == f"{data.cache}: it is not complete; 4 images in it are kept, and what it lacks is computed."
+    assert again.pictures == 9
+    unbroken = built(data.model_copy(update={"cache": data.cache.with_name("unbroken")}), Averages())[0]
+    assert before.items() <= shards(data.cache).items()
+    assert {name: content for name, (_, content) in shards(data.cache).items()} == {
+        name: content for name, (_, content) in shards(unbroken.folder).items()
+    }
+    assert continued.index == unbroken.index
 
 
-def test_what_a_killed_build_left_is_deleted(data: DataTable) -> None:
-    left = data.cache.with_name("cache.building")
-    write(left, {"latents-00000-64x64.safetensors": b"", f"koala-{32 * 'a'}.partial/content": b""})
-    data.cache.mkdir()  # empty, as somebody may have made it
+def test_a_killed_build_is_continued(data: DataTable) -> None:
+    """A process of its own, killed while it writes its second shard."""
+    script = f"""
+import os, signal
+import tools
+from koala_sdxl.distill import build_cache, config
+from koala_sdxl.koala.files import atomic_write as disk
+from tests.dev.test_distill_cache import IDENTITY, Averages
+build_cache.PER_SHARD, build_cache.AT_ONCE = 4, 3
+write = disk.write_safetensors
+def until_killed(path, *rest):
+    write(path, *rest)
+    if any(path.parent.parent.glob("latents-*")):
+        os.kill(os.getpid(), signal.SIGKILL)
+disk.write_safetensors = until_killed
+data = config.DataTable.model_validate_json({data.model_dump_json()!r})
+build_cache.build(data, Averages(), IDENTITY, print, print)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(data.cache.glob("koala-*.partial"))) == 1
+    before = shards(data.cache)
+    assert len(before) == 1
     assert len(built(data, Averages())[0]) == 13
-    assert names(data.cache.parent) == ["cache", "data"]
+    assert before.items() <= shards(data.cache).items()
+    assert names(data.cache) == sorted(["index.json", *shards(data.cache)])
+
+
+def test_what_has_changed_since_is_encoded_and_the_rest_kept(data: DataTable) -> None:
+    built(data, Averages())
+    before = shards(data.cache)
+    (data.path / "003.txt").write_text("a koala that sleeps")
+    write(data.path, {"900.png": encoded(picture(64, 64, (90, 0, 0))), "900.txt": "new"})
+    (data.path / "010.png").unlink()
+    touched = data.path / "000.png"
+    os.utime(touched, ns=(1, 1))  # as one that was exchanged for another of the same size
+    assert cache.ready(data, IDENTITY) is None
+    encoder = Averages()
+    found, said, _ = built(data, encoder)
+    kept = "the images have changed since they were cached; 13 images in it are kept, and what it lacks is computed."
+    assert said[0] == f"{data.cache}: {kept}"
+    aside = "3 in it are of images that have changed or are gone, and are not used."
+    assert said[-1].endswith(f": 13 images cached, 3 skipped. {aside}")
+    assert sorted(encoder.captions) == ["a koala", "a koala that sleeps", "new"]
+    assert before.items() <= shards(data.cache).items()
+    samples = [found[number] for number in range(len(found))]
+    colours = sorted(round(float((sample["latents"][0].mean() + 1) * 127.5)) for sample in samples)
+    assert colours == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 90]
+    assert [float(sample["pooled"][0]) for sample in samples].count(len("a koala that sleeps") / 2) == 1
+    assert len(found.bucket_of) == 13
+    assert built(data, None)[1] == [f"{data.cache}: 13 images, cached earlier."]
+
+
+def test_a_cache_whose_pictures_are_gone_is_used_as_it_is(data: DataTable) -> None:
+    built(data, Averages())
+    shutil.rmtree(data.path)
+    assert len(built(data, None)[0]) == 13
+
+
+def test_several_processes_share_the_work(data: DataTable) -> None:
+    plan = build_cache.begin(data, IDENTITY, print)
+    encoders = [Averages() for _ in range(3)]
+    outcomes = [
+        build_cache.encode(data, encoder, plan, Part(number, 3), print, print)
+        for number, encoder in enumerate(encoders)
+    ]
+    found = build_cache.finish(data, IDENTITY, plan, outcomes, print)
+    assert (len(found), found.index.skipped) == (13, 2)
+    assert [encoder.pictures for encoder in encoders] == [5, 4, 4]
+    assert built(data, None)[0].index == found.index
+
+
+def test_long_captions_and_poor_jpegs_are_counted(data: DataTable) -> None:
+    assert built(data, Averages())[0].remarks() == []
+    for name in ("000", "001"):
+        (data.path / f"{name}.txt").write_text("word " * 80)
+    for number in range(12):
+        (data.path / f"{number:03}.png").write_bytes(encoded(noise(), "JPEG", quality=75))
+    assert built(data, Averages())[0].remarks() == [
+        "2 of 13 captions have more than 77 tokens, the longest 82: the text encoders read the first 77, start and end "
+        "included.",
+        "12 of 13 images are JPEGs of quality 75 or less: a tool may have compressed them again, as datasets.map does "
+        "(distill/README.md, Data).",
+    ]
 
 
 def test_nobody_elses_files_are_deleted(data: DataTable) -> None:
@@ -209,13 +316,9 @@ def test_nobody_elses_files_are_deleted(data: DataTable) -> None:
     with pytest.raises(UserError, match=r"a folder with other files and no index\.json"):
         built(data, Averages())
     assert names(data.cache) == ["mine.txt"]
-    left = write(data.cache.with_name("other.building"), {"mine.txt": "mine", "latents-0.safetensors": ""})
-    with pytest.raises(UserError, match=r"other\.building cannot be made"):
-        built(data.model_copy(update={"cache": data.cache.with_name("other")}), Averages())
-    assert names(left) == ["mine.txt"]
 
 
-def test_a_full_disk_is_a_problem_and_leaves_nothing(data: DataTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_problem_and_leaves_what_is_finished(data: DataTable, monkeypatch: pytest.MonkeyPatch) -> None:
     write_safetensors, written = disk.write_safetensors, list[Path]()
 
     def until_full(path: Path, *rest: Any) -> None:
@@ -228,7 +331,8 @@ def test_a_full_disk_is_a_problem_and_leaves_nothing(data: DataTable, monkeypatc
     with pytest.raises(UserError, match=r"^the data cache is not finished: no space left for latents-00002") as problem:
         built(data, Averages())
     assert "Free space there and run again" in str(problem.value)
-    assert names(data.cache.parent) == ["data"]
+    assert names(data.cache) == ["index.json", "latents-00000-64x64.safetensors", "latents-00001-64x64.safetensors"]
+    assert len(built(data, Averages())[0]) == 13
 
 
 def test_a_damaged_cache_is_named(data: DataTable) -> None:
@@ -236,15 +340,17 @@ def test_a_damaged_cache_is_named(data: DataTable) -> None:
     path = data.cache / found.index.shards[1].file
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged .*Delete the folder "):
+    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged .*Delete this file "):
         found[5]
     assert found[0]["ids"][0] == 100
     with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged"):
         built(data, None)
     path.unlink()
-    with pytest.raises(UserError, match=r"latents-00001-64x64\.safetensors is damaged \(No such file"):
-        built(data, None)
-    path.write_bytes((data.cache / found.index.shards[3].file).read_bytes())
+    again = Averages()
+    repaired = built(data, again)[0]
+    assert (again.pictures, len(repaired)) == (4, 13)
+    path = data.cache / repaired.index.shards[0].file
+    path.write_bytes((data.cache / repaired.index.shards[2].file).read_bytes())
     with pytest.raises(UserError, match=r"is damaged \(2 samples, not 4\)"):
         built(data, None)
     (data.cache / "index.json").write_text("{}")
@@ -265,7 +371,7 @@ def test_what_the_encoder_spoils_is_skipped(data: DataTable) -> None:
 def test_nothing_to_cache_is_a_problem(data: DataTable) -> None:
     with pytest.raises(UserError, match=r"no image of .* can be cached: 15 were skipped \(first: 000\.png: 100 x"):
         built(data.model_copy(update={"resolution": 1024}), Averages())
-    assert names(data.cache.parent) == ["data"]
+    shutil.rmtree(data.cache)
     with pytest.raises(UserError, match="nowhere does not exist"):
         built(data.model_copy(update={"path": data.path.parent / "nowhere"}), Averages())
     assert names(data.cache.parent) == ["data"]

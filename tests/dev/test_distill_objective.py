@@ -103,6 +103,27 @@ def objective(teacher: UNet2DConditionModel, network: nn.Module, line: Lineage, 
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_teacher_and_student_are_told_the_same_sizes(
+    teacher: UNet2DConditionModel, weights: State, dtype: torch.dtype
+) -> None:
+    """bf16 would round 1365 x 2047 to 1368 x 2048, and fp16 has no odd numbers above 2048."""
+    line, told = planned(), list[torch.Tensor]()
+    master = distill_student.teacher(weights).to(dtype)
+    network = student.build(line, "teacher", teacher, seed=0)
+    for one in (master, network):
+        one.add_time_proj.register_forward_hook(lambda _, given, embedded: told.extend((*given, embedded)))
+    sizes = torch.tensor([[1365.0, 2047, 3, 517, 1365, 2047], [4095, 3001, 0, 1, 64, 64]])
+    made = objective(master, network, line, LossTable())
+    with torch.no_grad():
+        made.errors(network, batch() | {"ids": sizes}, torch.Generator().manual_seed(0))
+    (teachers, embedded), (students, like) = told[:2], told[2:]
+    assert torch.equal(teachers.float(), sizes.flatten())
+    assert torch.equal(students.float(), sizes.flatten())
+    assert embedded.dtype == like.dtype == torch.float32
+    assert torch.equal(embedded, like)
+
+
 @pytest.mark.parametrize("place", ["self-attention", "last"])
 def test_gradient_checkpointing_changes_no_gradient(teacher: UNet2DConditionModel, place: config.Place) -> None:
     line, table = planned(), LossTable(place=place, task=0, output=0)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
 from koala_sdxl.distill import sources
 from koala_sdxl.distill.config import DataTable
@@ -69,7 +68,7 @@ def test_a_folder_is_read_in_order_with_captions_of_both_kinds(tmp_path: Path) -
         ("b/d.jpeg", "of d"),
         ("b/e.bmp", "of e"),
     ]
-    assert reported == []
+    assert reported == ["not read: 1 .md, such as notes.md (no image that Pillow reads); skipped"]
 
 
 def test_each_broken_picture_is_reported_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,49 +103,86 @@ def test_each_broken_picture_is_reported_and_skipped(tmp_path: Path, monkeypatch
     assert "a cut.png: the image cannot be decoded (image file is truncated" in said
     assert "e empty.jpg: the file is empty" in said
     assert "f page.png: this is not an image" in said
-    assert "there is no caption, neither in g alone.txt nor in metadata.jsonl" in said
+    assert (
+        "there is no caption, neither in g alone.txt or g alone.caption nor in metadata.jsonl, metadata.csv or " in said
+    )
     assert "h blank.txt is missing or empty" in said
     assert "i binary.txt is not UTF-8 text" in said
 
 
+# every format that this Pillow reads, and writes, so that there can be one
+FORMATS = {
+    "APNG": "PNG",
+    "AVIF": "AVIF",
+    "DDS": "DDS",
+    "GIF": "GIF",
+    "ICO": "ICO",
+    "JFIF": "JPEG",
+    "JP2": "JPEG2000",
+    "PCX": "PCX",
+    "PPM": "PPM",
+    "QOI": "QOI",
+    "TGA": "TGA",
+    "TIF": "TIFF",
+    "tiff": "TIFF",
+}
+
+
+def test_every_format_is_read_and_what_is_not_is_counted(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"{name}.{name}": encoded(picture(), kind) for name, kind in FORMATS.items()}
+    files |= {f"{name}.caption": f"of {name}" for name in FORMATS}
+    files |= {"GIF.txt": "before .caption", "a/x.heic": "", "b.heic": "", "b.txt": "of what is not read", ".hidden": ""}
+    found, reported = read(table(write(tmp_path / "data", files)))
+    assert found == {f"{name}.{name}": f"of {name}" for name in FORMATS} | {"GIF.GIF": "before .caption"}
+    assert reported == [
+        "not read: 2 .heic, such as a/x.heic (no image that Pillow reads); skipped",
+        "not read: 1 .txt, such as b.txt (the caption of no image); skipped",
+    ]
+    members = {key: files[key] for key in sorted(files) if not key.startswith((".", "a/", "b."))}
+    found, reported = read(table(shard(tmp_path / "0.tar", members), kind="webdataset"))
+    assert (len(found), reported) == (len(FORMATS), [])
+
+
+METADATA = {
+    "jsonl": '{"file_name": "./a.png", "text": "of a"}\n{"file_name": "below/deep/b.png", "text": "of b"}\n',
+    "csv": "file_name,text\n./a.png,of a\nbelow/deep/b.png,of b\n",
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_metadata_is_read_as_imagefolder_reads_it(tmp_path: Path, kind: str) -> None:
+    data = write(tmp_path / "data", {"a.png": encoded(picture()), "below/deep/b.png": encoded(picture())})
+    if kind == "parquet":
+        rows = datasets.Dataset.from_dict({"file_name": ["./a.png", "below/deep/b.png"], "text": ["of a", "of b"]})
+        rows.to_parquet(data / "metadata.parquet")
+    else:
+        (data / f"metadata.{kind}").write_text(METADATA[kind])
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(data), split="train", cache_dir=str(tmp_path / "hf"))
+    assert theirs["text"][:] == ["of a", "of b"]
+    assert read(table(data)) == ({"a.png": "of a", "below/deep/b.png": "of b"}, [])
+    (data / "below" / "metadata.jsonl").write_text('{"file_name": "deep/b.png", "text": "nearer"}')
+    assert read(table(data))[0] == {"a.png": "of a", "below/deep/b.png": "nearer"}
+
+
 @pytest.mark.parametrize(
-    ("image", "expected"),
+    ("changed", "quality"),
     [
-        (picture(mode="RGBA", colour=(255, 0, 0, 0)), (255, 255, 255)),
-        (picture(mode="RGBA", colour=(255, 0, 0, 128)), (255, 127, 127)),
-        (picture(mode="LA", colour=(0, 0)), (255, 255, 255)),
-        (picture(mode="L", colour=77), (77, 77, 77)),
-        (picture(mode="1", colour=1), (255, 255, 255)),
-        (picture().convert("P", palette=Image.Palette.ADAPTIVE), (200, 40, 40)),
-        (Image.fromarray(np.full((64, 64), 77 * 257, np.uint16)), (77, 77, 77)),
+        (lambda data: data, 95),
+        (lambda data: data.map(lambda row: {"image": row["image"]}), 75),
+        (lambda data: data.map(lambda row: {"caption": str(row["image"].size)}), 75),
+        (lambda data: data.map(lambda caption: {"caption": f"{caption}!"}, input_columns=["caption"]), 95),
+        (lambda data: data.cast_column("image", datasets.Image(decode=False)).map(lambda row: row), 95),
     ],
-    ids=["transparent", "half", "grey with alpha", "grey", "one bit", "palette", "16 bits"],
+    ids=["as it was", "returned", "read", "other columns", "not decoded"],
 )
-def test_every_kind_of_pixel_becomes_rgb(image: Image.Image, expected: tuple[int, int, int]) -> None:
-    found = sources.decode(encoded(image))
-    assert (found.mode, found.size) == ("RGB", (64, 64))
-    assert np.abs(np.array(found.getpixel((32, 32))) - expected).max() <= 1
-
-
-def test_cmyk_becomes_rgb() -> None:
-    found = sources.decode(encoded(picture(mode="CMYK", colour=(0, 255, 255, 0)), "JPEG", quality=95))
-    assert np.abs(np.array(found.getpixel((32, 32))) - (255, 0, 0)).max() <= 8
-
-
-def test_a_palette_with_a_transparent_colour_is_put_on_white() -> None:
-    image = picture().convert("P", palette=Image.Palette.ADAPTIVE)
-    found = sources.decode(encoded(image, transparency=image.getpixel((0, 0))))
-    assert found.getpixel((32, 32)) == (255, 255, 255)
-
-
-def test_a_picture_is_turned_as_its_exif_says() -> None:
-    image = picture(40, 20, (0, 0, 0))
-    image.paste((255, 255, 255), (0, 0, 20, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    found = sources.decode(encoded(image, exif=exif))
-    assert found.size == (20, 40)
-    assert (found.getpixel((10, 5)), found.getpixel((10, 35))) == ((255, 255, 255), (0, 0, 0))
+def test_what_the_guide_says_of_map_is_so(
+    tmp_path: Path, changed: Callable[[datasets.Dataset], datasets.Dataset], quality: int
+) -> None:
+    images_of = [{"bytes": encoded(noise(), "JPEG", quality=95), "path": None}]
+    data = datasets.Dataset.from_dict({"image": images_of, "caption": ["of it"]})
+    changed(data.cast_column("image", datasets.Image())).save_to_disk(str(tmp_path / "data"))
+    (sample,) = sources.read(table(tmp_path / "data", kind="huggingface"), print)
+    assert sample.jpeg == quality
 
 
 def test_a_folder_that_gives_nothing_is_a_problem(tmp_path: Path) -> None:
@@ -206,7 +242,7 @@ def test_each_broken_member_is_reported_and_skipped(tmp_path: Path) -> None:
     assert list(found.values()) == list(CAPTIONS.values())
     said = [
         "0.tar/cut.png: the image cannot be decoded (image file is truncated",
-        "0.tar/alone.png: there is no caption, neither .txt nor .json",
+        "0.tar/alone.png: there is no caption, neither .txt or .caption nor .json",
         "0.tar/words: there is no image, only .txt; expected one of .png",
         "0.tar/number.png: the caption (caption in its .json) is int, not text",
         "0.tar/other.png: there is no caption (caption in its .json is missing or empty)",
@@ -235,7 +271,7 @@ def test_a_damaged_shard_is_named_and_what_comes_before_the_damage_is_kept(tmp_p
     found, reported = read(table(data / "{0..7}.tar", kind="webdataset"))
     kept = {"0.tar": "ab", "1.tar": "a", "2.tar": "ab", "6.tar": "a", "7.tar": "abc"}
     assert list(found) == [f"{name}/{key}.png" for name in kept for key in kept[name]]
-    assert reported.pop(2) == "1.tar/b.png: there is no caption, neither .txt nor .json; skipped"
+    assert reported.pop(2) == "1.tar/b.png: there is no caption, neither .txt or .caption nor .json; skipped"
     assert [line.split(":")[0] for line in reported] == [f"{number}.tar" for number in range(7)]
     said = dict(line.split(": ", 1) for line in reported)
     assert said["0.tar"] == "the shard is damaged (unexpected end of data); the rest is skipped"
@@ -295,6 +331,28 @@ def test_a_dataset_is_read_with_what_is_broken_reported(tmp_path: Path) -> None:
         f"data, row 5: {tmp_path / 'gone.png'} cannot be read (No such file or directory); skipped",
     ]
     assert all(line.startswith(start) for line, start in zip(reported, said, strict=True))
+
+
+def test_a_dataset_is_another_one_once_its_files_are(tmp_path: Path) -> None:
+    data = table(saved(tmp_path / "data", {"image": [encoded(picture())], "caption": ["of it"]}), kind="huggingface")
+    before = sources.listing(data)
+    (tmp_path / "data" / "cache-0.arrow").touch()  # as map leaves it
+    assert sources.listing(data) == before
+    saved(tmp_path / "data", {"image": [encoded(picture())], "caption": ["of that"]})
+    assert sources.listing(data) != before
+
+
+def test_shards_are_others_once_their_files_are(tmp_path: Path) -> None:
+    data = table(shard(tmp_path / "0.tar", THREE).parent / "{0..1}.tar", kind="webdataset")
+    found = [sources.listing(data)]
+    shard(tmp_path / "1.tar", THREE)
+    found.append(sources.listing(data))
+    shard(tmp_path / "0.tar", {**THREE, "a.txt": "of A"})
+    assert len({*found, sources.listing(data)}) == 3
+    assert not sources.is_gone(data)
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    assert sources.is_gone(data)
 
 
 def test_other_columns_of_pictures_are_read_too(tmp_path: Path) -> None:

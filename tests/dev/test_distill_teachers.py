@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,21 @@ def test_a_loras_text_part_is_merged_too(place: Path, tmp_path: Path) -> None:
     assert odd[0].endswith("encoder.layers.1.mlp.fc1.weight")
     assert torch.allclose(after[odd[0]] - before[odd[0]], up @ down, atol=1e-6)
     assert changed.identity != plain.identity  # so that other texts are not taken from the cache
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+def test_a_fine_tune_of_the_same_size_is_another_teacher(place: Path, tmp_path: Path, part: str) -> None:
+    """Same names, size and time; one weight differs. A copy is the same teacher."""
+    shutil.copytree(place / "sdxl-tiny", tmp_path / "sdxl-tiny")
+    path = next((tmp_path / "sdxl-tiny" / part).glob("*.safetensors"))
+    before = open_teacher(config.TeacherTable(model=place / "sdxl-tiny")).identity
+    assert open_teacher(config.TeacherTable(model=tmp_path / "sdxl-tiny")).identity == before
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = open_teacher(config.TeacherTable(model=tmp_path / "sdxl-tiny")).identity
+    assert [name for name in before if before[name] != after[name]] == ["VAE" if part == "vae" else "text encoders"]
 
 
 def test_what_is_no_lora_is_named(place: Path, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "
 """accelerate's own launcher starts one process on a CPU, however many it is asked for."""
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("several_processes")
 def test_two_processes_train_one_student(place: Path, cached: Path) -> None:
@@ -114,7 +115,7 @@ def test_two_processes_train_one_student(place: Path, cached: Path) -> None:
     made = objective(table, network)
     batches = list(Batches([0] * 12, 2, seed=0, count=2))
     found = [
-        losses.total(table.loss, made.errors(network, pictures(table, batch), train._generator(0, 0, process=number)))
+        losses.total(table.loss, made.errors(network, pictures(table, batch), train._generator(0, number)))
         for number, batch in enumerate(batches)
     ]
     mean = (found[0] + found[1]) / 2
