@@ -163,8 +163,8 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
         system, base = fs.FileSystem.from_uri(location)
     except (ArrowInvalid, ValueError) as error:
         raise UserError(
-            f"{Store(location).shown}: no place to write to ({error}). Expected a folder, or a URI such as s3://bucket/folder or "
-            "gs://bucket/folder."
+            f"{Store(location).shown}: no place to write to ({error}). Expected a folder, or a URI such as "
+            "s3://bucket/folder or gs://bucket/folder."
         ) from error
     return system, base.rstrip("/")
 
