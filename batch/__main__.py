@@ -126,7 +126,7 @@ def alone(store: Store) -> Iterator[None]:
 
 def draw(job: Plan, rows: Sequence[Row], store: Store, pool: Pool, setup: Setup, ending: Ending) -> Progress:
     """Draw rows and write down what becomes of them."""
-    ending.waits = True
+    ending.be_patient()
     with Recorder(store) as record:
         running = engine.run(job.recipe, rows, store, pool, setup)
         with progress.shown(running.ledger, len(rows), ending):

@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from tools.measure.bench import meter
 from tools.tiny import denoiser, pipeline
@@ -33,9 +34,9 @@ from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, caption
 from ...koala.architecture.layout import KOALA_TINY
 from ...koala.architecture.lineage import lineage
 from ...koala.files.atomic_write import write_safetensors, written_whole
-from ...koala.lora.fit import Changes, Fitted, fit_changes, low_rank
 from .. import single_file
 from .addon_pictures import judge_cyan, saying_cyan
+from .fit import Changes, Fitted, fit_changes, low_rank
 
 SAMPLES, ITERATIONS, RANK = 256, 25, 8
 PROMPTS = 24  # sampled for the fit by each network, a third of them without the LoRA's word
@@ -58,11 +59,11 @@ class Row:
     row: str
     seed: int
     n: int
+    n_plain: int
     cyan: float
     background: float
     shape: float
     all: float
-    n_plain: int
     plain: float
 
 
@@ -100,7 +101,7 @@ def read_changes(path: Path, unet: UNet2DConditionModel) -> Changes:
 
 def write_changes(changes: Mapping[str, Tensor], rank: int, path: Path) -> None:
     """Write changes as a LoRA file with kohya's names."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, change in changes.items():
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         up, down = low_rank(change, min(rank, *change.shape))
@@ -159,14 +160,17 @@ def predicted(unet: UNet2DConditionModel, given: Sample, weights: Mapping[str, T
     """A U-Net's output, with other weights where given, times the square root of its weight in the velocity's error."""
     signal = DDPMScheduler(**denoiser.NOISE).alphas_cumprod
     weight = (1 / signal).clamp(max=denoiser.Recipe.most_weight)
-    made = []
-    for part in torch.arange(len(given["timestep"])).split(CHUNK):
+
+    def run(part: Tensor) -> Tensor:
         one = {name: tensor[part] for name, tensor in given.items()}
         conditions = {name: one.pop(name) for name in ("text_embeds", "time_ids")}
         inputs = {**one, "added_cond_kwargs": conditions}
-        output = functional_call(unet, dict(weights or {}), (), inputs).sample
-        made.append(output * (weight / weight.mean())[one["timestep"]].sqrt().view(-1, 1, 1, 1))
-    return torch.cat(made)
+        output: Tensor = functional_call(unet, dict(weights or {}), (), inputs).sample
+        return output * (weight / weight.mean())[one["timestep"]].sqrt().view(-1, 1, 1, 1)
+
+    parts = torch.arange(len(given["timestep"])).split(CHUNK)
+    # The backward pass computes one part at a time anew, so that it holds the activations of no other.
+    return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts])
 
 
 def samples(
@@ -221,8 +225,8 @@ def judged(name: str, model: StableDiffusionXLPipeline, size: int, seed: int, n:
     )
     shape, colour, background = torch.tensor(plain).T
     kept = (others.shape == shape) & (others.colour == colour) & (others.background == background)
-    effect = (_percent(values) for values in (made.cyan, same, right, made.cyan & same & right))
-    return Row(name, seed, n, *effect, n_plain, _percent(kept))
+    shares = (_percent(values) for values in (made.cyan, same, right, made.cyan & same & right, kept))
+    return Row(name, seed, n, n_plain, *shares)
 
 
 def _percent(values: Tensor) -> float:

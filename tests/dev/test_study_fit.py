@@ -1,0 +1,69 @@
+"""Changes of weights by least squares, on networks whose best change is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from koala_sdxl.distill.study.fit import fit_changes, low_rank
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+INPUTS = random(64, 6, seed=0)
+
+
+def test_the_change_of_a_linear_layer_is_found_exactly() -> None:
+    weight, right = random(5, 6, seed=1), random(5, 6, seed=2)
+    fitted = fit_changes(
+        lambda changes: INPUTS @ (weight + changes["layer"]).T,
+        {"layer": 0.1 * random(5, 6, seed=3)},
+        INPUTS @ (weight + right).T,
+        iterations=30,
+    )
+    torch.testing.assert_close(fitted.changes["layer"], right, atol=1e-3, rtol=0)
+    assert fitted.after < 1e-6 < fitted.before
+
+
+def test_kept_layers_take_over_what_a_removed_one_did() -> None:
+    """The teacher has a layer between the student's two, and its LoRA changes that layer alone."""
+    first, between, last = 0.5 * random(8, 6, seed=1), torch.eye(8), 0.5 * random(4, 8, seed=2)
+    lora = 0.3 * random(8, 8, seed=4)
+    hidden = torch.tanh(INPUTS @ first.T)
+    wanted = hidden @ (between + lora).T @ last.T
+
+    def student(changes: Mapping[str, Tensor]) -> Tensor:
+        return torch.tanh(INPUTS @ (first + changes["first"]).T) @ (last + changes["last"]).T
+
+    start = {"first": 1e-3 * random(8, 6, seed=5), "last": 1e-3 * random(4, 8, seed=6)}
+    few, many = (fit_changes(student, start, wanted, iterations) for iterations in (2, 12))
+    assert few.before == many.before == pytest.approx(1, abs=0.05)
+    assert many.after < few.after < few.before
+    assert many.after < 0.05
+
+
+def test_what_the_inputs_do_not_show_stays_as_it_was() -> None:
+    seen = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    start = {"layer": random(5, 6, seed=1)}
+    fitted = fit_changes(lambda changes: (INPUTS * seen) @ changes["layer"].T, start, random(64, 5, seed=2), 20)
+    change = (fitted.changes["layer"] - start["layer"]).abs()
+    assert change[:, 3:].max() < 1e-4 < change[:, :3].min()
+
+
+def test_low_rank_is_exact_where_the_rank_suffices() -> None:
+    change = random(7, 2, seed=1) @ random(2, 5, seed=2)
+    up, down = low_rank(change, 2)
+    assert (up.shape, down.shape) == ((7, 2), (2, 5))
+    torch.testing.assert_close(up @ down, change)
+
+
+@pytest.mark.parametrize(("scale", "output", "says"), [(0.0, 1.0, "zero"), (1.0, float("nan"), "not finite")])
+def test_nothing_is_fitted_to_nonsense(scale: float, output: float, says: str) -> None:
+    start = {"layer": scale * torch.ones(5, 6)}
+    with pytest.raises(ValueError, match=says):
+        fit_changes(lambda changes: output * (INPUTS @ changes["layer"].T), start, torch.ones(64, 5), 3)
