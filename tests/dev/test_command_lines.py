@@ -90,6 +90,15 @@ WRONG = {
         ("--model {folder}", "--model: {folder}: expected koala-tiny's file; this is a folder"),
         ("--card {folder}", "--card: {folder}: expected a file to write; this is a folder"),
     ],
+    "batch": [
+        ("", "the following arguments are required: WORKFLOW, --out"),
+        ("/nope --out {folder}", "WORKFLOW: /nope: expected a file; there is nothing here"),
+        ("{file} {folder} --out {folder}", "TABLE: {folder}: expected a file; this is a folder"),
+        ("{file} --out {folder} --workers 0", "--workers: 0: expected a whole number of 1 or more"),
+        ("{file} --out {folder} --per-gpu 0", "--per-gpu: 0: expected a whole number of 1 or more"),
+        ("{file} --out {folder} --limit some", "--limit: some: expected a whole number of 1 or more"),
+    ],
+    "batch-bench": [("nosuch", "SECTION: nosuch: expected one of overhead, scale")],
     "distill": [("", "the following arguments are required: CONFIG.toml")],
     "distill-study": [
         ("--jobs -1", "--jobs: -1: expected a whole number of 0 or more"),

@@ -16,7 +16,8 @@ EVERY_COMMAND = """
 import importlib, json, sys
 from tools import commands
 for command in commands.COMMANDS.values():
-    importlib.import_module(command.function.split(":")[0])
+    if command.environment is None:  # the others need what is not here
+        importlib.import_module(command.function.split(":")[0])
 files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
 print(json.dumps({name: file for name, file in files.items() if file}))
 """
@@ -69,7 +70,7 @@ def test_a_forbidden_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The contracts are read and held against the real source: one more import, and they are broken."""
     for name in ("pyproject.toml", "__init__.py", "koala_loader.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("host", "nodes", "distill", "tools", "tests"):
+    for name in ("host", "nodes", "distill", "batch", "tools", "tests"):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     (tmp_path / "koala").mkdir()
     for path in (ROOT / "koala").iterdir():

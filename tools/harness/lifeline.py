@@ -57,6 +57,8 @@ def folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     ) as process:
         try:
             answer = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+            if os.name == "posix":
+                process.wait()  # it has left a child that is nobody's; a zombie would be in the way of who looks here
             if "error" in answer:
                 raise UserError(f"{place}: no temporary folder can be made here ({answer['error']}).")
             yield Path(answer["folder"])
