@@ -52,13 +52,12 @@ class Comfy:
         self._host = testhost.own_host(setup.folder, setup.python) if setup.folder else testhost.test_host()
         self._running = ExitStack()
         self._kept: set[Image] = set()
-        self._black: set[Image] = set()
         self.restart()
 
     def restart(self) -> None:
         """Start again, after the server has gone, say. Raises UserError."""
         self.close()
-        self._kept, self._black = set(), set()
+        self._kept = set()
         _set_environment(self._setup.share)
         arguments = ["--cpu"] if self._setup.on_cpu else []
         options: dict[str, Any] = {"install": self._install, "arguments": arguments}
@@ -88,11 +87,11 @@ class Comfy:
         saved = [output for output in _outputs(result.outputs) if output.type == "output"]
         with open(self._server.log, encoding="utf-8", errors="replace") as log:
             log.seek(said)
-            if NAN in log.read():
-                self._black |= {*saved} - self._kept
-        self._forget_all_but({*saved})
-        if not self._black.isdisjoint(saved):
+            has_nan = NAN in log.read()
+        if has_nan:
+            self.restart()  # it would name the picture again for the next row, and say no more of it
             raise GraphError("The picture has NaN in it and would be saved black", {})
+        self._forget_all_but({*saved})
         if not saved:
             raise GraphError("The graph saves nothing: it needs a node such as Save Image", {})
         try:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -36,6 +36,9 @@ from tools.harness.testhost import Host
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 OneByOne = dict[tuple[str, int], bytes]
+ON_CORES = (
+    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.argv[2], sys.argv[2:])"
+)
 
 
 @pytest.fixture(scope="module")
@@ -213,20 +216,25 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(table: str, tmp_path: Path, 
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="two nodes need cores of their own")
 def test_two_nodes_of_a_cluster(host: Host, table: str, tmp_path: Path, one_by_one: OneByOne) -> None:
     """Two of Ray's nodes on this machine, each with room for one worker."""
-    ray = str(testhost.python_of(testhost.ensure(testhost.BATCH)).with_name("ray"))
+    ray = str(testhost.ensure(testhost.BATCH).with_name("ray"))
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
 
-    def run(*arguments: str) -> None:
-        subprocess.run([ray, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
+    cores = sorted(os.sched_getaffinity(0))  # each node has some for itself, as two machines would
+
+    def run(*arguments: str, on: Sequence[int] = cores) -> None:
+        command = [sys.executable, "-c", ON_CORES, ",".join(map(str, on)), ray, *arguments]
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
     try:
         port = str(free_port())
         address = f"127.0.0.1:{port}"
         common = ("--num-cpus", "1", "--object-store-memory", "200000000", "--disable-usage-stats")
-        run("start", "--head", "--port", port, "--include-dashboard", "false", *common)
-        run("start", "--address", address, *common)
+        half = len(cores) // 2
+        run("start", "--head", "--port", port, "--include-dashboard", "false", *common, on=cores[:half])
+        run("start", "--address", address, *common, on=cores[half : 2 * half])
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_AUTH_MODE", "disabled")
             status, said, job = batch(tmp_path, str(WORKFLOW), table, "--address", address, "--workers", "2")
@@ -263,7 +271,7 @@ def test_bad_rows_have_their_error_and_the_others_their_picture(comfyui: Path, t
         status, said, job = batch(tmp_path, *command)
     assert status == 1
     errors = {entry["row"]: entry["error"] for entry in job.manifest()}
-    assert [row for row, error in errors.items() if error] == [2, 3, 4]
+    assert [row for row, error in errors.items() if error] == [2, 3, 4], errors
     assert "NaN" in errors[2]
     assert "missing.png" in errors[3]
     assert "memory" in errors[4].lower()

@@ -32,7 +32,7 @@ PAGE, FIGURES = ROOT / "docs" / "batch.md", ROOT / "docs" / "batch.json"
 GRAPH = ROOT / "example_workflows" / "01 KOALA-tiny text to image.json"
 STEPS = 40
 """Of koala-tiny: about two seconds a picture on two cores."""
-PICTURES, ROUNDS = 20, 3
+PICTURES, ROUNDS = 12, 3
 ROWS = 100_000
 SIMULATED = {64: 0.2, 512: 1.6}
 """Workers, and seconds that each row takes: 320 rows a second either way."""
