@@ -22,7 +22,7 @@ from batch import engine, manifest, plan, table, workflow
 from batch.comfy import Comfy, Setup
 from batch.engine import Pool
 from batch.plan import Plan
-from batch.store import File, Store
+from batch.store import LOCK, File, Store
 from tools import commands
 from tools.harness import lifeline, pack
 from tools.harness.testhost import ROOT, say
@@ -140,11 +140,18 @@ def _loop(setup: Setup, packed: Path, job: Plan, out: Path) -> float:
 def _job(setup: Setup, job: Plan, out: Path) -> tuple[float, float]:
     """Seconds a picture, likewise; and from the command to the first picture, without the time that it is drawn in."""
     begun = time.time()
-    running = engine.run(job.recipe, job.rows, Store(str(out)), Pool(1, 0, 1), setup)
+    running = engine.run(job.recipe, job.rows, _store(out), Pool(1, 0, 1), setup)
     outcomes = [one for found in running.outcomes for one in found]
     ends = sorted(one.finished for one in outcomes)
     first = min(outcomes, key=lambda one: one.finished)
     return (ends[-1] - ends[0]) / (len(ends) - 1), ends[0] - begun - (first.seconds or 0)
+
+
+def _store(out: Path) -> Store:
+    """A folder as a job holds it."""
+    out.mkdir()
+    (out / LOCK).touch()
+    return Store(str(out))
 
 
 # --- simulated ----------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def scale(packed: bytes) -> Iterator[dict[str, Any]]:
     """A hundred thousand rows for workers that sleep."""
     for workers, seconds in SIMULATED.items():
         with lifeline.folder("koala-batch-bench-") as folder, engine.connected(None, PROCESSES, packed):
-            figures = _simulated(workers, seconds, Store(str(folder)))
+            figures = _simulated(workers, seconds, _store(folder / "out"))
             say(", ".join(f"{name} {value}" for name, value in figures.items()))
             yield figures
 
