@@ -138,11 +138,11 @@ def draw(job: Plan, rows: Sequence[Row], store: Store, pool: Pool, setup: Setup,
 
 def finish(job: Plan, store: Store, now: Progress, ending: Ending) -> int:
     """One manifest and the contact sheet; returns the exit status. Raises UserError with what has ended the job."""
-    manifest.append(store, resume.state(job, store).untold)  # of workers that were killed after the picture
-    manifest.merge(store)
     found = resume.state(job, store)
+    manifest.append(store, found.untold)  # of workers that were killed after the picture
+    manifest.merge(store)
     summary.say_end(job, store, found)
-    summary.draw_sheet(job, store, found)
+    summary.draw_sheet(store, found)
     if found.left and not ending.asked and (reasons := [*filter(None, [now.stopped]), *now.retired]):
         raise UserError(f"{reasons[0].rstrip('.')}. What is drawn is kept: run the same command again.")
     return STOPPED if ending.asked else int(bool(found.errors))

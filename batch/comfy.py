@@ -102,9 +102,8 @@ class Comfy:
     def pack_version(self) -> str:
         """Of the KOALA pack that is in it."""
         with zipfile.ZipFile(self._pack) as packed:
-            project = tomllib.loads(packed.read("pyproject.toml").decode())["project"]
-        own = _packs(self._host.folder / "custom_nodes") if self._host.borrowed else {}
-        return str(own.get(project["name"], project["version"]))
+            project = _project(packed)
+        return self._own_packs().get(project["name"], project["version"])
 
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
         """SHA-256 of the files and folders of these names, such as "sdxl.safetensors", of those that are there.
@@ -134,10 +133,13 @@ class Comfy:
 
     def _install(self, custom_nodes: Path) -> None:
         with zipfile.ZipFile(self._pack) as packed:
-            project = tomllib.loads(packed.read("pyproject.toml").decode())["project"]["name"]
-            if self._host.borrowed and project in _packs(self._host.folder / "custom_nodes"):
-                return
-            packed.extractall(custom_nodes / project)
+            name = _project(packed)["name"]
+            if name not in self._own_packs():
+                packed.extractall(custom_nodes / name)
+
+    def _own_packs(self) -> dict[str, str]:
+        """Name and version of the packs in the user's own ComfyUI."""
+        return _packs(self._host.folder / "custom_nodes") if self._host.borrowed else {}
 
 
 def candidates(values: Iterable[object]) -> set[str]:
@@ -171,6 +173,12 @@ def _outputs(outputs: dict[str, dict[str, Any]]) -> list[Image]:
         if isinstance(entry, dict) and {"filename", "subfolder", "type"} <= entry.keys()
     ]
     return [Image(entry["filename"], entry["subfolder"], entry["type"]) for entry in entries]
+
+
+def _project(packed: zipfile.ZipFile) -> dict[str, str]:
+    """What the packed pack says of itself."""
+    project: dict[str, str] = tomllib.loads(packed.read("pyproject.toml").decode())["project"]
+    return project
 
 
 def _packs(custom_nodes: Path) -> dict[str, str]:

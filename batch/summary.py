@@ -54,7 +54,7 @@ def say_end(job: Plan, store: Store, now: State) -> None:
         say(f"Rows left: {len(now.left)}; run the same command again.")
 
 
-def draw_sheet(job: Plan, store: Store, now: State) -> None:
+def draw_sheet(store: Store, now: State) -> None:
     """Pictures from all over the job, each above its row. Raises StorageError."""
     known = manifest.read(store)
     done = [known[row.id] for row in sorted(now.done, key=lambda row: row.number)]
