@@ -42,6 +42,9 @@ SHORT = Path("/tmp") if os.name == "posix" else None
 SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # it would speak of its own works,
     "RAY_USAGE_STATS_ENABLED": "0",  # and to others;
+    "RAY_task_events_report_interval_ms": "0",  # nor does anyone here look at its statistics,
+    "RAY_enable_metrics_collection": "0",  # which take a hundredth of a core for each of its processes;
+    "RAY_event_stats": "0",
     "RAY_worker_niceness": "0",  # a ComfyUI is no less worth than what else the machine does
 }
 STORE_BYTES = 512 * 2**20
@@ -185,6 +188,7 @@ def run_with(
     """Start a job on anything that draws; ``concurrency`` is for artists that only wait."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # of no use here: the pictures are in another process
     _be_quiet()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote(of.workers)
@@ -194,10 +198,14 @@ def run_with(
         fn_constructor_args=(recipe, store, ledger, start, concurrency > 1),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=of.workers, max_tasks_in_flight_per_actor=IN_FLIGHT * concurrency),
+        compute=ray.data.ActorPoolStrategy(
+            size=of.workers,
+            max_tasks_in_flight_per_actor=IN_FLIGHT * concurrency,
+            max_concurrent_calls_per_actor=concurrency,
+            enable_true_multi_threading=concurrency > 1,  # else one after the other, whatever the line above says
+        ),
         num_gpus=of.gpus or None,
         num_cpus=_cpus(of),
-        **({"max_concurrency": concurrency} if concurrency > 1 else {}),
     )
     found = drawn.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     return Running((manifest.outcomes(batch) for batch in found), ledger)

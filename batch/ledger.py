@@ -33,6 +33,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """A row whose picture is there, or whose error is known."""
+
+    row_id: str
+    error: bool
+
+
+@dataclass(frozen=True)
 class Progress:
     """Of this run."""
 
@@ -61,8 +69,13 @@ class Ledger:
         self._stopped: str | None = None
         self._retired: list[str] = []
 
-    def begin(self, worker: str, row_id: str, why: str = "") -> Answer:
-        """Before each try of a row; ``why``: what has ended the one before."""
+    def begin(self, worker: str, row_id: str, why: str = "", ended: Ended | None = None) -> Answer:
+        """Before each try of a row; ``why``: what has ended the one before; ``ended``: the worker's row until now.
+
+        Two messages in one: a cluster's rows are only as quick as this actor.
+        """
+        if ended:
+            self.end(worker, ended)
         self.leave(worker)
         if why:
             self._why[row_id] = why
@@ -77,11 +90,11 @@ class Ledger:
             self._starts[row_id] += 1
         return Answer(verdict, tried, self._why.get(row_id, ""))
 
-    def end(self, worker: str, row_id: str, error: bool) -> None:
+    def end(self, worker: str, ended: Ended) -> None:
         """A row is done, or has its error."""
         self.leave(worker)
-        self._starts.pop(row_id, None)
-        self._ended[row_id] = error
+        self._starts.pop(ended.row_id, None)
+        self._ended[ended.row_id] = ended.error
 
     def leave(self, worker: str) -> None:
         """The worker has no row."""

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from batch.ending import Ending
 
-EVERY = 0.5  # seconds
+EVERY = 1.0  # seconds
 LINE_EVERY = 30.0  # seconds, where there is no terminal
 ASKED = "Ctrl+C"
 

@@ -19,7 +19,7 @@ import ray
 
 from batch import manifest
 from batch.comfy import Comfy, Setup
-from batch.ledger import HEARTBEAT, MOST_STARTS, Answer, Verdict
+from batch.ledger import HEARTBEAT, MOST_STARTS, Answer, Ended, Verdict
 from batch.manifest import Outcome
 from batch.plan import Recipe
 from batch.store import LOCK, File, StorageError, Store
@@ -108,17 +108,22 @@ class Worker:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Rows that the end of the job leaves for the next run are not in what is returned."""
         made: list[Outcome] = []
+        ended: Ended | None = None
         for row in block.to_pylist():
-            one = None if self._left else self._row(row["row"], row["id"], tuple(json.loads(row["values"])))
+            one = None if self._left else self._row(row["row"], row["id"], tuple(json.loads(row["values"])), ended)
             if one is None:
                 break
             made.append(one)
+            ended = Ended(one.id, one.error is not None)
+        if ended:
+            self._ledger.end.remote(self._name, ended)  # nobody waits: the picture is there
         return manifest.table(made)
 
-    def _row(self, number: int, row_id: str, values: tuple[Any, ...]) -> Outcome | None:
+    def _row(self, number: int, row_id: str, values: tuple[Any, ...], before: Ended | None) -> Outcome | None:
+        """What becomes of a row; ``before``: the one that the ledger is still to be told of."""
         blank = Outcome(number, row_id, self._recipe.inputs(values), worker=self._name)
         try:
-            made = self._draw(blank, values)
+            made = self._draw(blank, values, before)
         except StorageError as error:
             ray.get(self._ledger.stop.remote(str(error)))
             made = None
@@ -126,17 +131,16 @@ class Worker:
             self._left = True
             ray.get(self._ledger.leave.remote(self._name))
             return None
-        self._ledger.end.remote(self._name, row_id, made.error is not None)  # nobody waits: the picture is there
         return replace(made, finished=time.time())
 
-    def _draw(self, blank: Outcome, values: tuple[Any, ...]) -> Outcome | None:
+    def _draw(self, blank: Outcome, values: tuple[Any, ...], before: Ended | None) -> Outcome | None:
         """Until the row has its picture or its error; None if the job ends before. Raises StorageError."""
         why = ""
         while True:
             if self._artist is None:
                 self._wait()
                 return None
-            answer: Answer = ray.get(self._ledger.begin.remote(self._name, blank.id, why))
+            answer: Answer = ray.get(self._ledger.begin.remote(self._name, blank.id, why, before))
             if answer.verdict is Verdict.LEAVE:
                 return None
             if answer.tried and (pictures := self._store.find(blank.id)):  # a worker that was killed had come so far

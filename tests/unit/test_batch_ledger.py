@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batch import ledger
-from batch.ledger import MOST_STARTS, Ledger, Verdict
+from batch.ledger import MOST_STARTS, Ended, Ledger, Verdict
 
 
 @pytest.fixture
@@ -27,9 +27,19 @@ def test_a_row_that_has_ended_was_tried_and_counts_once(clock: list[float]) -> N
     book = Ledger(1)
     for error in (True, False):
         book.begin("w", "row")
-        book.end("w", "row", error)
+        book.end("w", Ended("row", error))
     assert book.begin("w", "row").tried
     assert (book.progress().done, book.progress().errors) == (1, 0)
+
+
+def test_a_worker_tells_of_its_row_with_the_next_one(clock: list[float]) -> None:
+    book = Ledger(1)
+    book.begin("w", "first")
+    book.begin("w", "second", ended=Ended("first", False))
+    assert (book.progress().done, book.progress().errors) == (1, 0)
+    book.stop("enough")
+    assert book.begin("w", "third", ended=Ended("second", True)).verdict is Verdict.LEAVE
+    assert (book.progress().done, book.progress().errors) == (1, 1)
 
 
 def test_a_stop_leaves_the_rows_and_keeps_its_first_reason(clock: list[float]) -> None:
@@ -58,7 +68,7 @@ def test_a_job_is_over_when_no_worker_has_had_a_row_for_a_while(clock: list[floa
     clock[0] = 1010.0
     book.beat("a")
     assert not book.is_over()
-    book.end("a", "row", False)
+    book.end("a", Ended("row", False))
     clock[0] += ledger.LOST_AFTER / 2
     assert not book.is_over()
     clock[0] += ledger.LOST_AFTER
