@@ -35,7 +35,7 @@ STEPS = 50
 PICTURES, ROUNDS = 12, 3
 ROWS = 100_000
 SIMULATED = {64: 0.32, 512: 2.56}
-"""Workers, and seconds that each row takes: 200 rows a second either way, as much as two cores can well pretend to draw."""
+"""Workers, and seconds that each row takes: 200 rows a second either way, about what two cores can pretend to draw."""
 PROCESSES = 8
 ALL_START = 600  # seconds in which the workers of a simulation are there: their start is measured by itself
 
