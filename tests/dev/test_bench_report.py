@@ -187,7 +187,7 @@ def test_a_real_survey_makes_a_report(survey: dict[str, Any], tmp_path: Path) ->
     machine = FakeWorker(NO_ENGINE, "cpu").machine()
     store.add(tmp_path, "cpu", "quality", machine, json.loads(json.dumps(survey)))
     text = report.write(tmp_path).read_text("utf-8")
-    assert "2 prompts" in text
+    assert f"{SMALL.prompts} prompts" in text
     assert "Out of date" not in text
     store.add(tmp_path, "cpu", "quality", machine, survey | {"model": "another"})
     assert "Out of date" in report.write(tmp_path).read_text("utf-8")

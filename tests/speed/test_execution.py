@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.ops
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 
-from koala_sdxl.host.accelerate import execution, gpu_vae
+from koala_sdxl.host.accelerate import compiled, execution, gpu_vae
 from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Weights
 from koala_sdxl.host.accelerate.compiled import Part
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
@@ -219,6 +221,24 @@ def test_a_cpu_runs_as_comfyui_runs_it() -> None:
     assert gpu_vae.install(parity.tiny_models()[2]) == (parity.tiny_models()[2], "")
 
 
+def test_compiled_code_is_found_again_on_disk() -> None:
+    """When PyTorch has forgotten it."""
+
+    def compiled_once() -> tuple[int, ...]:
+        torch._dynamo.reset()
+        before = found()
+        part, *_ = compiled._norm_and_activation(comfy.ops.disable_weight_init.GroupNorm(32, 64))
+        with torch.inference_mode():
+            part.forward(torch.randn(2, 64, 8, 12))
+        return tuple(now - then for now, then in zip(found(), before, strict=True))
+
+    def found() -> tuple[int, ...]:
+        return tuple(counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+
+    assert sum(compiled_once()) == 1
+    assert compiled_once() == (1, 0)
+
+
 ONE_NORM = """
 from tools.harness import inprocess
 inprocess.activate()
@@ -233,6 +253,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compiled_code_is_kept_on_disk(tmp_path: Path) -> None:
     """Another process finds what a first one compiled."""
