@@ -22,7 +22,7 @@ from tools.measure.bench.asked import Run, Survey
 from tools.measure.bench.graphs import Image
 from tools.measure.bench.sections import OURS
 
-SMALL = Survey(1, 1, steps=(6,), thresholds=(0.2,), starts=(0.6,), others=(Run("dpmpp_2m", 12),))
+SMALL = Survey(2, 1, steps=(6,), thresholds=(0.2,), starts=(0.6,), others=(Run("dpmpp_2m", 12),))
 
 
 GB = 10**9

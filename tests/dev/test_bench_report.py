@@ -161,6 +161,7 @@ def survey() -> dict[str, Any]:
     return SECTIONS["quality"](Bench(survey=SMALL))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, Any]) -> None:
     assert survey["shallow"] == pytest.approx(0.036, abs=0.005)  # what speed.plan's tables were weighed with
@@ -182,6 +183,7 @@ def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, An
     assert readings.runs_surveyed(found) == [str(Run()), str(SMALL.others[0])]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_real_survey_makes_a_report(survey: dict[str, Any], tmp_path: Path) -> None:
     machine = FakeWorker(NO_ENGINE, "cpu").machine()

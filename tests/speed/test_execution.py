@@ -22,6 +22,7 @@ from koala_sdxl.host.accelerate import compiled, execution, gpu_vae
 from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Weights
 from koala_sdxl.host.accelerate.compiled import Part
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
+from tests.daily import daily
 from tests.speed import execution_cases as cases
 from tests.speed.execution_cases import Case
 from tests.speed.recorders import Counting, Operations, Reruns
@@ -39,7 +40,12 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases.put_lora(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case",
+    # by day compiled as well
+    daily(cases.ALL, [case for case in cases.ALL if case is not cases.nothing_is_compiled_anew]),
+    ids=lambda case: case.__name__,
+)
 def test_captured(case: Callable[[Case], None], loras: None) -> None:
     cases.check(case, CAPTURED, NEAR)
 
