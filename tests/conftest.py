@@ -22,21 +22,32 @@ SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""
 SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
-FULL_SIZE = ("test_loader.py", "test_loading.py", "test_parity.py", "test_save.py", "test_saver_full_size.py")
-"""Files of parity/ that have full-size models, one at a time: in two processes they would wait for each other."""
+SHARING = {
+    **dict.fromkeys(
+        (f"parity/test_{name}.py" for name in ("loader", "loading", "parity", "save", "saver_full_size")), "full-size"
+    ),
+    **dict.fromkeys(
+        (f"dev/test_distill{name}.py" for name in ("", "_processes", "_teachers", "_validation", "_ways")), "distilled"
+    ),
+    **dict.fromkeys((f"dev/test_{name}.py" for name in ("command_lines", "gates", "reliability")), "schemas"),
+}
+"""Files that stay together -> by which name: those of parity/ that have full-size models, one at a time, as in two
+processes they would wait for each other; and those that share a teacher, or ask a server for its nodes' schemas."""
 LONGEST = (
     "host",
-    "dev/test_distill.py",
-    "dev/test_distill_ways.py",
-    "browser",
+    "distilled",
     "speed/test_accelerate.py",
+    "browser",
     "speed/test_execution.py",
-    "full-size",
+    "schemas",
     "adapters/test_kinds.py",
+    "dev/test_killed.py",
+    "dev/test_bench_report.py",
     "dev/test_bench.py",
-    "dev/test_gates.py",
-    "parity/test_transfer.py",
+    "parity/test_saver.py",
     "tiny/test_fidelity.py",
+    "full-size",
+    "parity/test_transfer.py",
 )
 """What takes longest, in about that order: neither what has a browser nor full-size models beside the host's server."""
 
@@ -62,10 +73,9 @@ class Together(LoadScopeScheduling):
 
 def together(nodeid: str) -> str:
     """What a test stays together with, in a word or the path of its file below tests/."""
-    folder, name = nodeid.split("::")[0].split("/", 2)[1:]
-    if folder == "parity" and name in FULL_SIZE:
-        return "full-size"
-    return folder if folder in SERVED else f"{folder}/{name}"
+    path = nodeid.split("::")[0].removeprefix("tests/")
+    folder = path.split("/")[0]
+    return folder if folder in SERVED else SHARING.get(path, path)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
@@ -78,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(together(item.nodeid), len(rank)))
     large = {together(item.nodeid) for item in items if "full_size" in getattr(item, "fixturenames", ())}
     if strays := large - {"full-size", "host"}:
-        raise pytest.UsageError(f"{', '.join(sorted(strays))}: a full-size model outside of FULL_SIZE in {__file__}")
+        raise pytest.UsageError(f"{', '.join(sorted(strays))}: a full-size model outside of those in {__file__}")
 
 
 def pytest_collection_finish() -> None:
