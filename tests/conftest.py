@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import coverage
 import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -26,20 +27,25 @@ SHARING = {
     **dict.fromkeys(
         (f"parity/test_{name}.py" for name in ("loader", "loading", "parity", "save", "saver_full_size")), "full-size"
     ),
-    **dict.fromkeys(
-        (f"dev/test_distill{name}.py" for name in ("", "_processes", "_teachers", "_validation", "_ways")), "distilled"
-    ),
     **dict.fromkeys((f"dev/test_{name}.py" for name in ("command_lines", "gates", "reliability")), "schemas"),
 }
 """Files that stay together -> by which name: those of parity/ that have full-size models, one at a time, as in two
-processes they would wait for each other; and those that share a teacher, or ask a server for its nodes' schemas."""
+processes they would wait for each other; and those that ask a server for its nodes' schemas."""
+UNMEASURED: tuple[str, ...] = ("adapters/", "browser/", "tiny/")
+UNMEASURED += tuple(f"dev/test_{tool}" for tool in ("bench", "distill", "gates", "killed", "lineage", "study"))
+UNMEASURED += tuple(f"speed/test_accelerate.py::test_{what}" for what in ("every", "presets"))
+"""How tests begin, below tests/, whose coverage is not measured: it makes Python much slower, up to three times, and
+what these tests run of the pack is run by others, too."""
 LONGEST = (
     "host",
-    "distilled",
     "speed/test_accelerate.py",
-    "browser",
     "speed/test_execution.py",
+    "browser",
+    "dev/test_distill.py",
+    "dev/test_distill_processes.py",
     "schemas",
+    "dev/test_distill_teachers.py",
+    "dev/test_distill_ways.py",
     "adapters/test_kinds.py",
     "dev/test_killed.py",
     "dev/test_bench_report.py",
@@ -95,6 +101,21 @@ def pytest_collection_finish() -> None:
     """All that was imported stays: a collection that looks through it each time takes a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Neither this process nor those that a test starts are measured where UNMEASURED says so."""
+    measured = coverage.Coverage.current()
+    if measured is None or not item.nodeid.removeprefix("tests/").startswith(UNMEASURED):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_START", raising=False)
+        measured.stop()
+        try:
+            return (yield)
+        finally:
+            measured.start()
 
 
 @pytest.hookimpl(trylast=True)
