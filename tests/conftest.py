@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import coverage
 import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -22,21 +23,37 @@ SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""
 SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
-FULL_SIZE = ("test_loader.py", "test_loading.py", "test_parity.py", "test_save.py", "test_saver_full_size.py")
-"""Files of parity/ that have full-size models, one at a time: in two processes they would wait for each other."""
+SHARING = {
+    **dict.fromkeys(
+        (f"parity/test_{name}.py" for name in ("loader", "loading", "parity", "save", "saver_full_size")), "full-size"
+    ),
+    **dict.fromkeys((f"dev/test_{name}.py" for name in ("command_lines", "gates", "reliability")), "schemas"),
+}
+"""Files that stay together -> by which name: those of parity/ that have full-size models, one at a time, as in two
+processes they would wait for each other; and those that ask a server for its nodes' schemas."""
+UNMEASURED: tuple[str, ...] = ("adapters/", "browser/", "tiny/")
+UNMEASURED += tuple(f"dev/test_{tool}" for tool in ("bench", "distill", "gates", "killed", "lineage", "study"))
+UNMEASURED += tuple(f"speed/test_accelerate.py::test_{what}" for what in ("every", "presets"))
+"""How tests begin, below tests/, whose coverage is not measured: it makes Python much slower, up to three times, and
+what these tests run of the pack is run by others, too."""
 LONGEST = (
     "host",
-    "dev/test_distill.py",
-    "dev/test_distill_ways.py",
-    "browser",
     "speed/test_accelerate.py",
     "speed/test_execution.py",
-    "full-size",
+    "browser",
+    "dev/test_distill.py",
+    "dev/test_distill_processes.py",
+    "schemas",
+    "dev/test_distill_teachers.py",
+    "dev/test_distill_ways.py",
     "adapters/test_kinds.py",
+    "dev/test_killed.py",
+    "dev/test_bench_report.py",
     "dev/test_bench.py",
-    "dev/test_gates.py",
-    "parity/test_transfer.py",
+    "parity/test_saver.py",
     "tiny/test_fidelity.py",
+    "full-size",
+    "parity/test_transfer.py",
 )
 """What takes longest, in about that order: neither what has a browser nor full-size models beside the host's server."""
 
@@ -62,10 +79,9 @@ class Together(LoadScopeScheduling):
 
 def together(nodeid: str) -> str:
     """What a test stays together with, in a word or the path of its file below tests/."""
-    folder, name = nodeid.split("::")[0].split("/", 2)[1:]
-    if folder == "parity" and name in FULL_SIZE:
-        return "full-size"
-    return folder if folder in SERVED else f"{folder}/{name}"
+    path = nodeid.split("::")[0].removeprefix("tests/")
+    folder = path.split("/")[0]
+    return folder if folder in SERVED else SHARING.get(path, path)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
@@ -78,13 +94,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(together(item.nodeid), len(rank)))
     large = {together(item.nodeid) for item in items if "full_size" in getattr(item, "fixturenames", ())}
     if strays := large - {"full-size", "host"}:
-        raise pytest.UsageError(f"{', '.join(sorted(strays))}: a full-size model outside of FULL_SIZE in {__file__}")
+        raise pytest.UsageError(f"{', '.join(sorted(strays))}: a full-size model outside of those in {__file__}")
 
 
 def pytest_collection_finish() -> None:
     """All that was imported stays: a collection that looks through it each time takes a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Neither this process nor those that a test starts are measured where UNMEASURED says so."""
+    measured = coverage.Coverage.current()
+    if measured is None or not item.nodeid.removeprefix("tests/").startswith(UNMEASURED):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_START", raising=False)
+        measured.stop()
+        try:
+            return (yield)
+        finally:
+            measured.start()
 
 
 @pytest.hookimpl(trylast=True)

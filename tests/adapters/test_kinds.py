@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout, name
+from tests.daily import daily
 from tools.harness import testhost
 from tools.measure.transfer.libraries import by_peft
 from tools.measure.transfer.libraries.compare import BOUND, Outcome, compare, compare_own, outcome
@@ -18,9 +19,50 @@ from tools.measure.transfer.libraries.kinds import KINDS, LIBRARIES
 from tools.measure.transfer.libraries.sdxl import Kind
 
 
+def named(kind: str) -> Kind:
+    """The kind of that name."""
+    return next(known for known in KINDS if str(known) == kind)
+
+
+BY_DAY = {
+    "peft, LoRA",
+    "peft, LoRA without adapter_config.json",
+    "peft, LoRA, rank and alpha patterns",
+    "peft, LoRA, lora_bias",
+    "peft, LoRA, bias='lora_only'",
+    "peft, LoRA, modules_to_save",
+    "peft, DoRA of convolutions",
+    "peft, PiSSA",
+    "peft, LoHa of convolutions",
+    "peft, LoKr of convolutions",
+    "peft, AdaLoRA",
+    "peft, IA3",
+    "peft, PEFT's OFT",
+    "lycoris-lora, LoCon, Tucker",
+    "lycoris-lora, LoHa, Tucker",
+    "lycoris-lora, LoKr",
+    "lycoris-lora, LoKr by the general wrapper",
+    "lycoris-lora, GLoRA",
+    "lycoris-lora, DoRA on LoKr",
+    "lycoris-lora, OFT, rescaled",
+    "lycoris-lora, BOFT at 0.6",
+    "lycoris-lora, norms",
+    "lycoris-lora, full",
+    "lycoris-lora, LyCORIS's IA3",
+    "diffusers, LoRA with text encoders, kohya's format",
+    "diffusers, DoRA with text encoders",
+}
+"""Of each library every kind of weight and every outcome; what else there is of a kind is tried at night."""
+
+
 def kinds(chosen: Callable[[Kind], bool]) -> pytest.MarkDecorator:
     """A test for each of these kinds."""
-    return pytest.mark.parametrize("kind", [kind for kind in KINDS if chosen(kind)], ids=str)
+    wanted = [kind for kind in KINDS if chosen(kind)]
+    return pytest.mark.parametrize("kind", daily(wanted, [kind for kind in wanted if str(kind) in BY_DAY]), ids=str)
+
+
+def test_what_runs_by_day_is_among_them() -> None:
+    assert {str(kind) for kind in KINDS} >= BY_DAY
 
 
 @kinds(lambda kind: not kind.refused and not kind.left_out)
@@ -54,15 +96,19 @@ def test_a_module_that_is_not_applied_is_left_as_it_was_and_named(kind: Kind) ->
     assert found.logged == ()
 
 
-@kinds(lambda kind: str(kind) in ("peft, DoRA", "lycoris-lora, LoCon"))
+@pytest.mark.parametrize(
+    "kind", daily(map(named, ("peft, DoRA", "lycoris-lora, LoCon")), [named("peft, DoRA")]), ids=str
+)
 def test_the_same_on_larger_koalas(kind: Kind) -> None:
     for found in compare(kind, KOALA_1B, KOALA_1_7B):
         assert (found.unet.wrong, found.unet.untouched) == (0, 0)
         assert 63 < found.unet.right == found.applied
 
 
-@kinds(lambda kind: str(kind) in ("peft, rsLoRA", "lycoris-lora, LoCon", "diffusers, DoRA with text encoders"))
-@pytest.mark.parametrize("koala", [KOALA_700M, KOALA_1B], ids=name)
+@pytest.mark.parametrize(
+    "kind", [*map(named, ("peft, rsLoRA", "lycoris-lora, LoCon", "diffusers, DoRA with text encoders"))], ids=str
+)
+@pytest.mark.parametrize("koala", daily([KOALA_700M, KOALA_1B], [KOALA_700M]), ids=name)
 def test_an_adapter_that_was_trained_on_koala_is_applied_unchanged(kind: Kind, koala: Layout) -> None:
     found = compare_own(kind, koala)
     for part in (found.unet, found.text):
@@ -89,7 +135,7 @@ def test_a_part_of_koalas_layers_proves_itself_by_its_shapes() -> None:
     ],
 )
 def test_the_report_says_where_the_strength_comes_from(kind: str, said: str) -> None:
-    found = compare(next(known for known in KINDS if str(known) == kind), KOALA_700M)[0]
+    found = compare(named(kind), KOALA_700M)[0]
     assert f"strength: {said}" in found.report
 
 

@@ -11,7 +11,8 @@ from playwright.sync_api import Page
 
 from tools.generate.workflows import shipped
 
-Shoot = Callable[[str], Any]
+Shoot = Callable[[str], object]
+Shots = Callable[[Page, str], object]
 in_both_renderers = pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"], indirect=True)
 """For a test of what each of them draws, or takes from the mouse, by code of its own."""
 

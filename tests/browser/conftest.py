@@ -1,16 +1,15 @@
 """A browser for all of these tests, and the canvas in either renderer, on a server that has files to choose from.
 
-Screenshots go to the folder that KOALA_SCREENSHOTS names, else to a temporary one that is kept where a test failed.
+Screenshots are made where KOALA_SCREENSHOTS names a folder for them.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from koala_sdxl.koala.files.conventions import UNET_PREFIX
 from tests.browser import graphs
+from tests.browser.canvas import Shoot, Shots
 from tools.harness import browser
 from tools.harness.client import Client
 from tools.harness.errors import UserError
@@ -103,12 +103,13 @@ def page(chromium: Browser, server: Server, files: None, nodes_2: bool) -> Itera
 
 
 @pytest.fixture(scope="session")
-def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chosen = os.environ.get("KOALA_SCREENSHOTS")
-    return Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
+def shots() -> Shots:
+    """Keep a page's screenshot under a name, for who has named a folder: each takes a second."""
+    folder = os.environ.get("KOALA_SCREENSHOTS")
+    return lambda page, name: folder and browser.screenshot(page, Path(folder), name)
 
 
 @pytest.fixture
-def shoot(page: Page, shots: Path, nodes_2: bool) -> Callable[[str], Any]:
-    """Keep a screenshot under a name."""
-    return lambda name: browser.screenshot(page, shots, f"{name}-{'nodes2' if nodes_2 else 'classic'}")
+def shoot(page: Page, shots: Shots, nodes_2: bool) -> Shoot:
+    """The same of the test's page, its renderer in the name."""
+    return lambda name: shots(page, f"{name}-{'nodes2' if nodes_2 else 'classic'}")

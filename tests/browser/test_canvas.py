@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
+import pytest
 from playwright.sync_api import Browser, Page
 
 from koala_sdxl.koala.schedule import schedule
-from tests.browser.canvas import Shoot, add, click_title, connect, in_both_renderers, overlaps, workflow
+from tests.browser.canvas import Shoot, Shots, add, click_title, connect, in_both_renderers, overlaps, workflow
 from tools.generate.workflows import FOLDER, name_of
 from tools.harness import browser
 from tools.harness.client import Client
@@ -20,14 +20,19 @@ WORKFLOWS = sorted(name_of(path.stem) for path in FOLDER.glob("*.json"))
 NODES = sorted(
     found for path in (ROOT / "nodes").glob("*.py") for found in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))
 )
+some_by_day = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)])
+"""For a test of all nodes, or all templates: by day of one in so many."""
 
 
 # --- find ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_node_is_found_by_search_and_put_on_the_canvas(page: Page, shoot: Shoot, client: Client) -> None:
+@some_by_day
+def test_each_node_is_found_by_search_and_put_on_the_canvas(
+    every: int, page: Page, shoot: Shoot, client: Client
+) -> None:
     schemas = client.object_info()
-    for node in NODES:
+    for node in NODES[::every]:
         page.evaluate("() => window.app.rootGraph.clear()")
         page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
         box = page.get_by_role("dialog").locator("input").first
@@ -193,8 +198,9 @@ def test_an_error_is_read_in_the_error_panel(page: Page, shoot: Shoot) -> None:
 # --- templates and help --------------------------------------------------------------------------------------------
 
 
-def test_each_template_opens_with_its_values(page: Page, shoot: Shoot) -> None:
-    for title in WORKFLOWS:
+@some_by_day
+def test_each_template_opens_with_its_values(every: int, page: Page, shoot: Shoot) -> None:
+    for title in WORKFLOWS[::every]:
         saved = workflow(title)
         browser.open_workflow(page, saved)
         shoot(f"template {title}")
@@ -209,8 +215,9 @@ def test_each_template_opens_with_its_values(page: Page, shoot: Shoot) -> None:
                 assert shown[: len(node["widgets_values"])] == node["widgets_values"], (title, node["type"])
 
 
-def test_the_help_page_of_each_node_is_shown(page: Page, shoot: Shoot) -> None:
-    for node in NODES:
+@some_by_day
+def test_the_help_page_of_each_node_is_shown(every: int, page: Page, shoot: Shoot) -> None:
+    for node in NODES[::every]:
         page.evaluate("() => window.app.rootGraph.clear()")
         add(page, node)
         page.wait_for_timeout(300)
@@ -234,10 +241,11 @@ def wait_for_picture(page: Page, node: str) -> None:
     )
 
 
-def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2: bool, shots: Any) -> None:
+@pytest.mark.nightly
+def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2: bool, shots: Shots) -> None:
     with browser.canvas(chromium, server.url, nodes_2, locale="ko") as page:
         browser.open_workflow(page, workflow("KOALA-tiny text to image"))
-        browser.screenshot(page, shots, f"korean-{'nodes2' if nodes_2 else 'classic'}")
+        shots(page, f"korean-{'nodes2' if nodes_2 else 'classic'}")
         titles = page.evaluate("() => window.app.rootGraph.nodes.map((node) => node.title)")
         korean = json.loads((ROOT / "locales" / "ko" / "nodeDefs.json").read_text("utf-8"))
         assert korean["KoalaSampler"]["display_name"] in titles
@@ -245,4 +253,4 @@ def test_korean_is_shown(chromium: Browser, server: Server, files: None, nodes_2
         page.get_by_test_id("info-button").click()
         page.get_by_role("heading", name=korean["KoalaSampler"]["display_name"]).last.wait_for()
         wait_for_picture(page, "KoalaSampler")
-        browser.screenshot(page, shots, f"korean-help-{'nodes2' if nodes_2 else 'classic'}")
+        shots(page, f"korean-help-{'nodes2' if nodes_2 else 'classic'}")

@@ -7,7 +7,7 @@ from typing import Any
 from playwright.sync_api import Page
 
 from koala_sdxl.koala.releases import BASE, LIGHTNING, Settings
-from tests.browser.canvas import Shoot, add, click_title, connect, in_both_renderers, overlaps, swap_command, workflow
+from tests.browser.canvas import Shoot, add, click_title, connect, overlaps, swap_command, workflow
 from tests.browser.conftest import FILES
 from tests.browser.graphs import UNET
 from tools.harness import browser
@@ -161,7 +161,6 @@ def test_what_cannot_be_swapped_is_said(page: Page) -> None:
     assert "KoalaUNetSwap" not in {node["type"] for node in browser.nodes(page)}
 
 
-@in_both_renderers
 def test_another_file_sets_the_samplers_again_but_for_what_a_person_has_set(
     page: Page, nodes_2: bool, shoot: Shoot
 ) -> None:

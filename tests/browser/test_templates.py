@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
+from tests.browser.canvas import Shoot, Shots
+from tests.browser.graphs import LORA, UNET
+from tests.host.test_example_workflows import SWAP, shortened
 from tests.host.test_nodes import seen
 from tests.host.test_old_workflows import SAVED, lost, queued, read
+from tests.host.test_transfer_nodes import Stock, number, require_stock_graph
 from tools.generate.frozen import opened
 from tools.generate.thumbnails import SIDE
 from tools.generate.workflows import models, workflows
 from tools.harness import browser
 from tools.harness.client import Client
 from tools.harness.server import Server
+from tools.harness.workflow import to_prompt
 
-Shoot = Callable[[str], Any]
 PUBLISHED = "03 KOALA-700M text to image (25 steps)"
 TINY = "01 KOALA-tiny text to image"
 BLUEPRINT, TINY_BLUEPRINT = "KOALA text to image", "KOALA-tiny text to image"
@@ -52,33 +56,36 @@ def bare(server: Server) -> Iterator[list[dict[str, str]]]:
 # --- templates ----------------------------------------------------------------------------------------------------
 
 
-def test_templates_are_listed_with_their_pictures(classic: Page, shots: Any) -> None:
-    titles = workflows().keys()
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)])
+def test_templates_are_listed_with_their_pictures(every: int, classic: Page, shots: Shots) -> None:
+    """By day every fourth is looked at."""
+    titles = list(workflows())
     classic.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = classic.get_by_role("dialog")
     dialog.locator("input").first.fill("KOALA")
     dialog.get_by_text(f"Showing {len(titles)} of").wait_for()
     sizes = "(all) => Object.fromEntries(all.map((i) => [i.alt, [i.naturalWidth, i.naturalHeight]]))"
     found: dict[str, list[int]] = {}
-    for title in titles:
+    for title in titles[::every]:
         dialog.get_by_text(title, exact=True).first.scroll_into_view_if_needed()
         dialog.get_by_role("img", name=title, exact=True).wait_for()  # loaded where it can be seen only
         classic.wait_for_function("() => [...document.querySelectorAll('[role=dialog] img')].every((i) => i.complete)")
         found |= dialog.locator("img").evaluate_all(sizes)
-    browser.screenshot(classic, shots, "templates")
+    shots(classic, "templates")
     # the host's own picture, for a template that has none, is smaller
-    assert found == {title: [SIDE, SIDE] for title in titles}
+    assert {title: found[title] for title in titles[::every]} == {title: [SIDE, SIDE] for title in titles[::every]}
+    assert found.keys() <= set(titles)
 
 
 def test_missing_files_are_named_with_folder_and_download(
-    classic: Page, bare: list[dict[str, str]], shots: Any
+    classic: Page, bare: list[dict[str, str]], shots: Shots
 ) -> None:
     classic.evaluate("() => window.app.refreshComboInNodes()")
     browser.open_workflow(classic, workflows()[PUBLISHED])
     classic.get_by_role("button", name="View details").click()
     rows = classic.get_by_test_id("missing-model-importable-rows")
     rows.wait_for()
-    browser.screenshot(classic, shots, "missing-models")
+    shots(classic, "missing-models")
     lines = rows.inner_text().split("\n")
     named = {tuple(lines[at : at + 2]) for at in range(0, len(lines), 3)}
     assert named == {(model["name"], model["directory"]) for model in bare}
@@ -116,6 +123,15 @@ def test_an_exported_graph_is_run_by_the_client(classic: Page, client: Client) -
     browser.open_workflow(classic, workflows()[TINY])
     _, prompt = opened(classic)
     assert len(client.run(prompt).images()) == 1
+
+
+def test_the_sdxl_template_draws_on_a_small_sdxl(files: None, client: Client) -> None:
+    """With and without the swap, a LoRA before it and behind it; SDXL's own sizes: tests/host/test_transfer_nodes.py"""
+    info = client.object_info()
+    graph = to_prompt(shortened(read(SWAP), info), info)
+    graph[loader := number(graph, "CheckpointLoaderSimple")] = {"class_type": "TinySDXL", "inputs": {}}
+    graph[number(graph, "KoalaUNetSwap")]["inputs"]["unet_name"] = UNET
+    require_stock_graph(Stock(client, graph, loader, LORA))
 
 
 # --- blueprint ----------------------------------------------------------------------------------------------------
@@ -224,8 +240,10 @@ def test_the_blueprint_is_found_shows_its_widgets_and_draws(
 # --- workflows of older versions ----------------------------------------------------------------------------------
 
 
-def test_what_older_versions_saved_opens_with_every_value(classic: Page) -> None:
-    for path in SAVED:
+@pytest.mark.parametrize("title", ["every node", pytest.param("", marks=pytest.mark.nightly)])
+def test_what_older_versions_saved_opens_with_every_value(title: str, classic: Page) -> None:
+    """By day the graphs with every node; tests/host/test_old_workflows.py gives the server all there are."""
+    for path in (path for path in SAVED if path.stem.startswith(title)):
         before = read(path)
         browser.open_workflow(classic, before)
         classic.keyboard.press("Escape")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page
 
-from tests.browser.canvas import add, connect, workflow
+from tests.browser.canvas import Shots, add, connect, workflow
 from tools.generate.locales import MESSAGES, read
 from tools.harness import browser
 from tools.harness.server import Server
@@ -77,13 +76,13 @@ class Shown:
     nodes_2: bool
     loader: int
     scheduler: int
-    shots: Path
+    shots: Shots
 
     def shoot(self, name: str) -> None:
         """Keep a screenshot of the scheduler and the LoRA loader, in their full size."""
         self.page.evaluate(LOOK_AT, self.scheduler)
         self.page.wait_for_timeout(400)
-        browser.screenshot(self.page, self.shots, f"{name}-{'nodes2' if self.nodes_2 else 'classic'}")
+        self.shots(self.page, f"{name}-{'nodes2' if self.nodes_2 else 'classic'}")
         browser.see_all(self.page)
 
 
@@ -91,7 +90,7 @@ class Shown:
     scope="module", params=[False, pytest.param(True, marks=pytest.mark.nightly)], ids=["classic", "nodes2"]
 )
 def shown(
-    request: pytest.FixtureRequest, chromium: Browser, server: Server, files: None, shots: Path
+    request: pytest.FixtureRequest, chromium: Browser, server: Server, files: None, shots: Shots
 ) -> Iterator[Shown]:
     with browser.canvas(chromium, server.url, request.param, locale="ko") as page:
         saved = workflow("KOALA-tiny text to image")

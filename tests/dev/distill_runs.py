@@ -33,7 +33,8 @@ from tools.tiny.train import SDXL_TINY
 
 State = dict[str, torch.Tensor]
 LINE = lineage(KOALA_TINY)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_START"}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "teacher": {"model": "sdxl-tiny", "dtype": "fp32"},
     "data": {

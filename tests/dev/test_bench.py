@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from koala_sdxl.host.accelerate.plan import WARMUP_STEPS, full_steps
+from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.schedule import schedule
 from tests.dev import bench_fakes
 from tests.dev.bench_fakes import FakeWorker
 from tools import commands
+from tools.harness import inprocess
 from tools.harness.errors import UserError
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import peers, report, search, store
@@ -208,6 +210,19 @@ def test_a_search_climbs_by_single_steps_to_where_no_move_is_better() -> None:
         assert search.is_exact(after, SIGMAS)
 
 
+def test_a_small_unets_multiplications_are_counted_by_block() -> None:
+    inprocess.activate()
+    from tools.measure.bench import macs
+
+    (found,) = macs.counted([128, 256], [KOALA_TINY])["unets"].values()
+    assert list(found["blocks"]) == [f"{kind}_blocks.{i}" for kind in ("input", "output") for i in range(6)]
+    assert 0.9 < sum(found["blocks"].values()) <= 1
+    assert 0 < found["shallow"] < 0.2
+    small, large = (sum(found["sizes"][px].values()) for px in ("128", "256"))
+    assert 3 < large / small < 5  # four times the pixels
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_multiplications_are_counted_by_block() -> None:
     with Worker(NO_ENGINE, "cpu") as worker:

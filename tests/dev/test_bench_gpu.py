@@ -217,6 +217,7 @@ def test_ones_own_comfyui_is_measured_in_workers_too(monkeypatch: pytest.MonkeyP
         hosts.use(tmp_path)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_real_server_draws_and_tells_its_seconds(tmp_path: Path) -> None:
     bench = Bench(repeats=1)

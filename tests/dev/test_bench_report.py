@@ -161,6 +161,7 @@ def survey() -> dict[str, Any]:
     return SECTIONS["quality"](Bench(survey=SMALL))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, Any]) -> None:
     assert survey["shallow"] == pytest.approx(0.036, abs=0.005)  # what speed.plan's tables were weighed with
@@ -182,12 +183,13 @@ def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, An
     assert readings.runs_surveyed(found) == [str(Run()), str(SMALL.others[0])]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_real_survey_makes_a_report(survey: dict[str, Any], tmp_path: Path) -> None:
     machine = FakeWorker(NO_ENGINE, "cpu").machine()
     store.add(tmp_path, "cpu", "quality", machine, json.loads(json.dumps(survey)))
     text = report.write(tmp_path).read_text("utf-8")
-    assert "2 prompts" in text
+    assert f"{SMALL.prompts} prompts" in text
     assert "Out of date" not in text
     store.add(tmp_path, "cpu", "quality", machine, survey | {"model": "another"})
     assert "Out of date" in report.write(tmp_path).read_text("utf-8")

@@ -80,10 +80,10 @@ def cached(place: Path) -> Path:
     return table.data.cache
 
 
-def stopped(place: Path, whole: Path, name: str) -> Path:
-    """A run of two processes as it was after its second step, in a folder of another name."""
+def stopped(place: Path, whole: Path, name: str, last: str = "step-0000002") -> Path:
+    """A run of two processes as it was after a checkpoint, in a folder of another name."""
     folder = place / name
-    shutil.copytree(whole / "checkpoints" / "step-0000002", folder / "checkpoints" / "step-0000002")
+    shutil.copytree(whole / "checkpoints" / last, folder / "checkpoints" / last)
     for file in ("config.json", "metrics.csv"):
         shutil.copy(whole / file, folder / file)
     return folder
@@ -115,39 +115,52 @@ def test_the_average_is_read_into_place(tmp_path: Path) -> None:
     assert all(map(torch.equal, other.weights, average.weights))
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("several_processes")
-def test_a_sharded_run_goes_on_as_if_nothing_had_been(place: Path) -> None:
-    """Two processes, fully_shard: the resumed average is that of the unbroken run, and each process's own shard.
-
-    Both fill the cache, and measure the held-out loss.
-    """
+def sharded(place: Path, name: str) -> Path:
+    """The output folder of a run of two processes, fully_shard, which fill the cache and measure the held-out loss."""
     script = place / "on_gloo.py"
     script.write_text(ON_GLOO)
-
-    def sharded(name: str) -> Path:
-        tables = {
-            "training": {**STEPS, "precision": "bf16"},
-            "data": {**SETTINGS["data"], "cache": "sharded-cache"},
-            "validation": {"images": 3, "every": 2},
-        }
-        environment = SHARDED | {"PYTHONPATH": str(distill_runs.ROOT)}
+    tables = {
+        "training": {**STEPS, "steps": 2, "checkpoint_every": 1, "precision": "bf16"},
+        "data": {**SETTINGS["data"], "cache": "sharded-cache"},
+        "validation": {"images": 3, "every": 1},
+    }
+    environment = SHARDED | {"PYTHONPATH": str(distill_runs.ROOT)}
+    with large.alone():
         ended(process(*LAUNCH, "2", str(script), str(described(place, name, tables)), env=environment))
-        return place / name
+    return place / name
 
-    whole = sharded("sharded")
+
+@pytest.fixture(scope="module")
+def unbroken(place: Path) -> Path:
+    """The output folder of a sharded run that nothing ended early."""
+    return sharded(place, "sharded")
+
+
+def held_out(folder: Path) -> list[str]:
+    """The rows of the held-out loss."""
+    return (folder / "validation.csv").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_shares_the_cache_and_gathers_its_average(place: Path, unbroken: Path) -> None:
     index = json.loads((place / "sharded-cache" / "index.json").read_text())
     assert [shard["count"] for shard in index["shards"]] == [6, 6]  # one of each process
-    average = load_file(whole / "checkpoints" / "step-0000002" / "average.safetensors")
+    average = load_file(unbroken / "checkpoints" / "step-0000001" / "average.safetensors")
     assert average.keys() == {tensor.diffusers for tensor, _ in distill_runs.LINE.tensors}
-    stopped(place, whole, "sharded-resumed")
-    resumed = sharded("sharded-resumed")
-    assert rows(resumed) == rows(whole)
-    held_out = [(folder / "validation.csv").read_text().splitlines() for folder in (resumed, whole)]
-    assert held_out[0][-1] == held_out[1][-1]
-    assert [line.split(",")[0] for line in held_out[1]] == ["step", "2", "4"]
-    assert same(*(folder / "checkpoints" / "step-0000004" / "average.safetensors" for folder in (resumed, whole)))
-    assert same(saved(resumed), saved(whole))
+    assert [line.split(",")[0] for line in held_out(unbroken)] == ["step", "1", "2"]
+    assert all(tensor.isfinite().all() for tensor in load_file(saved(unbroken)).values())
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_as_if_nothing_had_been(place: Path, unbroken: Path) -> None:
+    """The resumed average is that of the unbroken run, and each process's own shard."""
+    stopped(place, unbroken, "sharded-resumed", "step-0000001")
+    resumed = sharded(place, "sharded-resumed")
+    assert rows(resumed) == rows(unbroken)
+    assert held_out(resumed)[-1] == held_out(unbroken)[-1]
+    assert same(*(folder / "checkpoints" / "step-0000002" / "average.safetensors" for folder in (resumed, unbroken)))
+    assert same(saved(resumed), saved(unbroken))
 
 
 # --- two processes -----------------------------------------------------------------------------------------------
@@ -201,6 +214,16 @@ def test_a_number_of_processes_that_cannot_keep_the_batch_is_refused(place: Path
 # --- one folder --------------------------------------------------------------------------------------------------
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Accelerator(cpu=True)
+    processes.require_connected(alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^the launcher started 2 processes, but this machine has no GPU"):
+        processes.require_connected(alone)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the launcher's processes find GPUs")
 def test_a_launcher_without_gpus_starts_no_lone_trainers(place: Path, cached: Path) -> None:
     running = process(*LAUNCH, "2", *TRAINER, str(described(place, "lone", {})))
@@ -210,7 +233,10 @@ def test_a_launcher_without_gpus_starts_no_lone_trainers(place: Path, cached: Pa
     assert not (place / "lone" / "checkpoints").exists()
 
 
-def test_a_folder_in_use_is_refused_to_a_second_trainer(place: Path, cached: Path) -> None:
+def test_a_folder_in_use_is_refused_to_a_second_trainer(
+    place: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "RELEASE", 0.5)
     with processes.held(Accelerator(cpu=True), place / "used", "output"):
         said = refused(place, "used")
     assert said.startswith(f"output = '{place / 'used'}' is in use by another run; expected a folder that no other run")

@@ -15,6 +15,7 @@ from koala_sdxl.distill import config
 from koala_sdxl.distill.teacher import open_teacher
 from koala_sdxl.koala.architecture.keys import renaming, tensors
 from koala_sdxl.koala.files.conventions import UNET_PREFIX
+from tests.daily import daily
 from tests.dev import distill_runs
 from tests.dev.distill_runs import SETTINGS, refused, rows, run, saved
 from tools.harness import testhost
@@ -55,7 +56,9 @@ def refused_teacher(place: Path, model: Path | str) -> str:
 TEXT_LAYER = "text_model.encoder.layers.1.mlp.fc1"
 
 
-@pytest.mark.parametrize("naming", ["kohya, diffusers blocks", "kohya, LDM blocks", "diffusers, PEFT"])
+@pytest.mark.parametrize(
+    "naming", daily(["kohya, diffusers blocks", "kohya, LDM blocks", "diffusers, PEFT"], ["kohya, LDM blocks"])
+)
 def test_loras_are_merged_into_the_teacher(place: Path, tmp_path: Path, naming: str) -> None:
     """Two LoRAs, one after the other, as up x down x alpha / rank on top of each weight."""
     only = ("down_blocks.2.attentions.1.transformer_blocks.9.", "up_blocks.0.attentions.2.proj_in.")
@@ -104,7 +107,7 @@ def test_a_loras_text_part_is_merged_too(place: Path, tmp_path: Path) -> None:
     assert changed.identity != plain.identity  # so that other texts are not taken from the cache
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+@pytest.mark.parametrize("part", daily(["text_encoder", "text_encoder_2", "vae"], ["text_encoder", "vae"]))
 def test_a_fine_tune_of_the_same_size_is_another_teacher(place: Path, tmp_path: Path, part: str) -> None:
     """Same names, size and time; one weight differs. A copy is the same teacher."""
     shutil.copytree(place / "sdxl-tiny", tmp_path / "sdxl-tiny")
@@ -149,7 +152,9 @@ def test_what_is_no_teacher_is_named(place: Path, tmp_path: Path) -> None:
     assert not (place / "untaught").exists()
 
 
-@pytest.mark.parametrize("missing", ["text_encoder", "vae", "tokenizer_2", "scheduler", "model_index.json"])
+@pytest.mark.parametrize(
+    "missing", daily(["text_encoder", "vae", "tokenizer_2", "scheduler", "model_index.json"], ["vae", "tokenizer_2"])
+)
 def test_a_teacher_without_its_other_parts_is_named(place: Path, tmp_path: Path, missing: str) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()

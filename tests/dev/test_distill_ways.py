@@ -15,6 +15,7 @@ from koala_sdxl.distill import build_cache, config, losses, train
 from koala_sdxl.distill.buckets import Batches
 from koala_sdxl.distill.teacher import Encoder, open_teacher
 from koala_sdxl.koala.files.inspect import inspect_model
+from tests.daily import daily
 from tests.dev import distill_runs
 from tests.dev.distill_runs import (
     ENVIRONMENT,
@@ -48,17 +49,35 @@ def cached(place: Path) -> Path:
 # --- every way to run --------------------------------------------------------------------------------------------
 
 
+ALONE: list[dict[str, dict[str, Any]]] = [
+    {"training": {"gradient_checkpointing": True}, "loss": {"place": "last"}},
+    {"training": {"accumulate": 2}, "loss": {"place": "cross-attention", "stage_weights": {"up_blocks.1": 2.0}}},
+    {"training": {"ema": 0.0}, "loss": {"place": "residual", "weighting": "min-snr"}},
+    {"data": {"caption_dropout": 1.0}, "loss": {"place": "feed-forward", "weighting": "velocity"}},
+    {"student": {"layout": "koala-1b", "transformers": "even"}, "loss": {"normalise": True}},
+    {"student": {"start": "random"}, "loss": {"place": "none"}, "log": {"to": ["csv", "tensorboard"]}},
+    {"training": {"precision": "bf16"}, "teacher": {"dtype": "bf16", "variant": "lightning"}},
+]
+TOGETHER: list[dict[str, dict[str, Any]]] = [
+    {
+        "student": {"layout": "koala-1b", "transformers": "even"},
+        "training": {"ema": 0.0},
+        "loss": {"normalise": True, "place": "residual", "weighting": "min-snr"},
+    },
+    {
+        "student": {"start": "random"},
+        "training": {"precision": "bf16"},
+        "teacher": {"dtype": "bf16", "variant": "lightning"},
+        "loss": {"place": "none"},
+        "log": {"to": ["csv", "tensorboard"]},
+    },
+]
+"""Several at once, which run by day with the first two of those above."""
+
+
 @pytest.mark.parametrize(
     "tables",
-    [
-        {"training": {"gradient_checkpointing": True}, "loss": {"place": "last"}},
-        {"training": {"accumulate": 2}, "loss": {"place": "cross-attention", "stage_weights": {"up_blocks.1": 2.0}}},
-        {"training": {"ema": 0.0}, "loss": {"place": "residual", "weighting": "min-snr"}},
-        {"data": {"caption_dropout": 1.0}, "loss": {"place": "feed-forward", "weighting": "velocity"}},
-        {"student": {"layout": "koala-1b", "transformers": "even"}, "loss": {"normalise": True}},
-        {"student": {"start": "random"}, "loss": {"place": "none"}, "log": {"to": ["csv", "tensorboard"]}},
-        {"training": {"precision": "bf16"}, "teacher": {"dtype": "bf16", "variant": "lightning"}},
-    ],
+    [*TOGETHER, *daily(ALONE, ALONE[:2])],
     ids=lambda tables: "-".join(str(value) for table in tables.values() for value in table.values())[:40],
 )
 def test_every_way_to_run_finishes(

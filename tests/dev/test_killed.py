@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.daily import daily
 from tests.dev.test_lifeline import gone, python, wait_for
 from tools.harness import browser
 from tools.harness.errors import UserError
@@ -83,8 +84,9 @@ def leaves_nothing(run: Run, server: list[psutil.Process]) -> None:
     wait_for(lambda: not any(run.temporary.iterdir()))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("name", daily(["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"], ("SIGTERM", "SIGINT")))
 def test_a_signal_ends_the_server_too(host: Host, tmp_path: Path, name: str) -> None:
+    """By day the two that dev.py itself listens to; below, a terminal sends SIGHUP, and SIGKILL ends a demo."""
     with started(tmp_path, "serve") as run:
         wait_for(run.server)
         server = run.server()
@@ -127,7 +129,7 @@ with browser.browser() as started:
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", daily(["SIGTERM", "SIGKILL"], ("SIGKILL",)))
 def test_a_browser_ends_with_its_process(name: str) -> None:
     """Playwright's own doing: its driver stops the browser, and removes the profile, when it is left alone."""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tools.harness import lifeline
+from tools.harness import keeper, lifeline
 from tools.harness.errors import UserError
 from tools.harness.testhost import ROOT
 
@@ -22,7 +22,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of 
 PATIENCE = 120.0  # seconds, for a machine that is busy; what is waited for takes a moment
 OWNER = """
 import sys
-from tools.harness import lifeline
+from tools.harness import keeper, lifeline
 with lifeline.folder("koala-lifeline-") as folder:
     process = lifeline.start([sys.executable, "-c", sys.argv[1], str(folder)])
     print(folder, flush=True)
@@ -125,7 +125,13 @@ def test_a_folder_goes_when_all_that_was_started_for_it_is_killed(
     wait_for(lambda: not folder.exists())
 
 
-def test_what_listens_to_no_signal_is_ended_by_force() -> None:
+def test_what_listens_to_no_signal_is_ended_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With less patience than the ten seconds that a server has."""
+    patient = Path(keeper.__file__).read_text("utf-8")
+    hasty = tmp_path / "keeper.py"
+    hasty.write_text(patient.replace("STOPPED_WITHIN = 10.0", "STOPPED_WITHIN = 1.0"), "utf-8")
+    assert hasty.read_text("utf-8") != patient
+    monkeypatch.setattr(lifeline, "KEEPER", (*lifeline.KEEPER[:-1], str(hasty)))
     deaf = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\n"
     process = lifeline.start([sys.executable, "-c", deaf + "time.sleep(1000)"], stdout=subprocess.PIPE)
     assert process.stdout
@@ -189,7 +195,7 @@ def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
 
 WORKER = """
 import sys, time
-from tools.harness import lifeline
+from tools.harness import keeper, lifeline
 for line in lifeline.lines(sys.stdin):
     print(line.strip(), flush=True)
     time.sleep(float(line))

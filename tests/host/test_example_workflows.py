@@ -28,7 +28,6 @@ from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 SWAP = shipped("KOALA-700M in an SDXL graph")
 """The only one that has SDXL's own U-Net: it runs in test_transfer_nodes.py."""
-ACCELERATED = shipped("KOALA-700M accelerated")
 TRAINING = shipped("KOALA-tiny LoRA training")
 """Takes a minute; it runs in a test of its own."""
 FULL_TRAINING = 80  # steps, as the file has it
@@ -92,15 +91,12 @@ def test_a_shipped_workflow_runs(path: Path, server: Server, client: Client, hos
     require_run(read(path), server, client, host)
 
 
-def by_day(path: Path) -> Any:
-    """Of the full-size ones the fewest; their graphs are checked against the nodes' schemas by tools/check/gates.py."""
-    return pytest.param(path, marks=[] if path == ACCELERATED else pytest.mark.nightly)
-
-
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_size")
-@named(by_day(path) for path in WORKFLOWS if "tiny" not in path.stem and path != SWAP)
+@named(path for path in WORKFLOWS if "tiny" not in path.stem and path != SWAP)
 def test_a_shipped_workflow_of_a_full_size_model_runs(path: Path, server: Server, client: Client, host: Host) -> None:
+    """By day tools/check/gates.py holds their graphs against the nodes' schemas, and those of koala-tiny run."""
     require_run(read(path), server, client, host)
 
 

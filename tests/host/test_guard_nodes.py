@@ -120,7 +120,9 @@ def test_stock_samplers_refuse_what_koala_sampler_refuses(client: Client, made: 
         assert found[found.index(begins) :] == end
 
 
-@ADD_ONS
+@pytest.mark.parametrize(
+    ("made", "begins"), [(with_controlnet, CONTROLNET), pytest.param(with_lora, LORA, marks=pytest.mark.nightly)]
+)
 def test_stock_samplers_draw_the_adapted_one_as_koala_sampler_does(client: Client, made: Any, begins: str) -> None:
     wanted = picture(client, made(True))
     assert apart(wanted, picture(client, graph(denoise=DENOISE, **custom(OF)))) > 50

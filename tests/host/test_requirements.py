@@ -31,9 +31,10 @@ def without_diffusers(host: Host, tmp_path_factory: pytest.TempPathFactory) -> I
     venv = tmp_path_factory.mktemp("python")
     subprocess.run([host.python, "-m", "venv", "--without-pip", venv], check=True)
     python = python_of(venv)
-    for package in packages(host.python).iterdir():
-        if not package.name.startswith("diffusers") and not (packages(python) / package.name).exists():
-            (packages(python) / package.name).symlink_to(package)
+    known, own = packages(host.python), packages(python)
+    for package in known.iterdir():
+        if not package.name.startswith("diffusers") and not (own / package.name).exists():
+            (own / package.name).symlink_to(package)
     bare = Host(host.folder, python, borrowed=True)
     with lifeline.folder("koala-comfyui-") as base:
         for name in FOLDERS:

@@ -38,6 +38,7 @@ from koala_sdxl.host.transfer.swap import swap
 from koala_sdxl.koala.architecture.layout import KOALA_700M, KOALA_TINY
 from koala_sdxl.nodes.adapt import KoalaAttentionPatches, KoalaControlNet
 from koala_sdxl.nodes.sample import KoalaSampler, KoalaScheduler
+from tests.daily import daily
 from tests.parity.test_addons import keep
 from tests.parity.test_controlnet_node import t2i_adapter
 from tests.parity.test_controlnet_packs import Delegating
@@ -114,7 +115,8 @@ SAMPLERS: dict[str, Callable[..., torch.Tensor]] = {
     "SamplerCustomAdvanced": by_sampler_custom_advanced,
 }
 SAME_SIGMAS = ("SamplerCustom", "SamplerCustomAdvanced")
-samplers = pytest.mark.parametrize("sampler", SAMPLERS)
+samplers = pytest.mark.parametrize("sampler", daily(SAMPLERS, ("KSampler", "SamplerCustomAdvanced")))
+"""By day the others, too, in the real server: tests/host/test_guard_nodes.py."""
 GUIDERS: dict[str, Callable[..., Any]] = {
     "BasicGuider": lambda model, positive, _: BasicGuider.execute(model, positive),
     "CFGGuider": lambda model, positive, negative: CFGGuider.execute(model, positive, negative, CFG),

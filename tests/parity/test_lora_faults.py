@@ -106,8 +106,15 @@ def random_parts(kind: str) -> State:
     return parts(SHAPES[module], lambda *shape: 0.2 * torch.randn(shape, generator=generator))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", PARTS)
+FAULTS = [(kind, damage) for kind in PARTS for damage in DAMAGES]
+BY_DAY = FAULTS[::3]
+"""With sixteen kinds of damage, each of them in some kinds of files."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [pytest.param(*fault, marks=[] if fault in BY_DAY else pytest.mark.nightly) for fault in FAULTS],
+)
 def test_what_is_called_applied_is_computed(kind: str, damage: str, tmp_path: Path) -> None:
     module, parts = PARTS[kind][0], random_parts(kind)
     good = {GOOD + suffix: tensor for suffix, tensor in random_parts("LoRA").items()}

@@ -98,6 +98,17 @@ def test_a_folder_loads_to_the_patched_model(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_unet_alone_loads_in_the_stock_loader(tmp_path: Path) -> None:
+    """A narrow one that core takes for SDXL's; in KOALA-700M's widths: test_saver_full_size.py."""
+    source, path = random_weights.narrow_unet("koala-700m"), tmp_path / "unet.safetensors"
+    model = koala_loader.load_unet(checkpoint.inspect_model(source), source.name, "fp16")
+    koala_saver.save_checkpoint(path, model, None, None)
+    stock = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float16})
+    wanted, found = (one.model.diffusion_model.state_dict() for one in (model, stock))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.parametrize("choice", ["fp16", "bf16", "fp8_e4m3fn"])
 def test_weights_are_cast_after_the_patches(choice: str, baked: State, tmp_path: Path) -> None:
     koala_saver.save_checkpoint(tmp_path / "a.safetensors", *_patched(), choice)

@@ -72,6 +72,7 @@ def test_koala_700m_in_the_stock_checkpoint_loader(wanted: Answers, tmp_path: Pa
     assert torch.equal(predict(koala_loader.load_checkpoint(path, "fp16")[0]), wanted.predicted)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("full_size")
 def test_koala_700ms_unet_in_the_stock_unet_loader(wanted: Answers, tmp_path: Path) -> None:

@@ -8,11 +8,15 @@ from koala_sdxl.koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700
 from tools.measure import transfer
 from tools.synthetic import adapters
 
-koalas = pytest.mark.parametrize("koala", transfer.KOALAS, ids=name)
+SQUARES = [(koala, kind) for koala in transfer.KOALAS for kind in adapters.KINDS]
+BY_DAY = [(koala, kind) for koala, kind in SQUARES if koala == KOALA_700M or kind == "LoRA"]
 
 
-@koalas
-@pytest.mark.parametrize("kind", adapters.KINDS)
+@pytest.mark.parametrize(
+    ("koala", "kind"),
+    [pytest.param(*square, marks=[] if square in BY_DAY else pytest.mark.nightly) for square in SQUARES],
+    ids=lambda part: part if isinstance(part, str) else name(part),
+)
 def test_a_lora_before_the_cut_equals_one_after_it(koala: Layout, kind: str) -> None:
     found = transfer.square(koala, kind)
     assert found.difference <= transfer.SQUARE_BOUND

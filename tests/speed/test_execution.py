@@ -11,15 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.ops
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 
-from koala_sdxl.host.accelerate import execution, gpu_vae
+from koala_sdxl.host.accelerate import compiled, execution, gpu_vae
 from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Weights
 from koala_sdxl.host.accelerate.compiled import Part
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
+from tests.daily import daily
 from tests.speed import execution_cases as cases
 from tests.speed.execution_cases import Case
 from tests.speed.recorders import Counting, Operations, Reruns
@@ -37,7 +40,12 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases.put_lora(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case",
+    # by day compiled as well
+    daily(cases.ALL, [case for case in cases.ALL if case is not cases.nothing_is_compiled_anew]),
+    ids=lambda case: case.__name__,
+)
 def test_captured(case: Callable[[Case], None], loras: None) -> None:
     cases.check(case, CAPTURED, NEAR)
 
@@ -219,6 +227,24 @@ def test_a_cpu_runs_as_comfyui_runs_it() -> None:
     assert gpu_vae.install(parity.tiny_models()[2]) == (parity.tiny_models()[2], "")
 
 
+def test_compiled_code_is_found_again_on_disk() -> None:
+    """When PyTorch has forgotten it."""
+
+    def compiled_once() -> tuple[int, ...]:
+        torch._dynamo.reset()
+        before = found()
+        part, *_ = compiled._norm_and_activation(comfy.ops.disable_weight_init.GroupNorm(32, 64))
+        with torch.inference_mode():
+            part.forward(torch.randn(2, 64, 8, 12))
+        return tuple(now - then for now, then in zip(found(), before, strict=True))
+
+    def found() -> tuple[int, ...]:
+        return tuple(counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+
+    assert sum(compiled_once()) == 1
+    assert compiled_once() == (1, 0)
+
+
 ONE_NORM = """
 from tools.harness import inprocess
 inprocess.activate()
@@ -233,6 +259,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compiled_code_is_kept_on_disk(tmp_path: Path) -> None:
     """Another process finds what a first one compiled."""

@@ -49,8 +49,20 @@ def plan(state: State, write: Write, target: Layout = KOALA_TINY, **options: obj
     return inspect_lora(write(state), target, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("koala", [KOALA_700M, KOALA_1B, KOALA_1_7B], ids=name)
-@pytest.mark.parametrize("naming", adapters.NAMINGS)
+@pytest.mark.parametrize(
+    ("koala", "naming"),
+    [
+        *((KOALA_700M, naming) for naming in adapters.NAMINGS),
+        *((koala, "kohya, LDM blocks") for koala in (KOALA_1B, KOALA_1_7B)),
+        *(
+            pytest.param(koala, naming, marks=pytest.mark.nightly)
+            for koala in (KOALA_1B, KOALA_1_7B)
+            for naming in adapters.NAMINGS
+            if naming != "kohya, LDM blocks"
+        ),
+    ],
+    ids=lambda part: part if isinstance(part, str) else name(part),
+)
 def test_every_naming_reaches_every_layer_that_was_kept(naming: str, koala: Layout, write: Write) -> None:
     state = adapters.lora(SMALL_SDXL, "LoRA", naming, only=adapters.in_attention)
     made = plan(state, write, small(koala))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -37,6 +38,8 @@ if "torch" not in missing:
     gpu = torch.cuda.is_available()
 print(json.dumps({"missing": missing, "gpu": gpu}))
 """
+Probe = Callable[[], tuple[int, str, str]]
+"""Waits for a probe: its exit status, what it said, and its errors."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +135,32 @@ def model_paths(host: Host, folders: Mapping[str, Sequence[Path]]) -> dict[str, 
     return sections
 
 
-def start_probe(host: Host) -> subprocess.Popen[str]:
+def start_probe(host: Host) -> Probe:
     """Ask the server's Python, in the background, what it can do."""
+    return _probe(Host(Path(), host.python, host.borrowed))
+
+
+@functools.cache  # once a process for each Python: importing torch takes seconds, and tests start several servers
+def _probe(host: Host) -> Probe:
     lines = requirement_lines((ROOT / "requirements.txt").read_text("utf-8"))
     names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in lines]
     command = [str(host.python), "-c", PROBE, "torch", *names]
-    return subprocess.Popen(command, env=environment(host), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment(host), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+    @functools.cache
+    def answer() -> tuple[int, str, str]:
+        output, errors = process.communicate()
+        return process.returncode, output, errors
+
+    return answer
 
 
-def finish_probe(probe: subprocess.Popen[str], host: Host) -> list[str]:
+def finish_probe(probe: Probe, host: Host) -> list[str]:
     """The probe's answer as arguments for the server. Raises UserError if its Python lacks something."""
-    output, errors = probe.communicate()
-    if probe.returncode:
+    status, output, errors = probe()
+    if status:
         raise UserError(f"{host.python} failed when asked about PyTorch:\n{errors.strip()}")
     answer = json.loads(output.splitlines()[-1])
     if "torch" in answer["missing"]:

@@ -170,10 +170,14 @@ def scheduler_sigmas() -> Row:
 
 @torch.inference_mode()
 def full_size(name: str) -> Row:
-    """Two steps at 256 px with random weights of a published size, from the same random text conditioning."""
+    """``of_random_weights`` for a U-Net of a published size."""
+    return of_random_weights(name, random_weights.folder(name) / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def of_random_weights(name: str, file: Path) -> Row:
+    """Two steps at 256 px with a file of random weights, from the same random text conditioning."""
     import comfy.model_management
 
-    file = random_weights.folder(name) / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     generator = torch.Generator().manual_seed(3)
     context, pooled = torch.randn(2, 77, 2048, generator=generator), torch.randn(2, 1280, generator=generator)
     steps, cfg, seed = 2, 7.5, 11

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,11 @@ LAYERS = {"input_blocks": 2, "middle_block": 1, "output_blocks": 2}
 SHARED_AT = 512  # px at which the shares of the blocks are counted
 
 
-def counted(sizes: list[int]) -> dict[str, Any]:
+def counted(sizes: list[int], layouts: Sequence[Layout] = (KOALA_700M, KOALA_1B, SDXL)) -> dict[str, Any]:
     """For each U-Net and size in pixels: multiplications of one unguided image's pass, by operation; the shares of
     the blocks, and of the shallow branch; and the VAE decoder's."""
     unets = {}
-    for layout in (KOALA_700M, KOALA_1B, SDXL):
+    for layout in layouts:
         unet = network(layout)
         at = {px: _count(partial(_run, unet, layout, px)) for px in {*sizes, SHARED_AT}}
         unets[NAMES.get(layout, name(layout))] = {
