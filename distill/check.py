@@ -21,7 +21,7 @@ from ..koala.architecture.layout import Layout, name
 from ..koala.architecture.lineage import Lineage
 from . import cache, checkpoints, footprint, measures, optimisers, processes, sources, student, trackers, train
 from .average import Average
-from .config import Config
+from .config import Config, DataTable
 from .features import pairs
 from .teacher import Teacher, open_teacher
 
@@ -86,12 +86,23 @@ def _images(config: Config, teacher: Teacher) -> tuple[int, str]:
     if samples := cache.ready(data, teacher.identity):
         count, where = len(samples), f"all cached in {data.cache}"
     else:
-        entries: list[None] = []
-        for _ in sources.read(data, lambda line: None, wanted=lambda entry: bool(entries.append(None))):
-            pass
-        count, where = len(entries), f"not all cached yet in {data.cache}"
+        count, where = _entries(data), f"not all cached yet in {data.cache}"
     held_out = min(held_out, count // 2)
     return count - held_out, f"{count:,} images, {where}; {held_out:,} of them held out"
+
+
+def _entries(data: DataTable) -> int:
+    """The images of a source, none of them read. Raises UserError as ``sources.read`` does."""
+    count = 0
+
+    def wanted(_: sources.Entry) -> bool:
+        nonlocal count
+        count += 1
+        return False
+
+    for _ in sources.read(data, lambda line: None, wanted=wanted):
+        pass
+    return count
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

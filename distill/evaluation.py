@@ -131,7 +131,7 @@ class Evaluation:
             self.say(f"step {step}: validation.best = {wanted!r}, but measured was {', '.join(row) or 'nothing'}.")
             return None
         before, sign = checkpoints.best(self.config.output / "checkpoints"), -1 if direction == "lowest" else 1
-        is_first = before is None or before.measure != wanted
-        if not math.isfinite(row[name]) or not (is_first or sign * row[name] > sign * before.value):
+        is_better = before is None or before.measure != wanted or sign * row[name] > sign * before.value
+        if not is_better or not math.isfinite(row[name]):
             return None
         return checkpoints.Best(step=step, measure=wanted, value=row[name])

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from koala_sdxl.distill import __main__ as command
-from koala_sdxl.distill import check, config
+from koala_sdxl.distill import check, config, train
 from koala_sdxl.distill.errors import UserError
 from koala_sdxl.koala.architecture.keys import parameters
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
@@ -31,8 +32,8 @@ def checked(place: Path, name: str, **tables: dict[str, Any]) -> list[str]:
     before, said = sorted(place.rglob("*")), list[str]()
     check.report(config.read(path), said.append)
     assert sorted(place.rglob("*")) == before
-    distill_runs.AcceleratorState._reset_state(reset_partial_state=True)
-    distill_runs.GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     return said
 
 
@@ -99,7 +100,7 @@ def test_what_would_be_refused_is_refused(place: Path) -> None:
 def test_the_trial_step_is_that_of_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a made-up batch: the student moves, as it does in training."""
     moved: list[float] = []
-    build = check.train.build
+    build = train.build
 
     def built(*given: Any) -> Any:
         network, objective = build(*given)
@@ -109,7 +110,7 @@ def test_the_trial_step_is_that_of_the_run(place: Path, monkeypatch: pytest.Monk
         )
         return network, objective
 
-    monkeypatch.setattr(check.train, "build", built)
+    monkeypatch.setattr(train, "build", built)
     checked(place, "moves")
     assert moved[0] == 0
     assert moved[-1] == pytest.approx(SETTINGS["training"]["learning_rate"], rel=0.05)  # AdamW's first step

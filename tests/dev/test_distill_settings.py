@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,7 +37,7 @@ EIGHT_BIT = pytest.mark.skipif(
 def plain(place: Path) -> Path:
     """The output folder of a run with none of these settings."""
     run(place, "plain", training=STEPS)
-    distill_runs.AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
     return place / "plain"
 
 
@@ -175,7 +176,8 @@ def test_moments_of_8_bits_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_learning_rate_is_set_as_a_number_or_a_tensor() -> None:
     weights = [nn.Parameter(torch.zeros(2))]
-    for rate in (0.1, torch.tensor(0.1)):
+    rates: tuple[float | torch.Tensor, ...] = (0.1, torch.tensor(0.1))
+    for rate in rates:
         optimiser = torch.optim.AdamW(weights, lr=rate)
         optimisers.set_rate(optimiser, 0.25)
         assert float(optimiser.param_groups[0]["lr"]) == 0.25

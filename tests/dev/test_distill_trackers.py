@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_a_log_that_cannot_be_written_is_refused(place: Path) -> None:
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 def test_a_resumed_run_is_the_same_to_wandb(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     tables: dict[str, dict[str, Any]] = {"training": STEPS, "log": {"every": 1, "to": ["wandb"]}}
@@ -90,15 +91,15 @@ def test_a_resumed_run_is_the_same_to_wandb(place: Path, monkeypatch: pytest.Mon
     folders = sorted((logs / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(folder.name.endswith(f"-{identity}") for folder in folders)
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    records = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    stores = importlib.import_module("wandb.sdk.internal.datastore")
 
     steps: list[list[int]] = []
     for folder in folders:
-        store, own = DataStore(), list[int]()
+        store, own = stores.DataStore(), list[int]()
         store.open_for_scan(str(folder / f"run-{identity}.wandb"))
         while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
+            record = records.Record()
             record.ParseFromString(data)
             own += [json.loads(item.value_json) for item in record.history.item if item.key == "_step"]
             own += [
