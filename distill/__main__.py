@@ -17,13 +17,14 @@ def main(argv: list[str] | None = None) -> int:
     import diffusers  # seconds, which help and a mistyped argument need not wait for
     import transformers
 
-    from . import config, train
+    from . import check, config, train
 
     for library in (diffusers, transformers):  # the run shows one progress bar, its own
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     try:
-        train.run(config.read(arguments.config), lambda line: print(line, flush=True))
+        work = check.report if arguments.check else train.run
+        work(config.read(arguments.config), lambda line: print(line, flush=True))
     except UserError as error:
         print(f"koala-distill: {error}", file=sys.stderr)
         return 1

@@ -18,20 +18,24 @@ class Average:
     """An exponential moving average of every parameter of a network.
 
     It is in fp32 whatever the parameters are: in bf16 a decay of 0.9999 changes nothing. It lies where the parameters
-    lie, and of a sharded parameter each process averages its own shard. The file is the whole average, so that any
-    number of processes can read it.
+    lie, or on the CPU, and of a sharded parameter each process averages its own shard. The file is the whole average,
+    so that any number of processes can read it.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network, self.decay = network, decay
-        self.weights = [_local(parameter).float().clone() for parameter in network.parameters()]
+    def __init__(self, network: nn.Module, decay: float, on_cpu: bool = False) -> None:
+        self.network, self.decay, self.device = network, decay, torch.device("cpu") if on_cpu else None
+        self.weights = [self._own(parameter).clone() for parameter in network.parameters()]
+
+    def _own(self, parameter: torch.Tensor) -> torch.Tensor:
+        """This process's part of a parameter, fp32, where the average lies."""
+        return _local(parameter).to(self.device, torch.float32)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step ``step`` (from 0). The decay rises with the steps, from 0 to
         ``decay``, as in diffusers' EMAModel: (1 + step) / (10 + step)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
-        new = [_local(parameter).float() for parameter in self.network.parameters()]
+        new = [self._own(parameter) for parameter in self.network.parameters()]
         torch._foreach_lerp_(self.weights, new, 1 - decay)
 
     @contextmanager
@@ -83,7 +87,9 @@ def _whole(own: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return own
     mesh, placements = parameter.device_mesh, parameter.placements
-    spread = DTensor.from_local(own, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    spread = DTensor.from_local(
+        own.to(_local(parameter).device), mesh, placements, shape=parameter.shape, stride=parameter.stride()
+    )
     return spread.full_tensor()
 
 

@@ -14,23 +14,24 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 
 from ..koala.files.atomic_write import replace_file
+from . import footprint
 from .average import Average
-from .config import Config
+from .config import Config, TrainingTable
 from .errors import UserError
 
 MAY_CHANGE = {
-    "training": {"steps", "learning_rate", "final_rate", "warmup", "checkpoint_every", "keep"},
+    "training": {
+        *("steps", "learning_rate", "final_rate", "warmup", "checkpoint_every", "keep"),
+        *("ema_on_cpu", "compile", "channels_last", "tf32"),
+    },
     "data": {"workers", "path", "cache"},
     "teacher": {"model", "tokenizer"},
-    "validation": {"every"},
+    "validation": {"every", "judge", "clip", "best"},
     "log": None,
+    "card": None,
     "output": None,
 }
 """What may differ when a run is resumed: keys of a table, or None for a whole table."""
-BYTES_PER_WEIGHT = 16
-"""Of a checkpoint: weights, AdamW's two moments and the average, fp32."""
-
-
 AVERAGE = "average.safetensors"
 ORDER = "order.json"
 """Files of a checkpoint beside accelerate's own."""
@@ -49,11 +50,13 @@ class Order(BaseModel):
 
 
 class Best(BaseModel):
-    """The checkpoint with the lowest held-out loss."""
+    """The best checkpoint in validation."""
 
     model_config = ConfigDict(frozen=True)
     step: int
-    loss: float
+    measure: str
+    """The key ``validation.best``: by which it was chosen."""
+    value: float
 
 
 def best(folder: Path) -> Best | None:
@@ -65,9 +68,10 @@ def best(folder: Path) -> Best | None:
     return found if _named(folder, found.step).is_dir() else None
 
 
-def write_best(folder: Path, found: Best) -> None:
-    """Make a checkpoint the best one. It is kept from then on. Raises SaveError."""
+def write_best(folder: Path, found: Best, keep: int) -> None:
+    """Make a checkpoint the best one, which is kept; the one before it is then as any other. Raises SaveError."""
     replace_file(folder / BEST, found.model_dump_json())
+    _prune(folder, keep)
 
 
 def _named(folder: Path, step: int) -> Path:
@@ -142,19 +146,19 @@ def save(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    keep: int,
+    table: TrainingTable,
     network: torch.nn.Module,
     average: Average | None,
     order: Order,
 ) -> None:
-    """Write a checkpoint, then delete all but the last ``keep`` and the best one; called on every process.
+    """Write a checkpoint, then delete all but the last ``table.keep`` and the best one; called on every process.
 
     Raises UserError where it cannot be written, such as on a full disk; earlier ones stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = _named(folder, step)
     unfinished = folder / f".step-{step:07d}.partial"
-    size = BYTES_PER_WEIGHT * sum(parameter.numel() for parameter in network.parameters())
+    size = footprint.checkpoint_bytes(table, sum(parameter.numel() for parameter in network.parameters()))
     try:
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -179,11 +183,15 @@ def save(
             f"again."
         ) from None
     if accelerator.is_main_process:
-        kept = best(folder)
-        for old in existing(folder)[:-keep]:
-            if not (kept and old == _named(folder, kept.step)):
-                shutil.rmtree(old)
+        _prune(folder, table.keep)
     accelerator.wait_for_everyone()
+
+
+def _prune(folder: Path, keep: int) -> None:
+    kept = best(folder)
+    for old in existing(folder)[:-keep]:
+        if not (kept and old == _named(folder, kept.step)):
+            shutil.rmtree(old)
 
 
 def require_same_run(config: Config) -> None:

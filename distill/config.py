@@ -46,7 +46,9 @@ class TeacherTable(Table):
     variant: Literal["base", "lightning"] = key(
         "base", "lightning for a step-distilled teacher; the student is then sampled as KOALA-Lightning"
     )
-    dtype: Literal["fp32", "bf16", "fp16"] = key("bf16", "data type in which the teacher computes")
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] = key(
+        "bf16", "data type in which the teacher computes; fp8: its weights are kept in float8, and it computes in bf16"
+    )
 
 
 class CustomLayout(Table):
@@ -57,7 +59,8 @@ class CustomLayout(Table):
     middle: Count | None = key(None, "transformer depth of the middle block; without this key there is no middle block")
 
 
-STARTS = ("teacher", "random")
+WORDS = ("teacher", "random", "none")
+"""Values that are no paths where a path may be given."""
 
 
 class StudentTable(Table):
@@ -122,14 +125,23 @@ class TrainingTable(Table):
     learning_rate: PositiveFloat = key(5e-5, "of AdamW, after warm-up")
     final_rate: Share = key(0.0, "learning rate at the last step as a share of learning_rate; cosine decay")
     warmup: Count = key(500, "optimiser steps over which the learning rate rises from 0")
+    optimiser: Literal["adamw", "adamw-8bit"] = key(
+        "adamw", "adamw-8bit keeps AdamW's moments in 8 bits, with bitsandbytes or torchao, whichever is installed"
+    )
     betas: tuple[Share, Share] = key((0.9, 0.999), "of AdamW")
     weight_decay: NotNegative = key(0.01, "of AdamW")
     clip: PositiveFloat = key(1.0, "largest norm of the gradient")
     ema: Annotated[float, Field(ge=0, lt=1)] = key(
         0.9999, "decay of the averaged weights, which become the result; 0: no averaging"
     )
+    ema_on_cpu: bool = key(
+        False, "keep the averaged weights in the CPU's memory: less on the GPU, and a copy each step"
+    )
     precision: Literal["no", "bf16", "fp16"] = key("bf16", "mixed precision of the student; its weights stay in fp32")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = key(False, "compile the transformer blocks of student and teacher with torch.compile")
+    channels_last: bool = key(False, "order the channels of images last in memory, for convolutions on tensor cores")
+    tf32: bool = key(False, "multiply fp32 matrices in TF32 on CUDA; for precision no, or a teacher in fp32")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = key(0, "of all random numbers")
     checkpoint_every: PositiveInt = key(500, "optimiser steps between checkpoints")
     keep: PositiveInt = key(2, "number of checkpoints kept")
@@ -138,15 +150,32 @@ class TrainingTable(Table):
 class ValidationTable(Table):
     images: Count = key(0, "images held out to measure the loss on them, at most half of all; 0: no validation")
     every: PositiveInt = key(500, "optimiser steps between validations")
+    judge: tuple[str, ...] = key(
+        (),
+        "a command of your own, program and arguments, that measures sample images: it is given their folder as its "
+        "last argument, and prints a number, or a JSON object of numbers, as its last line",
+    )
+    clip: Literal["none"] | Path = key("none", "folder of a CLIP model, for the CLIP score of the sample images")
+    best: Annotated[str, Field(pattern=r"^(lowest|highest) \S+$")] = key(
+        "lowest loss",
+        "how the best checkpoint is chosen: lowest or highest, and a measure: loss, clip_score, or the judge's",
+    )
 
 
 class LogTable(Table):
     every: PositiveInt = key(10, "optimiser steps between rows of metrics")
-    to: tuple[Literal["csv", "tensorboard"], ...] = key(("csv",), "formats of the metrics in the output folder")
+    to: tuple[Literal["csv", "tensorboard", "wandb"], ...] = key(
+        ("csv",), "where the metrics go: metrics.csv, or logs/ for TensorBoard or W&B (offline with WANDB_MODE=offline)"
+    )
     samples_every: Count = key(0, "optimiser steps between sample grids; 0: none")
     prompts: tuple[str, ...] = key((), "prompts of the sample grid")
     sample_steps: PositiveInt = key(25, "sampling steps of a sample")
     sample_cfg: NotNegative = key(7.5, "guidance scale of a sample")
+
+
+class CardTable(Table):
+    license: str = key("other", "licence of the weights, as Hugging Face spells it, such as openrail++ (SDXL's)")
+    base_model: str = key("", "the teacher's repository on Hugging Face; empty: the model card names none")
 
 
 class Config(Table):
@@ -160,6 +189,7 @@ class Config(Table):
     training: TrainingTable
     validation: ValidationTable = ValidationTable()
     log: LogTable = LogTable()
+    card: CardTable = CardTable()
 
 
 PATHS = (
@@ -170,6 +200,7 @@ PATHS = (
     ("student", "start"),
     ("data", "path"),
     ("data", "cache"),
+    ("validation", "clip"),
 )
 """Keys whose values are paths, relative to the file's folder."""
 
@@ -193,6 +224,8 @@ def read(path: Path) -> Config:
             table = table.get(outer) if isinstance(table, dict) else None
         if isinstance(table, dict) and name in table:
             table[name] = _from(path.parent, table[name])
+    if isinstance(found.get("validation"), dict) and isinstance(words := found["validation"].get("judge"), list):
+        words[:] = [_from(path.parent, word) if _is_file(path.parent, word) else word for word in words]
     try:
         config = Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:
@@ -207,11 +240,17 @@ def _from(folder: Path, value: Any) -> Any:
     """A path, or each path of a list, resolved against a folder; any other value unchanged."""
     if isinstance(value, list):
         return [_from(folder, one) for one in value]
-    return str(folder / Path(value).expanduser()) if isinstance(value, str) and value not in STARTS else value
+    return str(folder / Path(value).expanduser()) if isinstance(value, str) and value not in WORDS else value
+
+
+def _is_file(folder: Path, word: Any) -> bool:
+    """Whether a word of a command is a file beside the configuration, such as a script."""
+    return isinstance(word, str) and (folder / word).is_file()
 
 
 EITHER: dict[tuple[str, ...], type[Table]] = {
     ("teacher", "tokenizer"): TeacherTable,
+    ("validation", "clip"): ValidationTable,
     **{("student", name): StudentTable for name in ("layout", "transformers", "start")},
 }
 """Keys that take a word or something else, for which pydantic reports both -> their table."""

@@ -80,7 +80,8 @@ class FeatureRecorder:
     """Records the outputs of named modules of a network while ``recording`` is active.
 
     Outside of it nothing is kept, so that the second forward pass of gradient checkpointing leaves the first one's
-    features alone.
+    features alone. torch.compile leaves it out of its graphs: compiled, it would go on filling the dict of the first
+    pass.
     """
 
     def __init__(self, network: nn.Module, names: Iterable[str]) -> None:
@@ -89,6 +90,7 @@ class FeatureRecorder:
             network.get_submodule(name).register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
+        @torch.compiler.disable
         def record(_: nn.Module, __: Any, output: Any) -> None:
             if self._outputs is not None:  # a down stage also returns its skip connections
                 self._outputs[name] = output[0] if isinstance(output, tuple) else output

@@ -17,7 +17,7 @@ from ..koala.files.export import unet_config
 from ..koala.files.write import TextAndVAE, cast_state, stored_dtypes, write_checkpoint, write_folder
 from ..koala.model_info import ModelFacts
 from ..koala.releases import SCHEDULER_CONFIG, VARIANTS, Identity
-from . import tokenizer
+from . import card, tokenizer
 from .config import Config
 from .errors import UserError
 from .teacher import Teacher
@@ -58,7 +58,8 @@ def write(
     target: Path,
     images_a_step: int,
 ) -> None:
-    """Write the folder ``target`` with NAME (a diffusers folder) and NAME.safetensors (ComfyUI's names).
+    """Write the folder ``target`` with NAME (a diffusers folder with a model card) and NAME.safetensors (ComfyUI's
+    names).
 
     NAME is that of the output folder. ``weights`` are the student's, by diffusers' names; ``images_a_step`` counts
     those of all processes.
@@ -93,6 +94,7 @@ def write(
             unfinished.mkdir()
             vocabulary = tokenizer.read_files(teacher.tokenizer)
             write_folder(unfinished / title, facts, student, others, vocabulary, extra)
+            (unfinished / title / "README.md").write_text(card.text(config, lineage, teacher, images_a_step), "utf-8")
             write_checkpoint(unfinished / f"{title}.safetensors", facts, student, others, extra)
     except OSError as error:
         raise UserError(f"the result could not be written: {error} The last checkpoint holds it; run again.") from None

@@ -1,13 +1,15 @@
-"""The grid of sample images that a run draws at intervals."""
+"""The sample images that a run draws at intervals."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 
 from . import sheet
 from .config import Config
@@ -18,6 +20,7 @@ from .teacher import Encoder
 class Grid:
     """What drawing samples needs while training: the prompts' embeddings, the VAE and the scheduler."""
 
+    prompts: tuple[str, ...]
     vae: Any
     scheduler: EulerDiscreteScheduler
     context: torch.Tensor
@@ -31,8 +34,10 @@ class Grid:
     @classmethod
     def of(cls, config: Config, encoder: Encoder) -> Grid:
         """Encode the configuration's prompts, or the empty prompt."""
-        context, pooled = encoder.texts(list(config.log.prompts) or [""])
+        prompts = config.log.prompts or ("",)
+        context, pooled = encoder.texts(list(prompts))
         return cls(
+            prompts=prompts,
             vae=encoder.pipeline.vae,
             scheduler=encoder.pipeline.scheduler,
             context=context,
@@ -45,8 +50,8 @@ class Grid:
         )
 
     @torch.no_grad()
-    def save(self, step: int, unet: UNet2DConditionModel) -> None:
-        """Draw every prompt with a U-Net, each from its own noise, and write one PNG, up to eight images per row."""
+    def draw(self, unet: UNet2DConditionModel) -> torch.Tensor:
+        """One image of every prompt, each from its own noise: [n, 3, s, s] in [0, 1], on the CPU."""
         device = self.vae.device
         pipeline = StableDiffusionXLPipeline(
             vae=self.vae,
@@ -71,7 +76,25 @@ class Grid:
                 guidance_scale=self.cfg,
                 generator=torch.Generator().manual_seed(self.seed + number),
                 output_type="pt",
-            ).images
+            ).images.cpu()
             for number, (context, pooled) in enumerate(zip(self.context, self.pooled, strict=True))
         ]
-        sheet.save(torch.cat(images).cpu() * 2 - 1, min(8, len(images)), self.folder / f"step-{step:07d}.png")
+        return torch.cat(images)
+
+    def save(self, step: int, images: torch.Tensor) -> None:
+        """Write the images of ``draw`` as one PNG, up to eight per row."""
+        sheet.save(images * 2 - 1, min(8, len(images)), self.folder / f"step-{step:07d}.png")
+
+    def write(self, step: int, images: torch.Tensor) -> tuple[Path, list[Image.Image]]:
+        """Write them one by one, with their prompts in metadata.jsonl as Hugging Face's imagefolder has them; the
+        folder, and the images."""
+        folder = self.folder / f"step-{step:07d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        levels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        pictures = [Image.fromarray(level) for level in levels]
+        lines = []
+        for number, (picture, prompt) in enumerate(zip(pictures, self.prompts, strict=True)):
+            picture.save(folder / f"{number:05d}.png")
+            lines.append(json.dumps({"file_name": f"{number:05d}.png", "text": prompt}) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(lines), "utf-8")
+        return folder, pictures

@@ -72,7 +72,7 @@ class Teacher:
     def unet(self) -> UNet2DConditionModel:
         """Its U-Net with the LoRAs merged, frozen, in the configured data type; read tensor by tensor."""
         unet = self._empty()
-        dtype = TORCH_DTYPES[self.table.dtype]
+        dtype = TORCH_DTYPES["bf16" if self.table.dtype == "fp8" else self.table.dtype]
         # merged in fp32, so that small changes are not rounded away one by one
         weights = self.file.weights(torch.float32 if self.table.loras else dtype)
         unet.load_state_dict(weights, strict=True, assign=True)
@@ -81,6 +81,13 @@ class Teacher:
             unet.fuse_lora()
             unet.unload_lora()
         return unet.to(dtype).eval().requires_grad_(False)
+
+    def in_place(self, unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+        """Its U-Net on the device where it computes; with ``fp8`` each layer keeps its weights in float8_e4m3fn, and
+        casts them to bf16 for its own forward pass."""
+        if self.table.dtype == "fp8":
+            unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+        return unet.to(device)
 
     def loras(self) -> list[tuple[dict[str, torch.Tensor], Any, Any]]:
         """Each LoRA as diffusers reads it: tensors, alphas, metadata. Raises UserError for one that it cannot read."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
@@ -25,11 +24,12 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..koala.architecture.lineage import Lineage
-from . import build_cache, cache, checkpoints, losses, processes, result, student
+from . import build_cache, cache, checkpoints, losses, measures, optimisers, processes, result, student, trackers
 from .average import Average
 from .buckets import Batches
 from .config import Config, TrainingTable
-from .errors import UserError
+from .divergence import Finite
+from .evaluation import VALIDATED, Due, Evaluation, Watch
 from .features import FeatureRecorder, Pair, pairs
 from .metrics import CsvTracker, Means
 from .objective import Objective
@@ -40,7 +40,6 @@ from .validation import Validation, split
 
 FINISHED = "result"
 """The folder of the finished model, in the output folder."""
-Watch = Callable[[int, UNet2DConditionModel], None]
 
 
 def rate(table: TrainingTable, step: int) -> float:
@@ -61,6 +60,8 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
 
     Raises UserError for everything that the person can put right.
     """
+    trackers.require_installed(config.log)
+    measures.require(config)
     teacher = open_teacher(config.teacher)
     lineage = student.plan(config.student, teacher.layout)
     compared = pairs(lineage, config.loss)
@@ -68,22 +69,24 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
     if done.exists():
         say(f"{done} exists already; nothing to do.")
         return done
-    csv = [CsvTracker(config.output / "metrics.csv")] if "csv" in config.log.to else []
     accelerator = Accelerator(
         mixed_precision=config.training.precision,
-        log_with=[*csv, *(to for to in config.log.to if to != "csv")],
-        project_config=ProjectConfiguration(project_dir=str(config.output), logging_dir=str(config.output / "logs")),
+        log_with=trackers.chosen(config),
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output), logging_dir=str(config.output / trackers.LOGS)
+        ),
         # a process may wait for another one's share of the cache, which may take days
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     processes.require_connected(accelerator)
+    optimisers.require_installed(config.training, accelerator.distributed_type == DistributedType.FSDP)
+    torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
     if not accelerator.is_main_process:
         say = _silent
     with processes.held(accelerator, config.output, "output"):
         processes.on_main(accelerator, lambda: checkpoints.require_same_run(config))
         samples, grid = prepare(config, teacher, accelerator, say)
-        watches = [*([grid.save] if grid else []), *([watch] if watch else [])]
-        weights, order = _learn(config, teacher, lineage, compared, samples, watches, accelerator, say)
+        weights, order = _learn(config, teacher, lineage, compared, samples, grid, watch, accelerator, say)
         # the result is assembled in the memory that training used
         accelerator.free_memory()
         gc.collect()
@@ -104,7 +107,8 @@ def prepare(
 ) -> tuple[cache.Cache, Grid | None]:
     """The cached data, computed by all processes if necessary, and the grid of samples; the teacher's text encoders and
     VAE are in memory only for this."""
-    drawing = accelerator.is_main_process and config.log.samples_every > 0 and bool(config.log.prompts)
+    pictured = config.log.samples_every > 0 or measures.wanted(config)
+    drawing = accelerator.is_main_process and pictured and bool(config.log.prompts)
     is_ready = processes.on_main(accelerator, lambda: cache.ready(config.data, teacher.identity) is not None)
     encoder = Encoder(teacher.pipeline(), accelerator.device) if drawing or not is_ready else None
     if encoder and not is_ready:
@@ -137,7 +141,8 @@ def _learn(
     lineage: Lineage,
     compared: tuple[Pair, ...],
     samples: cache.Cache,
-    watches: list[Watch],
+    grid: Grid | None,
+    watch: Watch | None,
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> tuple[dict[str, torch.Tensor], checkpoints.Order]:
@@ -149,82 +154,99 @@ def _learn(
         lambda: checkpoints.order(config, accelerator.num_processes, samples.index.digest, saves, say),
     )
     accelerator.gradient_accumulation_steps = order.passes // accelerator.num_processes
-    network, objective = _objective(config, teacher, lineage, compared, accelerator)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), table.learning_rate, betas=table.betas, weight_decay=table.weight_decay, fused=True
-    )
-    wrapped, optimiser = accelerator.prepare(network, optimiser)
-    average = Average(network, table.ema) if table.ema else None
-    means = Means()
+    network, objective = build(config, teacher, lineage, compared, accelerator)
+    wrapped, optimiser = accelerator.prepare(network, optimisers.made(table, network.parameters()))
+    average = Average(network, table.ema, table.ema_on_cpu) if table.ema else None
+    means, finite = Means(), Finite()
     accelerator.register_for_checkpointing(means)
     step = processes.on_every(accelerator, lambda: checkpoints.resume(accelerator, saves, average, say))
     learned, held_out = split(config, samples)
     validation = Validation(objective, samples, held_out, table.batch, table.seed) if held_out else None
-    held_out_losses, best = CsvTracker(config.output / "validation.csv"), checkpoints.best(saves)
-    held_out_losses.resume_from(step)
+    CsvTracker(config.output / VALIDATED).resume_from(step)
+    evaluation = Evaluation.of(config, validation, grid, watch, accelerator, say)
     loader = _loader(config, samples, learned, accelerator, step, order.passes)
-    _start_trackers(config, accelerator, step)
-    progress = Progress(config, accelerator, step, order.passes)
+    trackers.start(config, accelerator, step)
+    progress = Progress(config, accelerator, step, order.passes, say)
     first = step * order.passes + accelerator.process_index
     for turn, batch in enumerate(loader):
         learning_rate = table.learning_rate * rate(table, step)  # not the checkpoint's: a resumed run may have another
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate
-        with accelerator.accumulate(wrapped):
-            number = first + turn * accelerator.num_processes  # of this forward pass, in the order of one process
-            errors = objective.errors(wrapped, batch, _generator(table.seed, number))
-            loss = losses.total(config.loss, errors)
-            named = {f"{name} error": value for name, value in errors.items()}
-            _require_finite(named | {"loss": loss}, accelerator, step, saves)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(wrapped.parameters(), table.clip)
-                if table.precision != "fp16":  # there the scaler skips a step whose gradients overflow
-                    _require_finite({"gradient's norm": _plain(norm)}, accelerator, step, saves)
-            optimiser.step()
-            optimiser.zero_grad()
-        means.add({name: value.detach() for name, value in {"loss": loss, **errors}.items()}, accelerator)
+        optimisers.set_rate(optimiser, learning_rate)
+        number = first + turn * accelerator.num_processes  # of this forward pass, in the order of one process
+        loss, errors, norm = one_pass(
+            config, accelerator, wrapped, optimiser, objective, batch, _generator(table.seed, number)
+        )
+        finite.see({f"{name} error": value for name, value in errors.items()} | {"loss": loss}, step + 1)
+        if norm is not None and table.precision != "fp16":  # there the scaler skips a step whose gradients overflow
+            finite.see({"gradient's norm": norm}, step + 1)
+        means.add({"loss": loss, **errors})
         if not accelerator.sync_gradients:
             continue
         if average:
             average.update(step)
         step += 1
-        progress.step(step, means, learning_rate)
-        is_best = False
-        if validation and (step % config.validation.every == 0 or step == table.steps):
-            with average.in_place() if average else nullcontext():
-                row = validation.losses(network, accelerator)
-            held_out_losses.log(row, step=step)
-            is_best = math.isfinite(row["loss"]) and (best is None or row["loss"] < best.loss)
-        if is_best or step % table.checkpoint_every == 0 or step == table.steps:
-            checkpoints.save(accelerator, saves, step, table.keep, network, average, order)
-        if is_best:
-            best = checkpoints.Best(step=step, loss=row["loss"])
-            if accelerator.is_main_process:
-                checkpoints.write_best(saves, best)
-        if config.log.samples_every and (step % config.log.samples_every == 0 or step == table.steps):
+        due = Due.at(config, step)
+        if any(due):
+            finite.require(accelerator, saves)
+            means.fetch(accelerator)
+        progress.step(step, means, learning_rate, due)
+        unet = None
+        if due.samples or (due.validation and measures.wanted(config)):
             weights = averaged(accelerator, wrapped, average)
-            for watch in watches if accelerator.is_main_process else ():
-                watch(step, result.unet(lineage, weights))
+            unet = result.unet(lineage, weights) if accelerator.is_main_process else None
+        found = evaluation.measured(step, network, average, unet, accelerator) if due.validation else None
+        if found or due.checkpoint:
+            checkpoints.save(accelerator, saves, step, table, network, average, order)
+        if found and accelerator.is_main_process:
+            checkpoints.write_best(saves, found, table.keep)
+        if due.samples and unet:
+            evaluation.shown(step, unet)
     progress.bar.close()
-    if best:
-        say(f"the lowest held-out loss is {best.loss:.4f}, of step {best.step}; the result is of step {step}.")
+    if best := checkpoints.best(saves):
+        say(f"the {best.measure} in validation is {best.value:.4f}, of step {best.step}; the result is of step {step}.")
     return averaged(accelerator, wrapped, average), order
 
 
-def _objective(
+def one_pass(
+    config: Config,
+    accelerator: Accelerator,
+    wrapped: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    objective: Objective,
+    batch: dict[str, torch.Tensor],
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+    """One forward and backward pass, and the optimiser's step where it is the last of one: the loss, its terms, and
+    then the gradient's norm. Nothing is fetched from a GPU."""
+    with accelerator.accumulate(wrapped):
+        errors = objective.errors(wrapped, batch, generator)
+        loss, norm = losses.total(config.loss, errors), None
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            norm = _plain(accelerator.clip_grad_norm_(wrapped.parameters(), config.training.clip))
+        optimiser.step()
+        optimiser.zero_grad()
+    return loss, errors, norm
+
+
+def build(
     config: Config, teacher: Teacher, lineage: Lineage, compared: tuple[Pair, ...], accelerator: Accelerator
 ) -> tuple[UNet2DConditionModel, Objective]:
     """The student with its initial weights, and what it is trained on."""
-    teacher_unet = teacher.unet()
-    network = student.build(lineage, config.student.start, teacher_unet, config.training.seed)
-    if config.training.gradient_checkpointing:
+    table, teacher_unet = config.training, teacher.unet()
+    network = student.build(lineage, config.student.start, teacher_unet, table.seed)
+    if table.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    is_compared = bool(compared or config.loss.output)
+    for unet in (network, *([teacher_unet] if is_compared else [])):
+        if table.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        if table.compile:
+            unet.compile_repeated_blocks()
     return network, Objective(
         table=config.loss,
         dropout=config.data.caption_dropout,
         noise=teacher.noise,
-        teacher=teacher_unet.to(accelerator.device) if compared or config.loss.output else None,
+        teacher=teacher.in_place(teacher_unet, accelerator.device) if is_compared else None,
         pairs=compared,
         teacher_features=FeatureRecorder(teacher_unet, (pair.teacher for pair in compared)),
         student_features=FeatureRecorder(network, (pair.student for pair in compared)),
@@ -234,9 +256,11 @@ def _objective(
 class Progress:
     """The progress bar, and a row of metrics every so many steps."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, step: int, passes: int) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, step: int, passes: int, say: Callable[[str], None]
+    ) -> None:
         table = config.training
-        self.accelerator, self.every, self.last = accelerator, config.log.every, table.steps
+        self.accelerator, self.say = accelerator, say
         self.per_step = table.batch * passes
         self.bar = tqdm(
             total=table.steps * self.per_step,
@@ -247,16 +271,23 @@ class Progress:
         )
         self.row_time, self.row_step = time.monotonic(), step
 
-    def step(self, step: int, means: Means, learning_rate: float) -> None:
-        """After optimiser step ``step``: update the bar, and log the means where a row is due."""
+    def step(self, step: int, means: Means, learning_rate: float, due: Due) -> None:
+        """After optimiser step ``step``: update the bar; where a row is due, log the means, and tell a loss that is far
+        above its level."""
         self.bar.update(self.per_step)
-        if step % self.every and step != self.last:
+        if not due.row:
             return
         speed = (step - self.row_step) * self.per_step / (time.monotonic() - self.row_time)
         self.row_time, self.row_step = time.monotonic(), step
         row = {**means.take(), "learning_rate": learning_rate}
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
         self.accelerator.log({**row, "images_per_s": round(speed, 3)}, step=step)
+        if level := means.level.see(row["loss"]):
+            self.say(
+                f"step {step}: the loss is {row['loss']:.4g}, far above its level of {level:.4g} before. Training goes "
+                f"on. If it does not come back, stop, lower training.learning_rate, and run again: the run resumes "
+                f"from its last checkpoint."
+            )
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
@@ -279,13 +310,6 @@ def _loader(
     )
 
 
-def _start_trackers(config: Config, accelerator: Accelerator, step: int) -> None:
-    for tracker in accelerator.log_with:
-        if isinstance(tracker, CsvTracker):
-            tracker.resume_from(step)
-    accelerator.init_trackers("tensorboard")
-
-
 def averaged(accelerator: Accelerator, wrapped: torch.nn.Module, average: Average | None) -> dict[str, torch.Tensor]:
     """The student's averaged weights, fp32 on the CPU, gathered from all processes; empty on all but the main one."""
     if average:
@@ -297,19 +321,3 @@ def averaged(accelerator: Accelerator, wrapped: torch.nn.Module, average: Averag
 def _plain(value: torch.Tensor) -> torch.Tensor:
     """A tensor that each process has whole; where the student is sharded, so is the norm of its gradients."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _require_finite(values: Mapping[str, torch.Tensor], accelerator: Accelerator, step: int, saves: Path) -> None:
-    """Raise UserError, on every process alike, where a value is infinite or NaN; called before the weights change."""
-    bad = torch.stack([~torch.isfinite(value) for value in values.values()]).float()
-    bad = accelerator.reduce(bad, "sum")
-    if not bad.any():
-        return
-    names = [name for name, count in zip(values, bad.tolist(), strict=True) if count]
-    name = next((name for name in names if name != "loss"), "loss")
-    earlier = checkpoints.existing(saves)
-    state = f"the last good state is {earlier[-1]}" if earlier else "there is no checkpoint yet"
-    raise UserError(
-        f"step {step + 1}: the {name} is not finite; training has stopped and {state}. Lower training.learning_rate, "
-        f'or set precision = "no" or a teacher dtype with more range, and run again: the run resumes from there.'
-    )

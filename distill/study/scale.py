@@ -11,7 +11,6 @@ Sources: the recipe is that of the model cards (etri-vilab/koala-lightning-700m:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,17 +23,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tools.synthetic import random_weights
 
-from ...koala.architecture.keys import parameters, tensors
+from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout
 from ...koala.files.export import unet_config
-from ..config import LossTable
+from .. import footprint
+from ..config import LossTable, TrainingTable
 from ..features import FeatureRecorder, pairs
+from ..footprint import Memory, Saved
 from ..losses import feature_error
 from ..student import cut_out
 
@@ -49,7 +49,9 @@ GPUS = 4
 PEAK = 312e12  # FLOP/s of an A100
 UTILISATIONS = (0.3, 0.4, 0.5)
 
-CARDS = {"A100, 80 GB": 80 * 2**30, "24 GB": 24 * 2**30}  # bytes
+CARDS = {"16 GB": 16 * 2**30, "24 GB": 24 * 2**30, "40 GB": 40 * 2**30, "80 GB": 80 * 2**30}  # bytes
+TABLE = TrainingTable(steps=ITERATIONS)
+"""The default settings: bf16 autocast, AdamW and the average in fp32 on the GPU."""
 USABLE = 0.9
 """Share of a card's memory available to tensors; the rest is for CUDA itself, workspaces and fragmentation."""
 
@@ -160,38 +162,16 @@ class Activations:
         return self.features + (self.kept + self.recomputed if checkpointing else self.plain)
 
 
-class _Saved:
-    """Storages that autograd saves, each counted once; referenced, so that no address is used again."""
-
-    def __init__(self) -> None:
-        self.bytes: dict[int, int] = {}
-        self._held: list[torch.UntypedStorage] = []
-
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.bytes:
-            self.bytes[storage._cdata] = storage.nbytes()
-            self._held.append(storage)
-        return tensor
-
-    def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self.add, lambda tensor: tensor)
-
-    def beyond(self, *others: _Saved) -> int:
-        """Bytes of the storages that are in none of the others."""
-        return sum(size for key, size in self.bytes.items() if not any(key in other.bytes for other in others))
-
-
 @cache
 def activations(layout: Layout) -> Activations:
     """Measured on one pass of fake tensors, with diffusers' own division into checkpointed blocks."""
     table = LossTable()
     chosen = pairs(cut_out(layout, "first"), table)
-    weights, inside, outside, ends, loss, ours, theirs = (_Saved() for _ in range(7))
-    blocks: list[_Saved] = []
+    weights, inside, outside, ends, loss, ours, theirs = (Saved() for _ in range(7))
+    blocks: list[Saved] = []
 
     def checkpointed(block: Callable[..., Any], *given: Any) -> Any:
-        blocks.append(_Saved())
+        blocks.append(Saved())
         for tensor in given:
             if isinstance(tensor, torch.Tensor):
                 ends.add(tensor)
@@ -273,53 +253,17 @@ def _autocast() -> Iterator[None]:
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU, by part."""
-
-    teacher: int
-    weights: int
-    copies: int
-    """bf16 copies of the student's weights for computing: all of them under autocast, a few units under FSDP."""
-    gradients: int
-    moments: int
-    average: int
-    per_image: int
-
-    @property
-    def fixed(self) -> int:
-        """The part that does not grow with the batch."""
-        return self.teacher + self.weights + self.copies + self.gradients + self.moments + self.average
-
-    def of(self, batch: int) -> int:
-        return self.fixed + batch * self.per_image
-
-
-def memory(student: Layout, checkpointing: bool, gpus: int = 1, teacher_gpus: int = 1) -> Memory:
-    """On each GPU, with the student's states fully sharded over ``gpus`` and the teacher over ``teacher_gpus``.
-
-    Not sharded: the teacher in bf16; the student's weights, gradients, AdamW's two moments and the average in fp32, and
-    bf16 copies of the weights. Sharded: a share of each, and the gathered units with the student's gradients in bf16.
-    """
-    weights = parameters(student)
-    return Memory(
-        teacher=_share(2 * parameters(SDXL), teacher_gpus) + (gathered(SDXL) if teacher_gpus > 1 else 0),
-        weights=_share(4 * weights, gpus),
-        copies=2 * gathered(student) if gpus > 1 else 2 * weights,
-        gradients=_share(4 * weights, gpus),
-        moments=_share(8 * weights, gpus),
-        average=_share(4 * weights, gpus),
-        per_image=activations(student).per_image(checkpointing),
-    )
-
-
-def gathered(layout: Layout) -> int:
-    """Bytes, bf16, of what FSDP has gathered at a time: the root, and two units: the current one and the next.
-
-    A unit is a residual layer or a transformer block; the root is everything outside of units.
-    """
-    root, units = fsdp_units(layout)
-    return 2 * (root + 2 * max(units.values()))
+def memory(
+    student: Layout,
+    checkpointing: bool,
+    gpus: int = 1,
+    teacher_gpus: int = 1,
+    table: TrainingTable = TABLE,
+    teacher_dtype: str = "bf16",
+) -> Memory:
+    """``footprint.memory`` on each GPU, SDXL being the teacher."""
+    per_image = activations(student).per_image(checkpointing)
+    return footprint.memory(table, student, SDXL, teacher_dtype, per_image, gpus, teacher_gpus)
 
 
 def largest_batch(found: Memory, card: int) -> int:
@@ -332,19 +276,3 @@ def traffic(student: Layout, gpus: int = 1, teacher_gpus: int = 1) -> int:
     with it, two all-gathers of the student and a reduce-scatter, all bf16; and an all-gather of a sharded teacher."""
     weights = parameters(student) * (3 * 2 if gpus > 1 else 2 * 4)
     return (GPUS - 1) * (weights + (2 * parameters(SDXL) if teacher_gpus > 1 else 0)) // GPUS
-
-
-def _share(size: int, gpus: int) -> int:
-    return -(-size // gpus)
-
-
-@cache
-def fsdp_units(layout: Layout) -> tuple[int, dict[str, int]]:
-    """Number of weights of the root, and of each unit by name."""
-    root, units = 0, dict[str, int]()
-    for tensor in tensors(layout):
-        if found := re.match(r".+\.(resnets|transformer_blocks)\.\d+(?=\.)", tensor.diffusers):
-            units[found[0]] = units.get(found[0], 0) + prod(tensor.shape)
-        else:
-            root += prod(tensor.shape)
-    return root, units

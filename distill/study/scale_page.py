@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from tools.measure import markdown
 
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import KOALA_700M, SDXL, Layout, name
+from ..footprint import fsdp_units
 from .scale import (
     BATCH,
     CARDS,
@@ -18,13 +20,13 @@ from .scale import (
     PEAK,
     SIDE,
     STUDENTS,
+    TABLE,
     TOKENS,
     USABLE,
     UTILISATIONS,
     activations,
     cache_bytes,
     encoders,
-    fsdp_units,
     gpu_hours,
     images_per_second,
     largest_batch,
@@ -37,7 +39,7 @@ from .scale import (
 
 def section() -> str:
     """The whole section as Markdown."""
-    parts = (_head, _arithmetic, _memory, _batches, _time, _caching, _sharding, _limits)
+    parts = (_head, _arithmetic, _memory, _fits, _batches, _time, _caching, _sharding, _limits)
     return "\n".join(line for part in parts for line in part()).rstrip() + "\n"
 
 
@@ -117,9 +119,9 @@ _SPREAD: tuple[tuple[str, int, int], ...] = (
 
 
 def _batches() -> Iterator[str]:
-    columns = [(card, *spread) for card in CARDS for spread in _SPREAD]
+    columns = [(card, *spread) for card in ("24 GB", "80 GB") for spread in _SPREAD]
     yield from (
-        "### Largest batch per GPU",
+        f"### Largest batch per GPU, of {GPUS}",
         "",
         f"Images, with {_percent(USABLE)} of the card's memory available to tensors. 0: it does not fit.",
         "",
@@ -140,6 +142,42 @@ def _batches() -> Iterator[str]:
         f"The recipe's {BATCH} images on {GPUS} GPUs are {BATCH // GPUS} per GPU: set `accumulate` where they do not "
         "fit at once.",
         "",
+    )
+
+
+_SAVINGS: tuple[tuple[str, bool, dict[str, Any], str], ...] = (
+    ("default", False, {}, "bf16"),
+    ("gradient_checkpointing", True, {}, "bf16"),
+    ('and optimiser = "adamw-8bit"', True, {"optimiser": "adamw-8bit"}, "bf16"),
+    ("and ema_on_cpu", True, {"optimiser": "adamw-8bit", "ema_on_cpu": True}, "bf16"),
+    ('and teacher.dtype = "fp8"', True, {"optimiser": "adamw-8bit", "ema_on_cpu": True}, "fp8"),
+)
+"""Settings, each with those above: whether blocks are checkpointed, keys of the table training, the teacher's type."""
+
+
+def _fits() -> Iterator[str]:
+    yield from (
+        "### What fits on one GPU",
+        "",
+        f"GB for any batch and per image, and the largest batch by the card's memory, of which {_percent(USABLE)} are "
+        "available to tensors. 0: it does not fit. `--check` calculates the fixed part with the same code for any "
+        "configuration, and measures the rest.",
+        "",
+    )
+    yield from _table(
+        ("student", "settings", "any batch", "per image", *CARDS),
+        (
+            (
+                name(student),
+                what,
+                f"{found.fixed / GB:.2f}",
+                f"{found.per_image / GB:.2f}",
+                *(largest_batch(found, card) for card in CARDS.values()),
+            )
+            for student in STUDENTS
+            for what, checkpointing, keys, dtype in _SAVINGS
+            for found in (memory(student, checkpointing, table=TABLE.model_copy(update=keys), teacher_dtype=dtype),)
+        ),
     )
 
 

@@ -131,7 +131,7 @@ def test_a_layout_and_its_transformers_may_be_tables(tmp_path: Path) -> None:
         ({"training": "seed = -1"}, "training.seed = -1 cannot be used: Input should be greater than or equal to 0"),
         ({"training": "betas = [0.9]"}, "training.betas.1 is missing"),
         ({"loss": 'stage_weights = { "mid_block" = -1.0 }'}, "loss.stage_weights.mid_block = -1.0 cannot be used"),
-        ({"log": "to = ['wandb']"}, "log.to.0 = 'wandb' cannot be used: Input should be 'csv' or 'tensorboard'"),
+        ({"log": "to = ['aim']"}, "log.to.0 = 'aim' cannot be used: Input should be 'csv', 'tensorboard' or 'wandb'"),
         (
             {"student": "layout = 'koala-800m'"},
             "student.layout = 'koala-800m' cannot be used: Input should be 'koala-700m', 'koala-1b' or 'koala-1.7b' "

@@ -37,12 +37,15 @@ def accelerator() -> Iterator[Accelerator]:
 def test_means_begin_anew_after_a_row_and_resume_from_a_checkpoint(accelerator: Accelerator) -> None:
     means, later = Means(), Means()
     for value in (1.0, 2.0, 6.0):
-        means.add({"loss": torch.tensor(value), "task": torch.tensor(2 * value)}, accelerator)
+        means.add({"loss": torch.tensor(value), "task": torch.tensor(2 * value)})
+    means.fetch(accelerator)
     later.load_state_dict(means.state_dict())
-    later.add({"loss": torch.tensor(7.0), "task": torch.tensor(0.0)}, accelerator)
+    later.add({"loss": torch.tensor(7.0), "task": torch.tensor(0.0)})
+    later.fetch(accelerator)
     assert means.take() == {"loss": 3, "task": 6}
     assert later.take() == {"loss": 4, "task": 4.5}
-    means.add({"loss": torch.tensor(5.0)}, accelerator)
+    means.add({"loss": torch.tensor(5.0)})
+    means.fetch(accelerator)
     assert means.take() == {"loss": 5}
 
 

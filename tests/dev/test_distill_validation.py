@@ -44,8 +44,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(spoiled: tuple[Path, list[s
     assert rows[0]["loss"] < min(row["loss"] for row in rows[1:])
     saves = folder / "checkpoints"
     assert sorted(path.name for path in saves.iterdir()) == ["best.json", "step-0000001", "step-0000003"]
-    assert checkpoints.best(saves) == checkpoints.Best(step=1, loss=rows[0]["loss"])
-    assert f"the lowest held-out loss is {rows[0]['loss']:.4f}, of step 1; the result is of step 3." in said
+    assert checkpoints.best(saves) == checkpoints.Best(step=1, measure="lowest loss", value=rows[0]["loss"])
+    assert f"the lowest loss in validation is {rows[0]['loss']:.4f}, of step 1; the result is of step 3." in said
 
 
 def test_the_loss_is_that_of_the_averaged_student_on_held_out_images(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from koala_sdxl.distill import footprint
 from koala_sdxl.distill.study import scale, scale_page
 from koala_sdxl.koala.architecture.keys import parameters
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, SDXL, Layout, name
@@ -18,7 +21,7 @@ ATTENTION = torch.nn.functional.scaled_dot_product_attention
 def test_the_counted_unets_have_the_weights_that_their_layouts_say(layout: Layout) -> None:
     unet = scale._unet(layout, "meta")
     assert sum(weight.numel() for weight in unet.parameters()) == parameters(layout)
-    root, units = scale.fsdp_units(layout)
+    root, units = footprint.fsdp_units(layout)
     assert root + sum(units.values()) == parameters(layout)
 
 
@@ -65,6 +68,27 @@ def test_sharding_makes_room(student: Layout) -> None:
     assert shared > 2 * parameters(SDXL) + 20 * parameters(student) / 4
 
 
+@pytest.mark.parametrize("student", scale.STUDENTS)
+def test_each_saving_makes_room(student: Layout) -> None:
+    found = [
+        scale.memory(student, checkpointing, table=scale.TABLE.model_copy(update=keys), teacher_dtype=dtype)
+        for _, checkpointing, keys, dtype in scale_page._SAVINGS
+    ]
+    weights = parameters(student)
+    fixed = [one.fixed for one in found]
+    assert fixed[0] == fixed[1] == 2 * parameters(SDXL) + 22 * weights
+    assert [before - after for before, after in itertools.pairwise(fixed[1:])] == [
+        6 * weights,  # moments
+        4 * weights,  # the average
+        parameters(SDXL),
+    ]
+    assert found[3].average_on_cpu == 4 * weights
+    assert found[0].per_image > found[1].per_image
+    for card in scale.CARDS.values():
+        batches = [scale.largest_batch(one, card) for one in found]
+        assert batches == sorted(batches)
+
+
 def test_a_million_pictures_take_known_room() -> None:
     assert scale.cache_bytes(10**6) == {
         "latents": 131_072_000_000,
@@ -88,6 +112,7 @@ def test_the_section_tells_it_all() -> None:
     assert [head.split(" | ")[0] for head in heads] == [
         "| U-Net",
         "| part",
+        "| student",
         "| student",
         "| student",
         "| cache of a million images, fp16",

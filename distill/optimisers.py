@@ -1,0 +1,55 @@
+"""The optimisers of a run: AdamW, and AdamW with moments of 8 bits, of bitsandbytes or torchao."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from .config import TrainingTable
+from .errors import UserError
+
+PACKAGES = {"bitsandbytes": "bitsandbytes.optim", "torchao": "torchao.optim"}
+"""Package -> its module with AdamW8bit; the first that is installed is taken."""
+
+
+def require_installed(table: TrainingTable, sharded: bool) -> None:
+    """Raises UserError where the optimiser cannot be made: for 8 bits without a package, or of a sharded student."""
+    if table.optimiser == "adamw-8bit":
+        _eight_bit()
+        if sharded:
+            raise UserError(
+                'training.optimiser = "adamw-8bit" does not shard; expected "adamw" under FSDP, which spreads its '
+                "moments over the GPUs. Change it, or train with distill/ddp.yaml."
+            )
+
+
+def made(table: TrainingTable, weights: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser of ``training.optimiser``. Raises UserError as ``require_installed`` does."""
+    settings: dict[str, Any] = {"lr": table.learning_rate, "betas": table.betas, "weight_decay": table.weight_decay}
+    if table.optimiser == "adamw":
+        return torch.optim.AdamW(weights, **settings, fused=True)
+    return _eight_bit()(weights, **settings)
+
+
+def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
+    for package, module in PACKAGES.items():
+        if find_spec(package):
+            found: Callable[..., torch.optim.Optimizer] = importlib.import_module(module).AdamW8bit
+            return found
+    raise UserError(
+        f'training.optimiser = "adamw-8bit": none of {", ".join(PACKAGES)} is installed; expected one of them. Run '
+        f'pip install bitsandbytes, or set it to "adamw".'
+    )
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Give an optimiser the learning rate of the next step. torchao's keeps it in a tensor."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
