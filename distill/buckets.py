@@ -80,7 +80,8 @@ def fit(
 class Turn(NamedTuple):
     """An image's turn in training."""
 
-    index: int
+    place: int
+    """Its index in the dataset."""
     epoch: int
 
 
@@ -109,7 +110,7 @@ class Batches(Sampler[list[Turn]]):
         while number < end:
             epoch, first = divmod(number, self.per_epoch)
             batches = self._epoch(epoch)[first : first + end - number]
-            yield from ([Turn(index, epoch) for index in batch.tolist()] for batch in batches)
+            yield from ([Turn(place, epoch) for place in batch.tolist()] for batch in batches)
             number += len(batches)
 
     @cached_property

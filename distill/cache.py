@@ -220,7 +220,7 @@ class Learned(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, turn: Turn) -> dict[str, torch.Tensor]:
         """The sample in this place, with this epoch's caption; see ``Cache.sample``."""
-        number = self.indices[turn.index]
+        number = self.indices[turn.place]
         return self.samples.sample(number, caption_of(self.seed, number, turn.epoch, self.samples.captions(number)))
 
 

@@ -97,7 +97,7 @@ def _members(archive: tarfile.TarFile, stream: BinaryIO, stop: Callable[[Excepti
     is_plain, size = archive.fileobj is stream, os.fstat(stream.fileno()).st_size
     try:
         while member := archive.next():
-            archive.members.clear()  # it would keep them all
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             if is_plain and archive.offset > size:
                 raise tarfile.ReadError("unexpected end of data")
             if member.isreg() and not META.match(member.name):

@@ -402,8 +402,8 @@ def test_each_epoch_shows_every_picture_with_another_caption(many: DataTable) ->
     batches = Batches([found.bucket_of[index] for index in learned.indices], 2, seed=3, count=12)
     seen: dict[int, list[int]] = defaultdict(list)
     for batch in batches:  # of each epoch one with both squares, and one with the wide picture twice
-        for turn in batch[: 1 if batch[0].index == batch[1].index else 2]:
-            seen[turn.index] += lengths([learned[turn]])
+        for turn in batch[: 1 if batch[0].place == batch[1].place else 2]:
+            seen[turn.place] += lengths([learned[turn]])
     assert seen[0] == [60] * 6
     for number, first in ((1, 20), (2, 50)):
         for round_of_all in (seen[number][:3], seen[number][3:]):

@@ -184,16 +184,27 @@ def captions(data: DataTable) -> tuple[list[list[str]], list[str]]:
 
 def test_a_picture_may_have_several_captions(tmp_path: Path) -> None:
     image = encoded(picture())
-    lines = {"a.png": image, "a.txt": "\ufeff of it \r\n\n of this, größer\n", "b.png": image, "b.caption": "\n \n"}
+    lines: dict[str, bytes | str] = {
+        "a.png": image,
+        "a.txt": "\ufeff of it \r\n\n of this, größer\n",
+        "b.png": image,
+        "b.caption": "\n \n",
+    }
     folder = write(tmp_path / "lines", lines)
     assert captions(table(folder, caption_lines=True)) == (
         [MANY],
         ["b.png: there is no caption (b.caption is missing or empty); skipped"],
     )
     assert captions(table(folder))[0] == [["of it \r\n\n of this, größer"]]
-    rows = [{"file_name": "a.png", "text": MANY}, {"file_name": "b.png", "text": ["", None, "one"]}]
+    rows: list[dict[str, Any]] = [
+        {"file_name": "a.png", "text": MANY},
+        {"file_name": "b.png", "text": ["", None, "one"]},
+    ]
     rows += [{"file_name": "c.png", "text": ["two", 2]}, {"file_name": "d.png", "text": []}]
-    table_of = {"metadata.jsonl": "\n".join(map(json.dumps, rows)), **{f"{name}.png": image for name in "abcd"}}
+    table_of: dict[str, bytes | str] = {
+        "metadata.jsonl": "\n".join(map(json.dumps, rows)),
+        **{f"{name}.png": image for name in "abcd"},
+    }
     assert captions(table(write(tmp_path / "lists", table_of))) == (
         [MANY, ["one"]],
         [
@@ -201,10 +212,13 @@ def test_a_picture_may_have_several_captions(tmp_path: Path) -> None:
             "d.png: there is no caption (caption in metadata.jsonl is missing or empty); skipped",
         ],
     )
-    both = {"metadata.csv": 'file_name,short,long\na.png,of it,"of this, größer"\nb.png,,one\n', "a.png": image}
+    both: dict[str, bytes | str] = {
+        "metadata.csv": 'file_name,short,long\na.png,of it,"of this, größer"\nb.png,,one\n',
+        "a.png": image,
+    }
     columns = write(tmp_path / "columns", both | {"b.png": image})
     assert captions(table(columns, caption=["short", "long"])) == ([MANY, ["one"]], [])
-    members = {"a.png": image, "a.json": json.dumps({"short": "of it", "more": MANY[1:]})}
+    members: dict[str, bytes | str] = {"a.png": image, "a.json": json.dumps({"short": "of it", "more": MANY[1:]})}
     shards = tar(tmp_path / "0.tar", {**members, "b.png": image, "b.txt": "\n".join(MANY)})
     found = table(shards, kind="webdataset", caption=["short", "more", "none"], caption_lines=True)
     assert captions(found) == ([MANY, MANY], [])
