@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from ..koala.architecture.keys import parameters
 from ..koala.architecture.layout import Layout, name
 from ..koala.architecture.lineage import Lineage
-from . import cache, checkpoints, footprint, measures, optimisers, processes, sources, student, trackers, train
+from . import cache, checkpoints, footprint, measures, optimisers, processes, sources, student, texts, trackers, train
 from .average import Average
 from .config import Config, DataTable
+from .entries import Entry
 from .features import pairs
 from .teacher import Teacher, open_teacher
 
@@ -35,6 +36,8 @@ class Trial:
     seconds: float
     saved: int
     """Bytes that autograd saved in a forward pass: activations, features and copies of the weights."""
+    text_encoders: int
+    """Bytes of the weights of those that run while training."""
     peak: int | None
     """The most bytes that were allocated at once on a GPU."""
 
@@ -95,7 +98,7 @@ def _entries(data: DataTable) -> int:
     """The images of a source, none of them read. Raises UserError as ``sources.read`` does."""
     count = 0
 
-    def wanted(_: sources.Entry) -> bool:
+    def wanted(_: Entry) -> bool:
         nonlocal count
         count += 1
         return False
@@ -119,6 +122,7 @@ def _memory(
     )
     rows = {
         "teacher": found.teacher,
+        **({"text encoders": trial.text_encoders} if trial.text_encoders else {}),
         "weights": found.weights,
         "gradients": found.gradients,
         f"optimiser, {table.optimiser}": found.moments,
@@ -160,12 +164,14 @@ def _trial(config: Config, teacher: Teacher, lineage: Lineage, accelerator: Acce
     network, objective = train.build(config, teacher, lineage, pairs(lineage, config.loss), accelerator)
     wrapped, optimiser = accelerator.prepare(network, optimisers.made(table, network.parameters()))
     average = Average(network, table.ema, table.ema_on_cpu) if table.ema else None
+    encoders = train.text_encoders(config, teacher, device)
+    with_texts = encoders.embedded if encoders else texts.unchanged
     batch = _batch(config, teacher.layout, device)
     optimisers.set_rate(optimiser, table.learning_rate)
 
     def one_pass() -> None:
         generator = torch.Generator().manual_seed(table.seed)
-        train.one_pass(config, accelerator, wrapped, optimiser, objective, batch, generator)
+        train.one_pass(config, accelerator, wrapped, optimiser, objective, with_texts(batch), generator)
 
     saved = _counted(network, table.gradient_checkpointing, one_pass)
     accelerator.gradient_accumulation_steps = table.accumulate
@@ -180,7 +186,8 @@ def _trial(config: Config, teacher: Teacher, lineage: Lineage, accelerator: Acce
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.monotonic() - before
-    return Trial(seconds, saved, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
+    texts_size = sum(weight.nbytes for one in encoders.encoders for weight in one.parameters()) if encoders else 0
+    return Trial(seconds, saved, texts_size, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
 
 
 def _counted(network: UNet2DConditionModel, checkpointing: bool, one_pass: Callable[[], None]) -> int:
@@ -205,16 +212,17 @@ def _counted(network: UNet2DConditionModel, checkpointing: bool, one_pass: Calla
 
 
 def _batch(config: Config, layout: Layout, device: torch.device) -> dict[str, torch.Tensor]:
-    """Made-up samples of the cache: square images, random latents and embeddings."""
+    """Made-up samples of the cache: square images, random latents, and random embeddings or tokens without meaning."""
     side, count = config.data.resolution, config.training.batch
     generator = torch.Generator().manual_seed(config.training.seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(count, *shape, generator=generator).to(device)
 
+    embedded = {"context": random(cache.TOKENS, layout.context), "pooled": random(layout.pooled)}
+    tokens = {"tokens": torch.zeros(count, 2, cache.TOKENS, dtype=torch.long)}
     return {
         "latents": random(layout.in_channels, side // 8, side // 8),
-        "context": random(cache.TOKENS, layout.context),
-        "pooled": random(layout.pooled),
+        **(tokens if config.data.texts == "tokens" else embedded),
         "ids": torch.tensor([[side, side, 0, 0, side, side]] * count, device=device).float(),
     }

@@ -20,21 +20,21 @@ from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..koala.architecture.lineage import Lineage
-from . import build_cache, cache, checkpoints, losses, measures, optimisers, processes, result, student, trackers
+from . import build_cache, cache, checkpoints, losses, measures, optimisers, processes, result, student, texts, trackers
 from .average import Average
 from .buckets import Batches
 from .config import Config, TrainingTable
 from .divergence import Finite
+from .entries import Part
 from .evaluation import VALIDATED, Due, Evaluation, Watch
 from .features import FeatureRecorder, Pair, pairs
 from .metrics import CsvTracker, Means
 from .objective import Objective
 from .samples import Grid
-from .sources import Part
 from .teacher import Encoder, Teacher, open_teacher
 from .validation import Validation, split
 
@@ -161,14 +161,16 @@ def _learn(
     accelerator.register_for_checkpointing(means)
     step = processes.on_every(accelerator, lambda: checkpoints.resume(accelerator, saves, average, say))
     learned, held_out = split(config, samples)
-    validation = Validation(objective, samples, held_out, table.batch, table.seed) if held_out else None
+    encoders = text_encoders(config, teacher, accelerator.device)
+    with_texts = encoders.embedded if encoders else texts.unchanged
+    validation = Validation(objective, samples, held_out, table.batch, table.seed, with_texts) if held_out else None
     CsvTracker(config.output / VALIDATED).resume_from(step)
     evaluation = Evaluation.of(config, validation, grid, watch, accelerator, say)
     loader = _loader(config, samples, learned, accelerator, step, order.passes)
     trackers.start(config, accelerator, step)
     progress = Progress(config, accelerator, step, order.passes, say)
     first = step * order.passes + accelerator.process_index
-    for turn, batch in enumerate(loader):
+    for turn, batch in enumerate(map(with_texts, loader)):
         learning_rate = table.learning_rate * rate(table, step)  # not the checkpoint's: a resumed run may have another
         optimisers.set_rate(optimiser, learning_rate)
         number = first + turn * accelerator.num_processes  # of this forward pass, in the order of one process
@@ -204,6 +206,11 @@ def _learn(
     if best := checkpoints.best(saves):
         say(f"the {best.measure} in validation is {best.value:.4f}, of step {best.step}; the result is of step {step}.")
     return averaged(accelerator, wrapped, average), order
+
+
+def text_encoders(config: Config, teacher: Teacher, device: torch.device) -> texts.TextEncoders | None:
+    """The teacher's text encoders, in fp32, where the cache holds tokens."""
+    return texts.TextEncoders.of(teacher.pipeline(), device) if config.data.texts == "tokens" else None
 
 
 def one_pass(
@@ -306,7 +313,7 @@ def _loader(
         count=(table.steps - step) * passes,
     )
     return accelerator.prepare(
-        DataLoader(Subset(samples, learned), batch_sampler=batches, num_workers=config.data.workers)
+        DataLoader(cache.Learned(samples, learned, table.seed), batch_sampler=batches, num_workers=config.data.workers)
     )
 
 
