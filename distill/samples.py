@@ -32,13 +32,14 @@ class Grid:
     def of(cls, config: Config, encoder: Encoder) -> Grid:
         """Encode the configuration's prompts, or the empty prompt."""
         context, pooled = encoder.texts(list(config.log.prompts) or [""])
+        scheduler, few = encoder.pipeline.scheduler, config.steps.student
         return cls(
             vae=encoder.pipeline.vae,
-            scheduler=encoder.pipeline.scheduler,
+            scheduler=scheduler.from_config(scheduler.config, timestep_spacing="trailing") if few else scheduler,
             context=context,
             pooled=pooled,
-            steps=config.log.sample_steps,
-            cfg=config.log.sample_cfg,
+            steps=few or config.log.sample_steps,
+            cfg=1.0 if few else config.log.sample_cfg,
             side=config.data.resolution,
             seed=config.training.seed,
             folder=config.output / "samples",

@@ -31,6 +31,7 @@ from .buckets import Batches
 from .config import Config, TrainingTable
 from .errors import UserError
 from .features import FeatureRecorder, Pair, pairs
+from .few_steps import StepObjective
 from .metrics import CsvTracker, Means
 from .objective import Objective
 from .samples import Grid
@@ -61,9 +62,9 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
 
     Raises UserError for everything that the person can put right.
     """
-    teacher = open_teacher(config.teacher)
-    lineage = student.plan(config.student, teacher.layout)
-    compared = pairs(lineage, config.loss)
+    teacher = open_teacher(config.teacher, compact=bool(config.steps.student))
+    lineage = student.plan(config.student, teacher.layout, teacher.kept_transformers)
+    compared = () if config.steps.student else pairs(lineage, config.loss)
     done = config.output / FINISHED
     if done.exists():
         say(f"{done} exists already; nothing to do.")
@@ -214,12 +215,20 @@ def _learn(
 
 def _objective(
     config: Config, teacher: Teacher, lineage: Lineage, compared: tuple[Pair, ...], accelerator: Accelerator
-) -> tuple[UNet2DConditionModel, Objective]:
+) -> tuple[UNet2DConditionModel, Objective | StepObjective]:
     """The student with its initial weights, and what it is trained on."""
     teacher_unet = teacher.unet()
     network = student.build(lineage, config.student.start, teacher_unet, config.training.seed)
     if config.training.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    if config.steps.student:
+        return network, StepObjective(
+            table=config.loss,
+            dropout=config.data.caption_dropout,
+            steps=config.steps,
+            noise=teacher.noise,
+            teacher=teacher_unet.to(accelerator.device),
+        )
     return network, Objective(
         table=config.loss,
         dropout=config.data.caption_dropout,

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from . import losses
 from .cache import Cache
 from .config import Config
+from .few_steps import StepObjective
 from .objective import Objective
 
 LEVELS = (125, 375, 625, 875)
@@ -36,7 +37,7 @@ def split(config: Config, samples: Cache) -> tuple[list[int], list[int]]:
 class Validation:
     """Measures the held-out loss: that of training, with every caption, the same noise each time."""
 
-    objective: Objective
+    objective: Objective | StepObjective
     samples: Cache
     held_out: list[int]
     batch: int
