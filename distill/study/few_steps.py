@@ -30,9 +30,9 @@ from . import plots
 from .judging import PROMPTS, SIZE
 from .runs import BATCH, PICTURES
 
-STEPS = 900
-LOOKS = 150  # training steps between two judgements of the images
-SHOWN = range(0, evaluate.PROMPTS, 31)  # prompts in the picture: other shapes and colours each time
+STEPS = 400
+LOOKS = 100  # training steps between two judgements of the images
+SHOWN = range(0, PROMPTS, 17)  # prompts in the picture: other shapes and colours each time
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def config(work: Path) -> Config:
             "training": {
                 "steps": STEPS,
                 "batch": BATCH,
-                "learning_rate": 5e-4,
+                "learning_rate": 1e-3,
                 "warmup": 30,
                 "betas": (0.9, 0.99),
                 "ema": 0.99,
                 "precision": "no",
-                "checkpoint_every": 25,
+                "checkpoint_every": 20,
                 "keep": 1,
             },
             "log": {"samples_every": LOOKS},
@@ -101,28 +101,28 @@ def carry_out(work: Path) -> None:
     """Train, judge at intervals and at the end, and write figures and images."""
     dataset.write(work / f"drawings-{SIZE}", SIZE, PICTURES)
     settings = config(work)
-    model = single_file.pipeline(SHIPPED, settings.teacher.tokenizer)
+    tokenizer = testhost.test_host().tokenizer
+    model = single_file.pipeline(SHIPPED, tokenizer)
+    unets = {"teacher": model.unet}
     path, curve = settings.output.with_suffix(".curve.json"), {}
     if path.exists():  # judged by a process that was interrupted
         curve = json.loads(path.read_text())
 
     def look(step: int, unet: UNet2DConditionModel) -> None:
-        curve[str(step)] = asdict(judged(drawn(model, STUDENT, PROMPTS, unet), PROMPTS))
+        curve[str(step)] = asdict(judged(drawn(model, STUDENT, unet)))
         path.write_text(json.dumps(curve))
 
     train.run(settings, lambda line: print(line, flush=True), look)
-    student = single_file.pipeline(
-        settings.output / "result" / f"{settings.output.name}.safetensors", settings.teacher.tokenizer
-    )
-    unets = {"teacher": model.unet, "student": student.unet}
-    images = {row: drawn(model, row, evaluate.PROMPTS, unets[row.model]) for row in ROWS}
+    result = settings.output / "result" / f"{settings.output.name}.safetensors"
+    unets["student"] = single_file.pipeline(result, tokenizer).unet
+    images = {row: drawn(model, row, unets[row.model]) for row in ROWS}
     found = {
-        "rows": [{**asdict(row), "score": asdict(judged(made, evaluate.PROMPTS))} for row, made in images.items()],
+        "rows": [{**asdict(row), "score": asdict(judged(made))} for row, made in images.items()],
         "curve": curve,
         "config": settings.model_dump(mode="json", include={"steps", "training"}),
         "computer": meter.computer(),
     }
-    prompts, _ = evaluate.grid_prompts(evaluate.PROMPTS)
+    prompts, _ = evaluate.grid_prompts(PROMPTS)
     plots.labelled(
         {str(row): images[row][list(SHOWN)] for row in PICTURED},
         [prompts[at] for at in SHOWN],
@@ -131,17 +131,19 @@ def carry_out(work: Path) -> None:
     (work / "runs" / "few_steps.json").write_text(json.dumps(found, indent=1))
 
 
-def drawn(model: StableDiffusionXLPipeline, row: Row, count: int, unet: UNet2DConditionModel) -> torch.Tensor:
-    """An image of each of ``count`` prompts, float32 [count, 3, s, s] in [-1, 1]; number i from the seed 1000 + i."""
+def drawn(model: StableDiffusionXLPipeline, row: Row, unet: UNet2DConditionModel, count: int = PROMPTS) -> torch.Tensor:
+    """An image of each of the first ``count`` prompts, float32 [count, 3, s, s] in [-1, 1]; number i from the seed
+    1000 + i."""
     model.unet = unet
     model.scheduler = model.scheduler.from_config(model.scheduler.config, timestep_spacing=row.spacing)
-    prompts, _ = evaluate.grid_prompts(count)
+    prompts, _ = evaluate.grid_prompts(PROMPTS)
+    prompts = prompts[:count]
     return pipeline.pictures(model, prompts, seed=evaluate.SEED, size=SIZE, steps=row.steps, cfg=row.cfg)
 
 
-def judged(images: torch.Tensor, count: int) -> evaluate.Score:
+def judged(images: torch.Tensor) -> evaluate.Score:
     """The score of ``drawn`` images."""
-    return evaluate.score(images, evaluate.grid_prompts(count)[1])
+    return evaluate.score(images, evaluate.grid_prompts(PROMPTS)[1].pick(torch.arange(len(images))))
 
 
 def few_steps(data: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def labelled(rows: Mapping[str, torch.Tensor], columns: Sequence[str], path: Pat
     """Images in rows, each row under its name and each column under its own. rows: name -> float [n, 3, s, s] in
     [-1, 1]; columns: n names."""
     figure = pyplot.figure(figsize=(1.5 * len(columns), 1.8 * len(rows) + 0.3), layout="constrained")
-    parts = figure.subfigures(len(rows), 1)
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (name, images) in zip(parts, rows.items(), strict=True):
         part.suptitle(name, fontsize=10)
         for axes, column, image in zip(part.subplots(1, len(columns)), columns, images, strict=True):
