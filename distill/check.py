@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from ..koala.architecture.keys import parameters
 from ..koala.architecture.layout import Layout, name
 from ..koala.architecture.lineage import Lineage
-from . import cache, checkpoints, footprint, measures, optimisers, processes, sources, student, texts, trackers, train
+from . import cache, checkpoints, footprint, measures, optimisers, processes, sources, texts, trackers, train
 from .average import Average
 from .config import Config, DataTable
 from .entries import Entry
-from .features import pairs
-from .teacher import Teacher, open_teacher
+from .features import Pair
+from .teacher import Teacher
 
 GB = 10**9
 
@@ -46,17 +46,16 @@ def report(config: Config, say: Callable[[str], None]) -> None:
     """Say, line by line, what ``train.run`` would do. Raises UserError as it does before its first step."""
     trackers.require_installed(config.log)
     measures.require(config)
-    teacher = open_teacher(config.teacher)
-    lineage = student.plan(config.student, teacher.layout)
+    teacher, lineage, compared = train.planned(config)
     accelerator = Accelerator(mixed_precision=config.training.precision)
     processes.require_connected(accelerator)
     optimisers.require_installed(config.training, accelerator.distributed_type == DistributedType.FSDP)
     torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
-    trial = _trial(config, teacher, lineage, accelerator)
+    trial = _trial(config, teacher, lineage, compared, accelerator)
     if accelerator.is_main_process:
         for line in (
             *_plan(config, teacher, lineage, accelerator.num_processes),
-            *_memory(config, teacher, lineage, accelerator, trial),
+            *_memory(config, teacher, lineage, compared, accelerator, trial),
             *_time(config, accelerator.num_processes, trial),
         ):
             say(line)
@@ -112,11 +111,16 @@ def _entries(data: DataTable) -> int:
 
 
 def _memory(
-    config: Config, teacher: Teacher, lineage: Lineage, accelerator: Accelerator, trial: Trial
+    config: Config,
+    teacher: Teacher,
+    lineage: Lineage,
+    compared: tuple[Pair, ...],
+    accelerator: Accelerator,
+    trial: Trial,
 ) -> Iterator[str]:
     table, gpus = config.training, accelerator.num_processes
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    needed = bool(pairs(lineage, config.loss) or config.loss.output)
+    needed = bool(compared or config.loss.output or config.steps.student)
     found = footprint.memory(
         table, lineage.student, teacher.layout if needed else None, config.teacher.dtype, 0, gpus if sharded else 1
     )
@@ -157,11 +161,13 @@ def _time(config: Config, number: int, trial: Trial) -> Iterator[str]:
     yield "  Measured on made-up latents, without reading data, checkpoints, validation and sample images."
 
 
-def _trial(config: Config, teacher: Teacher, lineage: Lineage, accelerator: Accelerator) -> Trial:
+def _trial(
+    config: Config, teacher: Teacher, lineage: Lineage, compared: tuple[Pair, ...], accelerator: Accelerator
+) -> Trial:
     """A forward and backward pass that is counted, in which everything is set up, and a whole step that is timed."""
     table, device = config.training, accelerator.device
     accelerator.gradient_accumulation_steps = 1
-    network, objective = train.build(config, teacher, lineage, pairs(lineage, config.loss), accelerator)
+    network, objective = train.build(config, teacher, lineage, compared, accelerator)
     wrapped, optimiser = accelerator.prepare(network, optimisers.made(table, network.parameters()))
     average = Average(network, table.ema, table.ema_on_cpu) if table.ema else None
     encoders = train.text_encoders(config, teacher, device)

@@ -139,6 +139,16 @@ class LossTable(Table):
     most_weight: PositiveFloat = key(15.0, "velocity: the largest weight, before all are scaled to a mean of 1")
 
 
+class StepsTable(Table):
+    """Step distillation, instead of the losses of the table ``loss``."""
+
+    student: Annotated[int, Field(ge=0, le=50)] = key(
+        0, "sampling steps in which the student is to draw without guidance; 0: no step distillation"
+    )
+    teacher: PositiveInt = key(3, "steps that the teacher takes for each of the student's")
+    guidance: NotNegative = key(7.5, "guidance scale of the teacher, which the student learns")
+
+
 class TrainingTable(Table):
     steps: PositiveInt = key(..., "optimiser steps")
     batch: PositiveInt = key(4, "images per process in one forward pass")
@@ -207,12 +217,20 @@ class Config(Table):
     student: StudentTable = StudentTable()
     data: DataTable
     loss: LossTable = LossTable()
+    steps: StepsTable = StepsTable()
     training: TrainingTable
     validation: ValidationTable = ValidationTable()
     log: LogTable = LogTable()
     card: CardTable = CardTable()
 
+    @property
+    def variant(self) -> str:
+        """The student's variant: a key of ``releases.VARIANTS``."""
+        return "lightning" if self.steps.student else self.teacher.variant
 
+
+WITHOUT_EFFECT = {"loss": tuple(LossTable.model_fields), "log": ("sample_steps", "sample_cfg")}
+"""Tables and their keys that say nothing to a step distillation."""
 PATHS = (
     ("output",),
     ("teacher", "model"),
@@ -251,10 +269,22 @@ def read(path: Path) -> Config:
         config = Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {fault}" for fault in _faults(error, found))) from None
+    if config.steps.student and (idle := list(_without_effect(found))):
+        raise UserError("\n".join(f"{path}: {fault}" for fault in idle))
     for name, folder in (("output", config.output), ("data.cache", config.data.cache)):
         for taken in (place for place in (folder, *folder.parents) if place.is_file()):
             raise UserError(f"{path}: {name} = {str(folder)!r} cannot be a folder: {taken} is a file. Change it.")
     return config
+
+
+def _without_effect(found: dict[str, Any]) -> Iterator[str]:
+    """The given keys that a step distillation does not read, each as a sentence."""
+    for table, keys in WITHOUT_EFFECT.items():
+        for name in (name for name in keys if name in found.get(table, {})):
+            yield (
+                f"{table}.{name} = {found[table][name]!r} has no effect where steps.student is set; expected no such "
+                f"key. Remove it, or steps.student."
+            )
 
 
 def _from(folder: Path, value: Any) -> Any:

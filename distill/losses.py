@@ -78,5 +78,6 @@ def terms(
 
 
 def total(table: LossTable, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The weighted sum that is minimised."""
-    return table.task * terms["task"] + table.output * terms["output"] + table.feature * terms["feature"]
+    """The weighted sum that is minimised; the names of the terms are those of their factors."""
+    first, *others = (getattr(table, name) * term for name, term in terms.items())
+    return sum(others, first)

@@ -51,31 +51,39 @@ class Objective:
         time = time.to(device)
         with_caption = (torch.rand(count, generator=generator) >= self.dropout).float().to(device)
         noisy = self.noise.add_noise(latents, noise, time)
-        conditions = {
-            "encoder_hidden_states": batch["context"] * with_caption.view(count, 1, 1),
-            "added_cond_kwargs": {
-                "text_embeds": batch["pooled"] * with_caption.view(count, 1),
-                "time_ids": batch["ids"].long(),  # no cast to a smaller type touches them: bf16 rounds 1365 to 1368
-            },
-        }
+        given = conditions(batch, with_caption)
         teacher_output, wanted = None, {}
         if self.teacher is not None:
             dtype = self.teacher.dtype
             with torch.no_grad(), self.teacher_features.recording() as wanted:
-                teacher_output = self.teacher(noisy.to(dtype), time, **_cast(conditions, dtype)).sample
+                teacher_output = self.teacher(noisy.to(dtype), time, **cast(given, dtype)).sample
         with self.student_features.recording() as found:
-            output = network(noisy, time, **conditions).sample
+            output = network(noisy, time, **given).sample
         feature_error = losses.feature_error(self.table, self.pairs, found, wanted).to(device)
         weights = losses.time_weights(self.table, self.noise, time)
         teacher_output = output.detach() if teacher_output is None else teacher_output
         return losses.terms(self.table, weights, noise, output, teacher_output, feature_error)
 
 
-def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {key: _cast_one(value, dtype) for key, value in conditions.items()}
+def conditions(batch: Mapping[str, torch.Tensor], with_caption: torch.Tensor) -> dict[str, Any]:
+    """What a U-Net is told of a batch beside latents and time: captions times ``with_caption`` [n], which are zeros
+    where that is 0, and sizes."""
+    count = len(with_caption)
+    return {
+        "encoder_hidden_states": batch["context"] * with_caption.view(count, 1, 1),
+        "added_cond_kwargs": {
+            "text_embeds": batch["pooled"] * with_caption.view(count, 1),
+            "time_ids": batch["ids"].long(),  # no cast to a smaller type touches them: bf16 rounds 1365 to 1368
+        },
+    }
+
+
+def cast(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """``conditions`` with their floating-point tensors in a type."""
+    return {key: _cast_one(value, dtype) for key, value in given.items()}
 
 
 def _cast_one(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
-        return _cast(value, dtype)
+        return cast(value, dtype)
     return value.to(dtype) if value.is_floating_point() else value

@@ -29,6 +29,7 @@ ADVICE = "Start again in another output folder, with a lower training.learning_r
 
 def distillation(config: Config, teacher: Teacher, lineage: Lineage, images_a_step: int) -> str:
     """The metadata ``DISTILLATION_KEY``: how the student was trained, as JSON."""
+    learned = {"few_steps": config.steps} if config.steps.student else {"loss": config.loss}
     return json.dumps(
         {
             "layout": name(lineage.student),
@@ -37,7 +38,7 @@ def distillation(config: Config, teacher: Teacher, lineage: Lineage, images_a_st
             "start": Path(config.student.start).name,
             "steps": config.training.steps,
             "images_a_step": images_a_step,
-            "loss": config.loss.model_dump(mode="json"),
+            **{name: table.model_dump(mode="json") for name, table in learned.items()},
         }
     )
 
@@ -71,15 +72,16 @@ def write(
         raise UserError(f"the result was not written: {bad} of the student is not finite. {ADVICE}")
     title = config.output.resolve().name
     made = teacher.pipeline()
-    variant = config.teacher.variant
+    key = "steps.student" if config.steps.student else "teacher.variant"
+    spacing = {"timestep_spacing": "trailing"} if config.steps.student else {}
     facts = ModelFacts(
         source=title,
         layout=lineage.student,
         dtype=DTYPE,
         bytes=2 * parameters(lineage.student),
-        identity=Identity(VARIANTS[variant], f'teacher.variant = "{variant}"'),
-        scheduler={**SCHEDULER_CONFIG, **json.loads(made.scheduler.to_json_string())},
-        kept_transformers=lineage.transformers,
+        identity=Identity(VARIANTS[config.variant], f"as {key} says"),
+        scheduler={**SCHEDULER_CONFIG, **json.loads(made.scheduler.to_json_string()), **spacing},
+        kept_transformers=lineage.kept_transformers,
     )
     extra = {DISTILLATION_KEY: distillation(config, teacher, lineage, images_a_step)}
     dtypes = stored_dtypes(DTYPE)

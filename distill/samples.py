@@ -36,14 +36,15 @@ class Grid:
         """Encode the configuration's prompts, or the empty prompt."""
         prompts = config.log.prompts or ("",)
         context, pooled = encoder.texts(list(prompts))
+        scheduler, few = encoder.pipeline.scheduler, config.steps.student
         return cls(
             prompts=prompts,
             vae=encoder.pipeline.vae,
-            scheduler=encoder.pipeline.scheduler,
+            scheduler=scheduler.from_config(scheduler.config, timestep_spacing="trailing") if few else scheduler,
             context=context,
             pooled=pooled,
-            steps=config.log.sample_steps,
-            cfg=config.log.sample_cfg,
+            steps=few or config.log.sample_steps,
+            cfg=1.0 if few else config.log.sample_cfg,
             side=config.data.resolution,
             seed=config.training.seed,
             folder=config.output / "samples",

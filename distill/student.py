@@ -18,7 +18,9 @@ from ..koala.architecture.lineage import (
     attention_depths,
     check_kept,
     depths_in_teacher,
+    is_teacher,
 )
+from ..koala.architecture.lineage import lineage as lineage_of
 from ..koala.files.export import unet_config
 from ..koala.files.header import CheckpointError
 from ..koala.files.unet_weights import open_unet
@@ -32,8 +34,13 @@ RULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
 """Key ``student.transformers`` -> function of the student's and the teacher's depth: the teacher's indices."""
 
 
-def plan(table: StudentTable, teacher: Layout) -> Lineage:
-    """Which layer of a teacher with SDXL's layers each layer of the configuration's student comes from.
+def plan(table: StudentTable, teacher: Layout, kept: KeptTransformers | None = None) -> Lineage:
+    """Which of SDXL's layers each layer of the configuration's student comes from.
+
+    Args:
+        table: the student.
+        teacher: its teacher's layout: SDXL's, of which it keeps a part, or a KOALA's, which is then its own as well.
+        kept: which of SDXL's transformer blocks a KOALA teacher's file says that it kept.
 
     Raises UserError naming the tensor or module where it is not a sub-network of the teacher.
     """
@@ -45,12 +52,21 @@ def plan(table: StudentTable, teacher: Layout) -> Lineage:
         )
     try:
         unet_config(layout)  # diffusers cannot train what it cannot describe
+        if not is_teacher(teacher):
+            return _itself(at_widths_of(teacher, layout), teacher, kept)
         return cut_out(at_widths_of(teacher, layout), table.transformers)
     except ValueError as error:
         raise UserError(
             f"student.layout: the {name(layout)} cannot be cut out of the teacher: {error}. Change the layout, or "
             f"student.transformers."
         ) from None
+
+
+def _itself(layout: Layout, teacher: Layout, kept: KeptTransformers | None) -> Lineage:
+    """The lineage of a student with its teacher's layers. Raises ValueError where it has others."""
+    if layout != teacher:
+        raise ValueError(f"the teacher is a {name(teacher)}, and only SDXL can be cut; expected the teacher's layers")
+    return lineage_of(layout, kept)
 
 
 def cut_out(layout: Layout, transformers: str | KeptTransformers) -> Lineage:
@@ -90,9 +106,10 @@ def build(lineage: Lineage, start: str | Path, teacher: UNet2DConditionModel, se
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_config(unet_config(lineage.student))
     if start == "teacher":
-        unet.load_state_dict(
-            {key: value.float() for key, value in lineage.cut(teacher.state_dict(), "diffusers").items()}
-        )
+        weights = teacher.state_dict()
+        if weights.keys() != unet.state_dict().keys():  # a teacher with the student's own layers is taken as it is
+            weights = lineage.cut(weights, "diffusers")
+        unet.load_state_dict({key: value.float() for key, value in weights.items()})
     elif start != "random":
         try:
             earlier = open_unet(Path(start), "a student")

@@ -11,8 +11,9 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-from ..koala.architecture.layout import Layout, name
-from ..koala.architecture.lineage import is_teacher
+from ..koala.architecture.layout import Layout, is_subnetwork, name
+from ..koala.architecture.lineage import KeptTransformers, is_teacher
+from ..koala.files.config import stated_transformers
 from ..koala.files.conventions import CLIP_PREFIXES, VAE_PREFIX
 from ..koala.files.dtypes import TORCH_DTYPES
 from ..koala.files.export import unet_config
@@ -34,7 +35,7 @@ PREDICTION_MARKS = {"v_pred": "v_prediction", "edm_vpred.sigma_max": "v_predicti
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model with SDXL's layers at any width."""
+    """A model with SDXL's layers at any width; for a step distillation, one with some of them."""
 
     table: TeacherTable
     file: UNetWeights
@@ -46,6 +47,14 @@ class Teacher:
     @property
     def name(self) -> str:
         return self.table.model.name
+
+    @cached_property
+    def kept_transformers(self) -> KeptTransformers | None:
+        """Which of SDXL's transformer blocks its file says that it kept. Raises UserError where that does not fit."""
+        try:
+            return stated_transformers(read_header(self.file.path), self.layout)
+        except CheckpointError as error:
+            raise UserError(f"teacher.model: {error}") from None
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -154,17 +163,21 @@ class Teacher:
         return made
 
 
-def open_teacher(table: TeacherTable) -> Teacher:
-    """Read the headers of a teacher's files. Raises UserError for anything without SDXL's layers, or incomplete."""
-    model = ("model", table.model, "SDXL, a folder or a .safetensors file")
+def open_teacher(table: TeacherTable, compact: bool = False) -> Teacher:
+    """Read the headers of a teacher's files; ``compact``: it may be a KOALA.
+
+    Raises UserError for anything without SDXL's layers, or incomplete.
+    """
+    models = "SDXL or a KOALA" if compact else "SDXL"
+    model = ("model", table.model, f"{models}, a folder or a .safetensors file")
     for key, path, wanted in (model, *(("loras", path, "a .safetensors file") for path in table.loras)):
         if not path.exists():
             raise UserError(f"teacher.{key}: {path} does not exist; expected {wanted}.")
     try:
-        file = open_unet(table.model, "SDXL")
+        file = open_unet(table.model, models)
     except CheckpointError as error:
         raise UserError(f"teacher.model: {error}") from None
-    if not is_teacher(file.layout):
+    if not (is_teacher(file.layout) or (compact and is_subnetwork(file.layout))):
         raise UserError(
             f"teacher.model: {table.model} is a {name(file.layout)}; expected all of SDXL's layers, of which the "
             f"student keeps some. Give an SDXL model, with or without merged LoRAs."

@@ -32,6 +32,7 @@ from .divergence import Finite
 from .entries import Part
 from .evaluation import VALIDATED, Due, Evaluation, Watch
 from .features import FeatureRecorder, Pair, pairs
+from .few_steps import StepObjective
 from .metrics import CsvTracker, Means
 from .objective import Objective
 from .samples import Grid
@@ -62,9 +63,7 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
     """
     trackers.require_installed(config.log)
     measures.require(config)
-    teacher = open_teacher(config.teacher)
-    lineage = student.plan(config.student, teacher.layout)
-    compared = pairs(lineage, config.loss)
+    teacher, lineage, compared = planned(config)
     done = config.output / FINISHED
     if done.exists():
         say(f"{done} exists already; nothing to do.")
@@ -96,6 +95,13 @@ def run(config: Config, say: Callable[[str], None], watch: Watch | None = None) 
         accelerator.wait_for_everyone()
     accelerator.end_training()  # ends the process group, too
     return done
+
+
+def planned(config: Config) -> tuple[Teacher, Lineage, tuple[Pair, ...]]:
+    """The teacher, which of its layers the student has, and whose features are compared. Raises UserError."""
+    teacher = open_teacher(config.teacher, compact=bool(config.steps.student))
+    lineage = student.plan(config.student, teacher.layout, teacher.kept_transformers)
+    return teacher, lineage, () if config.steps.student else pairs(lineage, config.loss)
 
 
 def _silent(_: str) -> None:
@@ -218,7 +224,7 @@ def one_pass(
     accelerator: Accelerator,
     wrapped: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
-    objective: Objective,
+    objective: Objective | StepObjective,
     batch: dict[str, torch.Tensor],
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
@@ -237,18 +243,26 @@ def one_pass(
 
 def build(
     config: Config, teacher: Teacher, lineage: Lineage, compared: tuple[Pair, ...], accelerator: Accelerator
-) -> tuple[UNet2DConditionModel, Objective]:
+) -> tuple[UNet2DConditionModel, Objective | StepObjective]:
     """The student with its initial weights, and what it is trained on."""
     table, teacher_unet = config.training, teacher.unet()
     network = student.build(lineage, config.student.start, teacher_unet, table.seed)
     if table.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    is_compared = bool(compared or config.loss.output)
+    is_compared = bool(compared or config.loss.output or config.steps.student)
     for unet in (network, *([teacher_unet] if is_compared else [])):
         if table.channels_last:
             unet.to(memory_format=torch.channels_last)
         if table.compile:
             unet.compile_repeated_blocks()
+    if config.steps.student:
+        return network, StepObjective(
+            table=config.loss,
+            dropout=config.data.caption_dropout,
+            steps=config.steps,
+            noise=teacher.noise,
+            teacher=teacher.in_place(teacher_unet, accelerator.device),
+        )
     return network, Objective(
         table=config.loss,
         dropout=config.data.caption_dropout,

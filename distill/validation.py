@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from . import losses, texts
 from .cache import Cache
 from .config import Config
+from .few_steps import StepObjective
 from .objective import Objective
 
 LEVELS = (125, 375, 625, 875)
@@ -37,7 +38,7 @@ class Validation:
     """Measures the held-out loss: that of training, without dropped captions, with each image's first one and the same
     noise each time."""
 
-    objective: Objective
+    objective: Objective | StepObjective
     samples: Cache
     held_out: list[int]
     batch: int

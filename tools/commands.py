@@ -39,7 +39,7 @@ BATCH_SECTIONS = ("overhead", "scale")
 """Sections of the measurement of `dev.py batch`."""
 REPORT, SEARCH = "report", "search"
 """What the benchmark can do beside measuring sections."""
-GROUPS = ("curve", "place", "layers", "addons")
+GROUPS = ("curve", "place", "layers", "addons", "steps")
 """Groups of the distillation study's runs."""
 MOST_STEPS, MOST_SEED = 1000, 2**64 - 1
 """What KOALA Sampler takes."""

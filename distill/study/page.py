@@ -12,7 +12,7 @@ from tools.measure import markdown
 from tools.tiny import denoiser
 
 from ..config import PLACES
-from . import judging, plots, runs, scale_page, store
+from . import few_steps, judging, plots, runs, scale_page, store
 from .plots import JUDGED, last
 
 DOCS = store.FILE.parent
@@ -273,6 +273,7 @@ SECTIONS: tuple[tuple[Callable[[Data], bool], Callable[[Data], str]], ...] = (
     (lambda data: len(group(data, group="curve")) > 1, curves),
     (lambda data: bool(group(data, group="place")), places),
     (lambda data: "addons" in data, addons),
+    (lambda data: "few_steps" in data, few_steps.few_steps),
     (lambda data: "dry_run" in data, dry_run),
     (lambda data: True, lambda data: scale_page.section()),
 )
@@ -313,6 +314,8 @@ def write(work: Path) -> Path:
             sheet = work / "addons" / f"{kind}-{size}-{student}.png"
             if sheet.exists():
                 shutil.copy(sheet, DOCS / f"distillation-{kind}.png")
+    if (work / "runs" / "few_steps.png").exists():
+        shutil.copy(work / "runs" / "few_steps.png", DOCS / "distillation-steps.png")
     path = DOCS / "distillation.md"
     path.write_text(text(data), "utf-8")
     return path

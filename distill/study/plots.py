@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from PIL import Image
 
 matplotlib.use("Agg")  # needs no screen
@@ -63,3 +64,18 @@ def stacked(rows: Sequence[Path], path: Path) -> None:
         sheet.paste(image, (0, top))
         top += image.height
     sheet.save(path, optimize=True)
+
+
+def labelled(rows: Mapping[str, torch.Tensor], columns: Sequence[str], path: Path) -> None:
+    """Images in rows, each row under its name and each column under its own. rows: name -> float [n, 3, s, s] in
+    [-1, 1]; columns: n names."""
+    figure = pyplot.figure(figsize=(1.5 * len(columns), 1.8 * len(rows) + 0.3), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, (name, images) in zip(parts, rows.items(), strict=True):
+        part.suptitle(name, fontsize=10)
+        for axes, column, image in zip(part.subplots(1, len(columns)), columns, images, strict=True):
+            axes.imshow(((image + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_title(column.replace(" on ", "\non "), fontsize=7)
+            axes.axis("off")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -138,6 +138,11 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
     """Carry out every unfinished run, ``jobs`` at a time; ``only`` names groups. Raises UserError where one fails."""
     dataset.write(work / f"drawings-{SIZE}", SIZE, PICTURES)
     (work / "runs").mkdir(parents=True, exist_ok=True)
+    few_steps = work / "runs" / "few_steps.json"
+    if not few_steps.exists() and (not only or "steps" in only):
+        _process(["koala_sdxl.distill.study.few_steps", "--work", str(work)], few_steps.with_suffix(".log"))
+    if only and set(only) == {"steps"}:
+        return  # its teacher is the built-in model
     if not teacher_folder(work).exists():
         tokenizer = testhost.test_host().tokenizer
         print("training sdxl-tiny: minutes on a GPU, most of a day on two cores", flush=True)

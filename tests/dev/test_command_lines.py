@@ -102,7 +102,7 @@ WRONG = {
     "distill": [("", "the following arguments are required: CONFIG.toml")],
     "distill-study": [
         ("--jobs -1", "--jobs: -1: expected a whole number of 0 or more"),
-        ("--only nosuch", "--only: nosuch: expected one of curve, place, layers, addons"),
+        ("--only nosuch", "--only: nosuch: expected one of curve, place, layers, addons, steps"),
         ("--work {file}", "--work: {file}: expected a folder; this is a file"),
     ],
 }

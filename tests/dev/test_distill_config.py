@@ -37,7 +37,7 @@ def written(folder: Path, text: str) -> Path:
 def given(**tables: str) -> str:
     """The file with further lines at the end of tables; `top` for those of none."""
     text = GIVEN
-    for table in ("student", "loss", "log"):
+    for table in ("student", "loss", "steps", "log"):
         text += f"[{table}]\n"
     for table, lines in tables.items():
         text = f"{lines}\n{text}" if table == "top" else text.replace(f"[{table}]\n", f"[{table}]\n{lines}\n")
@@ -90,6 +90,11 @@ def test_the_example_is_valid_and_its_paths_count_from_its_folder() -> None:
     assert found.student == StudentTable()
 
 
+def test_the_example_of_a_step_distillation_is_valid() -> None:
+    found = config.read(ROOT / "distill" / "lightning.toml")
+    assert (found.steps.student, found.steps.teacher, found.variant) == (8, 3, "lightning")
+
+
 def test_paths_count_from_the_files_folder_and_words_are_no_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +134,8 @@ def test_a_layout_and_its_transformers_may_be_tables(tmp_path: Path) -> None:
         ({"training": "learning_rate = 0.0"}, "training.learning_rate = 0.0 cannot be used: Input should be greater"),
         ({"training": "learning_rate = inf"}, "training.learning_rate = inf cannot be used: Input should be a finite"),
         ({"training": "seed = -1"}, "training.seed = -1 cannot be used: Input should be greater than or equal to 0"),
+        ({"steps": "student = 51"}, "steps.student = 51 cannot be used: Input should be less than or equal to 50"),
+        ({"steps": "teacher = 0"}, "steps.teacher = 0 cannot be used: Input should be greater than 0"),
         ({"training": "betas = [0.9]"}, "training.betas.1 is missing"),
         ({"loss": 'stage_weights = { "mid_block" = -1.0 }'}, "loss.stage_weights.mid_block = -1.0 cannot be used"),
         ({"log": "to = ['aim']"}, "log.to.0 = 'aim' cannot be used: Input should be 'csv', 'tensorboard' or 'wandb'"),
