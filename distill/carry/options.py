@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=at_least(1),
         metavar="N",
-        help="of the new LoRA (default: twice the largest of LORA, at least 16)",
+        help="of the new LoRA (default: twice that of LORA, at least 16)",
     )
     add("--size", type=at_least(64, 8), metavar="PIXELS", help="side of the images that are sampled (default: 1024)")
     add("--samples", type=at_least(8), metavar="N", help="noisy latents to learn from (default: 256)")

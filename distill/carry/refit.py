@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ...koala.files.atomic_write import written_whole
 from ..errors import UserError
@@ -45,7 +46,8 @@ def refit(
     usual = sum(typical.values()) / len(typical)
     groups = [{"params": [one], "peak": RATE * (typical[name] or usual), "lr": 0.0} for name, one in numbers.items()]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(_resume(path, numbers, optimiser), given.steps):
+    done = _resume(path, numbers, optimiser)
+    for step in tqdm(range(done, given.steps), "refit", given.steps, initial=done, unit=" steps", disable=None):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * rate(step, given.steps)
         generator = torch.Generator().manual_seed((given.seed + 1) * 1_000_003 + step)

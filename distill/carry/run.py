@@ -13,15 +13,13 @@ from pathlib import Path
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
-from torch import Tensor
 
 from ...koala.lora.weights import load
 from ..errors import UserError
 from . import source as sources
 from . import write
-from .fit import Changes, fit_changes
+from .job import Job
 from .plan import plan
-from .refit import refit
 from .samples import (
     STUDENT,
     TEACHER,
@@ -36,12 +34,19 @@ from .samples import (
     outputs,
     visited,
 )
-from .settings import ITERATIONS, Settings, origin, read_prompts, require_output
+from .settings import Settings, origin, read_prompts, require_output
 from .source import Source, open_source
-from .student import Student, factors
 from .work import Work
 
 Say = Callable[[str], None]
+PARTS = {
+    "texts": "the text encoders encode the prompts",
+    "student": "the KOALA samples the prompts, with the LoRA by lineage",
+    "teacher": "SDXL samples the prompts with the LoRA, and computes what the LoRA changes",
+    "fit": "least squares",
+    "refit": "further training",
+}
+"""Of a run, in order, in words."""
 LEAST_PROMPTS = 4
 """So that at least one is held out."""
 
@@ -80,6 +85,7 @@ def run(given: Settings, say: Say) -> Path:
     seconds: dict[str, float] = {}
 
     def once(part: str, make: Callable[[], State]) -> State:
+        say(f"{part}: {PARTS[part]}")
         found, seconds[part] = work.once(part, make)
         gc.collect()
         return found
@@ -87,7 +93,7 @@ def run(given: Settings, say: Say) -> Path:
     texts = Texts.of(once("texts", lambda: _texts(source, prompts, device)))
     seen = once("student", lambda: _student_samples(given, source, prompts, texts, device))
     learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
-    job = _Job.made(given, source, texts, learned, len(prompts.used), device)
+    job = Job.made(given, source, texts, learned, len(prompts.used), device)
     found, shares = job.start, {"lineage": job.share(job.start)}
     found = once("fit", job.fit)
     shares["fit"] = job.share(write.rounded(found))
@@ -112,9 +118,7 @@ def reached(shares: dict[str, float], given: Settings) -> str:
 
 
 def _texts(source: Source, prompts: Prompts, device: torch.device) -> State:
-    pipeline = source.teacher.pipeline()
-    pipeline.vae = None
-    return encoded(pipeline, load(source.on_teacher), [*prompts.used, *prompts.kept], device)
+    return encoded(source.teacher.pipeline(), load(source.on_teacher), [*prompts.used, *prompts.kept], device)
 
 
 def _scheduler(source: Source) -> EulerDiscreteScheduler:
@@ -166,68 +170,6 @@ def _teacher_samples(
             f"--dtype: bf16, or fp32."
         )
     return {**every._asdict(), "change": change}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The KOALA, and what its LoRA is to do on the samples; the last ``given.held_out`` are held out."""
-
-    given: Settings
-    student: Student
-    start: Changes
-    samples: Samples
-    wanted: Tensor
-    own: Tensor
-
-    @classmethod
-    def made(
-        cls, given: Settings, source: Source, texts: Texts, learned: State, used: int, device: torch.device
-    ) -> _Job:
-        """``used``: how many prompts use the LoRA; those behind them are to be kept."""
-        samples, change = as_samples(learned), learned["change"]
-        start = factors(sources.by_lineage(source), source.rank(given))
-        unet = sources.student_unet(source).to(device)
-        own = outputs(unet, samples, texts.plain, given)
-        kept = (samples.text >= used) & (samples.text < texts.empty)
-        wanted = own + torch.where(kept.view(-1, 1, 1, 1), 0.0, change)
-        student = Student(unet, start, texts, source.teacher.noise, given)
-        weights = student.weights[samples.time].view(-1, 1, 1, 1)
-        return cls(given, student, start, samples, wanted * weights, own * weights)
-
-    @property
-    def learned(self) -> Tensor:
-        return torch.arange(self.given.samples)
-
-    def share(self, numbers: Changes) -> float:
-        """Share of the wanted change of the output (sum of squares) that is reached on the held-out samples; below zero
-        where it is missed by more than without a LoRA."""
-        part = torch.arange(self.given.samples, len(self.wanted))
-        missing = (self.wanted[part] - self.student.outputs(numbers, self.samples.pick(part))).square().sum()
-        return 1 - float(missing / (self.wanted[part] - self.own[part]).square().sum())
-
-    def fit(self) -> Changes:
-        """The numbers by least squares."""
-        samples = self.samples.pick(self.learned)
-
-        def adjoint(at: Changes, error: Tensor) -> Changes:
-            return self.student.slopes(at, samples, lambda _, part: error[part])
-
-        try:
-            return fit_changes(
-                lambda numbers: self.student.outputs(dict(numbers), samples),
-                self.start,
-                self.wanted[self.learned],
-                ITERATIONS,
-                adjoint,
-            ).changes
-        except ValueError as error:
-            raise UserError(f"the least squares fail: {error}") from None
-
-    def refit(self, start: Changes, checkpoint: Path) -> Changes:
-        """The numbers after further training."""
-        samples, wanted = self.samples.pick(self.learned), self.wanted[self.learned]
-        full = float((wanted - self.own[self.learned]).square().mean())
-        return refit(self.student, start, samples, wanted, full, self.given, checkpoint)
 
 
 def _peak() -> float:

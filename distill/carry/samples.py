@@ -77,7 +77,7 @@ def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int
 
     def some(rows: range | list[int], kept: range | list[int], samples: int) -> list[int]:
         count = -(-samples // PER_PROMPT)
-        both = [kept[at // KEPT % len(kept)] if kept and at % KEPT == KEPT - 1 else None for at in range(count)]
+        both = [kept[at // KEPT % len(kept)] if kept and at % KEPT == 1 else None for at in range(count)]
         return [rows[at % len(rows)] if row is None else row for at, row in enumerate(both)]
 
     def parted(first: int, count: int) -> tuple[list[int], list[int]]:
@@ -180,6 +180,21 @@ def output(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Set
         samples.noisy.to(device, dtype), samples.time.to(device), context, added_cond_kwargs=added
     ).sample
     return found
+
+
+def wanted(own: Tensor, change: Tensor, texts: Tensor, used: int, empty: int) -> Tensor:
+    """The outputs that are asked of the KOALA, [n, 4, h, w]: its own without a LoRA, changed as SDXL's LoRA changes
+    SDXL's; unchanged for prompts to keep.
+
+    Args:
+        own: its outputs without a LoRA.
+        change: what SDXL's LoRA adds to SDXL's.
+        texts: rows of the samples' prompts, [n].
+        used: how many prompts use the LoRA; those to keep are behind them.
+        empty: the row of the empty prompt, which is behind all.
+    """
+    kept = (texts >= used) & (texts < empty)
+    return own + torch.where(kept.view(-1, 1, 1, 1), 0.0, change)
 
 
 def as_samples(state: Mapping[str, Tensor]) -> Samples:

@@ -17,7 +17,7 @@ from ...koala.architecture.lineage import Lineage, is_teacher, lineage
 from ...koala.files.config import stated_transformers
 from ...koala.files.header import CheckpointError, read_header
 from ...koala.files.unet_weights import UNetWeights, open_unet
-from ...koala.lora.kinds import DOWN, split
+from ...koala.lora.kinds import BIASES, DORA_SCALE, DOWN, split
 from ...koala.lora.plan import Plan, inspect_lora
 from ...koala.lora.report import summary, text_summary
 from ...koala.lora.weights import Loaded, load
@@ -27,6 +27,11 @@ from ..errors import UserError
 from ..teacher import Teacher, open_teacher
 from .changes import changed_module, changed_weights, grouped
 from .settings import LEAST_RANK, Settings
+
+FULL = 32
+"""What stands for the rank of a change that has none to speak of: of a LoHa, LoKr, DoRA, OFT, or whole difference."""
+VECTORS = frozenset({*BIASES, ".w_norm"})
+"""Tensors of changes of norms and biases, which have no rank."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,16 @@ def _require_sdxls(path: Path, plan: Plan, student: Layout) -> None:
 
 
 def own_rank(plan: Plan) -> int:
-    """The largest rank of the U-Net's modules of a plain LoRA that are applied; 0 where there are none."""
+    """The largest rank of the U-Net's modules that are applied; ``FULL`` for kinds whose changes have none."""
     shapes = read_header(plan.path).shapes
-    found = [shapes[old][0] for module in plan.modules for old in module.names if split(old)[1] == DOWN]
-    return max(found, default=0)
+    ranks = [0]
+    for module in plan.modules:
+        tensors = {split(old)[1]: old for old in module.names}
+        if DOWN in tensors and DORA_SCALE not in tensors:
+            ranks.append(shapes[tensors[DOWN]][0])
+        elif tensors.keys() - VECTORS:
+            ranks.append(FULL)
+    return max(ranks)
 
 
 def student_unet(source: Source) -> UNet2DConditionModel:

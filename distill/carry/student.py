@@ -21,7 +21,7 @@ from .settings import Settings
 
 UP, DOWN = " up", " down"
 """What follows a weight's name in the names of its two factors: [out, rank] and [rank, in]."""
-FAINT = 1e-4
+FAINT = 1e-2
 """A direction of a factor is taken to be unused below this share of the strongest."""
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from koala_sdxl.distill.carry import refit as training
 from koala_sdxl.distill.carry import source
-from koala_sdxl.distill.carry.samples import Samples, drawn
+from koala_sdxl.distill.carry.samples import Samples, drawn, wanted
 from koala_sdxl.distill.carry.settings import CHECKPOINT_EVERY, digest
 from koala_sdxl.distill.carry.student import DOWN, UP, factors
 from koala_sdxl.distill.carry.write import CARRY_KEY
@@ -222,6 +222,13 @@ def test_held_out_prompts_are_learned_from_by_neither_network(place: Path) -> No
     assert set(learned) | set(measured) == set(range(14))
     assert set(measured) == {3, 7, 12}
     assert 1 / 4 < sum(row >= 9 for row in learned) / len(learned) < 2 / 5
+
+
+def test_prompts_to_keep_ask_for_no_change() -> None:
+    own, change = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
+    asked = wanted(own, change, torch.tensor([0, 2, 3, 4, 5]), used=3, empty=5) - own
+    for sample, is_kept in enumerate([False, False, True, True, False]):
+        torch.testing.assert_close(asked[sample], torch.zeros(4, 2, 2) if is_kept else change[sample])
 
 
 def test_factors_give_a_change_and_have_room_for_more() -> None:
