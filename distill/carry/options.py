@@ -26,7 +26,12 @@ def at_least(least: int, multiple: int = 1) -> Callable[[str], int]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; each is a field of ``settings.Settings``, which has the defaults."""
     add = parser.add_argument
-    add("lora", type=Path, metavar="LORA", help="an SDXL LoRA, .safetensors, of any kind that KOALA LoRA Loader reads")
+    add(
+        "lora",
+        type=Path,
+        metavar="LORA",
+        help="an SDXL LoRA, .safetensors, of any kind that KOALA LoRA Loader reads; or a fine-tuned SDXL",
+    )
     add("--teacher", type=Path, required=True, metavar="SDXL", help="a Hugging Face folder or a .safetensors file")
     add("--student", type=Path, required=True, metavar="KOALA", help="likewise, the KOALA that the LoRA is for")
     add("--prompts", type=Path, required=True, metavar="FILE", help="a text file, one prompt a line, that use the LoRA")

@@ -23,7 +23,7 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     whole = parameters(source.teacher.layout) * TORCH_DTYPES[given.dtype].itemsize
     part = 4 * (parameters(source.student.layout) + COPIES * numbers)
     return [
-        source.report(),
+        source.change.report(),
         f"new LoRA: rank {rank}, {numbers / 1e6:.1f} million numbers, {2 * numbers / 1e6:.0f} MB",
         f"SDXL, in {given.dtype}, on {device.type}: {2 * prompts * SAMPLING_STEPS + 2 * samples} forward passes of one "
         f"image at {given.size} px; {_gigabytes(whole)} and the activations of {2 * given.batch} images",
@@ -36,13 +36,8 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
 
 def _shapes(source: Source) -> list[Shape]:
     """The shapes of the weights that the LoRA changes in the KOALA."""
-    targets = {
-        module.target.removeprefix("diffusion_model.")
-        for module in source.on_student.modules
-        if module.outcome == "applied"
-    }
-    every = tensors(source.student.layout)
-    return [tensor.shape for tensor in every if tensor.comfy.removesuffix(".weight") in targets]
+    places, every = source.change.places, tensors(source.student.layout)
+    return [tensor.shape for tensor in every if tensor.comfy.removesuffix(".weight") in places]
 
 
 def _numbers(shape: Shape, rank: int) -> int:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
-from ...koala.lora.weights import load
 from ..errors import UserError
 from . import source as sources
 from . import write
 from .job import Job
 from .plan import plan
 from .samples import (
+    FILE,
     STUDENT,
     TEACHER,
     Samples,
@@ -79,7 +79,9 @@ def run(given: Settings, say: Say) -> Path:
         say(line)
     if given.check:
         return given.out
-    said = origin(given, {"teacher": source.teacher.file.path, "student": source.student.path})
+    said = origin(
+        given, {"lora": source.change.path, "teacher": source.teacher.file.path, "student": source.student.path}
+    )
     work = Work(given.work)
     work.open(said)
     seconds: dict[str, float] = {}
@@ -90,7 +92,8 @@ def run(given: Settings, say: Say) -> Path:
         gc.collect()
         return found
 
-    texts = Texts.of(once("texts", lambda: _texts(source, prompts, device)))
+    encodings = once("texts", lambda: _texts(source, prompts, device))
+    texts = Texts.of(encodings)
     seen = once("student", lambda: _student_samples(given, source, prompts, texts, device))
     learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
     job = Job.made(given, source, texts, learned, len(prompts.used), device)
@@ -101,7 +104,8 @@ def run(given: Settings, say: Say) -> Path:
         found = once("refit", lambda: job.refit(found, given.work / "checkpoint.pt"))
         shares["refit"] = job.share(write.rounded(found))
     rank = source.rank(given)
-    state = write.unet_tensors(found, source.student.layout) | write.text_tensors(load(source.on_student).text)
+    text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
+    state = write.unet_tensors(found, source.student.layout) | text
     write.write(given.out, state, rank, said | {"held_out": given.held_out, "shares": shares})
     work.delete()
     say(reached(shares, given))
@@ -118,7 +122,7 @@ def reached(shares: dict[str, float], given: Settings) -> str:
 
 
 def _texts(source: Source, prompts: Prompts, device: torch.device) -> State:
-    return encoded(source.teacher.pipeline(), load(source.on_teacher), [*prompts.used, *prompts.kept], device)
+    return encoded(source.teacher.pipeline(), source.change, [*prompts.used, *prompts.kept], device)
 
 
 def _scheduler(source: Source) -> EulerDiscreteScheduler:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..teacher import Encoder
 from .settings import GUIDANCE, HELD_OUT, KEPT, PER_PROMPT, SAMPLING_STEPS, WITHOUT_PROMPT, Settings
-from .source import changed_texts
 
 State = dict[str, Tensor]
 STUDENT, TEACHER = 0, 1
 """The networks that sample."""
+LORA, FILE = "lora ", "file "
+"""What the names of embeddings with the LoRA, and those of tensors for the file, begin with."""
 
 
 class Samples(NamedTuple):
@@ -46,8 +47,8 @@ class Texts:
     @classmethod
     def of(cls, state: State) -> Texts:
         """From ``encoded``."""
-        plain = state["context"], state["pooled"]
-        return cls(plain, (state.get("lora context", plain[0]), state.get("lora pooled", plain[1])))
+        plain, with_lora = ((state[f"{one}context"], state[f"{one}pooled"]) for one in ("", LORA))
+        return cls(plain, with_lora)
 
     @property
     def empty(self) -> int:
@@ -55,16 +56,16 @@ class Texts:
         return len(self.plain[0]) - 1
 
 
-def encoded(pipeline: Any, loaded: Any, prompts: list[str], device: torch.device) -> State:
-    """The embeddings of prompts, by the text encoders of diffusers' pipeline, which then has the LoRA merged."""
-    encoder = Encoder(pipeline, device)
+def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device) -> State:
+    """The embeddings of prompts, by the text encoders of diffusers' pipeline without a change and with it; and the
+    tensors of the change's text part, for the file."""
     names, state = ("context", "pooled"), State()
-    state |= dict(zip(names, map(_with_zeros, encoder.texts(prompts)), strict=True))
-    if loaded.text:
-        changed_texts(pipeline, loaded)
-        lora = map(_with_zeros, encoder.texts(prompts))
-        state |= dict(zip((f"lora {name}" for name in names), lora, strict=True))
-    return state
+    plain = Encoder(pipeline, device).texts(prompts)
+    text = change.texts(pipeline)
+    with_lora = Encoder(pipeline, device).texts(prompts) if text else plain
+    for prefix, pair in (("", plain), (LORA, with_lora)):
+        state |= {prefix + name: _with_zeros(one) for name, one in zip(names, pair, strict=True)}
+    return state | {FILE + name: tensor.contiguous() for name, tensor in text.items()}
 
 
 def _with_zeros(rows: Tensor) -> Tensor:

@@ -97,9 +97,10 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def origin(given: Settings, unets: dict[str, Path]) -> dict[str, Any]:
-    """What a result depends on: name and SHA-256 of each file, and the numbers. ``unets``: the files of both U-Nets."""
-    files = {"lora": given.lora, "prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **unets}
+def origin(given: Settings, models: dict[str, Path]) -> dict[str, Any]:
+    """What a result depends on: name and SHA-256 of each file, and the numbers. ``models``:
+    the files of LoRA, teacher and student."""
+    files = {"prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **models}
     numbers = ("method", "rank", "size", "samples", "steps", "batch", "seed", "dtype")
     names = {name: getattr(given, name).name for name in files}
     return {

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...koala.architecture.keys import tensors
 from ...koala.architecture.layout import Layout
 from ...koala.files.atomic_write import write_safetensors, written_whole
-from ...koala.lora.kinds import ALPHA, BIAS, NORM_BIAS, split
+from ...koala.lora.kinds import ALPHA, BIAS, NORM_BIAS
 from ..errors import UserError
 from .fit import Changes
 from .student import DOWN, UP
@@ -21,10 +21,7 @@ from .student import DOWN, UP
 CARRY_KEY = "koala.carry"
 """Metadata that says, as JSON, what a LoRA came from: files with their SHA-256, settings, and shares reached."""
 KOHYA = {UP: ".lora_up.weight", DOWN: ".lora_down.weight"}
-TEXT = {"text_encoders.clip_l.transformer.": "lora_te1_", "text_encoders.clip_g.transformer.": "lora_te2_"}
 W_NORM = ".w_norm"
-IN_LAYERS = (".self_attn.", ".mlp.")
-"""The modules of the text encoders that stock ComfyUI knows by kohya's names."""
 
 
 def rounded(changes: Changes) -> Changes:
@@ -57,18 +54,6 @@ def unet_tensors(changes: Changes, layout: Layout) -> dict[str, Tensor]:
         else:
             beside_norm = len(known[weight.diffusers.removesuffix("bias") + "weight"].shape) == 1
             found[key + (NORM_BIAS if beside_norm else BIAS)] = number
-    return found
-
-
-def text_tensors(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text encoders' part, unchanged, under kohya's names as far as stock ComfyUI knows them."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in text.items():
-        module, suffix = split(name)
-        prefix = next(prefix for prefix in TEXT if module.startswith(prefix))
-        if any(part in module for part in IN_LAYERS):
-            module = TEXT[prefix] + module.removeprefix(prefix).replace(".", "_")
-        found[module + suffix] = tensor.float() if suffix == ALPHA else tensor
     return found
 
 

@@ -171,8 +171,8 @@ def test_another_runs_work_is_not_taken(place: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"lora": "nowhere.safetensors"}, r"nowhere.safetensors is not a file; expected an SDXL LoRA"),
-        ({"lora": "koala-tiny.safetensors"}, r"koala-tiny.safetensors is .*; expected a LoRA"),
+        ({"lora": "nowhere.safetensors"}, r"nowhere.safetensors does not exist; expected an SDXL LoRA"),
+        ({"lora": "koala-tiny.safetensors"}, r"koala-tiny.safetensors is a koala-tiny; expected all of SDXL's layers"),
         ({"lora": "koalas.safetensors"}, r"koalas.safetensors was trained on koala-tiny itself .* Use it as it is"),
         ({"lora": "texts.safetensors"}, r"texts.safetensors changes text encoders alone"),
         ({"teacher": "nowhere"}, r"--teacher: .*nowhere does not exist"),
