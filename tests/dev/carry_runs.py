@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl.distill.carry import run
@@ -35,6 +37,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         unet = adapters.lora(SDXL_TINY, only=adapters.in_attention)
         save_file({name: 0.5 * value for name, value in (unet | text).items()}, folder / "lora.safetensors")
         yield folder
+
+
+def fine_tuned(place: Path, folder: Path) -> Path:
+    """The teacher with other weights: some layers of the U-Net, and one of a text encoder."""
+    shutil.copytree(place / "sdxl-tiny", folder)
+    for part, layers in (
+        ("unet", ("attn2.to_v.weight", "norm2.weight", "conv2.bias")),
+        ("text_encoder", ("mlp.fc1.weight",)),
+    ):
+        (path,) = (folder / part).glob("*.safetensors")
+        state = load_file(path)
+        generator = torch.Generator().manual_seed(1)
+        for name, weight in state.items():
+            if name.endswith(layers):
+                state[name] = weight + 0.05 * torch.randn(weight.shape, generator=generator).half()
+        save_file(state, path, {"format": "pt"})
+    return folder
 
 
 def settings(place: Path, out: str, **changes: Any) -> Settings:

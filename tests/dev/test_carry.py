@@ -136,6 +136,48 @@ def test_an_interrupted_refit_ends_with_the_same_numbers(
     assert torch.equal(trained("broken.pt"), unbroken)
 
 
+@pytest.fixture(scope="module")
+def tuned(place: Path) -> Path:
+    """A fine-tune of the teacher."""
+    return carry_runs.fine_tuned(place, place / "tuned")
+
+
+def test_a_fine_tune_begins_with_its_differences_from_sdxl(place: Path, tuned: Path) -> None:
+    given = settings(place, "x", lora=tuned)
+    opened = source.open_source(given)
+    added = {name: change for name, change in source.by_lineage(opened) if change.any()}
+    line = {part.diffusers: whole.diffusers for part, whole in opened.lineage.tensors}
+    files = [next((folder / "unet").glob("*.safetensors")) for folder in (tuned, place / "sdxl-tiny")]
+    after, before = (load_file(file) for file in files)
+    wanted_ = {part: after[whole].float() - before[whole].float() for part, whole in line.items()}
+    assert added.keys() == {name for name, change in wanted_.items() if change.any()}
+    assert all(torch.equal(change, wanted_[name]) for name, change in added.items())
+    assert "584 tensors" in opened.change.report()
+    pipeline = opened.teacher.pipeline()
+    text = opened.change.texts(pipeline)
+    new = opened.change.tuned.pipeline()  # type: ignore[attr-defined]
+    for name, weight in pipeline.text_encoder.state_dict().items():
+        assert torch.equal(weight, new.text_encoder.state_dict()[name])
+    modules = {name.partition(".")[0] for name in text}
+    assert modules == {f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1" for layer in (0, 1)}
+
+
+@pytest.mark.nightly
+def test_a_fine_tune_is_carried_over(place: Path, tuned: Path) -> None:
+    told = carried(place, "style", lora=tuned, method="fit", rank=32)
+    found = shares("\n".join(told))
+    assert found["lineage"] < found["fit"]
+    plan = inspect_lora(place / "style.safetensors", KOALA_TINY)
+    assert plan.origin
+    assert plan.origin.layout == KOALA_TINY
+    assert {module.outcome for module in (*plan.modules, *plan.text)} == {"applied"}
+
+
+def test_a_fine_tune_is_another_file_than_sdxl(place: Path) -> None:
+    with pytest.raises(UserError, match=r"sdxl-tiny is --teacher itself; expected a fine-tune"):
+        source.open_source(settings(place, "x", lora=place / "sdxl-tiny"))
+
+
 @pytest.mark.nightly
 def test_a_killed_run_ends_with_the_same_file(place: Path, told: Told) -> None:
     """Killed with one checkpoint behind it; the second process goes on there."""
