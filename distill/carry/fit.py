@@ -22,6 +22,8 @@ Adjoint = Callable[[Changes, Tensor], Changes]
 RELATIVE_STEP = 0.01
 """Finite differences: the size of a step relative to the changes themselves. Rounding is 1e-7 of an output, and the
 output's curvature over a hundredth of a LoRA is small."""
+SHORTEST = 2.0**-10
+"""The least part of the way that is tried, where the output is not as linear as the way is long."""
 RANDOMISED = 8
 """How many times a rank the smaller side of a matrix is, from which on its SVD is a randomised one."""
 
@@ -39,7 +41,8 @@ class Fitted:
 def fit_changes(
     output: Output, start: Changes, wanted: Tensor, iterations: int, adjoint: Adjoint | None = None
 ) -> Fitted:
-    """Weight changes whose output is nearer to ``wanted``, by CGLS on the output linearised at ``start``.
+    """Weight changes whose output is nearer to ``wanted``, by CGLS on the output linearised at ``start``. Where the
+    output with them is farther, as it is not linear, they are half of that, or a quarter, and so on.
 
     Args:
         output: the network's; differentiable, where no ``adjoint`` is given.
@@ -73,10 +76,14 @@ def fit_changes(
         slope = adjoint(start, missing)
         power, last = _norm(slope) ** 2, power
         direction = _sum(slope, direction, power / last)
-    changes = _sum(start, found, 1.0)
-    with torch.no_grad():
-        after = (wanted - _finite(output(changes))).square().sum()
-    return Fitted(changes, float((wanted - here).square().sum() / full), float(after / full))
+    before, factor = (wanted - here).square().sum(), 1.0
+    while True:
+        changes = _sum(start, found, factor)
+        with torch.no_grad():
+            after = (wanted - _finite(output(changes))).square().sum()
+        if after <= before or factor <= SHORTEST:
+            return Fitted(changes, float(before / full), float(after / full))
+        factor /= 2
 
 
 def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from ...koala.files.dtypes import TORCH_DTYPES
 from .settings import ITERATIONS, PER_PROMPT, SAMPLING_STEPS, Settings
 from .source import Source
 
+SLOPES = 4
+"""Passes for the slopes of one image: there, there again as its activations are not kept, and back."""
 COPIES = 8
 """Of the new LoRA's numbers in memory, fp32: themselves, slopes, and the directions and moments of either method."""
 
@@ -19,7 +21,8 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     rank, samples = source.rank(given), given.samples + given.held_out
     numbers = sum(_numbers(shape, rank) for shape in _shapes(source))
     prompts = -(-given.samples // PER_PROMPT) + -(-given.held_out // PER_PROMPT)
-    passes = 3 * given.samples * ITERATIONS + (3 * given.steps * given.batch if given.method == "refit" else 0)
+    passes = (1 + SLOPES) * given.samples * ITERATIONS
+    passes += SLOPES * given.steps * given.batch if given.method == "refit" else 0
     whole = parameters(source.teacher.layout) * TORCH_DTYPES[given.dtype].itemsize
     part = 4 * (parameters(source.student.layout) + COPIES * numbers)
     return [
@@ -27,8 +30,8 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
         f"new LoRA: rank {rank}, {numbers / 1e6:.1f} million numbers, {2 * numbers / 1e6:.0f} MB",
         f"SDXL, in {given.dtype}, on {device.type}: {2 * prompts * SAMPLING_STEPS + 2 * samples} forward passes of one "
         f"image at {given.size} px; {_gigabytes(whole)} and the activations of {2 * given.batch} images",
-        f"{name(source.student.layout)}, in fp32: {2 * prompts * SAMPLING_STEPS + passes} such passes, a backward pass "
-        f"counted as two; {_gigabytes(part)} and the activations of {given.batch} images",
+        f"{name(source.student.layout)}, in fp32: {2 * prompts * SAMPLING_STEPS + passes} such passes, one of them for "
+        f"each forward pass and two for a backward one; {_gigabytes(part)} and the activations of {given.batch} images",
         f"disk, until it is finished: {_gigabytes(2 * 4 * samples * 4 * (given.size // 8) ** 2 + 16 * numbers)} in "
         f"{given.work}",
     ]

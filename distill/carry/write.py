@@ -13,7 +13,7 @@ from torch import Tensor
 from ...koala.architecture.keys import tensors
 from ...koala.architecture.layout import Layout
 from ...koala.files.atomic_write import write_safetensors, written_whole
-from ...koala.lora.kinds import ALPHA, BIAS, NORM_BIAS
+from ...koala.lora.kinds import ALPHA, BIAS
 from ..errors import UserError
 from .fit import Changes
 from .student import DOWN, UP
@@ -49,11 +49,8 @@ def unet_tensors(changes: Changes, layout: Layout) -> dict[str, Tensor]:
             found[key + ALPHA] = torch.tensor(float(number.shape[1]), dtype=torch.float16)
         elif end == DOWN:
             found[key + KOHYA[DOWN]] = number.reshape(-1, *weight.shape[1:])
-        elif kind == "weight":
-            found[key + W_NORM] = number
         else:
-            beside_norm = len(known[weight.diffusers.removesuffix("bias") + "weight"].shape) == 1
-            found[key + (NORM_BIAS if beside_norm else BIAS)] = number
+            found[key + (W_NORM if kind == "weight" else BIAS)] = number
     return found
 
 

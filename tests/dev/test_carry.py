@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,10 +231,7 @@ def test_another_runs_work_is_not_taken(place: Path) -> None:
 def test_what_cannot_be_used_is_named_in_one_line(place: Path, changes: dict[str, str], says: str) -> None:
     save_file(adapters.lora(KOALA_TINY, only=adapters.in_attention), place / "koalas.safetensors")
     save_file(adapters.text_lora(2, 32, 128, "lora_te1"), place / "texts.safetensors")
-    if not (place / "wide.safetensors").exists():
-        from tools.synthetic.random_weights import narrow, unet_state
-
-        save_file(unet_state(narrow(KOALA_TINY)), place / "wide.safetensors")
+    save_file(adapters.unet(replace(KOALA_TINY, context=64)), place / "wide.safetensors")
     (place / "few.txt").write_text("one\n")
     with pytest.raises((UserError, CheckpointError), match=says) as problem:
         carried(place, "none", **{key: place / name for key, name in changes.items()})
