@@ -116,9 +116,9 @@ def carried(teacher: Path, student: Path, lora: Path, work: Path, size: int, see
         lines = [said(field, cyan=name == "prompts") for field in contents]
         files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
     if not path.exists():
-        given: dict[str, Any] = {"size": size, "seed": seed, "method": method, "batch": BATCH, "dtype": "fp32"}
+        given: dict[str, Any] = {**files, "size": size, "seed": seed, "method": method, "batch": BATCH, "dtype": "fp32"}
         run.run(
-            Settings(lora=lora, teacher=teacher, student=student, out=path, **files, **given),
+            Settings(lora=lora, teacher=teacher, student=student, out=path, **given),
             lambda line: print(line, flush=True),
         )
     return path

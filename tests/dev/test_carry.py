@@ -160,7 +160,7 @@ def test_a_fine_tune_begins_with_its_differences_from_sdxl(place: Path, tuned: P
     for name, weight in pipeline.text_encoder.state_dict().items():
         assert torch.equal(weight, new.text_encoder.state_dict()[name])
     modules = {name.partition(".")[0] for name in text}
-    assert modules == {f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1" for layer in (0, 1)}
+    assert modules == {f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1" for layer in (0, 1, 2)}
 
 
 @pytest.mark.nightly
@@ -207,7 +207,7 @@ def test_another_runs_work_is_not_taken(place: Path) -> None:
     work = settings(place, "other").work
     work.mkdir()
     (work / "run.json").write_text(json.dumps({"lora": "another"}))
-    with pytest.raises(UserError, match=r"other.carry holds an unfinished run with other lora, prompts, teacher"):
+    with pytest.raises(UserError, match=r"other.carry holds an unfinished run with other prompts, lora, teacher"):
         carried(place, "other")
 
 
