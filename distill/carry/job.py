@@ -53,8 +53,8 @@ class Job:
         missing = (self.wanted[part] - self.student.outputs(numbers, self.samples.pick(part))).square().sum()
         return 1 - float(missing / (self.wanted[part] - self.own[part]).square().sum())
 
-    def fit(self) -> Changes:
-        """The numbers by least squares."""
+    def fit(self, start: Changes) -> Changes:
+        """The numbers after a round of least squares."""
         samples = self.samples.pick(self.learned)
 
         def adjoint(at: Changes, error: Tensor) -> Changes:
@@ -63,7 +63,7 @@ class Job:
         try:
             return fit_changes(
                 lambda numbers: self.student.outputs(dict(numbers), samples),
-                self.start,
+                start,
                 self.wanted[self.learned],
                 ITERATIONS,
                 adjoint,

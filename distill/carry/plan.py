@@ -7,11 +7,13 @@ import torch
 from ...koala.architecture.keys import Shape, parameters, tensors
 from ...koala.architecture.layout import name
 from ...koala.files.dtypes import TORCH_DTYPES
-from .settings import ITERATIONS, PER_PROMPT, SAMPLING_STEPS, Settings
+from .settings import ITERATIONS, PER_PROMPT, ROUNDS, SAMPLING_STEPS, Settings
 from .source import Source
 
 SLOPES = 4
 """Passes for the slopes of one image: there, there again as its activations are not kept, and back."""
+OUTPUTS = 3
+"""Passes of a round of least squares beside its iterations: without a LoRA, before, and after."""
 COPIES = 8
 """Of the new LoRA's numbers in memory, fp32: themselves, slopes, and the directions and moments of either method."""
 
@@ -21,7 +23,7 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     rank, samples = source.rank(given), given.samples + given.held_out
     numbers = sum(_numbers(shape, rank) for shape in _shapes(source))
     prompts = -(-given.samples // PER_PROMPT) + -(-given.held_out // PER_PROMPT)
-    passes = (1 + SLOPES) * given.samples * ITERATIONS
+    passes = ROUNDS * (OUTPUTS + (1 + SLOPES) * ITERATIONS) * given.samples
     passes += SLOPES * given.steps * given.batch if given.method == "refit" else 0
     whole = parameters(source.teacher.layout) * TORCH_DTYPES[given.dtype].itemsize
     part = 4 * (parameters(source.student.layout) + COPIES * numbers)

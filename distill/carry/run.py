@@ -9,6 +9,7 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from .samples import (
     outputs,
     visited,
 )
-from .settings import Settings, origin, read_prompts, require_output
+from .settings import ROUNDS, Settings, origin, read_prompts, require_output
 from .source import Source, open_source
 from .work import Work
 
@@ -86,9 +87,11 @@ def run(given: Settings, say: Say) -> Path:
     work.open(said)
     seconds: dict[str, float] = {}
 
-    def once(part: str, make: Callable[[], State]) -> State:
-        say(f"{part}: {PARTS[part]}")
-        found, seconds[part] = work.once(part, make)
+    def once(part: str, make: Callable[[], State], turn: int = 0) -> State:
+        if not turn:
+            say(f"{part}: {PARTS[part]}")
+        found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
+        seconds[part] = seconds.get(part, 0.0) + took
         gc.collect()
         return found
 
@@ -98,10 +101,11 @@ def run(given: Settings, say: Say) -> Path:
     learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
     job = Job.made(given, source, texts, learned, len(prompts.used), device)
     found, shares = job.start, {"lineage": job.share(job.start)}
-    found = once("fit", job.fit)
+    for turn in range(ROUNDS):
+        found = once("fit", partial(job.fit, found), turn)
     shares["fit"] = job.share(write.rounded(found))
     if given.method == "refit":
-        found = once("refit", lambda: job.refit(found, given.work / "checkpoint.pt"))
+        found = once("refit", partial(job.refit, found, given.work / "checkpoint.pt"))
         shares["refit"] = job.share(write.rounded(found))
     rank = source.rank(given)
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}

@@ -20,8 +20,9 @@ KEPT = 3
 """With prompts to keep, every so manieth prompt that is sampled is one of them."""
 SAMPLING_STEPS, GUIDANCE = 25, 7.5
 """Of both networks' sampling: KOALA's published base settings."""
-ITERATIONS = 25
-"""Of the least squares."""
+ROUNDS, ITERATIONS = 5, 5
+"""Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
+larger, and the output is less linear the larger they are."""
 CHECKPOINT_EVERY = 25
 """Optimiser steps."""
 LEAST_RANK = 16

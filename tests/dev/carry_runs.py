@@ -27,7 +27,7 @@ LITTLE = 0.1
 """What the layers that koala-tiny lacks add, as a share of what they would with PyTorch's initial weights."""
 KEPT = {adapters.NAMINGS["kohya, LDM blocks"].module(whole) for _, whole in lineage(KOALA_TINY).tensors}
 """The LoRA's names of the modules that koala-tiny has."""
-FEW: dict[str, Any] = {"size": 64, "samples": 16, "steps": 30, "batch": 8, "dtype": "fp32", "rank": 8}
+FEW: dict[str, Any] = {"size": 64, "samples": 16, "steps": 30, "batch": 16, "dtype": "fp32", "rank": 8}
 
 
 def grown(koala: State) -> State:

@@ -18,8 +18,8 @@ from tools.synthetic import random_weights
 
 FEW = """
 import sys
-from koala_sdxl.distill.carry import __main__, job, samples
-samples.SAMPLING_STEPS, job.ITERATIONS = 4, 1
+from koala_sdxl.distill.carry import __main__, job, run, samples
+samples.SAMPLING_STEPS, job.ITERATIONS, run.ROUNDS = 4, 1, 1
 sys.exit(__main__.main(sys.argv[1:]))
 """
 MOST_GB = 9.0
