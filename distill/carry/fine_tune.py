@@ -80,7 +80,7 @@ def _differences(old: nn.Module, new: nn.Module, prefix: str) -> dict[str, Tenso
     for module, layer in old.named_modules():
         if not isinstance(layer, nn.Linear) or "layers." not in module:
             continue
-        change = others[module].weight.detach() - layer.weight.detach()
+        change = others[module].weight.detach().cpu() - layer.weight.detach().cpu()
         if change.any():
             up, down = low_rank(change, min(RANK, *change.shape))
             known = f"{prefix}text_model.{module.removeprefix('text_model.')}"
