@@ -25,14 +25,18 @@ SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
 SHARING = {
     **dict.fromkeys(
-        (f"parity/test_{name}.py" for name in ("loader", "loading", "parity", "save", "saver_full_size")), "full-size"
+        (
+            f"parity/test_{name}.py"
+            for name in ("carry_full_size", "loader", "loading", "parity", "save", "saver_full_size")
+        ),
+        "full-size",
     ),
     **dict.fromkeys((f"dev/test_{name}.py" for name in ("command_lines", "gates", "reliability")), "schemas"),
 }
 """Files that stay together -> by which name: those of parity/ that have full-size models, one at a time, as in two
 processes they would wait for each other; and those that ask a server for its nodes' schemas."""
 UNMEASURED: tuple[str, ...] = ("adapters/", "browser/", "tiny/")
-UNMEASURED += tuple(f"dev/test_{tool}" for tool in ("bench", "distill", "gates", "killed", "lineage", "study"))
+UNMEASURED += tuple(f"dev/test_{tool}" for tool in ("bench", "carry", "distill", "gates", "killed", "lineage", "study"))
 UNMEASURED += tuple(f"speed/test_accelerate.py::test_{what}" for what in ("every", "presets"))
 """How tests begin, below tests/, whose coverage is not measured: it makes Python much slower, up to three times, and
 what these tests run of the pack is run by others, too."""

@@ -278,6 +278,11 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
     importlib.import_module("koala_sdxl.distill.options").add_options(parser)
 
 
+def carry_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dev.py carry``: its own."""
+    importlib.import_module("koala_sdxl.distill.carry.options").add_options(parser)
+
+
 def study_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``dev.py distill-study``."""
     parser.add_argument("--work", type=options.folder_to_write, default=testhost.cache_folder() / "distillation-study")
@@ -347,6 +352,11 @@ COMMANDS = {
     ),
     "distill": Command(
         "make a compact U-Net out of an SDXL (distill/README.md)", "koala_sdxl.distill.__main__:main", distill_options
+    ),
+    "carry": Command(
+        "make, from an SDXL LoRA, a LoRA that does on a KOALA what it does on SDXL (docs/sdxl-add-ons.md)",
+        "koala_sdxl.distill.carry.__main__:main",
+        carry_options,
     ),
     "distill-study": Command(
         "run the distillation study on the small models and write docs/distillation.md",

@@ -16,6 +16,7 @@ import dev
 from tools.commands import COMMANDS, MOST_SEED, MOST_STEPS
 from tools.harness.testhost import ROOT
 
+CARRY = "lora --teacher sdxl --student koala --prompts words --out new"
 WRONG = {
     "demo": [
         ("--port 99999", "--port: 99999: expected a whole number from 1 to 65535"),
@@ -100,6 +101,13 @@ WRONG = {
     ],
     "batch-bench": [("nosuch", "SECTION: nosuch: expected one of overhead, scale")],
     "distill": [("", "the following arguments are required: CONFIG.toml")],
+    "carry": [
+        ("", "the following arguments are required: LORA, --teacher, --student, --prompts, --out"),
+        (f"{CARRY} --rank 0", "--rank: 0: expected a whole number, 1 or more"),
+        (f"{CARRY} --size 100", "--size: 100: expected a multiple of 8, 64 or more"),
+        (f"{CARRY} --samples few", "--samples: few: expected a whole number, 8 or more"),
+        (f"{CARRY} --method both", "--method: invalid choice: 'both'"),
+    ],
     "distill-study": [
         ("--jobs -1", "--jobs: -1: expected a whole number of 0 or more"),
         ("--only nosuch", "--only: nosuch: expected one of curve, place, layers, addons, steps"),
@@ -200,6 +208,13 @@ def test_a_variable_with_a_wrong_folder_is_named(tmp_path: Path) -> None:
         (["distill", "."], ". cannot be read (Is a directory)"),
         (["distill", "koala-demo"], "koala-demo is not a TOML file"),
         (["lineage", "koala-demo", "koala-demo"], "koala-demo"),
+        (["carry", *CARRY.split()], "--out: new: expected a name that ends in .safetensors"),
+        (["carry", *CARRY.split(), "--out", "a/b.safetensors"], "--out: a is not a folder; expected one to write"),
+        (["carry", *CARRY.split(), "--out", "new.safetensors"], "--prompts: words cannot be read (No such file"),
+        (
+            ["carry", *CARRY.split(), "--prompts", "koala-demo", "--out", "new.safetensors"],
+            "--prompts: koala-demo has 1 prompts; expected at least 4",
+        ),
         (["pack-tiny", "--model", "empty", "--out", "mine"], "empty"),
         (["evaluate-tiny", "--model", "koala-demo"], "koala-demo"),
     ],

@@ -64,7 +64,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_package_of_koala_is_in_the_wheel() -> None:
     folders = [path.parent.relative_to(ROOT) for path in sorted((ROOT / "koala").rglob("__init__.py"))]
     packages = {"koala_sdxl." + ".".join(folder.parts) for folder in folders}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages | {"koala_sdxl.distill"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages | {
+        "koala_sdxl.distill",
+        "koala_sdxl.distill.carry",
+    }
 
 
 def test_the_lower_bounds_are_the_tested_versions() -> None:
@@ -81,7 +84,7 @@ def test_it_runs_without_checkout_and_comfyui(site: Path) -> None:
     done = installed("-m", "koala_sdxl.distill", "--help", site=site)
     assert done.returncode == 0, done.stderr
     assert "CONFIG.toml" in done.stdout
-    assert (site / "bin" / "koala-distill").exists()
+    assert {"koala-distill", "koala-carry"} <= {path.name for path in (site / "bin").iterdir()}
     done = installed("-c", IMPORT_ALL, site=site)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

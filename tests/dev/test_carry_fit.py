@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from koala_sdxl.distill.study.fit import fit_changes, low_rank
+from koala_sdxl.distill.carry.fit import fit_changes, low_rank
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -53,6 +53,24 @@ def test_what_the_inputs_do_not_show_stays_as_it_was() -> None:
     fitted = fit_changes(lambda changes: (INPUTS * seen) @ changes["layer"].T, start, random(64, 5, seed=2), 20)
     change = (fitted.changes["layer"] - start["layer"]).abs()
     assert change[:, 3:].max() < 1e-4 < change[:, :3].min()
+
+
+def test_a_way_that_is_too_long_is_gone_in_part() -> None:
+    fitted = fit_changes(
+        lambda changes: torch.tanh(changes["layer"]), {"layer": torch.tensor([2.0])}, torch.zeros(1), 1
+    )
+    assert 0 < fitted.after < fitted.before
+    assert 0 < fitted.changes["layer"] < 1  # the whole way leads to -10
+
+
+def test_a_large_matrix_has_a_randomised_svd_that_is_as_good() -> None:
+    change = random(70, 3, seed=1) @ random(3, 60, seed=2)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    up, down = low_rank(change, 4)
+    torch.testing.assert_close(up @ down, change, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(*both) for both in zip(low_rank(change, 4), (up, down), strict=True))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_low_rank_is_exact_where_the_rank_suffices() -> None:

@@ -1,0 +1,78 @@
+"""What the KOALA's LoRA is to do on the samples, how much of that it does, and both ways to do more of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import refit as training
+from .fit import Changes, fit_changes
+from .samples import Samples, State, Texts, as_samples, outputs, wanted
+from .settings import ITERATIONS, Settings
+from .source import Source, by_lineage, student_unet
+from .student import Student, factors
+
+
+@dataclass(frozen=True)
+class Job:
+    """The KOALA, and what its LoRA is to do on the samples; the last ``given.held_out`` are held out."""
+
+    given: Settings
+    student: Student
+    start: Changes
+    samples: Samples
+    wanted: Tensor
+    own: Tensor
+
+    @classmethod
+    def made(
+        cls, given: Settings, source: Source, texts: Texts, learned: State, used: int, device: torch.device
+    ) -> Job:
+        """``used``: how many prompts use the LoRA; those behind them are to be kept."""
+        samples, change = as_samples(learned), learned["change"]
+        start = factors(by_lineage(source), source.rank(given))
+        unet = student_unet(source).to(device)
+        own = outputs(unet, samples, texts.plain, given)
+        asked = wanted(own, change, samples.text, used, texts.empty)
+        student = Student(unet, start, texts, source.teacher.noise, given)
+        weights = student.weights[samples.time].view(-1, 1, 1, 1)
+        return cls(given, student, start, samples, asked * weights, own * weights)
+
+    @property
+    def learned(self) -> Tensor:
+        return torch.arange(self.given.samples)
+
+    def share(self, numbers: Changes) -> float:
+        """Share of the wanted change of the output (sum of squares) that is reached on the held-out samples; below zero
+        where it is missed by more than without a LoRA."""
+        part = torch.arange(self.given.samples, len(self.wanted))
+        missing = (self.wanted[part] - self.student.outputs(numbers, self.samples.pick(part))).square().sum()
+        return 1 - float(missing / (self.wanted[part] - self.own[part]).square().sum())
+
+    def fit(self, start: Changes) -> Changes:
+        """The numbers after a round of least squares."""
+        samples = self.samples.pick(self.learned)
+
+        def adjoint(at: Changes, error: Tensor) -> Changes:
+            return self.student.slopes(at, samples, lambda _, part: error[part])
+
+        try:
+            return fit_changes(
+                lambda numbers: self.student.outputs(dict(numbers), samples),
+                start,
+                self.wanted[self.learned],
+                ITERATIONS,
+                adjoint,
+            ).changes
+        except ValueError as error:
+            raise UserError(f"the least squares fail: {error}") from None
+
+    def refit(self, start: Changes, checkpoint: Path) -> Changes:
+        """The numbers after further training."""
+        samples, wanted = self.samples.pick(self.learned), self.wanted[self.learned]
+        full = float((wanted - self.own[self.learned]).square().mean())
+        return training.refit(self.student, start, samples, wanted, full, self.given, checkpoint)

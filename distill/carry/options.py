@@ -1,0 +1,60 @@
+"""The command line. Standard library only: its help needs no other package."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+DESCRIPTION = "Make, from an SDXL LoRA, a LoRA that does on a KOALA what the first does on SDXL."
+METHODS = ("fit", "refit")
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def at_least(least: int, multiple: int = 1) -> Callable[[str], int]:
+    """A whole number of ``least`` or more that is a multiple of another."""
+
+    def read(text: str) -> int:
+        if text.isdecimal() and int(text) >= least and int(text) % multiple == 0:
+            return int(text)
+        kind = f"a multiple of {multiple}" if multiple > 1 else "a whole number"
+        raise argparse.ArgumentTypeError(f"{text}: expected {kind}, {least} or more")
+
+    return read
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; each is a field of ``settings.Settings``, which has the defaults."""
+    add = parser.add_argument
+    add(
+        "lora",
+        type=Path,
+        metavar="LORA",
+        help="an SDXL LoRA, .safetensors, of any kind that KOALA LoRA Loader reads; or a fine-tuned SDXL",
+    )
+    add("--teacher", type=Path, required=True, metavar="SDXL", help="a Hugging Face folder or a .safetensors file")
+    add("--student", type=Path, required=True, metavar="KOALA", help="likewise, the KOALA that the LoRA is for")
+    add("--prompts", type=Path, required=True, metavar="FILE", help="a text file, one prompt a line, that use the LoRA")
+    add("--keep", type=Path, metavar="FILE", help="likewise, prompts whose images the LoRA is to leave as they are")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the new LoRA, a .safetensors file that is not there yet",
+    )
+    add("--method", choices=METHODS, help="fit: least squares; refit: further training after that (default)")
+    add(
+        "--rank",
+        type=at_least(1),
+        metavar="N",
+        help="of the new LoRA (default: twice that of LORA, at least 16)",
+    )
+    add("--size", type=at_least(64, 8), metavar="PIXELS", help="side of the images that are sampled (default: 1024)")
+    add("--samples", type=at_least(8), metavar="N", help="noisy latents to learn from (default: 256)")
+    add("--steps", type=at_least(1), metavar="N", help="optimiser steps of refit (default: 300)")
+    add("--batch", type=at_least(1), metavar="N", help="samples in one forward pass, and in a step (default: 8)")
+    add("--seed", type=at_least(0), metavar="N", help="of all random numbers (default: 0)")
+    add("--dtype", choices=DTYPES, help="in which SDXL computes (default: bf16); the KOALA computes in fp32")
+    add("--tokenizer", type=Path, metavar="DIR", help="folder with CLIP's tokenizer, where SDXL is a single file")
+    add("--check", action="store_true", help="read the files' headers, show the plan and the memory, and do nothing")

@@ -1,0 +1,194 @@
+"""The whole way from an SDXL LoRA to a KOALA's: texts, samples, least squares, further training, the file.
+
+Each part is computed once and kept in the work folder; an interrupted run goes on there, and ends with the same file.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+
+from ..errors import UserError
+from . import source as sources
+from . import write
+from .job import Job
+from .plan import plan
+from .samples import (
+    FILE,
+    STUDENT,
+    TEACHER,
+    Samples,
+    State,
+    Texts,
+    as_samples,
+    chosen,
+    drawn,
+    encoded,
+    joined,
+    outputs,
+    visited,
+)
+from .settings import ROUNDS, Settings, origin, read_prompts, require_output
+from .source import Source, open_source
+from .work import Work
+
+Say = Callable[[str], None]
+PARTS = {
+    "texts": "the text encoders encode the prompts",
+    "student": "the KOALA samples the prompts, with the LoRA by lineage",
+    "teacher": "SDXL samples the prompts with the LoRA, and computes what the LoRA changes",
+    "fit": "least squares",
+    "refit": "further training",
+}
+"""Of a run, in order, in words."""
+LEAST_PROMPTS = 4
+"""So that at least one is held out."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Those that use the LoRA, and those that are to stay as they are."""
+
+    used: list[str]
+    kept: list[str]
+
+
+def run(given: Settings, say: Say) -> Path:
+    """Carry a LoRA over, or go on with that; returns the new file.
+
+    Args:
+        given: the command line.
+        say: receives the report, line by line.
+
+    Raises UserError, or CheckpointError, for everything that the person can put right.
+    """
+    require_output(given.out)
+    prompts = Prompts(
+        read_prompts(given.prompts, "--prompts", LEAST_PROMPTS),
+        read_prompts(given.keep, "--keep", LEAST_PROMPTS) if given.keep else [],
+    )
+    source = open_source(given)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for line in plan(given, source, device):
+        say(line)
+    if given.check:
+        return given.out
+    said = origin(
+        given, {"lora": source.change.path, "teacher": source.teacher.file.path, "student": source.student.path}
+    )
+    work = Work(given.work)
+    work.open(said)
+    seconds: dict[str, float] = {}
+
+    def once(part: str, make: Callable[[], State], turn: int = 0) -> State:
+        if not turn:
+            say(f"{part}: {PARTS[part]}")
+        found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
+        seconds[part] = seconds.get(part, 0.0) + took
+        gc.collect()
+        return found
+
+    encodings = once("texts", lambda: _texts(source, prompts, device))
+    texts = Texts.of(encodings)
+    seen = once("student", lambda: _student_samples(given, source, prompts, texts, device))
+    learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
+    job = Job.made(given, source, texts, learned, len(prompts.used), device)
+    found, shares = job.start, {"lineage": job.share(job.start)}
+    for turn in range(ROUNDS):
+        found = once("fit", partial(job.fit, found), turn)
+    shares["fit"] = job.share(write.rounded(found))
+    if given.method == "refit":
+        found = once("refit", partial(job.refit, found, given.work / "checkpoint.pt"))
+        shares["refit"] = job.share(write.rounded(found))
+    rank = source.rank(given)
+    text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
+    state = write.unet_tensors(found, source.student.layout) | text
+    write.write(given.out, state, rank, said | {"held_out": given.held_out, "shares": shares})
+    work.delete()
+    say(reached(shares, given))
+    say("seconds: " + ", ".join(f"{part} {took:.0f}" for part, took in seconds.items()))
+    say(f"memory: at most {_peak():.1f} GB" + (f"; GPU {_gpu_peak():.1f} GB" if device.type == "cuda" else ""))
+    say(f"{given.out}: rank {rank}, {given.out.stat().st_size / 1e6:.1f} MB")
+    return given.out
+
+
+def reached(shares: dict[str, float], given: Settings) -> str:
+    """The shares in words."""
+    each = ", ".join(f"{way} {100 * share:.1f} %" for way, share in shares.items())
+    return f"share of the wanted change of the output that is reached, on {given.held_out} held-out samples: {each}"
+
+
+def _texts(source: Source, prompts: Prompts, device: torch.device) -> State:
+    return encoded(source.teacher.pipeline(), source.change, [*prompts.used, *prompts.kept], device)
+
+
+def _scheduler(source: Source) -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler.from_config(source.teacher.noise.config)
+
+
+def _sampled(
+    given: Settings, source: Source, prompts: Prompts, texts: Texts, unet: UNet2DConditionModel, network: int
+) -> Samples:
+    """Half of the samples, those of one network: to learn from, and behind them those held out."""
+    groups = drawn(given, len(prompts.used), len(prompts.kept))
+    counts = (given.samples, given.held_out)
+    found = []
+    for number, (rows, count) in enumerate(zip(groups, counts, strict=True)):
+        draw = 2 * network + number
+        seen = visited(unet, _scheduler(source), texts.with_lora, rows, given, draw)
+        generator = torch.Generator().manual_seed(4 * given.seed + draw)
+        own = count // 2 if network == STUDENT else count - count // 2
+        found.append(chosen(seen, own, texts.empty, generator))
+    return joined(found)
+
+
+def _student_samples(given: Settings, source: Source, prompts: Prompts, texts: Texts, device: torch.device) -> State:
+    """What the KOALA meets with the LoRA as lineage carries it over."""
+    unet = sources.student_unet(source)
+    for parameter, change in sources.by_lineage(source):
+        sources.put(unet, parameter, unet.get_parameter(parameter) + change)
+    return _sampled(given, source, prompts, texts, unet.to(device), STUDENT)._asdict()
+
+
+def _teacher_samples(
+    given: Settings, source: Source, prompts: Prompts, texts: Texts, seen: Samples, device: torch.device
+) -> State:
+    """What SDXL meets with its LoRA, put together with ``seen``, and what the LoRA changes in its output there."""
+    unet, half = source.teacher.unet().to(device), given.samples // 2
+    with sources.merged(unet, source):
+        own = _sampled(given, source, prompts, texts, unet, TEACHER)
+        learned = seen.pick(torch.arange(half)), own.pick(torch.arange(given.samples - half))
+        held_out = (
+            seen.pick(torch.arange(half, len(seen.time))),
+            own.pick(torch.arange(given.samples - half, len(own.time))),
+        )
+        every = joined([*learned, *held_out])
+        with_lora = outputs(unet, every, texts.with_lora, given)
+    change = with_lora - outputs(unet, every, texts.plain, given)
+    if not change.isfinite().all():
+        raise UserError(
+            f"SDXL's output with {given.lora.name} is not finite in {given.dtype}; expected numbers. Take another "
+            f"--dtype: bf16, or fp32."
+        )
+    return {**every._asdict(), "change": change}
+
+
+def _peak() -> float:
+    """GB of memory that this process has had at most; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def _gpu_peak() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9

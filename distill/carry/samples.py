@@ -1,0 +1,203 @@
+"""What is learned from: noisy latents that both networks meet while they sample, and what SDXL's LoRA does there.
+
+No images are needed. SDXL's outputs are computed once, with the LoRA and without it, and kept, so that SDXL and the
+KOALA are never in memory at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from ..teacher import Encoder
+from .settings import GUIDANCE, HELD_OUT, KEPT, PER_PROMPT, SAMPLING_STEPS, WITHOUT_PROMPT, Settings
+
+State = dict[str, Tensor]
+STUDENT, TEACHER = 0, 1
+"""The networks that sample."""
+LORA, FILE = "lora ", "file "
+"""What the names of embeddings with the LoRA, and those of tensors for the file, begin with."""
+
+
+class Samples(NamedTuple):
+    """n noisy latents: as the U-Net sees them [n, 4, h, w], time step [n], row of the texts [n]."""
+
+    noisy: Tensor
+    time: Tensor
+    text: Tensor
+
+    def pick(self, part: Tensor) -> Samples:
+        """Some of them, by their numbers."""
+        return Samples(*(tensor[part] for tensor in self))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embeddings of every prompt, and in the last row zeros: context [p + 1, 77, c] and pooled [p + 1, d], without the
+    LoRA and with its text encoders."""
+
+    plain: tuple[Tensor, Tensor]
+    with_lora: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, state: State) -> Texts:
+        """From ``encoded``."""
+        plain, with_lora = ((state[f"{one}context"], state[f"{one}pooled"]) for one in ("", LORA))
+        return cls(plain, with_lora)
+
+    @property
+    def empty(self) -> int:
+        """The row of the empty prompt, which is zeros in SDXL and KOALA."""
+        return len(self.plain[0]) - 1
+
+
+def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device) -> State:
+    """The embeddings of prompts, by the text encoders of diffusers' pipeline without a change and with it; and the
+    tensors of the change's text part, for the file."""
+    names, state = ("context", "pooled"), State()
+    plain = Encoder(pipeline, device).texts(prompts)
+    text = change.texts(pipeline)
+    with_lora = Encoder(pipeline, device).texts(prompts) if text else plain
+    for prefix, pair in (("", plain), (LORA, with_lora)):
+        state |= {prefix + name: _with_zeros(one) for name, one in zip(names, pair, strict=True)}
+    return state | {FILE + name: tensor.contiguous() for name, tensor in text.items()}
+
+
+def _with_zeros(rows: Tensor) -> Tensor:
+    return torch.cat([rows, torch.zeros_like(rows[:1])])
+
+
+def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int]]:
+    """The rows of the prompts that each network samples to learn from, and those held out; of ``prompts`` prompts, with
+    ``keep`` behind them that are to be kept."""
+
+    def some(rows: range | list[int], kept: range | list[int], samples: int) -> list[int]:
+        count = -(-samples // PER_PROMPT)
+        both = [kept[at // KEPT % len(kept)] if kept and at % KEPT == 1 else None for at in range(count)]
+        return [rows[at % len(rows)] if row is None else row for at, row in enumerate(both)]
+
+    def parted(first: int, count: int) -> tuple[list[int], list[int]]:
+        rows = range(first, first + count)
+        return [row for row in rows if (row - first + 1) % HELD_OUT], list(rows[HELD_OUT - 1 :: HELD_OUT])
+
+    (learned, measured), (kept, kept_out) = parted(0, prompts), parted(prompts, keep)
+    return some(learned, kept, given.samples), some(measured, kept_out, given.held_out)
+
+
+def visited(
+    unet: UNet2DConditionModel,
+    scheduler: EulerDiscreteScheduler,
+    texts: tuple[Tensor, Tensor],
+    rows: list[int],
+    given: Settings,
+    draw: int,
+) -> Samples:
+    """What a U-Net sees at each step while it samples prompts, without the half that sees the negative prompt; on the
+    CPU in fp32.
+
+    Args:
+        unet: the U-Net.
+        scheduler: that of its pipeline.
+        texts: context and pooled.
+        rows: of the prompts in ``texts``; a row may come several times.
+        given: size, batch and seed.
+        draw: a number that tells this initial noise from that of other calls.
+    """
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def record(_: Any, positional: tuple[Any, ...]) -> None:
+        noisy = positional[0]
+        seen.append((noisy[len(noisy) // 2 :].float().cpu(), torch.as_tensor(positional[1]).long().cpu()))
+
+    found: list[Samples] = []
+    for first in range(0, len(rows), given.batch):
+        some = torch.tensor(rows[first : first + given.batch])
+        context, pooled = (one[some].to(unet.device, unet.dtype) for one in texts)
+        seed = (given.seed + 1) * 1_000_000 + draw * 10_000 + first
+        hook = unet.register_forward_pre_hook(record)
+        try:
+            with torch.no_grad():
+                pipeline(
+                    prompt_embeds=context,
+                    pooled_prompt_embeds=pooled,
+                    negative_prompt_embeds=torch.zeros_like(context),
+                    negative_pooled_prompt_embeds=torch.zeros_like(pooled),
+                    height=given.size,
+                    width=given.size,
+                    num_inference_steps=SAMPLING_STEPS,
+                    guidance_scale=GUIDANCE,
+                    generator=[torch.Generator().manual_seed(seed + at) for at in range(len(some))],
+                    output_type="latent",
+                )
+        finally:
+            hook.remove()
+        found += [Samples(noisy, time.expand(len(noisy)), some) for noisy, time in seen]
+        seen.clear()
+    return joined(found)
+
+
+def joined(parts: list[Samples]) -> Samples:
+    """Samples after one another."""
+    return Samples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def chosen(of: Samples, count: int, empty: int, generator: torch.Generator) -> Samples:
+    """Some samples, at random; a few of them see the empty prompt."""
+    some = of.pick(torch.randperm(len(of.time), generator=generator)[:count])
+    without = torch.rand(len(some.time), generator=generator) < WITHOUT_PROMPT
+    return some._replace(text=torch.where(without, empty, some.text))
+
+
+def outputs(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Settings) -> Tensor:
+    """A U-Net's outputs, [n, 4, h, w], fp32 on the CPU; in batches."""
+    parts = torch.arange(len(samples.time)).split(given.batch)
+    with torch.no_grad():
+        return torch.cat([output(unet, samples.pick(part), texts, given).float().cpu() for part in parts])
+
+
+def output(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Settings) -> Tensor:
+    """A U-Net's outputs in one forward pass, in its own type and on its own device."""
+    device, dtype = unet.device, unet.dtype
+    context, pooled = (one[samples.text].to(device, dtype) for one in texts)
+    sizes = torch.tensor([[given.size, given.size, 0, 0, given.size, given.size]], device=device)
+    added = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
+    found: Tensor = unet(
+        samples.noisy.to(device, dtype), samples.time.to(device), context, added_cond_kwargs=added
+    ).sample
+    return found
+
+
+def wanted(own: Tensor, change: Tensor, texts: Tensor, used: int, empty: int) -> Tensor:
+    """The outputs that are asked of the KOALA, [n, 4, h, w]: its own without a LoRA, changed as SDXL's LoRA changes
+    SDXL's; unchanged for prompts to keep.
+
+    Args:
+        own: its outputs without a LoRA.
+        change: what SDXL's LoRA adds to SDXL's.
+        texts: rows of the samples' prompts, [n].
+        used: how many prompts use the LoRA; those to keep are behind them.
+        empty: the row of the empty prompt, which is behind all.
+    """
+    kept = (texts >= used) & (texts < empty)
+    return own + torch.where(kept.view(-1, 1, 1, 1), 0.0, change)
+
+
+def as_samples(state: Mapping[str, Tensor]) -> Samples:
+    """Samples that were stored, by the names of their fields."""
+    return Samples(*(state[field] for field in Samples._fields))

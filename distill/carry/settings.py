@@ -1,0 +1,110 @@
+"""What a LoRA is carried over with: the files and numbers of the command line, and the constants behind them."""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+
+PER_PROMPT = 10
+"""Samples for each time that a prompt is sampled, five of either network; neighbouring steps are much alike."""
+HELD_OUT = 4
+"""Of so many prompts one is held out, and there is one held-out sample for so many that are learned from."""
+WITHOUT_PROMPT = 0.2
+"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance."""
+KEPT = 3
+"""With prompts to keep, every so manieth prompt that is sampled is one of them."""
+SAMPLING_STEPS, GUIDANCE = 25, 7.5
+"""Of both networks' sampling: KOALA's published base settings."""
+ROUNDS, ITERATIONS = 5, 5
+"""Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
+larger, and the output is less linear the larger they are."""
+CHECKPOINT_EVERY = 25
+"""Optimiser steps."""
+LEAST_RANK = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line; see ``options``."""
+
+    lora: Path
+    teacher: Path
+    student: Path
+    prompts: Path
+    out: Path
+    keep: Path | None = None
+    method: Literal["fit", "refit"] = "refit"
+    rank: int | None = None
+    size: int = 1024
+    samples: int = 256
+    steps: int = 300
+    batch: int = 8
+    seed: int = 0
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    tokenizer: Path | None = None
+    check: bool = False
+
+    @property
+    def held_out(self) -> int:
+        """How many samples are held out, beside those that are learned from."""
+        return max(4, self.samples // HELD_OUT)
+
+    @property
+    def work(self) -> Path:
+        """The folder of what an interrupted run has done, beside the output."""
+        return self.out.with_name(f"{self.out.stem}.carry")
+
+
+def settings(given: Namespace) -> Settings:
+    """The command line's; what it does not say has its default."""
+    names = [field.name for field in fields(Settings)]
+    return Settings(**{name: value for name in names if (value := getattr(given, name, None)) is not None})
+
+
+def require_output(out: Path) -> None:
+    """Raises UserError for an output that is there already, or whose name or folder will not do."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out: {out}: expected a name that ends in .safetensors. Change it.")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out: {out} is there already, and was left as it is; expected a new file. Change the name.")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: {out.parent} is not a folder; expected one to write {out.name} to. Make it first.")
+
+
+def read_prompts(path: Path, option: str, least: int) -> list[str]:
+    """The lines of a text file that are not empty. Raises UserError where it cannot be read or has too few."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{option}: {path} cannot be read ({why}); expected a text file, one prompt a line.") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if len(found) < least:
+        raise UserError(
+            f"{option}: {path} has {len(found)} prompts; expected at least {least}, one a line. Add some: every "
+            f"{HELD_OUT}th is held out, to measure."
+        )
+    return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def origin(given: Settings, models: dict[str, Path]) -> dict[str, Any]:
+    """What a result depends on: name and SHA-256 of each file, and the numbers. ``models``:
+    the files of LoRA, teacher and student."""
+    files = {"prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **models}
+    numbers = ("method", "rank", "size", "samples", "steps", "batch", "seed", "dtype")
+    names = {name: getattr(given, name).name for name in files}
+    return {
+        **{name: {"name": names[name], "sha256": digest(path)} for name, path in files.items()},
+        "settings": {name: getattr(given, name) for name in numbers},
+    }

@@ -1,0 +1,110 @@
+"""LoRAs that are carried over: to koala-tiny from an SDXL that it might have been cut out of."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from koala_sdxl.distill.carry import run
+from koala_sdxl.distill.carry.settings import Settings
+from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.architecture.lineage import lineage
+from tools.harness import testhost
+from tools.measure import reference
+from tools.synthetic import adapters
+from tools.tiny import SHIPPED, denoiser, pipeline, text
+from tools.tiny.train import SDXL_TINY
+
+State = dict[str, torch.Tensor]
+LITTLE = 0.1
+"""What the layers that koala-tiny lacks add, as a share of what they would with PyTorch's initial weights."""
+KEPT = {adapters.NAMINGS["kohya, LDM blocks"].module(whole) for _, whole in lineage(KOALA_TINY).tensors}
+"""The LoRA's names of the modules that koala-tiny has."""
+FEW: dict[str, Any] = {"size": 64, "samples": 16, "steps": 30, "batch": 16, "dtype": "fp32", "rank": 8}
+
+
+def grown(koala: State) -> State:
+    """koala-tiny's U-Net with SDXL's other layers put back: each adds a little, at random, and so means something to a
+    LoRA. Without these additions it would give what koala-tiny gives."""
+    torch.manual_seed(0)
+    state = dict(denoiser.new_unet(SDXL_TINY).state_dict())
+    kept = {whole.diffusers: koala[part.diffusers] for part, whole in lineage(KOALA_TINY).tensors}
+    for name, weight in state.items():
+        if name in kept:
+            state[name] = kept[name]
+        elif "conv_shortcut" in name:  # on the way up: what comes from below, and nothing of the skip
+            state[name] = torch.eye(*weight.shape[:2])[:, :, None, None] if weight.ndim == 4 else 0 * weight
+        elif re.search(r"\.(conv2|to_out\.0|net\.2|proj_out)\.", name):
+            state[name] = LITTLE * weight
+    return state
+
+
+def strength(name: str) -> float:
+    """Factor of a LoRA's tensor: much of its effect is that of layers which koala-tiny lacks."""
+    if "lora_up" not in name:
+        return 1.0
+    return 0.3 if name.startswith("lora_te") or name.partition(".")[0] in KEPT else 1.5
+
+
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the teacher, the student, prompts and a LoRA of the attention layers."""
+    folder = tmp_path_factory.mktemp("carry")
+    shipped = reference.pipeline(SHIPPED)
+    koala = shipped.unet.state_dict()
+    save_file({name: weight.clone() for name, weight in koala.items()}, folder / "koala-tiny.safetensors")
+    unet = denoiser.new_unet(SDXL_TINY)
+    unet.load_state_dict(grown(koala))
+    encoders, vocabulary = text.Encoders(shipped.text_encoder, shipped.text_encoder_2), testhost.test_host().tokenizer
+    teacher = pipeline.assemble(shipped.vae, encoders, text.tokenizers(vocabulary), unet)
+    pipeline.save(teacher, folder / "sdxl-tiny")
+    colours = ("red", "green", "blue", "yellow")
+    (folder / "prompts.txt").write_text("\n".join(f"a star on a {colour} background" for colour in colours))
+    (folder / "keep.txt").write_text("\n\n".join(f"a koala on a {colour} background" for colour in colours))
+    texts = adapters.text_lora(2, 32, 128, "lora_te1") | adapters.text_lora(2, 64, 256, "lora_te2")
+    lora = adapters.lora(SDXL_TINY, only=adapters.in_attention) | texts
+    save_file({name: value * strength(name) for name, value in lora.items()}, folder / "lora.safetensors")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def fine_tuned(place: Path, folder: Path) -> Path:
+    """The teacher with other weights: some layers of the U-Net, and one of a text encoder."""
+    shutil.copytree(place / "sdxl-tiny", folder)
+    for part, layers in (
+        ("unet", ("attn2.to_v.weight", "norm2.weight", "conv2.bias")),
+        ("text_encoder", ("mlp.fc1.weight",)),
+    ):
+        (path,) = (folder / part).glob("*.safetensors")
+        state = load_file(path)
+        generator = torch.Generator().manual_seed(1)
+        for name, weight in state.items():
+            if name.endswith(layers):
+                state[name] = weight + 0.05 * torch.randn(weight.shape, generator=generator).half()
+        save_file(state, path, {"format": "pt"})
+    return folder
+
+
+def settings(place: Path, out: str, **changes: Any) -> Settings:
+    """A small run's; a test names only what it changes."""
+    files = {
+        "lora": place / "lora.safetensors",
+        "teacher": place / "sdxl-tiny",
+        "student": place / "koala-tiny.safetensors",
+        "prompts": place / "prompts.txt",
+        "out": place / f"{out}.safetensors",
+    }
+    return Settings(**{**files, **FEW, **changes})
+
+
+def carried(place: Path, out: str, **changes: Any) -> list[str]:
+    """A run in this process; what it says."""
+    said: list[str] = []
+    run.run(settings(place, out, **changes), said.append)
+    return said
