@@ -225,7 +225,7 @@ def one_pass(
     wrapped: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     objective: Objective | StepObjective,
-    batch: dict[str, torch.Tensor],
+    batch: texts.Batch,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
     """One forward and backward pass, and the optimiser's step where it is the last of one: the loss, its terms, and
