@@ -21,7 +21,7 @@ from tools.harness.errors import UserError
 AddOptions = Callable[[argparse.ArgumentParser], object]
 GENERATED = ("workflows", "blueprints", "locales", "thumbnails", "pictures", "frozen")
 """Names of the generators of tools/generate, in the order in which they run: later ones read earlier ones' files."""
-SECTIONS = tuple("machine macs load step decode sample memory quality images server fit".split())
+SECTIONS = ("machine", "macs", "load", "step", "decode", "sample", "memory", "quality", "images", "server", "fit")
 """Sections of the benchmark, in the order in which they are measured."""
 BATCH_SECTIONS = ("overhead", "scale")
 """Sections of the measurement of `dev.py batch`."""
