@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -74,12 +76,10 @@ CANVASES = [
 
 
 @pytest.fixture(scope="module")
-def open_canvas(request: pytest.FixtureRequest, chromium: Browser, server: Server, files: None) -> Iterator[Page]:
+def open_canvas(chromium: Browser, server: Server, files: None) -> Iterator[Callable[[bool], Page]]:
     """One canvas for all graphs, in each renderer."""
-    with browser.canvas(chromium, server.url, request.param) as page:
-        page.nodes_2 = request.param  # type: ignore[attr-defined]
-        yield page
-        assert page.complaints == []  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        yield cache(lambda nodes_2: stack.enter_context(browser.canvas(chromium, server.url, nodes_2)))
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,19 @@ def saved(server: Server, prefix: str) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
-@pytest.mark.parametrize(("open_canvas", "name", "draws"), CANVASES, indirect=["open_canvas"])
+@pytest.mark.parametrize(("nodes_2", "name", "draws"), CANVASES)
 def test_a_swap_says_what_it_did_draws_what_koala_draws_and_is_undone(
-    name: str, draws: bool, open_canvas: Page, server: Server, drawn: Callable[[Graph], Image.Image], shots: Shots
+    nodes_2: bool,
+    name: str,
+    draws: bool,
+    open_canvas: Callable[[bool], Page],
+    server: Server,
+    drawn: Callable[[Graph], Image.Image],
+    shots: Shots,
 ) -> None:
-    page, nodes_2 = open_canvas, open_canvas.nodes_2  # type: ignore[attr-defined]
+    page = open_canvas(nodes_2)
     require_swap(page, CASES[name], name)
+    assert page.complaints == []  # type: ignore[attr-defined]
     shots(page, f"swap {name}-{'nodes2' if nodes_2 else 'classic'}")
     if not draws:
         return
