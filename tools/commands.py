@@ -261,14 +261,9 @@ def soak_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", action="store_true", help="write the figures to docs/reliability.md")
 
 
-def distill_options(parser: argparse.ArgumentParser) -> None:
-    """Options of ``dev.py distill``: the trainer's own."""
-    importlib.import_module("koala_sdxl.distill.options").add_options(parser)
-
-
-def carry_options(parser: argparse.ArgumentParser) -> None:
-    """Options of ``dev.py carry``: its own."""
-    importlib.import_module("koala_sdxl.distill.carry.options").add_options(parser)
+def options_of(module: str) -> AddOptions:
+    """The options that a tool of its own declares itself."""
+    return lambda parser: importlib.import_module(module).add_options(parser)
 
 
 def study_options(parser: argparse.ArgumentParser) -> None:
@@ -339,12 +334,14 @@ COMMANDS = {
         "measure the built-in model and write its card", "tools.tiny.evaluate:main", evaluate_tiny_options
     ),
     "distill": Command(
-        "make a compact U-Net out of an SDXL (distill/README.md)", "koala_sdxl.distill.__main__:main", distill_options
+        "make a compact U-Net out of an SDXL (distill/README.md)",
+        "koala_sdxl.distill.__main__:main",
+        options_of("koala_sdxl.distill.options"),
     ),
     "carry": Command(
         "make, from an SDXL LoRA, a LoRA that does on a KOALA what it does on SDXL (docs/sdxl-add-ons.md)",
         "koala_sdxl.distill.carry.__main__:main",
-        carry_options,
+        options_of("koala_sdxl.distill.carry.options"),
     ),
     "distill-study": Command(
         "run the distillation study on the small models and write docs/distillation.md",
