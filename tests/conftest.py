@@ -22,14 +22,7 @@ SHARED = pytest.StashKey[ExitStack]()
 """What the tests of a folder share and what takes memory: servers, a browser."""
 SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
-FULL_SIZE = (
-    "test_carry_full_size.py",
-    "test_loader.py",
-    "test_loading.py",
-    "test_parity.py",
-    "test_save.py",
-    "test_saver_full_size.py",
-)
+FULL_SIZE = ("test_loader.py", "test_loading.py", "test_parity.py", "test_save.py", "test_saver_full_size.py")
 """Files of parity/ that have full-size models, one at a time: in two processes they would wait for each other."""
 LONGEST = (
     "host",
