@@ -25,10 +25,7 @@ SERVED = ("browser", "host")
 """Folders whose tests share a server; everywhere else a file shares nothing with others."""
 SHARING = {
     **dict.fromkeys(
-        (
-            f"parity/test_{name}.py"
-            for name in ("carry_full_size", "loader", "loading", "parity", "save", "saver_full_size")
-        ),
+        (f"parity/test_{name}.py" for name in ("loader", "loading", "parity", "save", "saver_full_size")),
         "full-size",
     ),
     **dict.fromkeys((f"dev/test_{name}.py" for name in ("command_lines", "gates", "reliability")), "schemas"),

@@ -66,7 +66,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pipeline.save(teacher, folder / "sdxl-tiny")
     colours = ("red", "green", "blue", "yellow")
     (folder / "prompts.txt").write_text("\n".join(f"a star on a {colour} background" for colour in colours))
-    (folder / "keep.txt").write_text("\n\n".join(f"a koala on a {colour} background" for colour in colours))
     texts = adapters.text_lora(2, 32, 128, "lora_te1") | adapters.text_lora(2, 64, 256, "lora_te2")
     lora = adapters.lora(SDXL_TINY, only=adapters.in_attention) | texts
     save_file({name: value * strength(name) for name, value in lora.items()}, folder / "lora.safetensors")

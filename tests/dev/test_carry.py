@@ -167,7 +167,7 @@ def test_a_fine_tune_begins_with_its_differences_from_sdxl(place: Path, tuned: P
 
 @pytest.mark.nightly
 def test_a_fine_tune_is_carried_over(place: Path, tuned: Path) -> None:
-    told = carried(place, "style", lora=tuned, method="fit", rank=32, keep=place / "keep.txt")
+    told = carried(place, "style", lora=tuned, method="fit", rank=32)
     found = shares("\n".join(told))
     assert found["lineage"] < found["fit"]
     plan = inspect_lora(place / "style.safetensors", KOALA_TINY)
