@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -77,8 +77,16 @@ def fit(
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 127.5 - 1, (top, left)
 
 
+class Turn(NamedTuple):
+    """An image's turn in training."""
+
+    place: int
+    """Its index in the dataset."""
+    epoch: int
+
+
 @dataclass(frozen=True, eq=False)
-class Batches(Sampler[list[int]]):
+class Batches(Sampler[list[Turn]]):
     """``count`` batches of a dataset's indices, from batch number ``start`` on; each is full and of one bucket.
 
     Batch i depends only on the seed, the data and i, so that a run can resume anywhere. An epoch contains every index;
@@ -97,12 +105,12 @@ class Batches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Turn]]:
         number, end = self.start, self.start + self.count
         while number < end:
             epoch, first = divmod(number, self.per_epoch)
             batches = self._epoch(epoch)[first : first + end - number]
-            yield from (batch.tolist() for batch in batches)
+            yield from ([Turn(place, epoch) for place in batch.tolist()] for batch in batches)
             number += len(batches)
 
     @cached_property

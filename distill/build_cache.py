@@ -1,14 +1,14 @@
-"""Computes the data cache: every image fitted to its bucket and encoded, every caption embedded, written in shards.
+"""Computes the data cache: every image fitted to its bucket and encoded, every caption embedded or cut into tokens.
 
-A shard is written once and never again: whatever ends the work, the next one continues it, and images that are new in
-the source are added. Several processes share the work by ``sources.Part``.
+It is written in shards. A shard is written once and never again: whatever ends the work, the next one continues it, and
+images that are new in the source are added. Several processes share the work by ``entries.Part``.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,10 @@ from ..koala.files import atomic_write as disk
 from ..koala.files.unfinished import PATTERN
 from . import cache, sources
 from .buckets import Size, buckets, fit, nearest
-from .cache import INDEX, Cache, Index, Shard, full_identity, opened_shard
+from .cache import INDEX, OF_CAPTIONS, Cache, Index, Shard, full_identity, opened_shard
 from .config import DataTable
+from .entries import WHOLE, Digests, Entry, Part, digest
 from .errors import UserError
-from .sources import WHOLE, Part
 
 PER_SHARD = 256
 AT_ONCE = 4
@@ -31,13 +31,22 @@ AT_ONCE = 4
 MEMO = 1024
 """Captions whose embeddings are remembered in case they occur again, 0.3 MB each."""
 LISTED = 1000
-"""Most problems that the index lists."""
+"""Most problems that the index lists, and that each process reports."""
 SAY_EVERY = 1000
 """Images between two progress messages."""
 SHARDS = "latents-*.safetensors"
 
+UNUSABLE = "unusable"
+"""The reason for whatever is skipped for another reason than its size."""
+
 Row = dict[str, torch.Tensor]
-"""One sample's tensors of a shard, without the first dimension."""
+"""One image's tensors of a shard; those of ``OF_CAPTIONS`` have a first dimension, its captions."""
+
+
+class Skip(Protocol):
+    """Takes what is skipped: a line that names it and says why, and a reason by which it is counted."""
+
+    def __call__(self, line: str, why: str = UNUSABLE) -> None: ...
 
 
 class Encoder(Protocol):
@@ -49,6 +58,9 @@ class Encoder(Protocol):
     def texts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """n captions -> context [n, 77, channels], pooled [n, channels]."""
 
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """n captions -> the tokens of each for the two text encoders, integers [n, 2, 77]."""
+
     def lengths(self, captions: list[str]) -> list[int]:
         """The tokens of each caption, start and end included, however many they are."""
 
@@ -58,8 +70,8 @@ class Plan(NamedTuple):
 
     listing: str
     """``sources.listing`` before the first image is read."""
-    cached: dict[str, str]
-    """Image (``Entry.digest``) -> the shard that holds it already."""
+    cached: Digests
+    """The images that the cache holds already."""
     first: int
     """The number of the next shard."""
 
@@ -67,10 +79,12 @@ class Plan(NamedTuple):
 class Outcome(NamedTuple):
     """What one process found."""
 
-    present: list[str]
+    present: Digests
     """Every image of its part, cached before or now, or skipped."""
-    skipped: int
+    left_out: Counter[str]
+    """Reason -> what was skipped for it."""
     problems: list[str]
+    """The first of them."""
 
 
 def build(
@@ -82,8 +96,8 @@ def build(
 ) -> Cache:
     """The cache in ``data.cache``, computed, continued or extended where that is necessary; by one process at a time.
 
-    Skipped are what ``sources.read`` cannot use, images smaller than their bucket unless ``data.upscale`` is set, and
-    those for which the encoder returns infinities or NaN. Whatever is raised, finished shards stay.
+    Skipped are what ``sources.read`` cannot use, images whose size ``data`` does not want, and those for which the
+    encoder returns infinities or NaN. Whatever is raised, finished shards stay.
 
     Args:
         data: the table of the configuration.
@@ -118,8 +132,11 @@ def begin(data: DataTable, identity: Mapping[str, Any], say: Callable[[str], Non
             f"cache. Make it writable, or choose another data.cache."
         ) from None
     paths = sorted(folder.glob(SHARDS))
-    cached = {image: path.name for path in paths for image in _images(path)}
-    if cached:
+    cached = Digests()
+    for path in paths:
+        for image in _images(path):
+            cached.add(image)
+    if len(cached):
         changed = index is not None and index.listing not in ("", listing)
         why = "the images have changed since they were cached" if changed else "it is not complete"
         say(f"{folder}: {why}; {len(cached)} images in it are kept, and what it lacks is computed.")
@@ -135,29 +152,31 @@ def encode(
     report: Callable[[str], None],
 ) -> Outcome:
     """Encode what the cache lacks of one part, and write it in shards. Raises UserError as ``build`` does."""
-    outcome, skipped = Outcome([], 0, []), 0
+    outcome = Outcome(Digests(), Counter(), [])
 
-    def skip(line: str) -> None:
-        nonlocal skipped
-        skipped += 1
+    def skip(line: str, why: str = UNUSABLE) -> None:
+        outcome.left_out[why] += 1
         if len(outcome.problems) < LISTED:
             outcome.problems.append(line)
-        report(line)
+            report(line)
+        elif outcome.left_out.total() == LISTED + 1:
+            report("Whatever else is skipped is counted, not named.")
 
-    def wanted(entry: sources.Entry) -> bool:
-        outcome.present.append(entry.digest)
-        return entry.digest not in plan.cached
+    def wanted(entry: Entry) -> bool:
+        own = entry.digest
+        outcome.present.add(own)
+        return own not in plan.cached
 
     shards = _Shards(data.cache.resolve(), plan.first + part.number, part.of)
     try:
         for done, (bucket, image, row) in enumerate(_rows(data, encoder, part, wanted, skip), 1):
             shards.add(bucket, image, row)
             if done % SAY_EVERY == 0:
-                say(f"{done} images cached, {skipped} skipped.")
+                say(f"{done} images cached, {outcome.left_out.total()} skipped.")
         shards.finish()
     except disk.SaveError as error:
         raise UserError(f"the data cache is not finished: {error}") from None
-    return outcome._replace(skipped=skipped)
+    return outcome
 
 
 def finish(
@@ -168,25 +187,27 @@ def finish(
     say: Callable[[str], None],
 ) -> Cache:
     """Write the index, on one process, after all parts are encoded. Raises UserError as ``build`` does."""
-    folder, skipped = data.cache.resolve(), sum(outcome.skipped for outcome in outcomes)
+    folder, left_out = data.cache.resolve(), sum((outcome.left_out for outcome in outcomes), Counter[str]())
     problems = [line for outcome in outcomes for line in outcome.problems][:LISTED]
-    present = {image for outcome in outcomes for image in outcome.present}
+    present = Digests(bytearray().join(outcome.present.content for outcome in outcomes))
     shards = [shard for path in sorted(folder.glob(SHARDS)) if (shard := _shard(path, present)).used]
     if not shards:
         raise UserError(
-            f"no image of {data.path} can be cached: {skipped} were skipped (first: {problems[0]}). Expected at "
-            f"least one; give other data, or change data.resolution or data.upscale."
+            f"no image of {data.path} can be cached: {_counted(left_out, f'first: {problems[0]}')}. Expected at "
+            f"least one; give other data, or change data.resolution, data.upscale or data.min_side."
         )
-    tokens, jpeg = (torch.cat([_column(folder, shard, name) for shard in shards]) for name in ("tokens", "jpeg"))
+    lengths, jpeg = map(torch.cat, zip(*(_columns(folder, shard) for shard in shards), strict=True))
     index = Index(
         identity=full_identity(data, identity),
         listing=plan.listing,
-        samples=len(tokens),
-        skipped=skipped,
+        samples=len(jpeg),
+        skipped=left_out.total(),
+        left_out=dict(sorted(left_out.items())),
         shards=tuple(shards),
         problems=tuple(problems),
-        long_captions=int((tokens > cache.TOKENS).sum()),
-        longest_caption=int(tokens.max()),
+        captions=len(lengths),
+        long_captions=int((lengths > cache.TOKENS).sum()),
+        longest_caption=int(lengths.max()),
         jpegs=int((jpeg > 0).sum()),
         poor_jpegs=int(((jpeg > 0) & (jpeg <= cache.POOR_JPEG)).sum()),
     )
@@ -196,7 +217,7 @@ def finish(
         raise UserError(f"the data cache is not finished: {error}") from None
     gone = sum(len(shard.unused) for shard in shards)
     aside = f" {gone} in it are of images that have changed or are gone, and are not used." if gone else ""
-    say(f"{folder}: {index.samples} images cached, {skipped} skipped.{aside}")
+    say(f"{folder}: {index.samples} images cached, {_counted(left_out)}.{aside}")
     return Cache(folder, index)
 
 
@@ -209,7 +230,13 @@ def _images(path: Path) -> list[str]:
     return json.loads(opened_shard(path)[0].metadata()["images"])
 
 
-def _shard(path: Path, present: set[str]) -> Shard:
+def _counted(left_out: Counter[str], *more: str) -> str:
+    """How many were skipped, for which reasons, and whatever else there is to say of them."""
+    said = "; ".join((", ".join(f"{count} {why}" for why, count in sorted(left_out.items())), *more))
+    return f"{left_out.total()} skipped{f' ({said})' if said else ''}"
+
+
+def _shard(path: Path, present: Digests) -> Shard:
     """A shard's description, for a source with the images that are ``present``."""
     bucket = tuple(int(side) for side in path.stem.split("-")[2].split("x"))
     images = _images(path)
@@ -217,10 +244,13 @@ def _shard(path: Path, present: set[str]) -> Shard:
     return Shard(file=path.name, bucket=(bucket[0], bucket[1]), count=len(images), unused=unused)
 
 
-def _column(folder: Path, shard: Shard, name: str) -> torch.Tensor:
-    """A tensor of a shard, its used rows."""
-    whole = opened_shard(folder / shard.file)[0].get_tensor(name)
-    return whole[[row for row in range(shard.count) if row not in shard.unused]]
+def _columns(folder: Path, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lengths of the captions and the JPEG qualities of a shard's used rows."""
+    opened = opened_shard(folder / shard.file)[0]
+    used = torch.ones(shard.count, dtype=torch.bool)
+    used[list(shard.unused)] = False
+    of_captions = used.repeat_interleave(opened.get_tensor("captions"))
+    return opened.get_tensor("lengths")[of_captions], opened.get_tensor("jpeg")[used]
 
 
 @dataclass(frozen=True)
@@ -236,11 +266,11 @@ def _rows(
     data: DataTable,
     encoder: Encoder,
     part: Part,
-    wanted: Callable[[sources.Entry], bool],
-    skip: Callable[[str], None],
+    wanted: Callable[[Entry], bool],
+    skip: Skip,
 ) -> Iterator[tuple[Size, str, Row]]:
     """Every usable image of a part: its bucket, its digest, and the tensors of its row in a shard."""
-    texts = _Texts(encoder)
+    texts = _Texts(encoder, data.texts == "embeddings")
     waiting: dict[Size, list[_Fitted]] = defaultdict(list)
     for bucket, fitted in _fitted(data, part, wanted, skip):
         waiting[bucket].append(fitted)
@@ -250,33 +280,42 @@ def _rows(
         yield from ((bucket, *row) for row in _encode(encoder, texts, images, skip))
 
 
-def _fitted(
-    data: DataTable, part: Part, wanted: Callable[[sources.Entry], bool], skip: Callable[[str], None]
-) -> Iterator[tuple[Size, _Fitted]]:
+def _fitted(data: DataTable, part: Part, wanted: Callable[[Entry], bool], skip: Skip) -> Iterator[tuple[Size, _Fitted]]:
     choices = buckets(data.resolution, data.bucket_step, data.max_aspect)
     for sample in sources.read(data, skip, part, wanted):
         width, height = sample.image.size
         bucket = nearest(width, height, choices)
-        if (width < bucket[0] or height < bucket[1]) and not data.upscale:
-            skip(f"{sample.key}: {width} x {height} is smaller than its bucket, {bucket[0]} x {bucket[1]}; skipped")
+        if reason := _reason(data, width, height, bucket):
+            skip(f"{sample.key}: {width} x {height} {reason[0]}; skipped", reason[1])
             continue
         # the same crop every time, whichever images come before
-        generator = torch.Generator().manual_seed(int(sources.digest(sample.key)[:15], 16))
+        generator = torch.Generator().manual_seed(int(digest(sample.key)[:15], 16))
         image, (top, left) = fit(sample.image, bucket, data.crop, generator)
         ids = torch.tensor([height, width, top, left, bucket[1], bucket[0]], dtype=torch.int32)
         yield bucket, _Fitted(sample, image, ids)
 
 
-def _encode(
-    encoder: Encoder, texts: _Texts, images: Sequence[_Fitted], skip: Callable[[str], None]
-) -> Iterator[tuple[str, Row]]:
-    captions = [fitted.sample.caption for fitted in images]
+def _reason(data: DataTable, width: int, height: int, bucket: Size) -> tuple[str, str] | None:
+    """Why ``data`` does not want an image of this size: in its own line, and as it is counted. None where it does."""
+    if min(width, height) < data.min_side:
+        return f"has a side below data.min_side = {data.min_side}", "below data.min_side"
+    if 0 < data.max_image_aspect < max(width, height) / min(width, height):
+        return f"is above data.max_image_aspect = {data.max_image_aspect}", "above data.max_image_aspect"
+    if (width < bucket[0] or height < bucket[1]) and not data.upscale:
+        return f"is smaller than its bucket, {bucket[0]} x {bucket[1]}", "smaller than their bucket"
+    return None
+
+
+def _encode(encoder: Encoder, texts: _Texts, images: Sequence[_Fitted], skip: Skip) -> Iterator[tuple[str, Row]]:
+    counts = [len(fitted.sample.captions) for fitted in images]
     with torch.no_grad():
         latents = _half(encoder.latents(torch.stack([fitted.image for fitted in images])))
-        embedded = texts.embed(captions)
-    numbers = torch.tensor([encoder.lengths(captions), [fitted.sample.jpeg for fitted in images]], dtype=torch.int32)
-    for fitted, own, (context, pooled), (tokens, jpeg) in zip(images, latents, embedded, numbers.T, strict=True):
-        row = {"latents": own, "context": context, "pooled": pooled, "ids": fitted.ids, "tokens": tokens, "jpeg": jpeg}
+        of_captions = texts.of([caption for fitted in images for caption in fitted.sample.captions])
+    numbers = torch.tensor([[fitted.sample.jpeg for fitted in images], counts], dtype=torch.int32)
+    parts = zip(*(tensor.split(counts) for tensor in of_captions.values()), strict=True)
+    for fitted, own, (jpeg, count), texts_of in zip(images, latents, numbers.T, parts, strict=True):
+        row = {"latents": own, "ids": fitted.ids, "jpeg": jpeg, "captions": count}
+        row |= {name: tensor.clone() for name, tensor in zip(of_captions, texts_of, strict=True)}
         if bad := [name for name, tensor in row.items() if not tensor.isfinite().all()]:
             skip(f"{fitted.sample.key}: {' and '.join(bad)} came out infinite or not a number; skipped")
         else:
@@ -285,12 +324,21 @@ def _encode(
 
 @dataclass
 class _Texts:
-    """Embeddings of captions; the ``MEMO`` last used are not computed again."""
+    """What is cached of captions; the ``MEMO`` embeddings last used are not computed again."""
 
     encoder: Encoder
+    embeds: bool
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def embed(self, captions: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def of(self, captions: list[str]) -> Row:
+        """The tensors of ``OF_CAPTIONS``, on the CPU, with a row for each of these captions."""
+        lengths = torch.tensor(self.encoder.lengths(captions), dtype=torch.int32)
+        if not self.embeds:
+            return {"tokens": self.encoder.tokens(captions).to("cpu", torch.int32), "lengths": lengths}
+        context, pooled = map(torch.stack, zip(*self._embed(captions), strict=True))
+        return {"context": context, "pooled": pooled, "lengths": lengths}
+
+    def _embed(self, captions: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Context [77, c] and pooled [p] of each, float16 on the CPU."""
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self.kept]:
             context, pooled = map(_half, self.encoder.texts(new))
@@ -330,7 +378,10 @@ class _Shards:
 
     def _write(self, bucket: Size, rows: Sequence[tuple[str, Row]]) -> None:
         path = self.folder / f"latents-{self.number:05}-{bucket[0]}x{bucket[1]}.safetensors"
-        tensors = {name: torch.stack([row[name] for _, row in rows]) for name in rows[0][1]}
+        tensors = {
+            name: (torch.cat if name in OF_CAPTIONS else torch.stack)([row[name] for _, row in rows])
+            for name in rows[0][1]
+        }
         with disk.written_whole(path, sum(tensor.nbytes for tensor in tensors.values())) as aside:
             disk.write_safetensors(aside, tensors, {"images": json.dumps([image for image, _ in rows])})
         self.number += self.step

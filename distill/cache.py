@@ -1,4 +1,4 @@
-"""Latents and text embeddings of a data set, computed once: safetensors shards of one bucket each, and an index.
+"""Latents and texts of a data set, computed once: safetensors shards of one bucket each, and an index.
 
 ``build_cache`` writes what is read here.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -21,25 +22,36 @@ from torch.utils.data import Dataset
 
 from ..koala.files.unfinished import PATTERN
 from . import sources
-from .buckets import Size
+from .buckets import Size, Turn
 from .config import DataTable
 from .errors import UserError
 from .processes import LOCK
 
 INDEX = "index.json"
-FORMAT = 2
+FORMAT = 3
 TOKENS = 77
 """That SDXL's text encoders take, the start and the end of a caption included."""
+OPEN = 4096
+"""Most shards that a process keeps open; a system allows it some ten thousands of mapped files."""
 POOR_JPEG = 75
 """Pillow's default quality, and so that of tools which write images again without being asked to."""
-SETTINGS = ("kind", "image", "caption", "resolution", "bucket_step", "max_aspect", "upscale", "crop")
+SETTINGS = (
+    *("kind", "image", "caption", "caption_lines", "texts"),
+    *("resolution", "bucket_step", "max_aspect", "upscale", "min_side", "max_image_aspect", "crop"),
+)
 """Keys of the table data that change what is cached, beside the path."""
+OF_TEXTS = {"embeddings": ("context", "pooled"), "tokens": ("tokens",)}
+"""``data.texts`` -> what is cached of a caption."""
+OF_CAPTIONS = ("context", "pooled", "tokens", "lengths")
+"""Tensors with a row for each caption; the others have one for each image."""
 
 
 class Shard(BaseModel):
-    """One file of the cache: latents, context, pooled (fp16), ids, tokens and jpeg (int32), of ``count`` rows each.
+    """One file of the cache, of ``count`` images of one size.
 
-    Its metadata name each row's image as ``sources.Entry.digest`` does, so that a file explains itself.
+    For each image latents (fp16), ids, jpeg, and captions, the number of these (int32); for each caption context and
+    pooled (fp16) or tokens (int32), and lengths (int32). Its metadata name the images as ``Entry.digest`` does, so that
+    a file explains itself.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,9 +83,13 @@ class Index(BaseModel):
     samples: int = 0
     skipped: int = 0
     """Number of images that were left out, and of shards, lines and kinds of files that could not be read."""
+    left_out: dict[str, int] = {}
+    """The same by reason."""
     shards: tuple[Shard, ...] = ()
     problems: tuple[str, ...] = ()
     """The reasons for the first ``build_cache.LISTED`` of them."""
+    captions: int = 0
+    """At least as many as samples."""
     long_captions: int = 0
     longest_caption: int = 0
     """Captions of more than ``TOKENS``, and the tokens of the longest caption."""
@@ -95,6 +111,14 @@ def full_identity(data: DataTable, identity: Mapping[str, Any]) -> dict[str, Any
     return json.loads(json.dumps({"format": FORMAT, **path, **settings, **identity}))
 
 
+class _Opened(NamedTuple):
+    """A shard that has been read from."""
+
+    file: Any
+    first: np.ndarray
+    """The row of each image's first caption, and where the last image's end."""
+
+
 @dataclass
 class Cache(Dataset[dict[str, torch.Tensor]]):
     """A cache on disk as a dataset. Each process maps a shard into memory when it first reads from it."""
@@ -102,7 +126,7 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
     folder: Path
     index: Index
     _ends: list[int] = field(init=False, repr=False)
-    _opened: dict[int, Any] = field(init=False, repr=False, default_factory=dict)
+    _opened: dict[int, _Opened] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._ends = list(accumulate(shard.used for shard in self.index.shards))
@@ -111,17 +135,40 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
         return self._ends[-1]
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """float32 tensors: latents [4, h, w], context [77, c], pooled [p], ids [6] (SDXL's sizes: original height and
-        width, crop top and left, height and width). Raises UserError where the shard is damaged."""
+        """A sample with the first of its captions; see ``sample``."""
+        return self.sample(number, 0)
+
+    def sample(self, number: int, caption: int) -> dict[str, torch.Tensor]:
+        """A sample with the caption of this number.
+
+        float32 tensors: latents [4, h, w], ids [6] (SDXL's sizes: original height and width, crop top and left, height
+        and width), and either context [77, c] and pooled [p], or tokens, int64 [2, 77], for ``texts.TextEncoders``.
+        Raises UserError where the shard is damaged.
+        """
+        opened, row = self._place(number)
+        texts = OF_TEXTS[self.index.identity["data.texts"]]
+        rows = dict.fromkeys(("latents", "ids"), row) | dict.fromkeys(texts, int(opened.first[row]) + caption)
+        found = {name: opened.file.get_slice(name)[place] for name, place in rows.items()}
+        return {name: value.long() if name == "tokens" else value.float() for name, value in found.items()}
+
+    def captions(self, number: int) -> int:
+        """How many captions a sample has."""
+        opened, row = self._place(number)
+        return int(opened.first[row + 1] - opened.first[row])
+
+    def _place(self, number: int) -> tuple[_Opened, int]:
+        """The shard that holds a sample, and its row there."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         which = bisect_right(self._ends, number)
-        if which not in self._opened:
-            self._opened[which] = self._open(self.index.shards[which])
         shard = self.index.shards[which]
-        row = shard.row(number - self._ends[which] + shard.used)
-        names = ("latents", "context", "pooled", "ids")
-        return {name: self._opened[which].get_slice(name)[row].float() for name in names}
+        if which not in self._opened:
+            file = self._open(shard)
+            counts = file.get_tensor("captions").numpy()
+            if len(self._opened) == OPEN:
+                del self._opened[next(iter(self._opened))]  # the one opened first
+            self._opened[which] = _Opened(file, np.concatenate([[0], np.cumsum(counts)]))
+        return self._opened[which], shard.row(number - self._ends[which] + shard.used)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files, which cannot be sent to another process."""
@@ -143,7 +190,7 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
         index, lines = self.index, []
         if index.long_captions:
             lines.append(
-                f"{index.long_captions} of {index.samples} captions have more than {TOKENS} tokens, the longest "
+                f"{index.long_captions} of {index.captions} captions have more than {TOKENS} tokens, the longest "
                 f"{index.longest_caption}: the text encoders read the first {TOKENS}, start and end included."
             )
         if 2 * index.poor_jpegs > index.samples:
@@ -158,6 +205,31 @@ class Cache(Dataset[dict[str, torch.Tensor]]):
         if rows != shard.count:
             raise damaged(self.folder / shard.file, f"{rows} samples, not {shard.count}")
         return opened
+
+
+@dataclass(frozen=True)
+class Learned(Dataset[dict[str, torch.Tensor]]):
+    """The samples to learn from, of a cache; each with another of its captions in every epoch."""
+
+    samples: Cache
+    indices: Sequence[int]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, turn: Turn) -> dict[str, torch.Tensor]:
+        """The sample in this place, with this epoch's caption; see ``Cache.sample``."""
+        number = self.indices[turn.place]
+        return self.samples.sample(number, caption_of(self.seed, number, turn.epoch, self.samples.captions(number)))
+
+
+def caption_of(seed: int, number: int, epoch: int, captions: int) -> int:
+    """Which of its captions a sample has in an epoch: each of n once in n epochs, in an order of its own."""
+    if captions == 1:
+        return 0
+    turn, place = divmod(epoch, captions)
+    return int(np.random.default_rng((seed % 2**64, number, turn)).permutation(captions)[place])
 
 
 def opened_shard(path: Path) -> tuple[Any, int]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class FolderCaptions:
         for folder in image.parents:
             name = image.relative_to(folder).as_posix()
             if name in (table := self._table(folder)):
-                return table[name], f"{self.data.caption} in {table['']}"
+                return table[name], f"{' or '.join(self.data.caption)} in {table['']}"
             if folder == self.data.path:
                 break
         texts = " or ".join(f"{image.stem}{suffix}" for suffix in TEXTS)
@@ -55,24 +55,25 @@ class FolderCaptions:
         path = next((path for name in TABLES if (path := folder / name).is_file()), None)
         if path is None:
             return {}
-        captions, column = {"": path.name}, self.data.caption
+        found: dict[str, Any] = {"": path.name}
         for where, row in READERS[path.suffix](path):
             try:
                 name = row.get("file_name") or row[f"{self.data.image}_file_name"]
-                captions[posixpath.normpath(name.replace("\\", "/"))] = row.get(column, row.get("text"))
+                found[posixpath.normpath(name.replace("\\", "/"))] = of_row(row, self.data.caption, "text")
             except (KeyError, TypeError, AttributeError):
                 table = path.relative_to(self.data.path).as_posix()
                 self.report(f"{table}, {where}: this is not {ROWS[path.suffix]} with a file_name; skipped")
-        return captions
+        return found
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError:
-                yield f"line {number}", None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except ValueError:
+                    yield f"line {number}", None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -88,25 +89,39 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path} needs pyarrow, which is not installed; expected it for tables in this format. Install "
             f"koala-distill[huggingface], or convert the table to metadata.jsonl."
         ) from None
-    yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist()))
+    batches = parquet.ParquetFile(path).iter_batches()
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((f"row {number}", row) for number, row in enumerate(rows))
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
 ROWS = {".jsonl": "a JSON object", ".csv": "a row", ".parquet": "a row"}
 
 
-def text(content: bytes, where: str) -> str:
-    """A text file's caption, in UTF-8 with or without a byte order mark. Raises Unusable for none."""
+def lines_of(content: bytes, where: str, each_line: bool) -> str | list[str]:
+    """A text file's caption, or each of its lines as one; UTF-8 with or without a byte order mark. Raises Unusable."""
     try:
-        return caption(content.decode("utf-8-sig"), where)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Unusable(f"the caption in {where} is not UTF-8 text") from None
+    return text.splitlines() if each_line else text
 
 
-def caption(found: Any, where: str) -> str:
-    """A caption without surrounding whitespace. Raises Unusable for none, or for what is not text."""
-    if not isinstance(found, str | None):
-        raise Unusable(f"the caption ({where}) is {type(found).__name__}, not text")
-    if not (found and found.strip()):
+def of_row(row: Mapping[str, Any], names: Sequence[str], otherwise: str = "") -> Any:
+    """What a row has under these names, not yet checked; of several all that it has, as a list. Where it has none of
+    these keys, what it has under ``otherwise``."""
+    found = [row[name] for name in names if name in row] or [row.get(otherwise)]
+    lists = [value if isinstance(value, list) else [value] for value in found]
+    return found[0] if len(found) == 1 else [one for values in lists for one in values]
+
+
+def captions(found: Any, where: str) -> tuple[str, ...]:
+    """One caption or a list of them, without surrounding whitespace and without empty ones. Raises Unusable for none,
+    or for what is not text."""
+    given = found if isinstance(found, list) else [found]
+    if wrong := [one for one in given if not isinstance(one, str | None)]:
+        raise Unusable(f"the caption ({where}) is {type(wrong[0]).__name__}, not text")
+    words = tuple(one.strip() for one in given if one and one.strip())
+    if not words:
         raise Unusable(f"there is no caption ({where} is missing or empty)")
-    return found.strip()
+    return words

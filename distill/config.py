@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic_core import PydanticCustomError
 
 from ..koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout
 from .errors import UserError
@@ -21,6 +22,17 @@ PLACES: tuple[Place, ...] = get_args(Place)
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
+
+
+def _names(value: Any) -> Any:
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not found or not all(isinstance(name, str) for name in found):
+        raise PydanticCustomError("names", "Input should be a name or a list of names")
+    return found
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""One name or a list of them."""
 
 
 class Table(BaseModel):
@@ -81,14 +93,23 @@ class DataTable(Table):
     )
     path: Path = key(..., "the folder; for webdataset also one file, or a pattern such as shards/{000..031}.tar")
     image: str = key("image", "column of the image (huggingface)")
-    caption: str = key("caption", "column of the caption (huggingface), or field of a .json or .jsonl caption")
+    caption: Names = key(
+        ("caption",), "column of the caption (huggingface), or field of a .json or a table; a list of names: of each"
+    )
+    caption_lines: bool = key(False, "each line of a .txt or .caption file is a caption of its own")
     cache: Path = key(..., "folder for latents and text embeddings, which are computed once")
+    texts: Literal["embeddings", "tokens"] = key(
+        "embeddings",
+        "what is cached of a caption: its embeddings, or its tokens, which the text encoders embed while training",
+    )
     resolution: PositiveInt = key(1024, "side of a square image, pixels; other aspect ratios have about the same area")
     bucket_step: PositiveInt = key(64, "sides of aspect buckets are multiples of this, pixels")
     max_aspect: Annotated[float, Field(ge=1)] = key(2.0, "largest ratio of a bucket's sides; 1: squares only")
     upscale: bool = key(
         False, "enlarge images that are smaller than their bucket; otherwise they are skipped and counted"
     )
+    min_side: Count = key(0, "images whose shorter side is less are left out, pixels")
+    max_image_aspect: NotNegative = key(0.0, "images with a larger ratio of sides are left out; 0: none are")
     crop: Literal["center", "random"] = key("center", "how an image is cropped to its bucket; fixed when it is cached")
     caption_dropout: Share = key(0.1, "share of captions replaced by zeros, which is SDXL's empty prompt")
     workers: Count = key(2, "processes that read the cache while training")

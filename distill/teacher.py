@@ -22,6 +22,7 @@ from ..koala.releases import SCHEDULER_CONFIG
 from . import identity, single_file, tokenizer
 from .config import TeacherTable
 from .errors import UserError
+from .texts import TextEncoders
 
 TEXT = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -197,8 +198,8 @@ class Encoder:
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         self.pipeline = pipeline
         self.device = device
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-            part.to(device)
+        self.text_encoders = TextEncoders.of(pipeline, device)
+        pipeline.vae.to(device)
 
     @torch.no_grad()
     def latents(self, images: torch.Tensor) -> torch.Tensor:
@@ -207,15 +208,15 @@ class Encoder:
         vae = self.pipeline.vae
         return (vae.encode(images.to(self.device)).latent_dist.mode() * vae.config.scaling_factor).cpu()
 
-    @torch.no_grad()
     def texts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Context [n, 77, c] and pooled [n, p]; fp32 on the CPU."""
-        context, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        context, pooled = self.text_encoders.embed(self.tokens(captions))
         return context.cpu(), pooled.cpu()
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """int64 [n, 2, 77]; see ``TextEncoders.tokens``."""
+        return self.text_encoders.tokens(captions)
 
     def lengths(self, captions: list[str]) -> list[int]:
         """The tokens of each caption, start and end included, however many they are."""
-        ids = self.pipeline.tokenizer(captions, truncation=False, padding=False, verbose=False).input_ids
-        return [len(one) for one in ids]
+        return self.text_encoders.lengths(captions)

@@ -21,20 +21,20 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..koala.architecture.lineage import Lineage
-from . import build_cache, cache, checkpoints, losses, processes, result, student
+from . import build_cache, cache, checkpoints, losses, processes, result, student, texts
 from .average import Average
 from .buckets import Batches
 from .config import Config, TrainingTable
+from .entries import Part
 from .errors import UserError
 from .features import FeatureRecorder, Pair, pairs
 from .metrics import CsvTracker, Means
 from .objective import Objective
 from .samples import Grid
-from .sources import Part
 from .teacher import Encoder, Teacher, open_teacher
 from .validation import Validation, split
 
@@ -159,14 +159,15 @@ def _learn(
     accelerator.register_for_checkpointing(means)
     step = processes.on_every(accelerator, lambda: checkpoints.resume(accelerator, saves, average, say))
     learned, held_out = split(config, samples)
-    validation = Validation(objective, samples, held_out, table.batch, table.seed) if held_out else None
+    with_texts = _with_texts(config, teacher, accelerator)
+    validation = Validation(objective, samples, held_out, table.batch, table.seed, with_texts) if held_out else None
     held_out_losses, best = CsvTracker(config.output / "validation.csv"), checkpoints.best(saves)
     held_out_losses.resume_from(step)
     loader = _loader(config, samples, learned, accelerator, step, order.passes)
     _start_trackers(config, accelerator, step)
     progress = Progress(config, accelerator, step, order.passes)
     first = step * order.passes + accelerator.process_index
-    for turn, batch in enumerate(loader):
+    for turn, batch in enumerate(map(with_texts, loader)):
         learning_rate = table.learning_rate * rate(table, step)  # not the checkpoint's: a resumed run may have another
         for group in optimiser.param_groups:
             group["lr"] = learning_rate
@@ -210,6 +211,13 @@ def _learn(
     if best:
         say(f"the lowest held-out loss is {best.loss:.4f}, of step {best.step}; the result is of step {step}.")
     return averaged(accelerator, wrapped, average), order
+
+
+def _with_texts(config: Config, teacher: Teacher, accelerator: Accelerator) -> Callable[[texts.Batch], texts.Batch]:
+    """What gives a batch its embeddings, where the cache holds tokens: the teacher's text encoders, in fp32."""
+    if config.data.texts == "embeddings":
+        return texts.unchanged
+    return texts.TextEncoders.of(teacher.pipeline(), accelerator.device).embedded
 
 
 def _objective(
@@ -275,7 +283,7 @@ def _loader(
         count=(table.steps - step) * passes,
     )
     return accelerator.prepare(
-        DataLoader(Subset(samples, learned), batch_sampler=batches, num_workers=config.data.workers)
+        DataLoader(cache.Learned(samples, learned, table.seed), batch_sampler=batches, num_workers=config.data.workers)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import default_collate
 
-from . import losses
+from . import losses, texts
 from .cache import Cache
 from .config import Config
 from .objective import Objective
@@ -34,13 +34,16 @@ def split(config: Config, samples: Cache) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True)
 class Validation:
-    """Measures the held-out loss: that of training, with every caption, the same noise each time."""
+    """Measures the held-out loss: that of training, without dropped captions, with each image's first one and the same
+    noise each time."""
 
     objective: Objective
     samples: Cache
     held_out: list[int]
     batch: int
     seed: int
+    with_texts: Callable[[texts.Batch], texts.Batch] = texts.unchanged
+    """What gives a batch its embeddings."""
 
     @torch.no_grad()
     def losses(self, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
@@ -59,7 +62,9 @@ class Validation:
             indices = batches[place % len(batches)]  # a sharded student needs every process in each forward pass
             counts = len(indices) if place < len(batches) else 0
             samples = [self.samples[index] for index in indices]
-            given = {name: value.to(accelerator.device) for name, value in default_collate(samples).items()}
+            given = self.with_texts(
+                {key: value.to(accelerator.device) for key, value in default_collate(samples).items()}
+            )
             for at, level in enumerate(LEVELS):
                 generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) * 4096 + level)
                 time = torch.full((len(indices),), level)

@@ -94,7 +94,9 @@ OF = [0] * 10 + [1] * 3 + [2] * 1 + [0] * 7  # 17 of one bucket: 5 batches of 4;
 
 
 def test_every_epoch_has_every_sample_in_batches_of_one_bucket() -> None:
-    made = list(Batches(OF, 4, seed=3, count=21))
+    drawn = list(Batches(OF, 4, seed=3, count=21))
+    assert [{turn.epoch for turn in batch} for batch in drawn] == [{number // 7} for number in range(21)]
+    made = [[turn.place for turn in batch] for batch in drawn]
     assert len(made) == 21
     assert all(len(batch) == 4 for batch in made)
     assert all(len({OF[index] for index in batch}) == 1 for batch in made)
@@ -105,7 +107,7 @@ def test_every_epoch_has_every_sample_in_batches_of_one_bucket() -> None:
         assert sum(counts[index] for index in range(len(OF)) if OF[index] == 0) == 20
         assert counts[13] == 4
     assert epochs[0] != epochs[1] != epochs[2]
-    assert len({OF[epoch[-1][0]] for epoch in (list(Batches(OF, 4, seed, 7)) for seed in range(20))}) > 1
+    assert len({OF[epoch[-1][0].place] for epoch in (list(Batches(OF, 4, seed, 7)) for seed in range(20))}) > 1
 
 
 def test_a_batch_depends_on_its_number_alone() -> None:

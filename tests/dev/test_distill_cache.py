@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +22,11 @@ from torch.utils.data import DataLoader
 from koala_sdxl.distill import build_cache, cache
 from koala_sdxl.distill.buckets import Batches
 from koala_sdxl.distill.config import DataTable
+from koala_sdxl.distill.entries import Part
 from koala_sdxl.distill.errors import UserError
-from koala_sdxl.distill.sources import Part
 from koala_sdxl.koala.files import atomic_write as disk
-from tests.dev.distill_pictures import encoded, noise, picture, table, write
+from tests.dev.distill_pictures import IDENTITY, Averages, encoded, noise, picture, table, write
 from tools.harness.testhost import ROOT
-
-IDENTITY = {"teacher.model": "sdxl"}
-
-
-class Averages:
-    """An encoder that averages over cells, and counts its calls."""
-
-    def __init__(self, fail_after: int = 10**9, spoil: Callable[[torch.Tensor], None] | None = None) -> None:
-        self.pictures = 0
-        self.captions: list[str] = []
-        self.fail_after = fail_after
-        self.spoil = spoil
-
-    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
-        self.pictures += len(pictures)
-        if self.pictures > self.fail_after:
-            raise RuntimeError("out of memory")
-        cells = torch.nn.functional.avg_pool2d(pictures, 8)
-        found = torch.cat([cells, cells.mean(1, keepdim=True)], 1)
-        if self.spoil:
-            self.spoil(found)
-        return found
-
-    def texts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        self.captions += captions
-        lengths = torch.tensor([float(len(caption)) for caption in captions])
-        return lengths[:, None, None].expand(-1, 77, 6), lengths[:, None].expand(-1, 5) / 2
-
-    def lengths(self, captions: list[str]) -> list[int]:
-        return [2 + len(caption.split()) for caption in captions]
 
 
 def folder_of(path: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[str]) -> Path:
@@ -99,7 +70,7 @@ def test_a_cache_is_built_once(data: DataTable) -> None:
     first, said, reported = built(data, encoder)
     assert encoder.pictures == 13
     assert sorted(encoder.captions) == ["a koala", "as it is", "wide", "wider"]
-    assert said[-1] == f"{data.cache}: 13 images cached, 2 skipped."
+    assert said[-1] == f"{data.cache}: 13 images cached, 2 skipped (1 smaller than their bucket, 1 unusable)."
     assert reported == [
         "013.png: 63 x 64 is smaller than its bucket, 64 x 64; skipped",
         "014.png: the file is empty; skipped",
@@ -144,12 +115,21 @@ def test_samples_come_back_as_they_were_encoded(data: DataTable) -> None:
         found[13]
 
 
+def test_no_more_shards_stay_open_than_a_process_may_have(data: DataTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, again = built(data, Averages())[0], built(data, None)[0]
+    monkeypatch.setattr(cache, "OPEN", 2)
+    for number in (0, 5, 10, 12, 0, 11, 5):
+        assert torch.equal(again[number]["latents"], found[number]["latents"])
+        assert len(again._opened) <= 2
+
+
 def test_a_loader_with_workers_gives_batches_of_one_size(data: DataTable) -> None:
     found = built(data, Averages())[0]
     assert found[0]["ids"][0] == 100  # a shard is open in this process
     assert torch.equal(pickle.loads(pickle.dumps(found))[12]["latents"], found[12]["latents"])
     batches = Batches(found.bucket_of, 2, seed=0, count=7)
-    loader = DataLoader(found, batch_sampler=batches, num_workers=1)
+    learned = cache.Learned(found, range(len(found)), seed=0)
+    loader = DataLoader(learned, batch_sampler=batches, num_workers=1)
     shapes = Counter(tuple(batch["latents"].shape) for batch in loader)
     assert shapes == {(2, 4, 8, 8): 6, (2, 4, 6, 10): 1}
 
@@ -232,7 +212,7 @@ import os, signal
 import tools
 from koala_sdxl.distill import build_cache, config
 from koala_sdxl.koala.files import atomic_write as disk
-from tests.dev.test_distill_cache import IDENTITY, Averages
+from tests.dev.distill_pictures import IDENTITY, Averages
 build_cache.PER_SHARD, build_cache.AT_ONCE = 4, 3
 write = disk.write_safetensors
 def until_killed(path, *rest):
@@ -267,7 +247,7 @@ def test_what_has_changed_since_is_encoded_and_the_rest_kept(data: DataTable) ->
     kept = "the images have changed since they were cached; 13 images in it are kept, and what it lacks is computed."
     assert said[0] == f"{data.cache}: {kept}"
     aside = "3 in it are of images that have changed or are gone, and are not used."
-    assert said[-1].endswith(f": 13 images cached, 3 skipped. {aside}")
+    assert said[-1].endswith(f": 13 images cached, 3 skipped (1 smaller than their bucket, 2 unusable). {aside}")
     assert sorted(encoder.captions) == ["a koala", "a koala that sleeps", "new"]
     assert before.items() <= shards(data.cache).items()
     samples = [found[number] for number in range(len(found))]
@@ -369,7 +349,8 @@ def test_what_the_encoder_spoils_is_skipped(data: DataTable) -> None:
 
 
 def test_nothing_to_cache_is_a_problem(data: DataTable) -> None:
-    with pytest.raises(UserError, match=r"no image of .* can be cached: 15 were skipped \(first: 000\.png: 100 x"):
+    skipped = r"15 skipped \(14 smaller than their bucket, 1 unusable; first: 000\.png: 100 x"
+    with pytest.raises(UserError, match=f"no image of .* can be cached: {skipped}"):
         built(data.model_copy(update={"resolution": 1024}), Averages())
     shutil.rmtree(data.cache)
     with pytest.raises(UserError, match="nowhere does not exist"):
@@ -385,3 +366,79 @@ def test_only_so_many_problems_are_listed_and_captions_kept(data: DataTable, mon
     assert (found.index.skipped, len(found.index.problems)) == (2, 1)
     assert sorted(encoder.captions) == ["a koala", "as it is", "wide", "wider"]
     assert [found[number]["pooled"][0].item() for number in (9, 10)] == [3.5, 4]
+
+
+# --- captions and filters ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> DataTable:
+    """Five squares and a wide picture with one to three captions each, of lengths that tell them apart."""
+    captions = [[f"{'x' * (10 * number + each)}" for each in range(1 + number % 3)] for number in range(1, 7)]
+    sizes = [(64, 64)] * 5 + [(128, 64)]
+    return table(folder_of(tmp_path / "many", sizes, ["\n".join(lines) for lines in captions]), caption_lines=True)
+
+
+def lengths(samples: Iterable[dict[str, torch.Tensor]]) -> list[int]:
+    """The captions of samples, by their lengths."""
+    return [round(float(sample["context"].mean())) for sample in samples]
+
+
+def test_all_captions_are_cached_and_the_first_is_the_default(many: DataTable) -> None:
+    found, said, _ = built(many, encoder := Averages())
+    assert said[-1] == f"{many.cache}: 6 images cached, 0 skipped."
+    assert (found.index.samples, found.index.captions) == (6, len(encoder.captions)) == (6, 12)
+    assert lengths(found[number] for number in range(6)) == [10, 20, 30, 40, 50, 60]
+    assert [found.captions(number) for number in range(6)] == [2, 3, 1, 2, 3, 1]
+    assert lengths(found.sample(4, caption) for caption in range(3)) == [50, 51, 52]
+    (many.path / "002.txt").unlink()  # images cached after it are counted on from the right captions
+    found = built(many, None if cache.ready(many, IDENTITY) else Averages())[0]
+    assert lengths(found.sample(number, found.captions(number) - 1) for number in range(5)) == [11, 22, 41, 52, 60]
+
+
+def test_each_epoch_shows_every_picture_with_another_caption(many: DataTable) -> None:
+    found = built(many, Averages())[0]
+    learned = cache.Learned(found, [5, 1, 4], seed=3)
+    batches = Batches([found.bucket_of[index] for index in learned.indices], 2, seed=3, count=12)
+    seen: dict[int, list[int]] = defaultdict(list)
+    for batch in batches:  # of each epoch one with both squares, and one with the wide picture twice
+        for turn in batch[: 1 if batch[0].place == batch[1].place else 2]:
+            seen[turn.place] += lengths([learned[turn]])
+    assert seen[0] == [60] * 6
+    for number, first in ((1, 20), (2, 50)):
+        for round_of_all in (seen[number][:3], seen[number][3:]):
+            assert sorted(round_of_all) == [first, first + 1, first + 2]
+    stopped = DataLoader(learned, batch_sampler=replace(batches, start=5, count=7), num_workers=1)
+    whole = list(DataLoader(learned, batch_sampler=batches))
+    for batch, wanted in zip(stopped, whole[5:], strict=True):
+        assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
+    orders = {tuple(cache.caption_of(0, number, epoch, 3) for epoch in range(3)) for number in range(60)}
+    assert len(orders) == 6
+    assert [cache.caption_of(seed, 1, 0, 3) for seed in range(9)] != [cache.caption_of(0, 1, 0, 3)] * 9
+
+
+def test_tokens_are_cached_in_place_of_embeddings(many: DataTable) -> None:
+    found = built(many.model_copy(update={"texts": "tokens"}), encoder := Averages())[0]
+    assert encoder.captions == []
+    sample = found.sample(4, 2)
+    assert sorted(sample) == ["ids", "latents", "tokens"]
+    assert torch.equal(sample["tokens"], encoder.tokens(["x" * 52])[0])
+    assert found.index.longest_caption == 3
+    with pytest.raises(UserError, match=r"was computed with data\.texts = 'tokens' \(here 'embeddings'\)"):
+        built(many, Averages())
+
+
+def test_pictures_of_unwanted_sizes_are_left_out_named_and_counted(tmp_path: Path) -> None:
+    sizes = [(80, 80), (79, 200), (200, 80), (201, 80), (160, 160), (80, 201)]
+    data = table(folder_of(tmp_path / "data", sizes, ["a"] * 6), min_side=80, max_image_aspect=2.5, max_aspect=4.0)
+    found, said, reported = built(data, Averages())
+    assert reported == [
+        "001.png: 79 x 200 has a side below data.min_side = 80; skipped",
+        "003.png: 201 x 80 is above data.max_image_aspect = 2.5; skipped",
+        "005.png: 80 x 201 is above data.max_image_aspect = 2.5; skipped",
+    ]
+    assert said[-1].endswith(": 3 images cached, 3 skipped (2 above data.max_image_aspect, 1 below data.min_side).")
+    assert found.index.left_out == {"above data.max_image_aspect": 2, "below data.min_side": 1}
+    assert sorted(tuple(found[number]["ids"][:2].tolist()) for number in range(3)) == [(80, 80), (80, 200), (160, 160)]
+    with pytest.raises(UserError, match=r"was computed with data\.min_side = 80 \(here 0\)"):
+        built(data.model_copy(update={"min_side": 0}), None)

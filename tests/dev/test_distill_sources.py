@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,28 +15,17 @@ from PIL import ImageFile
 from koala_sdxl.distill import sources
 from koala_sdxl.distill.config import DataTable
 from koala_sdxl.distill.errors import UserError
-from tests.dev.distill_pictures import encoded, noise, picture, table, write
+from tests.dev.distill_pictures import encoded, noise, picture, table, tar, write
 
 datasets.disable_progress_bars()
 
 
-def shard(path: Path, files: Mapping[str, bytes | str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            raw = content.encode() if isinstance(content, str) else content
-            member.size = len(raw)
-            archive.addfile(member, io.BytesIO(raw))
-    return path
-
-
 def read(data: DataTable) -> tuple[dict[str, str], list[str]]:
-    """Captions by key, in order, and the lines reported."""
+    """The only caption by key, in order, and the lines reported."""
     lines: list[str] = []
     samples = list(sources.read(data, lines.append))
     assert all(sample.image.mode == "RGB" for sample in samples)
-    return {sample.key: sample.caption for sample in samples}, lines
+    return {sample.key: sample.captions[0] for sample in samples if len(sample.captions) == 1}, lines
 
 
 def refused(data: DataTable) -> str:
@@ -139,7 +127,7 @@ def test_every_format_is_read_and_what_is_not_is_counted(tmp_path: Path) -> None
         "not read: 1 .txt, such as b.txt (the caption of no image); skipped",
     ]
     members = {key: files[key] for key in sorted(files) if not key.startswith((".", "a/", "b."))}
-    found, reported = read(table(shard(tmp_path / "0.tar", members), kind="webdataset"))
+    found, reported = read(table(tar(tmp_path / "0.tar", members), kind="webdataset"))
     assert (len(found), reported) == (len(FORMATS), [])
 
 
@@ -185,6 +173,70 @@ def test_what_the_guide_says_of_map_is_so(
     assert sample.jpeg == quality
 
 
+MANY = ["of it", "of this, größer"]
+
+
+def captions(data: DataTable) -> tuple[list[list[str]], list[str]]:
+    """All captions of each picture, and the lines reported."""
+    lines: list[str] = []
+    return [list(sample.captions) for sample in sources.read(data, lines.append)], lines
+
+
+def test_a_picture_may_have_several_captions(tmp_path: Path) -> None:
+    image = encoded(picture())
+    lines: dict[str, bytes | str] = {
+        "a.png": image,
+        "a.txt": "\ufeff of it \r\n\n of this, größer\n",
+        "b.png": image,
+        "b.caption": "\n \n",
+    }
+    folder = write(tmp_path / "lines", lines)
+    assert captions(table(folder, caption_lines=True)) == (
+        [MANY],
+        ["b.png: there is no caption (b.caption is missing or empty); skipped"],
+    )
+    assert captions(table(folder))[0] == [["of it \r\n\n of this, größer"]]
+    rows: list[dict[str, Any]] = [
+        {"file_name": "a.png", "text": MANY},
+        {"file_name": "b.png", "text": ["", None, "one"]},
+    ]
+    rows += [{"file_name": "c.png", "text": ["two", 2]}, {"file_name": "d.png", "text": []}]
+    table_of: dict[str, bytes | str] = {
+        "metadata.jsonl": "\n".join(map(json.dumps, rows)),
+        **{f"{name}.png": image for name in "abcd"},
+    }
+    assert captions(table(write(tmp_path / "lists", table_of))) == (
+        [MANY, ["one"]],
+        [
+            "c.png: the caption (caption in metadata.jsonl) is int, not text; skipped",
+            "d.png: there is no caption (caption in metadata.jsonl is missing or empty); skipped",
+        ],
+    )
+    both: dict[str, bytes | str] = {
+        "metadata.csv": 'file_name,short,long\na.png,of it,"of this, größer"\nb.png,,one\n',
+        "a.png": image,
+    }
+    columns = write(tmp_path / "columns", both | {"b.png": image})
+    assert captions(table(columns, caption=["short", "long"])) == ([MANY, ["one"]], [])
+    members: dict[str, bytes | str] = {"a.png": image, "a.json": json.dumps({"short": "of it", "more": MANY[1:]})}
+    shards = tar(tmp_path / "0.tar", {**members, "b.png": image, "b.txt": "\n".join(MANY)})
+    found = table(shards, kind="webdataset", caption=["short", "more", "none"], caption_lines=True)
+    assert captions(found) == ([MANY, MANY], [])
+    columns = saved(tmp_path / "data", {"image": [image] * 2, "short": ["of it", None], "more": [MANY[1:], ["one"]]})
+    assert captions(table(columns, kind="huggingface", caption=["short", "more"])) == ([MANY, ["one"]], [])
+    assert "has no column 'none'" in refused(table(columns, kind="huggingface", caption=["short", "none"]))
+
+
+def test_a_folder_is_listed_in_the_order_of_its_paths(tmp_path: Path) -> None:
+    names = ["a.png", "a/b.png", "a/b/c.png", "a/b-.png", "a-/b.png", "A.png", "é/z.png", "b.PNG"]
+    folder = write(tmp_path / "data", {name: encoded(picture()) for name in names})
+    write(folder, {str(Path(name).with_suffix(".txt")): "of it" for name in names} | {"a/x.svg": ""})
+    (folder / "link").symlink_to(folder / "a", target_is_directory=True)
+    found, reported = read(table(folder))
+    assert list(found) == [path.as_posix() for path in sorted(map(Path, names))]
+    assert reported == ["not read: 1 .svg, such as a/x.svg (no image that Pillow reads); skipped"]
+
+
 def test_a_folder_that_gives_nothing_is_a_problem(tmp_path: Path) -> None:
     assert "nowhere does not exist; expected a folder with images" in refused(table(tmp_path / "nowhere"))
     (tmp_path / "file").touch()
@@ -212,7 +264,7 @@ CAPTIONS = {"a.png": "of a", "b.png": "of b", "c.png": "of c"}
 
 def test_shards_are_read_in_order(tmp_path: Path) -> None:
     for name in ("1.tar", "0.tar"):
-        shard(tmp_path / "data" / name, THREE)
+        tar(tmp_path / "data" / name, THREE)
     write(tmp_path / "data", {"notes.txt": ""})
     everything = [(f"{name}/{key}", caption) for name in ("0.tar", "1.tar") for key, caption in CAPTIONS.items()]
     for path in (tmp_path / "data", tmp_path / "data" / "{0..1}.tar"):
@@ -237,7 +289,7 @@ def test_each_broken_member_is_reported_and_skipped(tmp_path: Path) -> None:
         "broken.png": encoded(picture()),
         "broken.json": "{",
     }
-    path = shard(tmp_path / "0.tar", files | THREE)
+    path = tar(tmp_path / "0.tar", files | THREE)
     found, reported = read(table(path, kind="webdataset"))
     assert list(found.values()) == list(CAPTIONS.values())
     said = [
@@ -253,7 +305,7 @@ def test_each_broken_member_is_reported_and_skipped(tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard_is_named_and_what_comes_before_the_damage_is_kept(tmp_path: Path) -> None:
-    whole = shard(tmp_path / "whole.tar", THREE).read_bytes()
+    whole = tar(tmp_path / "whole.tar", THREE).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as archive:
         where = {member.name: member for member in archive}
     data = tmp_path / "data"
@@ -280,11 +332,23 @@ def test_a_damaged_shard_is_named_and_what_comes_before_the_damage_is_kept(tmp_p
     assert said["5.tar"] == "the shard cannot be read (No such file or directory); skipped"
 
 
+def test_shards_of_one_name_are_different_shards(tmp_path: Path) -> None:
+    for folder in ("train", "extra"):
+        tar(tmp_path / folder / "0.tar", THREE)
+    found, reported = read(table(tmp_path / "{train,extra}" / "0.tar", kind="webdataset"))
+    assert list(found) == [f"{folder}/0.tar/{key}" for folder in ("train", "extra") for key in CAPTIONS]
+    assert reported == []
+
+
 def test_a_compressed_shard_is_read_too(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar.gz", "w:gz") as archive:
         archive.add(write(tmp_path / "files", THREE) / "a.png", "a.png")
         archive.add(tmp_path / "files" / "a.txt", "a.txt")
     assert read(table(tmp_path / "0.tar.gz", kind="webdataset")) == ({"0.tar.gz/a.png": "of a"}, [])
+    whole = (tmp_path / "0.tar.gz").read_bytes()
+    (tmp_path / "0.tar.gz").write_bytes(whole[: len(whole) // 2])
+    said = refused(table(tmp_path / "0.tar.gz", kind="webdataset"))
+    assert "0.tar.gz: the shard is damaged (Compressed file ended before the end-of-stream marker" in said
 
 
 def test_shards_that_give_nothing_are_a_problem(tmp_path: Path) -> None:
@@ -343,11 +407,11 @@ def test_a_dataset_is_another_one_once_its_files_are(tmp_path: Path) -> None:
 
 
 def test_shards_are_others_once_their_files_are(tmp_path: Path) -> None:
-    data = table(shard(tmp_path / "0.tar", THREE).parent / "{0..1}.tar", kind="webdataset")
+    data = table(tar(tmp_path / "0.tar", THREE).parent / "{0..1}.tar", kind="webdataset")
     found = [sources.listing(data)]
-    shard(tmp_path / "1.tar", THREE)
+    tar(tmp_path / "1.tar", THREE)
     found.append(sources.listing(data))
-    shard(tmp_path / "0.tar", {**THREE, "a.txt": "of A"})
+    tar(tmp_path / "0.tar", {**THREE, "a.txt": "of A"})
     assert len({*found, sources.listing(data)}) == 3
     assert not sources.is_gone(data)
     for path in tmp_path.glob("*.tar"):

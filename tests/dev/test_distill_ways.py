@@ -115,7 +115,10 @@ def test_two_processes_train_one_student(place: Path, cached: Path) -> None:
     made = objective(table, network)
     batches = list(Batches([0] * 12, 2, seed=0, count=2))
     found = [
-        losses.total(table.loss, made.errors(network, pictures(table, batch), train._generator(0, number)))
+        losses.total(
+            table.loss,
+            made.errors(network, pictures(table, [turn.place for turn in batch]), train._generator(0, number)),
+        )
         for number, batch in enumerate(batches)
     ]
     mean = (found[0] + found[1]) / 2
@@ -145,8 +148,8 @@ def poisoned(place: Path, cached: Path, name: str, index: int) -> Path:
 
 
 def test_a_poisoned_picture_ends_the_run_with_step_and_term(place: Path, cached: Path) -> None:
-    batches = [list(batch) for batch in Batches([0] * 12, 2, seed=0, count=6)]  # an epoch
-    index = batches[4][0]
+    batches = list(Batches([0] * 12, 2, seed=0, count=6))  # an epoch
+    index = batches[4][0].place
     poisoned(place, cached, "poisoned-cache", index)
     tables: dict[str, dict[str, Any]] = {
         "training": {**SETTINGS["training"], "steps": 6, "checkpoint_every": 2},
