@@ -73,7 +73,8 @@ def labelled(rows: Mapping[str, torch.Tensor], columns: Sequence[str], path: Pat
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (name, images) in zip(parts, rows.items(), strict=True):
         part.suptitle(name, fontsize=10)
-        for axes, column, image in zip(part.subplots(1, len(columns)), columns, images, strict=True):
+        cells = part.subplots(1, len(columns), squeeze=False)[0]
+        for axes, column, image in zip(cells, columns, images, strict=True):
             axes.imshow(((image + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_title(column.replace(" on ", "\non "), fontsize=7)
             axes.axis("off")

@@ -50,12 +50,13 @@ def test_the_section_shows_what_was_measured() -> None:
         n=108, colour=99.0, background=98.0, shape=97.0, all=96.04, shape_by_name={}, colour_by_name={}
     )
     data = {
+        "runs": {},
         "few_steps": {
             "rows": [{**asdict(row), "score": asdict(score)} for row in ROWS],
             "curve": {"100": asdict(score), "20": asdict(score)},
             "config": few_steps.config(Path("work")).model_dump(mode="json", include={"steps", "training"}),
             "computer": {"cpu": "some processor"},
-        }
+        },
     }
     text = few_steps.few_steps(data)
     assert "| student | 8 | 1 | trailing | 96.0 | 97.0 | 99.0 | 98.0 |" in text.splitlines()
