@@ -39,7 +39,7 @@ def test_a_result_has_a_model_card_that_the_hub_reads(place: Path) -> None:
         "tags": ["koala", "sdxl", "distillation", "diffusers", "comfyui"],
     }
     card = ModelCard(content)
-    assert card.data.base_model == base
+    assert card.data.to_dict()["base_model"] == base
     facts = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.text, re.MULTILINE))
     measured = (place / "carded" / "validation.csv").read_text().splitlines()
     assert facts.pop("loss, in validation") == measured[-1].split(",")[1]
