@@ -157,7 +157,7 @@ class TrainingTable(Table):
     final_rate: Share = key(0.0, "learning rate at the last step as a share of learning_rate; cosine decay")
     warmup: Count = key(500, "optimiser steps over which the learning rate rises from 0")
     optimiser: Literal["adamw", "adamw-8bit"] = key(
-        "adamw", "adamw-8bit keeps AdamW's moments in 8 bits, with bitsandbytes or torchao, whichever is installed"
+        "adamw", "adamw-8bit keeps AdamW's moments in 8 bits; it needs the package bitsandbytes"
     )
     betas: tuple[Share, Share] = key((0.9, 0.999), "of AdamW")
     weight_decay: NotNegative = key(0.01, "of AdamW")

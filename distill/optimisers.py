@@ -1,4 +1,4 @@
-"""The optimisers of a run: AdamW, and AdamW with moments of 8 bits, of bitsandbytes or torchao."""
+"""The optimisers of a run: AdamW, and bitsandbytes' AdamW with moments of 8 bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from .config import TrainingTable
 from .errors import UserError
 
-PACKAGES = {"bitsandbytes": "bitsandbytes.optim", "torchao": "torchao.optim"}
-"""Package -> its module with AdamW8bit; the first that is installed is taken."""
+PACKAGE = "bitsandbytes"
 
 
 def require_installed(table: TrainingTable, sharded: bool) -> None:
@@ -36,20 +35,16 @@ def made(table: TrainingTable, weights: Iterable[torch.nn.Parameter]) -> torch.o
 
 
 def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
-    for package, module in PACKAGES.items():
-        if find_spec(package):
-            found: Callable[..., torch.optim.Optimizer] = importlib.import_module(module).AdamW8bit
-            return found
-    raise UserError(
-        f'training.optimiser = "adamw-8bit": none of {", ".join(PACKAGES)} is installed; expected one of them. Run '
-        f'pip install bitsandbytes, or set it to "adamw".'
-    )
+    if find_spec(PACKAGE) is None:
+        raise UserError(
+            f'training.optimiser = "adamw-8bit": the package {PACKAGE} is not installed; expected it. Run pip install '
+            f'{PACKAGE}, or set it to "adamw".'
+        )
+    found: Callable[..., torch.optim.Optimizer] = importlib.import_module(f"{PACKAGE}.optim").AdamW8bit
+    return found
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Give an optimiser the learning rate of the next step. torchao's keeps it in a tensor."""
+    """Give an optimiser the learning rate of the next step."""
     for group in optimiser.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = rate
