@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from koala_sdxl.distill import build_cache, cache, sources
 from koala_sdxl.distill.config import DataTable
+from koala_sdxl.distill.errors import UserError
 
 IDENTITY = {"teacher.model": "sdxl"}
 """Of ``Averages``."""
@@ -89,3 +92,35 @@ class Averages:
 
     def lengths(self, captions: list[str]) -> list[int]:
         return [2 + len(caption.split()) for caption in captions]
+
+
+def folder_of(path: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[str]) -> Path:
+    """A folder with a picture of each size."""
+    files: dict[str, bytes | str] = {}
+    for number, (size, caption) in enumerate(zip(sizes, captions, strict=True)):
+        files |= {f"{number:03}.png": encoded(picture(*size, (number, 0, 0))), f"{number:03}.txt": caption}
+    return write(path, files)
+
+
+def built(
+    data: DataTable, encoder: build_cache.Encoder | None, **identity: str
+) -> tuple[cache.Cache, list[str], list[str]]:
+    """A cache, built or found, with the lines said and the pictures reported."""
+    said: list[str] = []
+    reported: list[str] = []
+    return build_cache.build(data, encoder, IDENTITY | identity, said.append, reported.append), said, reported
+
+
+def read(data: DataTable) -> tuple[dict[str, str], list[str]]:
+    """The only caption by key, in order, and the lines reported."""
+    lines: list[str] = []
+    samples = list(sources.read(data, lines.append))
+    assert all(sample.image.mode == "RGB" for sample in samples)
+    return {sample.key: sample.captions[0] for sample in samples if len(sample.captions) == 1}, lines
+
+
+def refused(data: DataTable) -> str:
+    """What is said of a source that cannot be read."""
+    with pytest.raises(UserError) as problem:
+        read(data)
+    return str(problem.value)
