@@ -20,7 +20,7 @@ WORKFLOWS = sorted(name_of(path.stem) for path in FOLDER.glob("*.json"))
 NODES = sorted(
     found for path in (ROOT / "nodes").glob("*.py") for found in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))
 )
-some_by_day = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)])
+some_by_day = pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.nightly)])
 """For a test of all nodes, or all templates: by day of one in so many."""
 
 
@@ -137,6 +137,7 @@ def test_curve_bars_and_badge_are_drawn_with_the_right_numbers(page: Page, shoot
     assert saved == ["small.safetensors", 1, 1, "auto", 0]
 
 
+@pytest.mark.nightly
 def test_a_second_page_is_shown_what_comes_from_the_cache(
     page: Page, chromium: Browser, server: Server, nodes_2: bool
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from playwright.sync_api import Page
 
 from koala_sdxl.koala.releases import BASE, LIGHTNING, Settings
@@ -127,6 +128,7 @@ def test_swap_from_the_nodes_menu_undo_redo(page: Page, shoot: Shoot) -> None:
     assert one(page, "KSampler")["widgets"]["scheduler"] == "ddim_uniform"
 
 
+@pytest.mark.nightly
 def test_swap_by_the_selections_toolbox(page: Page, shoot: Shoot) -> None:
     browser.open_workflow(page, without_swap())
     click_title(page, "KSampler")

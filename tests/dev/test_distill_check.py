@@ -70,6 +70,7 @@ def test_plan_memory_and_time_are_shown_and_nothing_is_written(place: Path, caps
     assert days == pytest.approx(30 * seconds / 86400, rel=0.02)
 
 
+@pytest.mark.nightly
 def test_the_memory_follows_the_settings(place: Path) -> None:
     plain = memory(checked(place, "settings"))
     saving = {"gradient_checkpointing": True, "ema_on_cpu": True, "batch": 4}

@@ -88,6 +88,7 @@ def test_what_is_not_finite_between_two_rows_leaves_no_checkpoint(place: Path) -
     assert not (place / "leap" / "checkpoints").exists()
 
 
+@pytest.mark.nightly
 def test_a_loss_that_leaps_is_told_and_training_goes_on(place: Path) -> None:
     """A learning rate that spoils the student, once the loss has had a level."""
     training = {**SETTINGS["training"], "learning_rate": 1e-6, "steps": ROWS + 5, "final_rate": 1.0}

@@ -141,6 +141,7 @@ def held_out(folder: Path) -> list[str]:
     return (folder / "validation.csv").read_text().splitlines()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_sharded_run_shares_the_cache_and_gathers_its_average(place: Path, unbroken: Path) -> None:
     index = json.loads((place / "sharded-cache" / "index.json").read_text())

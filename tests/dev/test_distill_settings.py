@@ -60,6 +60,7 @@ def resumed(place: Path, name: str, tables: dict[str, dict[str, Any]]) -> list[d
 # --- the average on the CPU --------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_the_average_on_the_cpu_is_the_same_and_in_fp32(place: Path, plain: Path) -> None:
     run(place, "ema-on-cpu", training={**STEPS, "ema_on_cpu": True})
     assert same(saved(place / "ema-on-cpu"), saved(plain))
@@ -82,6 +83,7 @@ def test_the_average_of_a_network_on_a_gpu_lies_on_the_cpu() -> None:
 # --- layout, compilation, TF32 -----------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_channels_last_changes_only_rounding(place: Path, plain: Path) -> None:
     tables = {"training": {**STEPS, "channels_last": True}}
     run(place, "last", **tables)
@@ -92,6 +94,7 @@ def test_channels_last_changes_only_rounding(place: Path, plain: Path) -> None:
     assert weights["conv_in.weight"].is_contiguous()
 
 
+@pytest.mark.nightly
 def test_tf32_is_switched_on_and_off(place: Path, plain: Path) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
     run(place, "tf32", training={**SETTINGS["training"], "steps": 1, "tf32": True})
@@ -112,6 +115,7 @@ def test_a_compiled_run_changes_only_rounding(place: Path, plain: Path, checkpoi
 # --- the teacher in fp8 ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_teacher_in_fp8_takes_half_the_memory_and_answers_alike(place: Path) -> None:
     table = config.read(described(place, "answers", {"teacher": {**SETTINGS["teacher"], "dtype": "fp8"}}))
     whole = open_teacher(table.teacher.model_copy(update={"dtype": "bf16"})).unet()

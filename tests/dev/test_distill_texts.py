@@ -93,6 +93,7 @@ def whole(place: Path, captioned: Path) -> Path:
     return place / "whole"
 
 
+@pytest.mark.nightly
 def test_a_run_on_tokens_is_that_on_embeddings_within_rounding(place: Path, whole: Path) -> None:
     run(place, "embedded", **TABLES | {"data": TABLES["data"] | {"texts": "embeddings", "cache": "embeddings"}})
     assert numbers(place / "embedded") == pytest.approx(numbers(whole), rel=1e-3)

@@ -40,6 +40,7 @@ def again(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints" / "step-0000004")
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_goes_on_in_the_same_tensorboard_log(place: Path) -> None:
     tables: dict[str, dict[str, Any]] = {
         "training": STEPS,

@@ -80,6 +80,7 @@ def test_the_lower_bounds_are_the_tested_versions() -> None:
         assert re.match(rf"{re.escape(bound)}(\.|$)", tested[name]), requirement
 
 
+@pytest.mark.nightly
 def test_it_runs_without_checkout_and_comfyui(site: Path) -> None:
     done = installed("-m", "koala_sdxl.distill", "--help", site=site)
     assert done.returncode == 0, done.stderr

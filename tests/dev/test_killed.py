@@ -103,6 +103,7 @@ def test_a_closed_terminal_ends_a_server_that_answers(host: Host, tmp_path: Path
         leaves_nothing(run, server)
 
 
+@pytest.mark.nightly
 def test_a_demo_that_is_killed_while_it_draws(host: Host, tmp_path: Path) -> None:
     with started(tmp_path, "demo") as run:
         wait_for(lambda: run.shows(b"steps"))

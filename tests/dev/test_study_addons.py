@@ -75,6 +75,7 @@ def test_outlines_are_thin_lines_around_whole_shapes() -> None:
     assert (silhouettes(koalas, 128)[:, :, 60:90, 60:68] == 1).all()  # the nose is no hole
 
 
+@pytest.mark.nightly
 def test_a_lora_is_trained_and_read(teacher: Any, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     recipe = replace(replace(LORA, **FEW), steps=25, batch=4, learning_rate=2e-2)

@@ -30,6 +30,7 @@ def test_the_held_out_error_tells_a_trained_net_from_a_random_one(folder: Path) 
     assert judging.held_out_error(denoiser.new_unet(), folder, 8) > 10 * found
 
 
+@pytest.mark.nightly
 def test_a_judgement_counts_pictures_and_keeps_some(folder: Path, tmp_path: Path) -> None:
     found = judging.judge(pipeline.load(folder).unet, folder, tmp_path / "seen.png", prompts=12, held_out=8)
     assert found["n"] == 12

@@ -30,7 +30,6 @@ SWAP = shipped("KOALA-700M in an SDXL graph")
 """The only one that has SDXL's own U-Net: it runs in test_transfer_nodes.py."""
 TRAINING = shipped("KOALA-tiny LoRA training")
 """Takes a minute; it runs in a test of its own."""
-FULL_TRAINING = 80  # steps, as the file has it
 PINK, NEARLY = torch.tensor([1.0, 0.45, 0.75]), 0.25
 COMPLAINTS = ("could not be applied", "lora key not loaded", "NOT LOADED", "ERROR lora", "Traceback")
 """What ComfyUI logs where an adapter does not fit the model it is on."""
@@ -166,27 +165,14 @@ def pink_share(picture: Image.Image) -> float:
     return float((distance < NEARLY).float().mean())
 
 
-def mean_difference(first: Image.Image, second: Image.Image) -> float:
-    """Mean absolute difference of two pictures' pixels, in 0..1."""
-    one, other = (to_tensor(picture.convert("RGB")) for picture in (first, second))
-    return float((one - other).abs().mean())
-
-
-@pytest.mark.parametrize("steps", [4, pytest.param(FULL_TRAINING, marks=pytest.mark.nightly)])
-def test_a_lora_is_trained_on_the_canvas_and_teaches_koala_tiny(
-    steps: int, server: Server, client: Client, host: Host
-) -> None:
-    """In a few steps it learns something; pink takes all of them."""
-    workflow = with_widget(read(TRAINING), client.object_info(), "TrainLoraNode", "steps", steps)
+@pytest.mark.nightly
+def test_a_lora_is_trained_on_the_canvas_and_teaches_koala_tiny(server: Server, client: Client, host: Host) -> None:
+    workflow = read(TRAINING)
     before, after = require_run(workflow, server, client, host)
     assert pink_share(before) < 0.01
-    if steps == FULL_TRAINING:
-        assert workflow == read(TRAINING)
-        assert pink_share(after) > 0.05
-    else:
-        assert mean_difference(before, after) > 1 / 255
+    assert pink_share(after) > 0.05
     # the file it leaves, by KOALA LoRA Loader: the same picture
-    (file,) = (server.base / "output" / "loras").glob(f"koala-tiny-pink_{steps}_steps_*.safetensors")
+    (file,) = (server.base / "output" / "loras").glob("koala-tiny-pink_80_steps_*.safetensors")
     prompt = to_prompt(workflow, client.object_info())
     (core,) = [node for node in prompt.values() if node["class_type"] == "LoraModelLoader"]
     loader = core["inputs"]["model"][0]

@@ -1,7 +1,5 @@
 """Every ComfyUI release that the pack is for: no warning about it, and the same pictures to the pixel.
 
-By day the oldest alone, and one picture of it; the rest is nightly.
-
 The older releases run in the newest one's environment, that is, with newer packages than they came with.
 """
 
@@ -187,7 +185,7 @@ def test_all_graphs_draw_something_else(wanted: dict[str, Image.Image]) -> None:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(release, marks=() if release == OLDER[0] else pytest.mark.nightly) for release in OLDER],
+    params=OLDER,
 )
 def older(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of an older release."""
@@ -197,19 +195,13 @@ def older(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_older_release_has_every_node(older: Server, object_info: dict[str, dict[str, Any]]) -> None:
     def inputs(info: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {name: node["input_order"] for name, node in info.items() if name.startswith("Koala")}
 
     assert inputs(object_info)
     assert inputs(Client(older.url).object_info()) == inputs(object_info)
-
-
-@pytest.mark.slow
-def test_an_older_release_gives_the_same_picture(older: Server, client: Client) -> None:
-    """The one graph that also a quick run has time for."""
-    assert same(picture(Client(older.url), graph()), picture(client, graph()))
-    assert about_us(older.log.read_text("utf-8", "replace")) == []
 
 
 @pytest.mark.slow

@@ -234,6 +234,7 @@ def test_what_needs_the_negative_prompt_gets_it(faster: Callable[..., Any], said
 # Other nodes
 
 
+@pytest.mark.nightly
 def test_a_compiled_model_reuses_as_well(faster: Callable[..., Any], said: Said) -> None:
     wanted = run(faster(), preset=BASE | {"steps": 15})
     compiled = faster().clone()
