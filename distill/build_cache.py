@@ -192,8 +192,9 @@ def finish(
     present = Digests(bytearray().join(outcome.present.content for outcome in outcomes))
     shards = [shard for path in sorted(folder.glob(SHARDS)) if (shard := _shard(path, present)).used]
     if not shards:
+        why = _counted(left_out, f"first: {problems[0]}") if problems else "there is none"
         raise UserError(
-            f"no image of {data.path} can be cached: {_counted(left_out, f'first: {problems[0]}')}. Expected at "
+            f"no image of {data.path} can be cached: {why}. Expected at "
             f"least one; give other data, or change data.resolution, data.upscale or data.min_side."
         )
     lengths, jpeg = map(torch.cat, zip(*(_columns(folder, shard) for shard in shards), strict=True))

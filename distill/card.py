@@ -26,7 +26,7 @@ def text(config: Config, lineage: Lineage, teacher: Teacher, images_a_step: int)
         pipeline_tag="text-to-image",
         tags=TAGS,
     )
-    title = config.output.resolve().name
+    title, used = config.output.resolve().name, config.settings
     layout = name(lineage.student)
     table = "\n".join(f"| {fact} | {value} |" for fact, value in _facts(config, teacher, images_a_step).items())
     return f"""---
@@ -47,7 +47,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("{title}", torch_dtype=torch.float16).to("cuda")
-pipeline("a photograph of a fox", num_inference_steps={config.log.sample_steps}, guidance_scale={config.log.sample_cfg})
+pipeline("a photograph of a fox", num_inference_steps={used.steps}, guidance_scale={used.cfg:g})
 ```
 
 ## Training
@@ -58,14 +58,21 @@ pipeline("a photograph of a fox", num_inference_steps={config.log.sample_steps},
 """
 
 
-def _facts(config: Config, teacher: Teacher, images_a_step: int) -> dict[str, str]:
-    table, loss = config.training, config.loss
-    loras = ", ".join(path.name for path in config.teacher.loras)
+def _loss(config: Config) -> str:
+    loss, steps = config.loss, config.steps
+    if steps.student:
+        return f"{steps.student} steps, {steps.teacher} of the teacher's for each, guidance scale {steps.guidance:g}"
     place = "" if loss.place == "none" else f", features of {loss.place} x {loss.feature:g}"
+    return f"task x {loss.task:g}, output x {loss.output:g}{place}"
+
+
+def _facts(config: Config, teacher: Teacher, images_a_step: int) -> dict[str, str]:
+    table = config.training
+    loras = ", ".join(path.name for path in config.teacher.loras)
     return {
         "teacher": f"{teacher.name}{LORAS.format(loras) if loras else ''}, {config.teacher.dtype}",
         "steps": f"{table.steps:,} of {images_a_step} images, {config.data.resolution} px",
-        "loss": f"task x {loss.task:g}, output x {loss.output:g}{place}",
+        "distilled" if config.steps.student else "loss": _loss(config),
         "optimiser": f"{table.optimiser}, learning rate {table.learning_rate:g}, precision {table.precision}",
         "averaged weights": f"decay {table.ema:g}" if table.ema else "none",
         **_measures(config),

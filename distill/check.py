@@ -46,6 +46,7 @@ def report(config: Config, say: Callable[[str], None]) -> None:
     """Say, line by line, what ``train.run`` would do. Raises UserError as it does before its first step."""
     trackers.require_installed(config.log)
     measures.require(config)
+    checkpoints.require_comparable(config)
     teacher, lineage, compared = train.planned(config)
     accelerator = Accelerator(mixed_precision=config.training.precision)
     processes.require_connected(accelerator)
@@ -142,6 +143,8 @@ def _memory(
     if trial.peak is not None:
         yield f"  {'largest use in the trial':<28} {trial.peak / GB:8.3f}"
     yield "  Activations are measured: what the trial saved for its backward pass, copies of the weights included."
+    if config.log.samples_every or config.validation.images or measures.wanted(config):
+        yield "  Not in it: what validation and sample images take (VAE, CLIP, and the averaged student in fp32)."
 
 
 def _available(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from .errors import UserError
 MAY_CHANGE = {
     "training": {
         *("steps", "learning_rate", "final_rate", "warmup", "checkpoint_every", "keep"),
-        *("ema_on_cpu", "compile", "channels_last", "tf32"),
+        *("ema_on_cpu", "compile", "tf32"),
     },
     "data": {"workers", "path", "cache"},
     "teacher": {"model", "tokenizer"},
@@ -35,6 +35,8 @@ MAY_CHANGE = {
 AVERAGE = "average.safetensors"
 ORDER = "order.json"
 """Files of a checkpoint beside accelerate's own."""
+BEGUN = "config.json"
+"""The configuration with which a run began, in its output folder."""
 BEST = "best.json"
 """Beside the checkpoints."""
 
@@ -197,12 +199,22 @@ def _prune(folder: Path, keep: int) -> None:
 def require_same_run(config: Config) -> None:
     """Write the configuration into the output folder, or check that the run there began with the same one.
 
+    Raises UserError as ``require_comparable``.
+    """
+    path = config.output / BEGUN
+    if not path.exists():
+        replace_file(path, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+    require_comparable(config)
+
+
+def require_comparable(config: Config) -> None:
+    """Check that a run in the output folder, if there is one, began with the same configuration.
+
     Raises UserError naming the first key that differs and is not in ``MAY_CHANGE``.
     """
-    path = config.output / "config.json"
+    path = config.output / BEGUN
     now = config.model_dump(mode="json")
     if not path.exists():
-        replace_file(path, json.dumps(now, indent=2) + "\n")
         return
     begun = Config.model_validate_json(path.read_text("utf-8")).model_dump(mode="json")
     for table, values in now.items():

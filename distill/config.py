@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 from pydantic_core import PydanticCustomError
 
 from ..koala.architecture.layout import KOALA_1_7B, KOALA_1B, KOALA_700M, Layout
+from ..koala.releases import VARIANTS, Settings
 from .errors import UserError
 
 NAMED_LAYOUTS: dict[str, Layout] = {"koala-700m": KOALA_700M, "koala-1b": KOALA_1B, "koala-1.7b": KOALA_1_7B}
@@ -228,6 +230,12 @@ class Config(Table):
         """The student's variant: a key of ``releases.VARIANTS``."""
         return "lightning" if self.steps.student else self.teacher.variant
 
+    @property
+    def settings(self) -> Settings:
+        """What the student is to be sampled with."""
+        published, few = VARIANTS[self.variant].settings, self.steps.student
+        return replace(published, steps=few, cfg=1.0) if few else published
+
 
 WITHOUT_EFFECT = {"loss": tuple(LossTable.model_fields), "log": ("sample_steps", "sample_cfg")}
 """Tables and their keys that say nothing to a step distillation."""
@@ -264,7 +272,7 @@ def read(path: Path) -> Config:
         if isinstance(table, dict) and name in table:
             table[name] = _from(path.parent, table[name])
     if isinstance(found.get("validation"), dict) and isinstance(words := found["validation"].get("judge"), list):
-        words[:] = [_from(path.parent, word) if _is_file(path.parent, word) else word for word in words]
+        words[:] = [str((path.parent / word).resolve()) if _is_file(path.parent, word) else word for word in words]
     try:
         config = Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from .errors import UserError
 CLIP_SCORE = "clip_score"
 OWN = ("step", "loss", CLIP_SCORE)
 """Names that a judge's numbers cannot have."""
+OF_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""Environment variables by which a judge that uses accelerate would wait for this run's other processes."""
 AT_ONCE = 16
 """Images that CLIP sees together."""
 
@@ -35,7 +38,13 @@ class Judge:
         """Its numbers by name; a single one is called ``judge``. Raises UserError where it fails or prints none."""
         try:
             done = subprocess.run(
-                [*self.command, str(folder)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+                [*self.command, str(folder)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                env={name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS},
+                check=False,
             )
         except OSError as error:
             raise self._fault(str(error)) from None

@@ -16,7 +16,13 @@ PACKAGE = "bitsandbytes"
 
 
 def require_installed(table: TrainingTable, sharded: bool) -> None:
-    """Raises UserError where the optimiser cannot be made: for 8 bits without a package, or of a sharded student."""
+    """Raises UserError where the optimiser cannot be made: for 8 bits without a package, or of a sharded student; and
+    where a student's layout in memory cannot be sharded."""
+    if table.channels_last and sharded:
+        raise UserError(
+            "training.channels_last does not shard; expected false under FSDP, which takes weights in PyTorch's own "
+            "order only. Change it, or train with distill/ddp.yaml."
+        )
     if table.optimiser == "adamw-8bit":
         _eight_bit()
         if sharded:

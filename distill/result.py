@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def write(
         layout=lineage.student,
         dtype=DTYPE,
         bytes=2 * parameters(lineage.student),
-        identity=Identity(VARIANTS[config.variant], f"as {key} says"),
+        identity=Identity(replace(VARIANTS[config.variant], settings=config.settings), f"as {key} says"),
         scheduler={**SCHEDULER_CONFIG, **json.loads(made.scheduler.to_json_string()), **spacing},
         kept_transformers=lineage.kept_transformers,
     )

@@ -37,10 +37,12 @@ class Grid:
         prompts = config.log.prompts or ("",)
         context, pooled = encoder.texts(list(prompts))
         scheduler, few = encoder.pipeline.scheduler, config.steps.student
+        if few:  # Euler's steps, for which the student is trained, whatever its teacher came with
+            scheduler = EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="trailing")
         return cls(
             prompts=prompts,
             vae=encoder.pipeline.vae,
-            scheduler=scheduler.from_config(scheduler.config, timestep_spacing="trailing") if few else scheduler,
+            scheduler=scheduler,
             context=context,
             pooled=pooled,
             steps=few or config.log.sample_steps,

@@ -182,6 +182,11 @@ def open_teacher(table: TeacherTable, compact: bool = False) -> Teacher:
             f"teacher.model: {table.model} is a {name(file.layout)}; expected all of SDXL's layers, of which the "
             f"student keeps some. Give an SDXL model, with or without merged LoRAs."
         )
+    if table.loras and not is_teacher(file.layout):
+        raise UserError(
+            f"teacher.loras: {table.model} is a {name(file.layout)}, whose layers SDXL's LoRAs do not name as its own; "
+            f"expected none. Merge them with KOALA LoRA Loader and KOALA Checkpoint Save, and give the file that makes."
+        )
     teacher = Teacher(table, file)
     if (kind := teacher.noise.config.prediction_type) != "epsilon":
         raise UserError(

@@ -197,7 +197,7 @@ def _learn(
             finite.require(accelerator, saves)
             means.fetch(accelerator)
         progress.step(step, means, learning_rate, due)
-        unet = None
+        unet = weights = None
         if due.samples or (due.validation and measures.wanted(config)):
             weights = averaged(accelerator, wrapped, average)
             unet = result.unet(lineage, weights) if accelerator.is_main_process else None
@@ -208,6 +208,7 @@ def _learn(
             checkpoints.write_best(saves, found, table.keep)
         if due.samples and unet:
             evaluation.shown(step, unet)
+        unet = weights = None  # else on the GPU through the next pass
     progress.bar.close()
     if best := checkpoints.best(saves):
         say(f"the {best.measure} in validation is {best.value:.4f}, of step {best.step}; the result is of step {step}.")

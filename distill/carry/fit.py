@@ -64,7 +64,7 @@ def fit_changes(
     missing, found = wanted - here, {name: torch.zeros_like(change) for name, change in start.items()}
     slope = adjoint(start, missing)
     direction, power = slope, _norm(slope) ** 2
-    for _ in range(iterations):
+    for turn in range(iterations):
         if not power:
             break
         scale = RELATIVE_STEP * size / _norm(direction)
@@ -72,6 +72,8 @@ def fit_changes(
             effect = (_finite(output(_sum(start, direction, scale))) - here) / scale
         length = power / float(effect.square().sum())
         found = _sum(found, direction, length)
+        if turn + 1 == iterations:
+            break
         missing = missing - length * effect
         slope = adjoint(start, missing)
         power, last = _norm(slope) ** 2, power

@@ -29,15 +29,13 @@ class Job:
     own: Tensor
 
     @classmethod
-    def made(
-        cls, given: Settings, source: Source, texts: Texts, learned: State, used: int, device: torch.device
-    ) -> Job:
-        """``used``: how many prompts use the LoRA; those behind them are to be kept."""
+    def made(cls, given: Settings, source: Source, texts: Texts, learned: State, device: torch.device) -> Job:
+        """``learned``: the samples, and what SDXL's LoRA changes in its outputs there."""
         samples, change = as_samples(learned), learned["change"]
         start = factors(by_lineage(source), source.rank(given))
         unet = student_unet(source).to(device)
         own = outputs(unet, samples, texts.plain, given)
-        asked = wanted(own, change, samples.text, used, texts.empty)
+        asked = wanted(own, change, samples.kept)
         student = Student(unet, start, texts, source.teacher.noise, given)
         weights = student.weights[samples.time].view(-1, 1, 1, 1)
         return cls(given, student, start, samples, asked * weights, own * weights)

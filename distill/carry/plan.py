@@ -17,6 +17,9 @@ OUTPUTS = 3
 COPIES = 8
 """Of the new LoRA's numbers in memory, fp32: themselves, slopes, and the directions and moments of either method."""
 
+KEPT_COPIES = ROUNDS + 1 + 2 * 3
+"""Of these on the disk: after each round and at the end, and with both moments in a checkpoint that is replaced."""
+
 
 def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     """The lines that a run begins with."""
@@ -27,6 +30,7 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     passes += SLOPES * given.steps * given.batch if given.method == "refit" else 0
     whole = parameters(source.teacher.layout) * TORCH_DTYPES[given.dtype].itemsize
     part = 4 * (parameters(source.student.layout) + COPIES * numbers)
+    disk = 4 * (2 * samples * 4 * (given.size // 8) ** 2 + KEPT_COPIES * numbers)
     return [
         source.change.report(),
         f"new LoRA: rank {rank}, {numbers / 1e6:.1f} million numbers, {2 * numbers / 1e6:.0f} MB",
@@ -34,8 +38,7 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
         f"image at {given.size} px; {_gigabytes(whole)} and the activations of {2 * given.batch} images",
         f"{name(source.student.layout)}, in fp32: {2 * prompts * SAMPLING_STEPS + passes} such passes, one of them for "
         f"each forward pass and two for a backward one; {_gigabytes(part)} and the activations of {given.batch} images",
-        f"disk, until it is finished: {_gigabytes(2 * 4 * samples * 4 * (given.size // 8) ** 2 + 16 * numbers)} in "
-        f"{given.work}",
+        f"disk, until it is finished: {_gigabytes(disk)} in {given.work}",
     ]
 
 

@@ -6,7 +6,7 @@ KOALA are never in memory at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,11 +25,13 @@ LORA, FILE = "lora ", "file "
 
 
 class Samples(NamedTuple):
-    """n noisy latents: as the U-Net sees them [n, 4, h, w], time step [n], row of the texts [n]."""
+    """n noisy latents: as the U-Net sees them [n, 4, h, w], time step [n], row of the texts [n], and whether they come
+    from a prompt to keep, bool [n]."""
 
     noisy: Tensor
     time: Tensor
     text: Tensor
+    kept: Tensor
 
     def pick(self, part: Tensor) -> Samples:
         """Some of them, by their numbers."""
@@ -77,9 +79,9 @@ def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int
     ``keep`` behind them that are to be kept."""
 
     def some(rows: range | list[int], kept: range | list[int], samples: int) -> list[int]:
-        count = -(-samples // PER_PROMPT)
-        both = [kept[at // KEPT % len(kept)] if kept and at % KEPT == 1 else None for at in range(count)]
-        return [rows[at % len(rows)] if row is None else row for at, row in enumerate(both)]
+        turns = [bool(kept) and at % KEPT == 1 for at in range(-(-samples // PER_PROMPT))]
+        used, held = (_spread(of, turns.count(kind)) for of, kind in ((rows, False), (kept, True)))
+        return [next(held) if is_kept else next(used) for is_kept in turns]
 
     def parted(first: int, count: int) -> tuple[list[int], list[int]]:
         rows = range(first, first + count)
@@ -89,11 +91,17 @@ def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int
     return some(learned, kept, given.samples), some(measured, kept_out, given.held_out)
 
 
+def _spread(rows: range | list[int], count: int) -> Iterator[int]:
+    """``count`` of the rows: all in turn, or of too many as far apart as can be."""
+    return (rows[at * len(rows) // count if len(rows) > count else at % len(rows)] for at in range(count))
+
+
 def visited(
     unet: UNet2DConditionModel,
     scheduler: EulerDiscreteScheduler,
     texts: tuple[Tensor, Tensor],
     rows: list[int],
+    used: int,
     given: Settings,
     draw: int,
 ) -> Samples:
@@ -105,6 +113,7 @@ def visited(
         scheduler: that of its pipeline.
         texts: context and pooled.
         rows: of the prompts in ``texts``; a row may come several times.
+        used: how many prompts use the LoRA; those to keep are behind them.
         given: size, batch and seed.
         draw: a number that tells this initial noise from that of other calls.
     """
@@ -147,7 +156,7 @@ def visited(
                 )
         finally:
             hook.remove()
-        found += [Samples(noisy, time.expand(len(noisy)), some) for noisy, time in seen]
+        found += [Samples(noisy, time.expand(len(noisy)), some, some >= used) for noisy, time in seen]
         seen.clear()
     return joined(found)
 
@@ -183,18 +192,15 @@ def output(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Set
     return found
 
 
-def wanted(own: Tensor, change: Tensor, texts: Tensor, used: int, empty: int) -> Tensor:
+def wanted(own: Tensor, change: Tensor, kept: Tensor) -> Tensor:
     """The outputs that are asked of the KOALA, [n, 4, h, w]: its own without a LoRA, changed as SDXL's LoRA changes
-    SDXL's; unchanged for prompts to keep.
+    SDXL's; unchanged for prompts to keep, and for the empty prompt on their way.
 
     Args:
         own: its outputs without a LoRA.
         change: what SDXL's LoRA adds to SDXL's.
-        texts: rows of the samples' prompts, [n].
-        used: how many prompts use the LoRA; those to keep are behind them.
-        empty: the row of the empty prompt, which is behind all.
+        kept: whether a sample is of a prompt to keep, bool [n].
     """
-    kept = (texts >= used) & (texts < empty)
     return own + torch.where(kept.view(-1, 1, 1, 1), 0.0, change)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..architecture.layout import Layout, name
 from ..architecture.lineage import KeptTransformers, check_kept
-from ..releases import SCHEDULER_CONFIG, SPACINGS
-from .conventions import KEPT_TRANSFORMERS_KEY, label
+from ..releases import SCHEDULER_CONFIG, SPACINGS, Identity
+from .conventions import KEPT_TRANSFORMERS_KEY, SETTINGS_KEY, label
 from .header import CheckpointError, Header
 
 CONFIG_LIMIT = 1_000_000
@@ -38,6 +39,10 @@ def _one_of(*values: object) -> Rule:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
 
 
 _OFF = _one_of(False)
@@ -79,6 +84,12 @@ between them (the final latent then differs by 0.002 to 0.011 from diffusers', a
 ``sigma_max`` serve these alone, and ``timestep_type`` v-prediction alone. Other keys, such as DDIM's ``clip_sample``,
 change no schedule.
 """
+SETTINGS_RULES: Mapping[str, Rule] = {
+    "steps": Rule(lambda value: type(value) is int and 1 <= value <= 1000, "a whole number from 1 to 1000"),
+    "cfg": Rule(_is_scale, "a number from 0 to 100"),
+    "spacing": _one_of(*SPACINGS),
+}
+"""Key of the metadata ``SETTINGS_KEY`` -> what KOALA Sampler takes."""
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -166,3 +177,21 @@ def stated_transformers(header: Header, layout: Layout) -> KeptTransformers | No
     except ValueError as error:
         raise CheckpointError(f"{place} does not fit {name(layout)}: {error}. Save the model again.") from None
     return kept
+
+
+def with_stated_settings(identity: Identity, header: Header) -> Identity:
+    """The identity with the settings that the file asks for, where it does.
+
+    Raises CheckpointError where these are no settings.
+    """
+    if SETTINGS_KEY not in header.metadata:
+        return identity
+    place = f"{label(header.path)}: the metadata {SETTINGS_KEY}"
+    stated = parse_json(header.metadata[SETTINGS_KEY], place)
+    for key, rule in SETTINGS_RULES.items():
+        if not rule.accepts(stated.get(key)):
+            shown = json.dumps(stated.get(key))[:SHOWN]
+            raise CheckpointError(f"{place}: {key} is {shown}; expected {rule.expected}. Save the model again.")
+    asked: dict[str, Any] = {key: stated[key] for key in SETTINGS_RULES}
+    variant = replace(identity.variant, settings=replace(identity.variant.settings, **asked))
+    return replace(identity, variant=variant)

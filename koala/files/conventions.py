@@ -16,6 +16,8 @@ SCHEDULER_KEY = "koala.config.scheduler"
 KEPT_TRANSFORMERS_KEY = "koala.transformers"
 """Metadata in which a student of one's own says which of SDXL's transformer blocks it kept, as JSON: attention module
 -> list of SDXL's indices, as in ``lineage.KEPT_TRANSFORMERS``."""
+SETTINGS_KEY = "koala.settings"
+"""Metadata in which a model asks for other settings than its variant's, as JSON: steps, cfg and spacing."""
 DISTILLATION_KEY = "koala.distillation"
 """Metadata that says, as JSON, how a student was trained: teacher, LoRAs, layout, start, steps, batch and loss."""
 

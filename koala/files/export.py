@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ..architecture.components import LATENT_SCALE, PROMPT_TOKENS, Autoencoder, TextEncoder
 from ..architecture.layout import Layout, name
 from ..model_info import ModelFacts
-from ..releases import SCHEDULER_CONFIG, VARIANT_KEY
-from .conventions import KEPT_TRANSFORMERS_KEY, SCHEDULER_KEY
+from ..releases import SCHEDULER_CONFIG, VARIANT_KEY, VARIANTS
+from .config import SETTINGS_RULES
+from .conventions import KEPT_TRANSFORMERS_KEY, SCHEDULER_KEY, SETTINGS_KEY
 
 TEXT_MODELS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
@@ -36,7 +38,8 @@ MODEL_INDEX = {
 def metadata(facts: ModelFacts, title: str, implementation: str) -> dict[str, str]:
     """Metadata of a weights file: ModelSpec 1.0.1's fields, and what the pack reads back.
 
-    That is the variant and the kept transformer blocks where they are known, and the schedule where it is not SDXL's.
+    That is the variant and the kept transformer blocks where they are known, the settings where they are not the
+    variant's, and the schedule where it is not SDXL's.
 
     Args:
         facts: of the model.
@@ -56,6 +59,9 @@ def metadata(facts: ModelFacts, title: str, implementation: str) -> dict[str, st
     }
     if facts.identity.certain:
         found[VARIANT_KEY] = facts.identity.variant.name
+    if facts.settings != VARIANTS[facts.identity.variant.name].settings:
+        asked = {key: value for key, value in asdict(facts.settings).items() if key in SETTINGS_RULES}
+        found[SETTINGS_KEY] = json.dumps(asked)
     if facts.kept_transformers:
         found[KEPT_TRANSFORMERS_KEY] = json.dumps(dict(facts.kept_transformers))
     if dict(facts.scheduler) != dict(SCHEDULER_CONFIG):

@@ -18,7 +18,7 @@ from ..architecture.layout import Layout, name
 from ..architecture.lineage import KeptTransformers
 from ..model_info import ModelFacts
 from ..releases import SCHEDULER_CONFIG, Identity, identify, release_for
-from .config import complete_scheduler, parse_json, read_json, stated_transformers
+from .config import complete_scheduler, parse_json, read_json, stated_transformers, with_stated_settings
 from .conventions import (
     CLIP_NETWORKS,
     CLIP_PREFIXES,
@@ -228,7 +228,7 @@ def inspect_folder(folder: Path) -> Checkpoint:
     scheduler = complete_scheduler(read_json(files[SCHEDULER_FILE]), f"{named}/{SCHEDULER_FILE}", remedy)
     origin = read_json(files[UNET_CONFIG_FILE]).get("_name_or_path")
     run = origin if isinstance(origin, str) else ""
-    identity = identify(unet.metadata, scheduler, run, named, folders_above(folder))
+    identity = with_stated_settings(identify(unet.metadata, scheduler, run, named, folders_above(folder)), unet.header)
     model = Model(unet, identity, scheduler, stated_transformers(unet.header, unet.layout))
     return Checkpoint(model, first, second, vae)
 
@@ -262,7 +262,7 @@ def _model(header: Header) -> Model:
     scheduler = complete_scheduler(parse_json(unet.metadata.get(SCHEDULER_KEY, "{}"), place), place, remedy)
     return Model(
         unet,
-        identify(unet.metadata, {}, "", file, folders_above(header.path)),
+        with_stated_settings(identify(unet.metadata, {}, "", file, folders_above(header.path)), header),
         scheduler,
         stated_transformers(header, unet.layout),
     )

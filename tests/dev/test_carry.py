@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from koala_sdxl.distill.carry import refit as training
 from koala_sdxl.distill.carry import run, source
-from koala_sdxl.distill.carry.samples import Samples, drawn, wanted
+from koala_sdxl.distill.carry.samples import Samples, chosen, drawn, wanted
 from koala_sdxl.distill.carry.settings import CHECKPOINT_EVERY, digest
 from koala_sdxl.distill.carry.student import DOWN, UP, factors
 from koala_sdxl.distill.carry.write import CARRY_KEY
@@ -116,7 +116,7 @@ def test_an_interrupted_refit_ends_with_the_same_numbers(
     random = torch.Generator().manual_seed(0)
     noisy, right = torch.randn(40, 6, generator=random), torch.randn(5, 6, generator=random)
     given = settings(place, "unused", steps=2 * CHECKPOINT_EVERY)
-    start, samples = {"layer": right + 0.3}, Samples(noisy, torch.zeros(40), torch.zeros(40))
+    start, samples = {"layer": right + 0.3}, Samples(noisy, *[torch.zeros(40)] * 3)
     wanted = noisy @ right.T
 
     def trained(name: str) -> torch.Tensor:
@@ -266,9 +266,32 @@ def test_held_out_prompts_are_learned_from_by_neither_network(place: Path) -> No
     assert 1 / 4 < sum(row >= 9 for row in learned) / len(learned) < 2 / 5
 
 
+@pytest.mark.parametrize(("prompts", "keep"), [(20, 8), (4, 4), (12, 0), (24, 4)])
+def test_every_prompt_is_used_where_there_are_turns_for_all(place: Path, prompts: int, keep: int) -> None:
+    learned, measured = drawn(settings(place, "x", samples=280), prompts, keep)
+    left_out = set(range(prompts + keep)) - set(learned) - set(measured)
+    assert len(left_out) == max(0, prompts // 4 - (5 if keep else 7))
+
+
+def test_of_too_many_prompts_some_are_used_from_all_over_the_file(place: Path) -> None:
+    learned, measured = drawn(settings(place, "x", samples=256), prompts=100, keep=0)
+    assert (len(set(learned)), len(set(measured))) == (26, 7)
+    assert (min(learned), max(learned) > 90, max(measured) > 80) == (0, True, True)
+
+
+def test_the_empty_prompt_is_to_be_kept_where_a_prompt_to_keep_leads() -> None:
+    numbers = torch.arange(200)
+    seen = Samples(torch.zeros(200, 4, 2, 2), numbers, numbers % 2, numbers % 2 == 1)
+    some = chosen(seen, 200, 2, torch.Generator().manual_seed(0))
+    without = some.text == 2
+    assert 20 < without.sum() < 60
+    assert (some.kept == (some.time % 2 == 1)).all()
+    assert some.kept[without].any()
+
+
 def test_prompts_to_keep_ask_for_no_change() -> None:
     own, change = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
-    asked = wanted(own, change, torch.tensor([0, 2, 3, 4, 5]), used=3, empty=5) - own
+    asked = wanted(own, change, torch.tensor([False, False, True, True, False])) - own
     for sample, is_kept in enumerate([False, False, True, True, False]):
         torch.testing.assert_close(asked[sample], torch.zeros(4, 2, 2) if is_kept else change[sample])
 

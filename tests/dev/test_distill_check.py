@@ -91,6 +91,8 @@ def test_a_run_that_is_resumed_and_a_cache_are_known(place: Path) -> None:
     said = checked(place, "begun")
     assert f"  data         12 images, all cached in {place / 'cache'}; 0 of them held out" in said
     assert f"  output       {place / 'begun'}, resumed from step-0000002" in said
+    with pytest.raises(UserError, match=r"holds a run with student\.layout = "):
+        checked(place, "begun", student={"layout": "koala-1b"})
 
 
 def test_what_would_be_refused_is_refused(place: Path) -> None:

@@ -204,6 +204,7 @@ def test_the_result_says_how_it_is_sampled(whole: Path) -> None:
     file = saved(whole)
     for found in (inspect_model(file), inspect_folder(whole / "result" / "few").model):
         assert found.identity.variant.name == "lightning"
+        assert str(found.identity.variant.settings) == "3 steps, cfg 1, trailing"
         assert found.scheduler["timestep_spacing"] == "trailing"
     with safe_open(file, framework="pt") as mine, safe_open(SHIPPED, framework="pt") as teachers:
         said, before = mine.metadata(), teachers.metadata()
@@ -211,6 +212,13 @@ def test_the_result_says_how_it_is_sampled(whole: Path) -> None:
     made = json.loads(said[DISTILLATION_KEY])
     assert made["few_steps"] == {"student": 3, "teacher": 2, "guidance": 7.5}
     assert (made["teacher"], made["layout"], "loss" in made) == (SHIPPED.name, "koala-tiny", False)
+
+
+def test_the_card_says_how_it_was_made_and_is_used(whole: Path) -> None:
+    card = (whole / "result" / "few" / "README.md").read_text("utf-8")
+    assert "num_inference_steps=3, guidance_scale=1)" in card
+    assert "| distilled | 3 steps, 2 of the teacher's for each, guidance scale 7.5 |" in card
+    assert "| loss |" not in card
 
 
 def test_diffusers_samples_it_as_it_was_trained(whole: Path) -> None:
@@ -285,6 +293,13 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, table: str, lines:
     )
     path.write_text(path.read_text().replace("student = 8", "student = 0"))
     config.read(path)
+
+
+def test_sdxls_loras_are_not_merged_into_a_koala(tmp_path: Path) -> None:
+    (tmp_path / "lora.safetensors").touch()
+    table = config.TeacherTable(model=SHIPPED, loras=(tmp_path / "lora.safetensors",))
+    with pytest.raises(UserError, match=r"^teacher\.loras: .* is a koala-tiny, whose layers SDXL's LoRAs do not name"):
+        open_teacher(table, compact=True)
 
 
 def test_a_teachers_blocks_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_the_job_for_slurm_starts_as_written(place: Path, environment: dict[str,
     assert "#SBATCH --nodes=2\n" in SBATCH.read_text()
     path = described(place, "job", {})
     job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "two"}
+    job |= {"SLURM_CPUS_PER_TASK": "32"}
     command = ["bash", "distill/slurm.sbatch", path.name]
     ended([subprocess.Popen(command, cwd=place, env=environment | job, stderr=subprocess.PIPE, text=True)])
     assert len(rows(place / "job")) == len(rows(wanted))

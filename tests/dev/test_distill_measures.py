@@ -101,6 +101,12 @@ def test_the_best_checkpoint_is_chosen_by_a_measure_of_ones_own(place: Path, cli
     assert f"the highest light in validation is {best.value:.4f}, of step {best.step}; the result is of step 3." in said
 
 
+def test_a_judge_is_no_process_of_the_run_and_may_say_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    script = "import os, sys; sys.stdout.buffer.write(b'\\xff\\n'); print(len(os.environ.get('WORLD_SIZE', '')))"
+    assert Judge((sys.executable, "-c", script))(tmp_path) == {"judge": 0.0}
+
+
 def test_a_judge_that_fails_ends_no_run(place: Path) -> None:
     script = "import sys; print('no images of mine', file=sys.stderr); sys.exit(3)"
     said = run(

@@ -169,6 +169,12 @@ def test_moments_of_8_bits_without_a_package_are_refused(place: Path) -> None:
     assert not (place / "no-package").exists()
 
 
+def test_channels_last_is_not_sharded() -> None:
+    optimisers.require_installed(TrainingTable(steps=1, channels_last=True), sharded=False)
+    with pytest.raises(UserError, match=r"^training\.channels_last does not shard; expected false under FSDP"):
+        optimisers.require_installed(TrainingTable(steps=1, channels_last=True), sharded=True)
+
+
 def test_moments_of_8_bits_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimisers, "_eight_bit", lambda: torch.optim.AdamW)
     optimisers.require_installed(TrainingTable(steps=1), sharded=True)

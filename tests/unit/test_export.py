@@ -15,7 +15,7 @@ from koala_sdxl.koala.architecture.component_detection import read_autoencoder
 from koala_sdxl.koala.architecture.component_keys import vae_name
 from koala_sdxl.koala.architecture.keys import tensors
 from koala_sdxl.koala.files import export
-from koala_sdxl.koala.files.conventions import SCHEDULER_KEY, VAE_PREFIX
+from koala_sdxl.koala.files.conventions import SCHEDULER_KEY, SETTINGS_KEY, VAE_PREFIX
 from koala_sdxl.koala.files.header import CheckpointError, read_header
 from koala_sdxl.koala.files.inspect import inspect_model
 from koala_sdxl.koala.model_info import ModelFacts, assumed_facts
@@ -72,6 +72,32 @@ def test_variant_and_schedule_are_read_back(variant: settings.Variant, tmp_path:
     read = inspect_model(files.write(tmp_path / "a", files.unet(layout.KOALA_TINY), metadata=written))
     assert (read.identity.variant, read.identity.certain) == (variant, True)
     assert read.scheduler == OWN_SCHEDULER
+
+
+def test_settings_of_its_own_are_read_back(tmp_path: Path) -> None:
+    own = replace(settings.LIGHTNING, settings=settings.Settings(8, 1.0, "trailing"))
+    written = export.metadata(_facts(own), "title", "sgm")
+    read = inspect_model(files.write(tmp_path / "a", files.unet(layout.KOALA_TINY), metadata=written))
+    assert read.identity.variant == own
+    assert SETTINGS_KEY not in export.metadata(_facts(settings.LIGHTNING), "title", "sgm")
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ('{"steps": 8, "cfg": 1}', ": spacing is null; expected"),
+        ('{"steps": 0, "cfg": 1, "spacing": "trailing"}', ": steps is 0; expected a whole number from 1 to 1000"),
+        ('{"steps": true, "cfg": 1, "spacing": "trailing"}', ": steps is true; expected"),
+        ('{"steps": 8, "cfg": -1, "spacing": "trailing"}', ": cfg is -1; expected a number from 0 to 100"),
+        ('{"steps": 8, "cfg": NaN, "spacing": "trailing"}', ": cfg is NaN; expected a number"),
+        ('{"steps": 8, "cfg": 1, "spacing": "karras"}', ': spacing is "karras"; expected "leading" or'),
+        ("[]", " holds no JSON object"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(stated: str, said: str, tmp_path: Path) -> None:
+    path = files.write(tmp_path / "a", files.unet(layout.KOALA_TINY), metadata={SETTINGS_KEY: stated})
+    with pytest.raises(CheckpointError, match=f"a: the metadata {SETTINGS_KEY}{said}"):
+        inspect_model(path)
 
 
 def test_what_is_only_assumed_is_not_stated() -> None:
