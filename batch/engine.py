@@ -29,7 +29,7 @@ from tools.harness.testhost import ROOT
 
 MOST_ROWS = 16
 """In a block: few enough for a worker to be soon through, many enough for Ray to keep up with hundreds of workers."""
-SHARE = 8
+SHARE = 2
 """Blocks are so small that each worker gets this many more, until they are single rows: all end together."""
 IN_FLIGHT = 2
 """Blocks at a worker, so that it need not wait for the next; more would wait behind a slow card."""
