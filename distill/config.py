@@ -272,7 +272,7 @@ def read(path: Path) -> Config:
         if isinstance(table, dict) and name in table:
             table[name] = _from(path.parent, table[name])
     if isinstance(found.get("validation"), dict) and isinstance(words := found["validation"].get("judge"), list):
-        words[:] = [str((path.parent / word).resolve()) if _is_file(path.parent, word) else word for word in words]
+        words[:] = [str((path.parent / word).absolute()) if _is_file(path.parent, word) else word for word in words]
     try:
         config = Config.model_validate_json(json.dumps(found, default=str), strict=True)  # as JSON: lists are tuples
     except ValidationError as error:
