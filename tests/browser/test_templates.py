@@ -56,7 +56,7 @@ def bare(server: Server) -> Iterator[list[dict[str, str]]]:
 # --- templates ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.nightly)])
 def test_templates_are_listed_with_their_pictures(every: int, classic: Page, shots: Shots) -> None:
     """By day every fourth is looked at."""
     titles = list(workflows())

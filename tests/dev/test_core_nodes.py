@@ -55,6 +55,7 @@ def test_what_comes_of_a_node(node: str, model: str, outcome: str) -> None:
     assert found.outcome == outcome
 
 
+@pytest.mark.nightly
 def test_an_empty_negative_prompt_spoils_with_normalized_attention_guidance() -> None:
     with runs.prepared():
         place = Place("700M", "KOALA Sampler", runs.ALONE)

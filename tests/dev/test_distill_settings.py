@@ -135,6 +135,7 @@ def test_a_teacher_in_fp8_takes_half_the_memory_and_answers_alike(place: Path) -
     assert 0 < error < 0.1
 
 
+@pytest.mark.nightly
 def test_a_student_is_cut_out_of_the_teacher_before_it_is_rounded_to_fp8(place: Path) -> None:
     for dtype in ("fp8", "bf16"):
         training = {**SETTINGS["training"], "steps": 1, "learning_rate": 1e-12}

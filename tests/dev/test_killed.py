@@ -94,6 +94,7 @@ def test_a_signal_ends_the_server_too(host: Host, tmp_path: Path, name: str) -> 
         leaves_nothing(run, server)
 
 
+@pytest.mark.nightly
 def test_a_closed_terminal_ends_a_server_that_answers(host: Host, tmp_path: Path) -> None:
     with started(tmp_path, "serve") as run:
         wait_for(lambda: run.shows(b"The canvas: http"))

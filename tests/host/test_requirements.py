@@ -54,6 +54,7 @@ def without_diffusers(host: Host, tmp_path_factory: pytest.TempPathFactory) -> I
             lifeline.stop(process)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_without_diffusers_the_log_says_what_to_run(without_diffusers: Server) -> None:
     log = without_diffusers.log.read_text("utf-8")
