@@ -28,7 +28,7 @@ from .. import single_file, train
 from ..config import Config
 from . import plots
 from .judging import PROMPTS, SIZE
-from .runs import BATCH, PICTURES
+from .runs import PICTURES, TRAINING
 
 STEPS = 400
 LOOKS = 100  # training steps between two judgements of the images
@@ -82,15 +82,9 @@ def config(work: Path) -> Config:
             },
             "steps": {"student": STUDENT.steps},
             "training": {
+                **TRAINING,
                 "steps": STEPS,
-                "batch": BATCH,
-                "learning_rate": 1e-3,
-                "warmup": 30,
-                "betas": (0.9, 0.99),
-                "ema": 0.99,
-                "precision": "no",
                 "checkpoint_every": 20,
-                "keep": 1,
             },
             "log": {"samples_every": LOOKS},
         }

@@ -30,6 +30,16 @@ from .judging import SIZE, judge
 
 PICTURES = 2500
 BATCH = 32
+TRAINING: dict[str, Any] = {
+    "batch": BATCH,
+    "learning_rate": 1e-3,
+    "warmup": 30,
+    "betas": (0.9, 0.99),
+    "ema": 0.99,
+    "precision": "no",
+    "keep": 1,
+}
+"""What the small students of all runs are trained with."""
 WEIGHTING = {"weighting": "velocity", "most_weight": denoiser.TEACHER.most_weight}
 SEEDS = (0, 1, 2)
 
@@ -85,16 +95,10 @@ def config(run: Run, work: Path) -> Config:
             },
             "loss": {"place": run.place, "output": run.output, **WEIGHTING},
             "training": {
+                **TRAINING,
                 "steps": run.steps,
-                "batch": BATCH,
-                "learning_rate": 1e-3,
-                "warmup": 30,
-                "betas": (0.9, 0.99),
-                "ema": 0.99,
-                "precision": "no",
                 "seed": run.seed,
                 "checkpoint_every": 200,
-                "keep": 1,
             },
             "log": {"samples_every": run.looks},
         }
