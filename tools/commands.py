@@ -164,7 +164,9 @@ def train_tiny_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=options.folder_to_write, default="koala-tiny-training", help="checkpoints and the result"
     )
-    parser.add_argument("--teacher", action="store_true", help="train sdxl-tiny instead")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--teacher", action="store_true", help="train sdxl-tiny instead")
+    which.add_argument("--grow", action="store_true", help="the same, beginning with koala-tiny's weights")
     tokenizer = options.existing("a folder with CLIP's tokenizer", has_tokenizer)
     parser.add_argument("--tokenizer", type=tokenizer, help="CLIP's (default: the fetched ComfyUI's)")
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from tools.measure.bench import meter
 from tools.tiny import pipeline
+from tools.tiny.grow import SDXL_TINY
 from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, caption
-from tools.tiny.train import SDXL_TINY
 
 from ...koala.architecture.layout import KOALA_TINY, Layout
 from ...koala.lora.plan import inspect_lora

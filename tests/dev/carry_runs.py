@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from tools.harness import testhost
 from tools.measure import reference
 from tools.synthetic import adapters
 from tools.tiny import SHIPPED, denoiser, pipeline, text
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY, grown
 
 State = dict[str, torch.Tensor]
 LITTLE = 0.1
@@ -28,22 +27,6 @@ LITTLE = 0.1
 KEPT = {adapters.NAMINGS["kohya, LDM blocks"].module(whole) for _, whole in lineage(KOALA_TINY).tensors}
 """The LoRA's names of the modules that koala-tiny has."""
 FEW: dict[str, Any] = {"size": 64, "samples": 16, "steps": 30, "batch": 16, "dtype": "fp32", "rank": 8}
-
-
-def grown(koala: State) -> State:
-    """koala-tiny's U-Net with SDXL's other layers put back: each adds a little, at random, and so means something to a
-    LoRA. Without these additions it would give what koala-tiny gives."""
-    torch.manual_seed(0)
-    state = dict(denoiser.new_unet(SDXL_TINY).state_dict())
-    kept = {whole.diffusers: koala[part.diffusers] for part, whole in lineage(KOALA_TINY).tensors}
-    for name, weight in state.items():
-        if name in kept:
-            state[name] = kept[name]
-        elif "conv_shortcut" in name:  # on the way up: what comes from below, and nothing of the skip
-            state[name] = torch.eye(*weight.shape[:2])[:, :, None, None] if weight.ndim == 4 else 0 * weight
-        elif re.search(r"\.(conv2|to_out\.0|net\.2|proj_out)\.", name):
-            state[name] = LITTLE * weight
-    return state
 
 
 def strength(name: str) -> float:
@@ -60,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     koala = shipped.unet.state_dict()
     save_file({name: weight.clone() for name, weight in koala.items()}, folder / "koala-tiny.safetensors")
     unet = denoiser.new_unet(SDXL_TINY)
-    unet.load_state_dict(grown(koala))
+    unet.load_state_dict(grown(koala, LITTLE))
     encoders, vocabulary = text.Encoders(shipped.text_encoder, shipped.text_encoder_2), testhost.test_host().tokenizer
     teacher = pipeline.assemble(shipped.vae, encoders, text.tokenizers(vocabulary), unet)
     pipeline.save(teacher, folder / "sdxl-tiny")

@@ -29,7 +29,7 @@ from tools.harness import testhost
 from tools.harness.testhost import ROOT
 from tools.measure import reference
 from tools.tiny import SHIPPED, dataset, denoiser, pipeline, text
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 State = dict[str, torch.Tensor]
 LINE = lineage(KOALA_TINY)

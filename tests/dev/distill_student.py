@@ -12,7 +12,7 @@ from koala_sdxl.distill.config import StudentTable
 from koala_sdxl.koala.architecture.lineage import Lineage
 from koala_sdxl.koala.files.export import unet_config
 from tools.synthetic.random_weights import unet_state
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 State = dict[str, torch.Tensor]
 

@@ -30,7 +30,7 @@ from tests.dev.carry_runs import FEW, carried, settings
 from tests.dev.distill_runs import ENVIRONMENT
 from tools.harness.testhost import ROOT
 from tools.synthetic import adapters
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 place = pytest.fixture(scope="module")(carry_runs.place)
 Told = list[str]

@@ -17,7 +17,7 @@ from koala_sdxl.koala.architecture.keys import parameters
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from tests.dev import distill_runs
 from tests.dev.distill_runs import SETTINGS, described, run
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 place = pytest.fixture(scope="module")(distill_runs.place)
 no_accelerator_left = pytest.fixture(autouse=True)(distill_runs.no_accelerator_left)

@@ -17,7 +17,7 @@ from koala_sdxl.koala.files.export import unet_config
 from tests.dev import distill_student
 from tests.dev.distill_student import State, planned
 from tools.measure import reference
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 weights = pytest.fixture(scope="module")(distill_student.weights)
 teacher = pytest.fixture(scope="module")(distill_student.teacher)

@@ -18,7 +18,7 @@ from koala_sdxl.koala.architecture.lineage import KEPT_TRANSFORMERS, at_widths_o
 from tests.dev import distill_student
 from tests.dev.distill_student import State, planned
 from tools.synthetic.random_weights import unet_state
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 WHOLE_LAYERS = {"down": [[0, 0], [2, 2], [4, 4]], "up": [[4, 4, 4], [2, 2, 2], [0, 0, 0]], "middle": 4}
 

@@ -22,7 +22,7 @@ from tools.harness import testhost
 from tools.synthetic import adapters
 from tools.synthetic.adapters import RANK
 from tools.tiny import SHIPPED
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 place = pytest.fixture(scope="module")(distill_runs.place)
 no_accelerator_left = pytest.fixture(autouse=True)(distill_runs.no_accelerator_left)

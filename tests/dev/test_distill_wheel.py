@@ -18,7 +18,7 @@ from tools.harness import testhost
 from tools.harness.testhost import ROOT, requirement_lines
 from tools.measure import reference
 from tools.tiny import SHIPPED, dataset, denoiser, pipeline, text
-from tools.tiny.train import SDXL_TINY
+from tools.tiny.grow import SDXL_TINY
 
 PROJECT = tomllib.loads((ROOT / "distill" / "pyproject.toml").read_text("utf-8"))
 IMPORT_ALL = """

@@ -20,8 +20,8 @@ from tools.harness import inprocess
 from tools.measure import reference
 from tools.synthetic import adapters
 from tools.tiny import SHIPPED, denoiser
+from tools.tiny.grow import SDXL_TINY
 from tools.tiny.pictures import COLOUR_NAMES, KOALA, draw, random_drawings
-from tools.tiny.train import SDXL_TINY
 
 FEW = {"steps": 3, "batch": 2, "size": 64, "drawings": 4, "warm": 1}
 DRAWINGS = random_drawings(72, torch.Generator().manual_seed(5))
