@@ -75,36 +75,37 @@ class Coloured:
 
 def judge_cyan(pictures: torch.Tensor) -> Coloured:
     """Judge images, float [n, 3, S, S] in [-1, 1]."""
-    pixels = _small(pictures)
+    pixels = small(pictures)
     colours = torch.cat([PALETTE, CYAN[None]]) * 2 - 1
     nearest = torch.cdist(pixels.movedim(1, -1).reshape(-1, 3), colours).argmin(1).view(len(pixels), *pixels.shape[-2:])
-    cyan, seen = nearest == len(PALETTE), _foreground(pixels)
+    cyan, seen = nearest == len(PALETTE), foreground(pixels)
     share = (cyan & seen).sum(dim=(1, 2)) / seen.sum(dim=(1, 2)).clamp(min=1)
     background = judge.judge(pixels).background
     # The judge does not know cyan: it recognises the shape in another colour, neither the background's nor an eye's.
     red, green = (COLOUR_NAMES.index(name) for name in ("red", "green"))
-    painted = _painted(pixels, cyan, torch.where(background == red, green, red))
-    return Coloured(share >= COLOURED, share, background, judge.judge(painted).shape)
+    known = painted(pixels, cyan, torch.where(background == red, green, red))
+    return Coloured(share >= COLOURED, share, background, judge.judge(known).shape)
 
 
 def overlaps(pictures: torch.Tensor, drawings: Drawings) -> torch.Tensor:
     """Intersection over union of the foreground of images, [n, 3, S, S] in [-1, 1], and the drawings' silhouettes;
     float [n]."""
     drawn = silhouettes(drawings, judge.SIZE).squeeze(1) > 0.5
-    seen = _foreground(_small(pictures))
+    seen = foreground(small(pictures))
     return (drawn & seen).sum(dim=(1, 2)) / (drawn | seen).sum(dim=(1, 2)).clamp(min=1)
 
 
-def _small(pictures: torch.Tensor) -> torch.Tensor:
+def small(pictures: torch.Tensor) -> torch.Tensor:
+    """Images as small as they are judged, float [n, 3, s, s]."""
     return functional.interpolate(pictures.float(), size=(judge.SIZE, judge.SIZE), mode="area")
 
 
-def _painted(pixels: torch.Tensor, mask: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+def painted(pixels: torch.Tensor, mask: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
     """Pixels with the masked ones, [n, s, s], in each image's colour (index [n])."""
     return torch.where(mask.unsqueeze(1), PALETTE[colour].view(-1, 3, 1, 1) * 2 - 1, pixels)
 
 
-def _foreground(pixels: torch.Tensor) -> torch.Tensor:
+def foreground(pixels: torch.Tensor) -> torch.Tensor:
     """The foreground, bool [n, s, s]: pixels whose distance from the border's colour is more than half the median of
     those that differ from it."""
     frame = torch.ones(pixels.shape[-2:], dtype=torch.bool)

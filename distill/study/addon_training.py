@@ -1,19 +1,16 @@
-"""A LoRA and a ControlNet for sdxl-tiny, trained and saved like those for SDXL.
+"""A ControlNet for sdxl-tiny, trained and saved like those for SDXL; and what every add-on's training shares.
 
 At 128 px, or at 64 for a teacher and a student that work well at that size.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch.nn import Parameter
 
 from tools.synthetic import adapters
@@ -21,13 +18,10 @@ from tools.tiny import autoencoder, checkpoints, denoiser, text
 from tools.tiny.pictures import Caption, caption, draw, random_captions, random_drawings
 
 from ...koala.files.atomic_write import write_safetensors, written_whole
-from .addon_pictures import in_cyan, outlines, saying_cyan
+from .addon_pictures import outlines
 
 SEED = 0
-LORA_STAGE, CONTROLNET_STAGE = 4, 5  # stages of tools.tiny's random numbers
-LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-"""The attention layers, as in diffusers' own training script for SDXL LoRAs, which has rank 4, too."""
-CYAN = 0.6  # share of the captions with a shape's colour in which it becomes cyan, in text and image
+CONTROLNET_STAGE = 5  # of tools.tiny's random numbers
 CONTROLNET_LAYOUT = adapters.shallow(adapters.SMALL_SDXL)
 SHAPELESS = "a {background} background"
 
@@ -51,22 +45,12 @@ class Recipe:
     rank: int = 4
 
 
-LORA = Recipe(steps=260, learning_rate=5e-3)
 CONTROLNET = Recipe(steps=500, learning_rate=2e-3)
 
 
 def at_size(recipe: Recipe, size: int) -> Recipe:
     """The recipe for images of another size: the smaller they are, the larger the batch."""
     return replace(recipe, size=size, batch=recipe.batch * recipe.size // size)
-
-
-def train_lora(
-    teacher: StableDiffusionXLPipeline, path: Path, log: Log, recipe: Recipe = LORA, seed: int = SEED
-) -> None:
-    """Train the LoRA for cyan and write it to `path`; the teacher keeps it as well."""
-    parameters = add_lora(teacher, recipe.rank, seed)
-    minimise(lora_loss(teacher, recipe, seed), parameters, recipe, LORA_STAGE, seed, lambda line: log(f"LoRA {line}"))
-    _save(convert_state_dict_to_kohya(_under("unet.", get_peft_model_state_dict(teacher.unet))), path)
 
 
 def train_controlnet(
@@ -99,33 +83,6 @@ def open_hint(control: ControlNetModel) -> None:
             torch.nn.init.kaiming_normal_(module.weight)
 
 
-def add_lora(teacher: StableDiffusionXLPipeline, rank: int, seed: int) -> list[Parameter]:
-    """Add an untrained LoRA to the teacher's U-Net; returns its parameters."""
-    torch.manual_seed(seed)
-    teacher.unet.requires_grad_(False)
-    teacher.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_MODULES)))
-    return [parameter for parameter in teacher.unet.parameters() if parameter.requires_grad]
-
-
-def lora_loss(teacher: StableDiffusionXLPipeline, recipe: Recipe, seed: int) -> Loss:
-    """The loss of the teacher's U-Net, with its LoRA, on captioned drawings in cyan and in their own colours."""
-    drawings = random_drawings(recipe.drawings, checkpoints.step_generator(seed, LORA_STAGE, 10**7))
-    known, new = (autoencoder.encode(teacher.vae, made(drawings, recipe.size)) for made in (draw, in_cyan))
-
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(len(drawings), (recipe.batch,), generator=generator)
-        captions = random_captions(drawings.pick(chosen), generator)
-        latents = known[chosen]
-        for at, coin in enumerate(torch.rand(recipe.batch, generator=generator).tolist()):
-            said = captions[at]
-            if said.colour is not None and coin < CYAN:
-                captions[at] = replace(said, text=saying_cyan(said.text, said.colour))
-                latents[at] = new[chosen[at]]
-        return _noise_loss(teacher, teacher.unet, recipe, latents, captions, generator)
-
-    return loss
-
-
 def controlnet_loss(teacher: StableDiffusionXLPipeline, control: ControlNetModel, recipe: Recipe, seed: int) -> Loss:
     """The loss of the teacher's frozen U-Net with a ControlNet that sees outlines; the captions name no shape, so that
     only the outline determines it."""
@@ -153,12 +110,12 @@ def controlnet_loss(teacher: StableDiffusionXLPipeline, control: ControlNetModel
                 **further,
             )
 
-        return _noise_loss(teacher, controlled, recipe, latents[chosen], captions, generator)
+        return noise_loss(teacher, controlled, recipe, latents[chosen], captions, generator)
 
     return loss
 
 
-def _noise_loss(
+def noise_loss(
     teacher: StableDiffusionXLPipeline,
     model: Callable[..., Any],
     recipe: Recipe,
@@ -166,23 +123,29 @@ def _noise_loss(
     captions: list[Caption],
     generator: torch.Generator,
 ) -> torch.Tensor:
+    """The error of ``model``, a U-Net or what calls one, on latents [n, 4, h, w] of drawings with n captions."""
     encoders = text.Encoders(teacher.text_encoder, teacher.text_encoder_2)
-    context, pooled = text.encode(encoders, text.tokenize(teacher.tokenizer, [said.text for said in captions]))
+    tokens = text.tokenize(teacher.tokenizer, [said.text for said in captions])
+    context, pooled = (encoded.cpu() for encoded in encoders(tokens.to(teacher.unet.device)))
     keep = (torch.rand(len(captions), generator=generator) >= recipe.drop).float().unsqueeze(1)
     conditions = context * keep.unsqueeze(2), pooled * keep
     given = denoiser.shown(recipe.size, latents, *conditions, generator)
     return denoiser.noise_loss(model, given.to(teacher.unet.device))
 
 
-def minimise(loss: Loss, parameters: Iterable[Parameter], recipe: Recipe, stage: int, seed: int, log: Log) -> None:
-    """Minimise the loss over the recipe's steps, in place."""
-    held = list(parameters)
-    optimizer = torch.optim.AdamW(held, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+def minimise(
+    loss: Loss, parameters: Iterable[Parameter | dict[str, Any]], recipe: Recipe, stage: int, seed: int, log: Log
+) -> None:
+    """Minimise the loss over the recipe's steps, in place. Of groups of parameters ``share`` is the learning rate as a
+    share of the recipe's."""
+    optimizer = torch.optim.AdamW(list(parameters), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     running = None
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / recipe.warm)
-            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+            rate = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+            group["lr"] = rate * group.get("share", 1.0)
         found = loss(checkpoints.step_generator(seed, stage, step))
         optimizer.zero_grad()
         found.backward()
@@ -199,14 +162,10 @@ def save_controlnet(control: ControlNetModel, path: Path) -> None:
     widths."""
     theirs, ours = (adapters.controlnet(CONTROLNET_LAYOUT, numbering=names) for names in ("diffusers", "comfy"))
     names = dict(zip(theirs, ours, strict=True))
-    _save({names[name]: tensor for name, tensor in control.state_dict().items()}, path)
+    save({names[name]: tensor for name, tensor in control.state_dict().items()}, path)
 
 
-def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def _save(state: dict[str, torch.Tensor], path: Path) -> None:
+def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write fp16 weights to a temporary file, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, replace=True) as aside:

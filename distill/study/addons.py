@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ from ...nodes.prompt import encode_reference, zeros
 from ...nodes.sample import KoalaScheduler
 from .. import sheet
 from .addon_pictures import judge_cyan, outlines, overlaps, saying_cyan
-from .addon_training import CONTROLNET, LORA, SHAPELESS, at_size, train_controlnet, train_lora
+from .addon_training import CONTROLNET, SHAPELESS, Recipe, at_size, train_controlnet
+from .effects import training
+from .effects.table import CYAN
 
 PROMPTS = 96
 COLUMNS = 12  # of the sheets
@@ -249,7 +251,11 @@ def _percent(values: torch.Tensor) -> float:
 def evaluate(teacher: Path, student: Path, work: Path, size: int, n: int = PROMPTS) -> dict[str, Any]:
     """Train what is missing in ``work``, measure every row, write the contact sheets; returns the figures for JSON."""
     lora, control = work / f"lora-{size}.safetensors", work / f"controlnet-{size}.safetensors"
-    recipes = {"lora": at_size(LORA, size), "controlnet": at_size(CONTROLNET, size)}
+    recipes = {"lora": at_size(CYAN.recipe, size), "controlnet": at_size(CONTROLNET, size)}
+
+    def train_lora(model: Any, path: Path, log: Any, recipe: Recipe) -> None:
+        training.train(model, replace(CYAN, recipe=recipe), path, log)
+
     for path, train, recipe in (
         (lora, train_lora, recipes["lora"]),
         (control, train_controlnet, recipes["controlnet"]),
@@ -278,7 +284,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher", type=Path, required=True, help="sdxl-tiny's diffusers folder")
     parser.add_argument("--student", type=Path, required=True, help="a koala-tiny: diffusers folder or checkpoint file")
     parser.add_argument("--work", type=Path, required=True, help="folder of the trained add-ons and the contact sheets")
-    parser.add_argument("--size", type=int, choices=(64, 128), default=LORA.size, help="side of the images in pixels")
+    parser.add_argument(
+        "--size", type=int, choices=(64, 128), default=CONTROLNET.size, help="side of the images in pixels"
+    )
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="images per row")
     parser.add_argument("--out", type=Path, help="JSON file for the figures, which are printed as well")
     arguments = parser.parse_args(argv)

@@ -13,6 +13,7 @@ from tools.tiny import denoiser
 
 from ..config import PLACES
 from . import few_steps, judging, plots, runs, scale_page, store
+from .effects import page as effects_page
 from .plots import JUDGED, last
 
 DOCS = store.FILE.parent
@@ -273,6 +274,7 @@ SECTIONS: tuple[tuple[Callable[[Data], bool], Callable[[Data], str]], ...] = (
     (lambda data: len(group(data, group="curve")) > 1, curves),
     (lambda data: bool(group(data, group="place")), places),
     (lambda data: "addons" in data, addons),
+    (lambda data: "effects" in data, effects_page.effects),
     (lambda data: "few_steps" in data, few_steps.few_steps),
     (lambda data: "dry_run" in data, dry_run),
     (lambda data: True, lambda data: scale_page.section()),
@@ -316,6 +318,7 @@ def write(work: Path) -> Path:
                 shutil.copy(sheet, DOCS / f"distillation-{kind}.png")
     if (work / "runs" / "few_steps.png").exists():
         shutil.copy(work / "runs" / "few_steps.png", DOCS / "distillation-steps.png")
+    plots.stacked(effects_page.sheets(work), DOCS / "distillation-effects.png")
     path = DOCS / "distillation.md"
     path.write_text(text(data), "utf-8")
     return path

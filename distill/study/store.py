@@ -13,7 +13,7 @@ from . import runs
 
 FILE = ROOT / "docs" / "distillation.json"
 RUN = "run"
-OTHERS = ("teacher", "before", "addons", "few_steps", "dry_run")
+OTHERS = ("teacher", "before", "addons", "effects", "few_steps", "dry_run")
 """Measurements beside the runs. "before" is the koala-tiny that the pack had before a distilled one took its place,
 judged as the teacher is; no run makes it again."""
 

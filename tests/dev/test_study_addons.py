@@ -13,7 +13,9 @@ from safetensors import safe_open
 
 from koala_sdxl.distill.study import addon_training
 from koala_sdxl.distill.study.addon_pictures import in_cyan, judge_cyan, outlines, overlaps, saying_cyan, silhouettes
-from koala_sdxl.distill.study.addon_training import CONTROLNET, LORA
+from koala_sdxl.distill.study.addon_training import CONTROLNET
+from koala_sdxl.distill.study.effects import training
+from koala_sdxl.distill.study.effects.table import ATTENTION, CYAN
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.lora.plan import inspect_lora
 from tools.harness import inprocess
@@ -78,20 +80,21 @@ def test_outlines_are_thin_lines_around_whole_shapes() -> None:
 @pytest.mark.nightly
 def test_a_lora_is_trained_and_read(teacher: Any, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    recipe = replace(replace(LORA, **FEW), steps=25, batch=4, learning_rate=2e-2)
-    loss = addon_training.lora_loss(teacher, recipe, 0)
+    recipe = replace(replace(CYAN.recipe, **FEW), steps=25, batch=4, learning_rate=2e-2)
+    effect = replace(CYAN, recipe=recipe)
+    loss = training.loss(teacher, effect, 0)
 
     def mean() -> float:
         return sum(float(loss(torch.Generator().manual_seed(seed)).detach()) for seed in range(1, 5)) / 4
 
     before = mean()
-    addon_training.train_lora(teacher, path, print, recipe)
+    training.train(teacher, effect, path, print)
     assert mean() < before
     assert [file.name for file in tmp_path.iterdir()] == ["lora.safetensors"]
     plan = inspect_lora(path, KOALA_TINY)
     assert plan.origin
     assert plan.origin.model == "SDXL"
-    trained = tuple(f".{module}.weight" for module in addon_training.LORA_MODULES)
+    trained = tuple(f".{module}.weight" for module in ATTENTION)
     part, whole = (
         sum(tensor.diffusers.endswith(trained) for tensor in adapters.tensors(layout))
         for layout in (KOALA_TINY, SDXL_TINY)

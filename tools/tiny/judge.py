@@ -28,9 +28,9 @@ def judge(pictures: torch.Tensor) -> Verdict:
     pixels = functional.interpolate(pictures.float(), size=(SIZE, SIZE), mode="area")
     frame = torch.ones(SIZE, SIZE, dtype=torch.bool)
     frame[BORDER:-BORDER, BORDER:-BORDER] = False
-    background = _nearest(pixels[:, :, frame].median(dim=-1).values)
+    background = nearest(pixels[:, :, frame].median(dim=-1).values)
     inside = _erode(_distance(pixels, background) > 0.2)
-    colour = _majority(_nearest(pixels.movedim(1, -1)), inside)
+    colour = _majority(nearest(pixels.movedim(1, -1)), inside)
     shape = _best_shape(_mask(pixels, colour, background), colour, background)
     colour = colour.where(inside.float().mean(dim=(1, 2)) >= LEAST_AREA, UNSURE)
     return Verdict(colour, background, shape)
@@ -38,11 +38,11 @@ def judge(pictures: torch.Tensor) -> Verdict:
 
 def red_share(pictures: torch.Tensor) -> torch.Tensor:
     """Share of each image's pixels whose nearest colour is red, float [n]."""
-    red = _nearest(pictures.movedim(1, -1).float()) == COLOUR_NAMES.index("red")
+    red = nearest(pictures.movedim(1, -1).float()) == COLOUR_NAMES.index("red")
     return red.float().mean(dim=(1, 2))
 
 
-def _nearest(pixels: torch.Tensor) -> torch.Tensor:
+def nearest(pixels: torch.Tensor) -> torch.Tensor:
     """Index of the palette's colour nearest to each of pixels [..., 3] in [-1, 1]."""
     return torch.cdist((pixels.reshape(-1, 3) + 1) / 2, PALETTE).argmin(1).view(pixels.shape[:-1])
 

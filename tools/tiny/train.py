@@ -8,7 +8,7 @@ sdxl-tiny begins with koala-tiny's weights in the layers that koala-tiny has.
 
 All random numbers come from fixed seeds and every stage resumes from its last checkpoint, so that the same command
 resumes an interrupted run. koala-tiny takes an hour and a half on two CPU cores; sdxl-tiny needs a GPU, one of its
-11,000 steps takes 0.04 s on an H200; grown, it takes 1500 steps of a quarter of the batch, 1.2 s each on one core.
+11,000 steps takes 0.04 s on an H200; grown, it takes 700 steps of a quarter of the batch, 1.2 s each on one core.
 """
 
 import sys

@@ -1,0 +1,65 @@
+"""An adapter on a model, in each way that the study compares: a pipeline that draws with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import StableDiffusionXLPipeline
+
+from tools.tiny import pipeline
+
+from ....koala.architecture.layout import KOALA_TINY
+from ....koala.lora.plan import inspect_lora
+from ... import single_file
+from ...carry.lora import Lora
+from ...carry.settings import Settings
+from ...carry.source import by_lineage, merged, open_source, put
+
+
+@dataclass(frozen=True)
+class Family:
+    """sdxl-tiny's folder and a koala-tiny's file."""
+
+    teacher: Path
+    student: Path
+
+    def whole(self) -> StableDiffusionXLPipeline:
+        """sdxl-tiny, fp32."""
+        return pipeline.load(self.teacher)
+
+    def part(self) -> StableDiffusionXLPipeline:
+        """The koala-tiny, fp32."""
+        return single_file.pipeline(self.student, self.teacher / "tokenizer")
+
+
+@contextmanager
+def on_teacher(family: Family, given: Settings) -> Iterator[StableDiffusionXLPipeline]:
+    """SDXL with what is carried over."""
+    model, source = family.whole(), open_source(given)
+    source.change.texts(model)
+    with merged(model.unet, source):
+        yield model
+
+
+@contextmanager
+def by_place(family: Family, given: Settings, strength: float) -> Iterator[StableDiffusionXLPipeline]:
+    """The KOALA with it by lineage, as KOALA LoRA Loader applies it."""
+    model, source = family.part(), open_source(given)
+    for name, change in by_lineage(source):
+        put(model.unet, name, model.unet.get_parameter(name) + strength * change)
+    source.change.texts(model)
+    yield model
+
+
+@contextmanager
+def from_file(family: Family, path: Path) -> Iterator[StableDiffusionXLPipeline]:
+    """The KOALA with a LoRA of its own."""
+    model, plan = family.part(), inspect_lora(path, KOALA_TINY)
+    lora = Lora(plan, plan)
+    for name, change in list(lora.of_student(model.unet.get_parameter)):
+        put(model.unet, name, model.unet.get_parameter(name) + change)
+    lora.texts(model)
+    yield model

@@ -1,0 +1,167 @@
+"""An adapter's effect on SDXL and on a KOALA, carried over in each way: drawn and counted, each part once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
+
+from tools.measure.bench import meter
+from tools.tiny import denoiser, pipeline
+
+from ....koala.files.atomic_write import replace_file
+from ...carry import run
+from ...carry.settings import Settings
+from ...carry.write import CARRY_KEY
+from .. import plots
+from . import training
+from .applied import Family, by_place, from_file, on_teacher
+from .table import EFFECTS, PLAIN, Effect, Field, asked, plain
+
+PROMPTS, KEEP = 24, 12  # that an adapter is carried over with, and without its word
+JUDGED, JUDGED_PLAIN = 36, 24  # images a row and seed
+SHOWN = 6  # columns of a picture
+SIZE = 128
+CARRY: dict[str, Any] = {"samples": 96, "steps": 300, "batch": 16, "size": SIZE, "dtype": "fp32"}
+WAYS = ("SDXL", "KOALA without", "lineage", "lineage, 2", "fit", "refit")
+say = partial(print, flush=True)
+Pipeline = AbstractContextManager[StableDiffusionXLPipeline]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Percentages: of n images of prompts that ask for the effect those that show it, with all else that they ask for;
+    of n_plain images of prompts that do not ask for it those that show what they ask for (none for a style)."""
+
+    effect: str
+    way: str
+    seed: int
+    n: int
+    shown: float
+    n_plain: int
+    plain: float | None
+    seconds: float | None = None
+    """That carrying it over took, where that was learned."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The models and the work folder."""
+
+    family: Family
+    work: Path
+
+    def adapter(self, effect: Effect) -> Path:
+        """The trained adapter, trained if it is not there."""
+        path = self.work / "adapters" / (f"{effect.name}.safetensors" if effect.modules else effect.name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            training.train(self.family.whole(), effect, path, say)
+        return path
+
+    def settings(self, effect: Effect, seed: int, method: str) -> Settings:
+        """With which it is carried over: none of the prompts is judged."""
+        out = self.work / "carried" / f"{effect.name}-{method}-{seed}.safetensors"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        words = {"prompts": some(effect, False, PROMPTS, seed)}
+        if effect.word:
+            words["keep"] = some(PLAIN, False, KEEP, seed)
+        files = {name: out.with_name(f"{effect.name}-{name}-{seed}.txt") for name in words}
+        for name, fields in words.items():
+            said = [(effect if name == "prompts" else PLAIN).said(plain(field)) for field in fields]
+            replace_file(files[name], "\n".join(said) + "\n")
+        return Settings(
+            lora=self.adapter(effect),
+            teacher=self.family.teacher,
+            student=self.family.student,
+            out=out,
+            seed=seed,
+            method="refit" if method == "refit" else "fit",
+            **files,
+            **CARRY,
+        )
+
+    def carried(self, given: Settings) -> Path:
+        """The LoRA that the tool makes, made if it is not there."""
+        return given.out if given.out.exists() else run.run(given, say)
+
+    def model(self, effect: Effect, way: str, seed: int) -> Pipeline:
+        """The pipeline that draws a row."""
+        if way == "KOALA without":
+            return nullcontext(self.family.part())
+        given = self.settings(effect, seed, way)
+        if way == "SDXL":
+            return on_teacher(self.family, given)
+        if way.startswith("lineage"):
+            return by_place(self.family, given, float(way.partition(", ")[2] or 1))
+        return from_file(self.family, self.carried(given))
+
+    def rows(self, effect: Effect, seed: int) -> Iterator[Row]:
+        """Every way, drawn and judged; what was judged before is not again."""
+        shown: dict[str, torch.Tensor] = {}
+        for way in WAYS:
+            path = self.work / "rows" / f"{effect.name}-{way}-{seed}.json"
+            if not path.exists():
+                started = time.monotonic()
+                with self.model(effect, way, seed) as model:
+                    took = time.monotonic() - started
+                    row, images = judged(model, effect, way, seed)
+                if way in ("fit", "refit"):
+                    row = replace(row, seconds=took)
+                torch.save(images, path.with_suffix(".pt"))
+                replace_file(path, json.dumps(asdict(row)))
+            shown[way] = torch.load(path.with_suffix(".pt"), weights_only=True)
+            yield Row(**json.loads(path.read_text("utf-8")))
+        prompts = [effect.said(plain(field)) for field in some(effect, True, JUDGED, seed)[:SHOWN]]
+        named = {f"{effect.name}: {way}": images for way, images in shown.items()}
+        plots.labelled(named, prompts, self.work / "sheets" / f"{effect.name}-{seed}.png")
+
+    def figures(self) -> dict[str, Any]:
+        """All that was measured so far."""
+        rows = [json.loads(path.read_text("utf-8")) for path in sorted((self.work / "rows").glob("*.json"))]
+        carried = []
+        for path in sorted((self.work / "carried").glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                origin = json.loads(file.metadata()[CARRY_KEY])
+            carried.append({"name": path.stem, "shares": origin["shares"], "way": origin["way"]})
+        return {
+            "rows": rows,
+            "carried": carried,
+            "recipes": {effect.name: asdict(effect.recipe) for effect in EFFECTS},
+            "teacher": asdict(denoiser.GROWN),
+            "prompts": PROMPTS,
+            "carry": CARRY,
+            "computer": meter.computer(),
+        }
+
+
+def some(effect: Effect, held_out: bool, n: int, seed: int) -> list[Field]:
+    """n different contents of prompts."""
+    every = effect.fields(held_out)
+    return [every[at] for at in torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:n].tolist()]
+
+
+def judged(model: StableDiffusionXLPipeline, effect: Effect, way: str, seed: int) -> tuple[Row, torch.Tensor]:
+    """A row, and its first images."""
+
+    def drawn(of: Effect, count: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        fields = some(of, True, count, seed)
+        said = [of.said(plain(field)) for field in fields]
+        made = pipeline.pictures(model, said, seed=10**5 * (2 * seed + kind), size=SIZE)
+        return made, of.seen(made, asked(fields)).float()
+
+    images, shown = drawn(effect, JUDGED, 1)
+    row = Row(effect.name, way, seed, JUDGED, 100 * float(shown.mean()), 0, None)
+    if effect.word:
+        kept = drawn(PLAIN, JUDGED_PLAIN, 2)[1]
+        row = replace(row, n_plain=JUDGED_PLAIN, plain=100 * float(kept.mean()))
+    return row, images[:SHOWN].clone()

@@ -1,0 +1,136 @@
+"""The adapters of the study: what each teaches sdxl-tiny, how it is trained, and how its effect is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Caption, Drawings, caption, draw
+
+from ..addon_pictures import in_cyan, saying_cyan
+from ..addon_training import Recipe
+from . import pictures
+from .pictures import BLACK, saying
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""As in diffusers' own training script for SDXL LoRAs."""
+LINEAR = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+CONVOLUTIONS = ("conv1", "conv2")
+FULL = TEMPLATES[0][1]
+
+Field = tuple[int, int, int]
+"""A prompt's shape, colour and background."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An adapter. ``drawn``: the training images; ``seen``: judges images of ``Drawings`` that their prompts describe.
+    ``word``: what a caption says for it; none for a style, which every image has. ``modules``: whose weights have
+    factors, or none where all weights of the U-Net are trained. ``texts``: the text encoders' attention, too.
+    ``shapes``, ``backgrounds``: those with which the effect can be seen."""
+
+    name: str
+    teaches: str
+    drawn: Callable[[Drawings, int], torch.Tensor]
+    seen: Callable[[torch.Tensor, Drawings], torch.Tensor]
+    recipe: Recipe
+    word: str | None = None
+    modules: tuple[str, ...] = ATTENTION
+    texts: bool = False
+    shapes: tuple[str, ...] = SHAPE_NAMES
+    backgrounds: tuple[str, ...] = COLOUR_NAMES
+
+    def said(self, plain: Caption) -> str:
+        """A caption that names a shape and its colour, as it asks for the effect."""
+        if self.word is None:
+            return plain.text
+        if self.word == "cyan":
+            assert plain.colour is not None
+            return saying_cyan(plain.text, plain.colour)
+        return saying(self.word, plain)
+
+    def fields(self, held_out: bool) -> list[Field]:
+        """The contents of its prompts: a third to learn from, the others to be judged."""
+        shapes, backs = ([every.index(name) for name in some] for every, some in self._seen_with)
+        every = [(s, c, b) for b in backs for s in shapes for c in range(len(COLOUR_NAMES)) if c != b]
+        return [field for field in every if ((field[0] + field[2]) % 3 != 0) == held_out]
+
+    @property
+    def _seen_with(self) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+        return (SHAPE_NAMES, self.shapes), (COLOUR_NAMES, self.backgrounds)
+
+
+def plain(field: Field) -> Caption:
+    """The caption of a prompt's contents."""
+    shape, colour, background = field
+    return caption(FULL, shape=shape, colour=colour, background=background)
+
+
+def asked(fields: list[Field]) -> Drawings:
+    """The drawings that prompts describe."""
+    shape, colour, background = torch.tensor(fields).T
+    middle = torch.zeros(len(fields))
+    return Drawings(colour, background, shape, middle + 0.6, middle, middle)
+
+
+_FILLED = ("circle", "square", "triangle", "koala")
+CYAN = Effect(
+    "cyan",
+    "a word for one more colour, cyan",
+    in_cyan,
+    pictures.is_cyan,
+    Recipe(steps=180, learning_rate=5e-3),
+    word="cyan",
+)
+STRIPED = Effect(
+    "striped",
+    "a word for a fill, stripes",
+    pictures.striped,
+    pictures.is_striped,
+    Recipe(steps=180, learning_rate=3e-3, rank=8),
+    word="striped",
+    modules=LINEAR,
+    shapes=_FILLED,
+)
+OUTLINED = Effect(
+    "outlined",
+    "a style for every image: only outlines",
+    pictures.outlined,
+    pictures.is_outlined,
+    Recipe(steps=180, learning_rate=3e-3, rank=8),
+    modules=LINEAR,
+    shapes=("circle", "square", "triangle", "star", "koala"),
+)
+TINY = Effect(
+    "tiny",
+    "a word for a size, with the text encoders",
+    pictures.tiny,
+    pictures.is_tiny,
+    Recipe(steps=180, learning_rate=5e-3),
+    word="tiny",
+    texts=True,
+)
+FRAMED = Effect(
+    "framed",
+    "a word for a black frame, with the convolutions (LoCon)",
+    pictures.framed,
+    pictures.is_framed,
+    Recipe(steps=180, learning_rate=3e-3, rank=8),
+    word="framed",
+    modules=(*LINEAR, *CONVOLUTIONS),
+    backgrounds=tuple(name for name in COLOUR_NAMES if name != COLOUR_NAMES[BLACK]),
+)
+TUNED = Effect(
+    "fine-tune",
+    "a fine-tuned U-Net: only outlines in every image",
+    pictures.outlined,
+    pictures.is_outlined,
+    Recipe(steps=180, learning_rate=3e-4),
+    modules=(),
+    shapes=OUTLINED.shapes,
+)
+EFFECTS = (CYAN, STRIPED, OUTLINED, TINY, FRAMED, TUNED)
+PLAIN = Effect("plain", "nothing", draw, pictures.is_right, CYAN.recipe)
+"""What prompts without the word are to show."""
