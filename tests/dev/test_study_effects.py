@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from koala_sdxl.distill.study.effects import training
-from koala_sdxl.distill.study.effects.measure import JUDGED, KEEP, PROMPTS, some
+from koala_sdxl.distill.study.effects import measure, page, training
+from koala_sdxl.distill.study.effects.applied import Family
+from koala_sdxl.distill.study.effects.measure import JUDGED, KEEP, PROMPTS, Row, some
 from koala_sdxl.distill.study.effects.table import EFFECTS, FRAMED, PLAIN, STRIPED, TINY, TUNED, Effect, asked, plain
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.lora.plan import inspect_lora
@@ -89,3 +90,40 @@ def _teacher() -> Any:
     made = reference.pipeline(SHIPPED)
     made.unet = denoiser.new_unet(SDXL_TINY)
     return made
+
+
+@pytest.mark.nightly
+def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = _teacher()
+    pipeline.save(teacher, tmp_path / "sdxl-tiny")
+    for name, number in {"PROMPTS": 4, "KEEP": 4, "JUDGED": 6, "JUDGED_PLAIN": 1}.items():
+        monkeypatch.setattr(measure, name, number)
+    monkeypatch.setattr(measure, "CARRY", {"samples": 8, "steps": 1, "batch": 4, "size": 64, "dtype": "fp32"})
+    study = measure.Study(Family(tmp_path / "sdxl-tiny", SHIPPED), tmp_path / "work")
+    for effect in (TINY, TUNED):
+        few = replace(effect, recipe=replace(effect.recipe, **FEW))
+        rows = list(study.rows(few, 0))
+        assert [row.way for row in rows] == list(measure.WAYS)
+        assert {row.plain is None for row in rows} == {effect.word is None}
+        assert [row.seconds is None for row in rows] == [way not in ("fit", "refit") for way in measure.WAYS]
+        with monkeypatch.context() as patch:
+            patch.setattr(measure, "judged", None)  # nothing is judged twice
+            assert list(study.rows(few, 0)) == rows
+    assert len(study.figures()["carried"]) == 4
+    assert page.effects({"effects": study.figures()}).count("| tiny |") == 2
+
+
+def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
+    shown = {("tiny", 0): 50.0, ("tiny", 1): 60.0, ("cyan", 0): 90.0, ("fine-tune", 0): 10.0}
+    rows = [
+        asdict(Row(effect, way, seed, 36, value, 24, None if effect == "fine-tune" else 100.0, seconds))
+        for (effect, seed), value in shown.items()
+        for way, seconds in zip(measure.WAYS, (None, None, None, None, 120.0, None), strict=True)
+    ]
+    figures = {"rows": rows, "carry": measure.CARRY, "teacher": asdict(denoiser.GROWN), "prompts": 24}
+    lines = page.effects({"effects": figures}).splitlines()
+    assert "| tiny |" + " 55 ± 7 |" * len(measure.WAYS) in lines
+    assert "| fine-tune |" + " 10 |" * len(measure.WAYS) in lines
+    assert "| cyan |" + " 100 |" * len(measure.WAYS) in lines
+    assert any("refit 72 %." in line for line in lines)  # of 55 and 90
+    assert "Carrying one over took fit 2 to 2 minutes, refit an unmeasured time, on one busy core." in lines

@@ -34,15 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of prompts, noise and carrying over")
     given = parser.parse_args(argv)
     study = Study(Family(given.teacher.resolve(), given.student.resolve()), given.work.resolve())
-    for folder in ("rows", "sheets", "runs"):
-        (study.work / folder).mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
         for effect in EFFECTS:
             if effect.name in given.effects:
                 started = time.monotonic()
                 for row in study.rows(effect, seed):
                     say(f"{row} ({time.monotonic() - started:.0f} s)")
-                replace_file(study.work / "runs" / "effects.json", json.dumps(study.figures(), indent=1) + "\n")
+                replace_file(study.file("runs", "effects.json"), json.dumps(study.figures(), indent=1) + "\n")
     return 0
 
 

@@ -60,18 +60,22 @@ class Study:
     family: Family
     work: Path
 
+    def file(self, folder: str, name: str) -> Path:
+        """A file's path in a folder of the work folder, which is there."""
+        path = self.work / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
     def adapter(self, effect: Effect) -> Path:
         """The trained adapter, trained if it is not there."""
-        path = self.work / "adapters" / (f"{effect.name}.safetensors" if effect.modules else effect.name)
+        path = self.file("adapters", f"{effect.name}.safetensors" if effect.modules else effect.name)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             training.train(self.family.whole(), effect, path, say)
         return path
 
     def settings(self, effect: Effect, seed: int, method: str) -> Settings:
         """With which it is carried over: none of the prompts is judged."""
-        out = self.work / "carried" / f"{effect.name}-{method}-{seed}.safetensors"
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out = self.file("carried", f"{effect.name}-{method}-{seed}.safetensors")
         words = {"prompts": some(effect, False, PROMPTS, seed)}
         if effect.word:
             words["keep"] = some(PLAIN, False, KEEP, seed)
@@ -109,7 +113,7 @@ class Study:
         """Every way, drawn and judged; what was judged before is not again."""
         shown: dict[str, torch.Tensor] = {}
         for way in WAYS:
-            path = self.work / "rows" / f"{effect.name}-{way}-{seed}.json"
+            path = self.file("rows", f"{effect.name}-{way}-{seed}.json")
             if not path.exists():
                 started = time.monotonic()
                 with self.model(effect, way, seed) as model:
@@ -123,7 +127,7 @@ class Study:
             yield Row(**json.loads(path.read_text("utf-8")))
         prompts = [effect.said(plain(field)) for field in some(effect, True, JUDGED, seed)[:SHOWN]]
         named = {f"{effect.name}: {way}": images for way, images in shown.items()}
-        plots.labelled(named, prompts, self.work / "sheets" / f"{effect.name}-{seed}.png")
+        plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
 
     def figures(self) -> dict[str, Any]:
         """All that was measured so far."""
