@@ -124,13 +124,19 @@ def noise_loss(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """The error of ``model``, a U-Net or what calls one, on latents [n, 4, h, w] of drawings with n captions."""
-    encoders = text.Encoders(teacher.text_encoder, teacher.text_encoder_2)
-    tokens = text.tokenize(teacher.tokenizer, [said.text for said in captions])
-    context, pooled = (encoded.cpu() for encoded in encoders(tokens.to(teacher.unet.device)))
+    context, pooled = embedded(teacher, [said.text for said in captions])
     keep = (torch.rand(len(captions), generator=generator) >= recipe.drop).float().unsqueeze(1)
     conditions = context * keep.unsqueeze(2), pooled * keep
     given = denoiser.shown(recipe.size, latents, *conditions, generator)
     return denoiser.noise_loss(model, given.to(teacher.unet.device))
+
+
+def embedded(teacher: StableDiffusionXLPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context [n, 77, c] and pooled [n, d] of n texts, on the CPU; differentiable, where the text encoders are."""
+    encoders = text.Encoders(teacher.text_encoder, teacher.text_encoder_2)
+    tokens = text.tokenize(teacher.tokenizer, texts).to(teacher.unet.device)
+    context, pooled = encoders(tokens)
+    return context.cpu(), pooled.cpu()
 
 
 def minimise(

@@ -90,6 +90,9 @@ class Study:
             out=out,
             seed=seed,
             method="refit" if method == "refit" else "fit",
+            draw_steps=effect.use.steps,
+            cfg=effect.use.cfg,
+            spacing=effect.use.spacing,
             **files,
             **CARRY,
         )
@@ -160,7 +163,9 @@ def judged(model: StableDiffusionXLPipeline, effect: Effect, way: str, seed: int
     def drawn(of: Effect, count: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
         fields = some(of, True, count, seed)
         said = [of.said(plain(field)) for field in fields]
-        made = pipeline.pictures(model, said, seed=10**5 * (2 * seed + kind), size=SIZE)
+        model.scheduler = model.scheduler.from_config(model.scheduler.config, timestep_spacing=of.use.spacing)
+        start = 10**5 * (2 * seed + kind)
+        made = pipeline.pictures(model, said, seed=start, size=SIZE, steps=of.use.steps, cfg=of.use.cfg)
         return made, of.seen(made, asked(fields)).float()
 
     images, shown = drawn(effect, JUDGED, 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from torch.nn import Parameter
@@ -15,8 +16,10 @@ from torch.nn import Parameter
 from tools.tiny import autoencoder, checkpoints, pipeline
 from tools.tiny.pictures import draw, random_captions, random_drawings
 
-from ..addon_training import Log, Loss, minimise, noise_loss, save
-from .table import Effect
+from ...config import LossTable, StepsTable
+from ...few_steps import StepObjective
+from ..addon_training import Log, Loss, embedded, minimise, noise_loss, save
+from .table import Effect, Use
 
 STAGE = 6  # of tools.tiny's random numbers
 ASKED = 0.6  # share of the captions with a shape and its colour that ask for the effect
@@ -35,7 +38,8 @@ def train(teacher: StableDiffusionXLPipeline, effect: Effect, path: Path, log: L
         parts |= {"text_encoder": teacher.text_encoder, "text_encoder_2": teacher.text_encoder_2}
     parameters = {name: _trained(part, effect, name) for name, part in parts.items()}
     groups = [{"params": some, "share": 1.0 if name == "unet" else TEXT_RATE} for name, some in parameters.items()]
-    minimise(loss(teacher, effect, seed), groups, effect.recipe, STAGE, seed, lambda line: log(f"{effect.name} {line}"))
+    made = loss if effect.use == Use() else few_steps
+    minimise(made(teacher, effect, seed), groups, effect.recipe, STAGE, seed, lambda line: log(f"{effect.name} {line}"))
     if not effect.modules:
         pipeline.save(teacher, path)
         return
@@ -75,5 +79,30 @@ def loss(teacher: StableDiffusionXLPipeline, effect: Effect, seed: int) -> Loss:
                 if effect.word:
                     captions[at] = replace(said, text=effect.said(said))
         return noise_loss(teacher, teacher.unet, recipe, latents, captions, generator)
+
+    return one
+
+
+def few_steps(teacher: StableDiffusionXLPipeline, effect: Effect, seed: int) -> Loss:
+    """The loss of a step distillation: the teacher with an adapter learns from itself without it."""
+    recipe = effect.recipe
+    drawings = random_drawings(recipe.drawings, checkpoints.step_generator(seed, STAGE, 10**7))
+    noise = DDPMScheduler.from_config(teacher.scheduler.config)
+    table = StepsTable(student=effect.use.steps, teacher=Use().steps // effect.use.steps, guidance=Use().cfg)
+    plain = copy.deepcopy(teacher.unet)
+    plain.disable_adapters()
+    objective = StepObjective(LossTable(), recipe.drop, table, noise, plain)
+
+    def one(generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(drawings), (recipe.batch,), generator=generator)
+        said = [caption.text for caption in random_captions(drawings.pick(chosen), generator)]
+        context, pooled = embedded(teacher, said)
+        batch = {
+            "latents": torch.empty(recipe.batch, 4, recipe.size // 8, recipe.size // 8),
+            "context": context,
+            "pooled": pooled,
+            "ids": torch.tensor([[recipe.size, recipe.size, 0, 0, recipe.size, recipe.size]]).expand(recipe.batch, 6),
+        }
+        return objective.errors(teacher.unet, batch, generator)["output"]
 
     return one
