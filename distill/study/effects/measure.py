@@ -28,10 +28,10 @@ from .applied import Family, by_place, from_file, on_teacher
 from .table import EFFECTS, PLAIN, Effect, Field, asked, plain
 
 PROMPTS, KEEP = 24, 12  # that an adapter is carried over with, and without its word
-JUDGED, JUDGED_PLAIN = 36, 24  # images a row and seed
+JUDGED, JUDGED_PLAIN = 30, 18  # images a row and seed
 SHOWN = 6  # columns of a picture
 SIZE = 128
-CARRY: dict[str, Any] = {"samples": 96, "steps": 300, "batch": 16, "size": SIZE, "dtype": "fp32"}
+CARRY: dict[str, Any] = {"samples": 64, "steps": 200, "batch": 16, "size": SIZE, "dtype": "fp32"}
 WAYS = ("SDXL", "KOALA without", "lineage", "lineage, 2", "fit", "refit")
 say = partial(print, flush=True)
 Pipeline = AbstractContextManager[StableDiffusionXLPipeline]

@@ -112,7 +112,7 @@ OUTLINED = Effect(
     "a style for every image: only outlines",
     pictures.outlined,
     pictures.is_outlined,
-    Recipe(steps=180, drawings=400, learning_rate=3e-3, rank=8),
+    Recipe(steps=120, drawings=400, learning_rate=4e-3, rank=8),
     modules=LINEAR,
     shapes=("circle", "square", "triangle", "star", "koala"),
 )
@@ -121,7 +121,7 @@ TINY = Effect(
     "a word for a size, with the text encoders",
     pictures.tiny,
     pictures.is_tiny,
-    Recipe(steps=180, drawings=400, learning_rate=5e-3),
+    Recipe(steps=120, drawings=400, learning_rate=5e-3),
     word="tiny",
     texts=True,
 )
@@ -130,7 +130,7 @@ FRAMED = Effect(
     "a word for a black frame, with the convolutions (LoCon)",
     pictures.framed,
     pictures.is_framed,
-    Recipe(steps=180, drawings=400, learning_rate=3e-3, rank=8),
+    Recipe(steps=120, drawings=400, learning_rate=4e-3, rank=8),
     word="framed",
     modules=(*LINEAR, *CONVOLUTIONS),
     backgrounds=tuple(name for name in COLOUR_NAMES if name != COLOUR_NAMES[BLACK]),
@@ -140,7 +140,7 @@ TUNED = Effect(
     "a fine-tuned U-Net: only outlines in every image",
     pictures.outlined,
     pictures.is_outlined,
-    Recipe(steps=180, drawings=400, learning_rate=3e-4),
+    Recipe(steps=120, drawings=400, learning_rate=3e-4),
     modules=(),
     shapes=OUTLINED.shapes,
 )
