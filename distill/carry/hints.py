@@ -83,7 +83,7 @@ def _pixels(content: bytes, path: Path, size: int) -> Tensor:
             f"--hints: {path}: {error}; expected a PNG, JPEG or WebP image. Remove or replace it."
         ) from None
     side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    square = image.crop((left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).unsqueeze(0)
+    left, top = (round((length - side) / 2) for length in image.size)
+    middle = image.crop((left, top, image.width - left, image.height - top))
+    pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1).unsqueeze(0)
     return functional.interpolate(pixels, (size, size), mode="nearest-exact")[0]
