@@ -169,7 +169,7 @@ class Acting:
                 time,
                 named["encoder_hidden_states"].to(dtype),
                 shown,
-                added_cond_kwargs={key: value.to(dtype) for key, value in named["added_cond_kwargs"].items()},
+                added_cond_kwargs=named["added_cond_kwargs"],
                 return_dict=False,
             )
         every = dict(zip(output_modules(range(len(skips)), middle=True), (*skips, middle), strict=True))
