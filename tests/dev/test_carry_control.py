@@ -41,6 +41,7 @@ LACKED = ("zero_convs.1.", "zero_convs.4.", "zero_convs.7.", "middle_block_out."
 """The residuals that koala-tiny has no place for."""
 STRONGER = 8.0
 """Those do little in an SDXL that was grown out of koala-tiny: so many times more, and there is something to learn."""
+SHORT = {"samples": 8, "batch": 8, "steps": 10}
 State = dict[str, torch.Tensor]
 
 
@@ -67,7 +68,7 @@ def told(place: Path) -> list[str]:
     """What a whole run says; its file is ``new.safetensors``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "ROUNDS", 2)
-        return carried(place, "new", **given(place))
+        return carried(place, "new", **given(place, **SHORT))
 
 
 def test_each_way_reaches_more_of_the_wanted_change_than_lineage(told: list[str]) -> None:
@@ -109,10 +110,10 @@ def test_an_interrupted_run_ends_with_the_same_file(place: Path, told: list[str]
         with pytest.MonkeyPatch.context() as broken:
             broken.setattr(Job, "fit", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                carried(place, "broken", **given(place))
+                carried(place, "broken", **given(place, **SHORT))
         with pytest.raises(UserError, match=r"broken.carry holds an unfinished run with other hints"):
-            carried(place, "broken", **given(place, hints=outlines_in(place / "others", 5)))
-        carried(place, "broken", **given(place))
+            carried(place, "broken", **given(place, **SHORT, hints=outlines_in(place / "others", 5)))
+        carried(place, "broken", **given(place, **SHORT))
     one, other = (load_file(place / f"{name}.safetensors") for name in ("new", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
