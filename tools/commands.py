@@ -341,7 +341,7 @@ COMMANDS = {
         options_of("koala_sdxl.distill.options"),
     ),
     "carry": Command(
-        "make, from an SDXL LoRA, a LoRA that does on a KOALA what it does on SDXL (docs/sdxl-add-ons.md)",
+        "make, from an SDXL LoRA or ControlNet, one that does on a KOALA what it does on SDXL (docs/sdxl-add-ons.md)",
         "koala_sdxl.distill.carry.__main__:main",
         options_of("koala_sdxl.distill.carry.options"),
     ),

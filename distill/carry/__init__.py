@@ -1,1 +1,1 @@
-"""From an SDXL LoRA, a LoRA for a KOALA that does on it what the first does on SDXL: `dev.py carry`, `koala-carry`."""
+"""From an SDXL LoRA or ControlNet, one for a KOALA that does on it what the first does on SDXL: `dev.py carry`."""

@@ -1,4 +1,4 @@
-"""Carries an SDXL LoRA over to a KOALA: koala-carry LORA --teacher SDXL --student KOALA ... (README.md)."""
+"""Carries an SDXL LoRA or ControlNet over to a KOALA: koala-carry LORA --teacher SDXL --student KOALA ..."""
 
 from __future__ import annotations
 

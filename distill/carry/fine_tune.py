@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ...koala.architecture.keys import tensors
-from ...koala.architecture.layout import name
+from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage
 from ...koala.lora.kinds import ALPHA, DOWN, UP
 from ..errors import UserError
 from ..teacher import Teacher
 from .fit import low_rank
 from .names import text_names
+from .weights import Weight, WeightChange
 
 RANK = 32
 """Of the text encoders' part; that of the U-Net's is twice as large, if not chosen."""
 
 
 @dataclass(frozen=True)
-class FineTune:
+class FineTune(WeightChange):
     """A fine-tuned SDXL and the SDXL that it is compared with."""
 
     tuned: Teacher
@@ -38,8 +39,11 @@ class FineTune:
         return self.tuned.file.path
 
     @property
+    def layout(self) -> Layout:
+        return self.lineage.student
+
+    @property
     def places(self) -> set[str]:
-        """ComfyUI's names of the KOALA's modules."""
         every = (tensor.comfy for tensor in tensors(self.lineage.student))
         return {known.removesuffix(".weight") for known in every if known.endswith(".weight")}
 
@@ -52,13 +56,12 @@ class FineTune:
             f"{len(tensors(teacher)) - len(tensors(student))} are of layers that it lacks"
         )
 
-    def of_teacher(self, weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The fine-tune's weights and biases, one at a time."""
+    def of_teacher(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         for parameter in self.tuned.file.names:
             yield parameter, self.tuned.file.tensor(parameter)
 
-    def of_student(self, weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The differences of the layers that the KOALA's came from, fp32, one at a time."""
+    def of_student(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+        """The differences of the layers that the KOALA's came from."""
         for part, whole in self.lineage.tensors:
             tuned, base = (model.file.tensor(whole.diffusers).float() for model in (self.tuned, self.base))
             yield part.diffusers, tuned - base

@@ -1,4 +1,4 @@
-"""What the KOALA's LoRA is to do on the samples, how much of that it does, and both ways to do more of it."""
+"""What the KOALA's LoRA or ControlNet is to do on the samples, how much of that it does, and both ways to do more."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from . import refit as training
 from .fit import Changes, fit_changes
 from .samples import Samples, State, Texts, as_samples, outputs, wanted
 from .settings import ITERATIONS, Settings
-from .source import Source, by_lineage, student_unet
-from .student import Student, factors
+from .source import Source, student_unet
+from .student import Student
 
 
 @dataclass(frozen=True)
 class Job:
-    """The KOALA, and what its LoRA is to do on the samples; the last ``given.held_out`` are held out."""
+    """The KOALA, and what its LoRA or ControlNet is to do on the samples; the last ``given.held_out`` are held out."""
 
     given: Settings
     student: Student
@@ -30,15 +30,15 @@ class Job:
 
     @classmethod
     def made(cls, given: Settings, source: Source, texts: Texts, learned: State, device: torch.device) -> Job:
-        """``learned``: the samples, and what SDXL's LoRA changes in its outputs there."""
+        """``learned``: the samples, and what the LoRA or ControlNet changes in SDXL's outputs there."""
         samples, change = as_samples(learned), learned["change"]
-        start = factors(by_lineage(source), source.rank(given))
         unet = student_unet(source).to(device)
         own = outputs(unet, samples, texts.plain, given)
         asked = wanted(own, change, samples.kept)
-        student = Student(unet, start, texts, source.teacher.noise, given)
+        learner = source.change.learner(unet, source.student, given)
+        student = Student(unet, learner, texts, source.teacher.noise, given)
         weights = student.weights[samples.time].view(-1, 1, 1, 1)
-        return cls(given, student, start, samples, asked * weights, own * weights)
+        return cls(given, student, learner.start, samples, asked * weights, own * weights)
 
     @property
     def learned(self) -> Tensor:
@@ -46,7 +46,7 @@ class Job:
 
     def share(self, numbers: Changes) -> float:
         """Share of the wanted change of the output (sum of squares) that is reached on the held-out samples; below zero
-        where it is missed by more than without a LoRA."""
+        where it is missed by more than without a LoRA or ControlNet."""
         part = torch.arange(self.given.samples, len(self.wanted))
         missing = (self.wanted[part] - self.student.outputs(numbers, self.samples.pick(part))).square().sum()
         return 1 - float(missing / (self.wanted[part] - self.own[part]).square().sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from ...koala.lora.weights import load
 from ..errors import UserError
 from .changes import changed_module, changed_weights, grouped
 from .names import text_names
+from .weights import Weight, WeightChange
 
 FULL = 32
 """What stands for the rank of a change that has none to speak of: of a LoHa, LoKr, DoRA, OFT, or whole difference."""
@@ -28,23 +29,23 @@ VECTORS = frozenset({*BIASES, ".w_norm"})
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(WeightChange):
     """A LoRA's file, and where its modules go in each model."""
 
-    on_teacher: Plan
-    on_student: Plan
+    teachers: Plan
+    students: Plan
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.on_student.path
+        return self.students.path
 
     @cached_property
     def rank(self) -> int:
         """The largest of the U-Net's modules that are applied; ``FULL`` for kinds whose changes have none."""
         shapes = read_header(self.path).shapes
         ranks = [0]
-        for module in self.on_student.modules:
+        for module in self.students.modules:
             tensors = {split(old)[1]: old for old in module.names}
             if DOWN in tensors and DORA_SCALE not in tensors:
                 ranks.append(shapes[tensors[DOWN]][0])
@@ -53,27 +54,28 @@ class Lora:
         return max(ranks)
 
     @property
+    def layout(self) -> Layout:
+        return self.students.target
+
+    @property
     def places(self) -> set[str]:
-        """ComfyUI's names of the KOALA's modules that it changes."""
-        applied = (module for module in self.on_student.modules if module.outcome == "applied")
+        applied = (module for module in self.students.modules if module.outcome == "applied")
         return {module.target.removeprefix("diffusion_model.") for module in applied}
 
     def report(self) -> str:
         """Where its modules go by lineage, and what is left out."""
-        return str(summary(self.on_student, str(text_summary(self.on_student))))
+        return str(summary(self.students, str(text_summary(self.students))))
 
-    def of_teacher(self, weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What it makes of SDXL's weights and biases, fp32, one at a time; ``weight``: name -> the unchanged one."""
-        return changed_weights(load(self.on_teacher).unet, self.on_teacher.target, weight)
+    def of_teacher(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+        return changed_weights(load(self.teachers).unet, self.teachers.target, weight)
 
-    def of_student(self, weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What it adds to the KOALA's by lineage, fp32, one at a time."""
-        for parameter, new in changed_weights(load(self.on_student).unet, self.on_student.target, weight):
+    def of_student(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+        for parameter, new in changed_weights(load(self.students).unet, self.students.target, weight):
             yield parameter, new - weight(parameter).float()
 
     def texts(self, pipeline: Any) -> dict[str, Tensor]:
         """Merge it into the text encoders of diffusers' pipeline, in place; the tensors of that part, for a file."""
-        text = load(self.on_student).text
+        text = load(self.students).text
         parameters = {
             f"{encoder}.transformer.{parameter.removeprefix('text_model.')}": tensor
             for encoder, model in (("clip_l", pipeline.text_encoder), ("clip_g", pipeline.text_encoder_2))

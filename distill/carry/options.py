@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-DESCRIPTION = "Make, from an SDXL LoRA, a LoRA that does on a KOALA what the first does on SDXL."
+DESCRIPTION = "Make, from an SDXL LoRA or ControlNet, one that does on a KOALA what the first does on SDXL."
 METHODS = ("fit", "refit")
 DTYPES = ("bf16", "fp16", "fp32")
 
@@ -30,18 +30,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "lora",
         type=Path,
         metavar="LORA",
-        help="an SDXL LoRA, .safetensors, of any kind that KOALA LoRA Loader reads; or a fine-tuned SDXL",
+        help="an SDXL LoRA, .safetensors, of any kind that KOALA LoRA Loader reads; a fine-tuned SDXL; or a ControlNet",
     )
     add("--teacher", type=Path, required=True, metavar="SDXL", help="a Hugging Face folder or a .safetensors file")
     add("--student", type=Path, required=True, metavar="KOALA", help="likewise, the KOALA that the LoRA is for")
     add("--prompts", type=Path, required=True, metavar="FILE", help="a text file, one prompt a line, that use the LoRA")
     add("--keep", type=Path, metavar="FILE", help="likewise, prompts whose images the LoRA is to leave as they are")
+    add("--hints", type=Path, metavar="FOLDER", help="for a ControlNet: control images (PNG, JPEG, WebP)")
     add(
         "--out",
         type=Path,
         required=True,
         metavar="FILE",
-        help="the new LoRA, a .safetensors file that is not there yet",
+        help="the new LoRA or ControlNet, a .safetensors file that is not there yet",
     )
     add("--method", choices=METHODS, help="fit: least squares; refit: further training after that (default)")
     add(

@@ -1,4 +1,4 @@
-"""The whole way from an SDXL LoRA to a KOALA's: texts, samples, least squares, further training, the file.
+"""The whole way from an SDXL LoRA or ControlNet to a KOALA's: texts, samples, least squares, further training.
 
 Each part is computed once and kept in the work folder; an interrupted run goes on there, and ends with the same file.
 """
@@ -17,13 +17,13 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
 from ..errors import UserError
 from . import source as sources
-from . import write
 from .job import Job
 from .plan import plan
 from .samples import (
     FILE,
     STUDENT,
     TEACHER,
+    Acts,
     Samples,
     State,
     Texts,
@@ -42,12 +42,12 @@ from .work import Work
 Say = Callable[[str], None]
 PARTS = {
     "texts": "the text encoders encode the prompts",
-    "student": "the KOALA samples the prompts, with the LoRA by lineage",
-    "teacher": "SDXL samples the prompts with the LoRA, and computes what the LoRA changes",
+    "student": "the KOALA samples the prompts, with the {} by lineage",
+    "teacher": "SDXL samples the prompts with the {0}, and computes what the {0} changes",
     "fit": "least squares",
     "refit": "further training",
 }
-"""Of a run, in order, in words."""
+"""Of a run, in order, in words about a LoRA or ControlNet."""
 LEAST_PROMPTS = 4
 """So that at least one is held out."""
 
@@ -61,7 +61,7 @@ class Prompts:
 
 
 def run(given: Settings, say: Say) -> Path:
-    """Carry a LoRA over, or go on with that; returns the new file.
+    """Carry a LoRA or ControlNet over, or go on with that; returns the new file.
 
     Args:
         given: the command line.
@@ -81,16 +81,19 @@ def run(given: Settings, say: Say) -> Path:
         say(line)
     if given.check:
         return given.out
+    change = source.change
     said = origin(
-        given, {"lora": source.change.path, "teacher": source.teacher.file.path, "student": source.student.path}
+        given, {change.kind.lower(): change.path, "teacher": source.teacher.file.path, "student": source.student.path}
     )
+    if given.hints and change.hints:
+        said["hints"] = {"name": given.hints.name, "sha256": change.hints.digest}
     work = Work(given.work)
     work.open(said)
     seconds: dict[str, float] = {}
 
     def once(part: str, make: Callable[[], State], turn: int = 0) -> State:
         if not turn:
-            say(f"{part}: {PARTS[part]}")
+            say(f"{part}: {PARTS[part].format(change.kind)}")
         found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
         seconds[part] = seconds.get(part, 0.0) + took
         gc.collect()
@@ -107,19 +110,17 @@ def run(given: Settings, say: Say) -> Path:
     ways["fit"] = found
     if given.method == "refit":
         ways["refit"] = once("refit", partial(job.refit, found, given.work / "checkpoint.pt"))
-    shares = {way: job.share(write.rounded(numbers)) for way, numbers in ways.items()}
+    shares = {way: job.share(change.rounded(numbers)) for way, numbers in ways.items()}
     best = max(shares, key=lambda way: shares[way])
-    rank = source.rank(given)
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
-    state = write.unet_tensors(ways[best], source.student.layout) | text
-    write.write(given.out, state, rank, said | {"held_out": given.held_out, "shares": shares, "way": best})
+    change.write(given.out, ways[best], text, said | {"held_out": given.held_out, "shares": shares, "way": best}, given)
     work.delete()
     say(reached(shares, given))
     if best != given.method:
         say(f"{given.method} is no better than {best} on the held-out samples: the file holds what {best} gives")
     say("seconds: " + ", ".join(f"{part} {took:.0f}" for part, took in seconds.items()))
     say(f"memory: at most {_peak():.1f} GB" + (f"; GPU {_gpu_peak():.1f} GB" if device.type == "cuda" else ""))
-    say(f"{given.out}: rank {rank}, {given.out.stat().st_size / 1e6:.1f} MB")
+    say(f"{given.out}: {change.result(given)}, {given.out.stat().st_size / 1e6:.1f} MB")
     return given.out
 
 
@@ -138,15 +139,22 @@ def _scheduler(source: Source) -> EulerDiscreteScheduler:
 
 
 def _sampled(
-    given: Settings, source: Source, prompts: Prompts, texts: Texts, unet: UNet2DConditionModel, network: int
+    given: Settings,
+    source: Source,
+    prompts: Prompts,
+    texts: Texts,
+    unet: UNet2DConditionModel,
+    acts: Acts,
+    network: int,
 ) -> Samples:
     """Half of the samples, those of one network: to learn from, and behind them those held out."""
     groups = drawn(given, len(prompts.used), len(prompts.kept))
-    counts = (given.samples, given.held_out)
+    counts, hints = (given.samples, given.held_out), source.change.hints
+    shown = hints.turns if hints else tuple([0] * len(rows) for rows in groups)
     found = []
-    for number, (rows, count) in enumerate(zip(groups, counts, strict=True)):
+    for number, (rows, images, count) in enumerate(zip(groups, shown, counts, strict=True)):
         draw = 2 * network + number
-        seen = visited(unet, _scheduler(source), texts.with_lora, rows, len(prompts.used), given, draw)
+        seen = visited(unet, _scheduler(source), texts.with_lora, rows, images, len(prompts.used), given, draw, acts)
         generator = torch.Generator().manual_seed(4 * given.seed + draw)
         own = count // 2 if network == STUDENT else count - count // 2
         found.append(chosen(seen, own, texts.empty, generator))
@@ -154,27 +162,27 @@ def _sampled(
 
 
 def _student_samples(given: Settings, source: Source, prompts: Prompts, texts: Texts, device: torch.device) -> State:
-    """What the KOALA meets with the LoRA as lineage carries it over."""
-    unet = sources.student_unet(source)
-    for parameter, change in sources.by_lineage(source):
-        sources.put(unet, parameter, unet.get_parameter(parameter) + change)
-    return _sampled(given, source, prompts, texts, unet.to(device), STUDENT)._asdict()
+    """What the KOALA meets with the LoRA or ControlNet as lineage carries it over."""
+    unet = sources.student_unet(source).to(device)
+    acts = source.change.on_student(unet, source.student)
+    return _sampled(given, source, prompts, texts, unet, acts, STUDENT)._asdict()
 
 
 def _teacher_samples(
     given: Settings, source: Source, prompts: Prompts, texts: Texts, seen: Samples, device: torch.device
 ) -> State:
-    """What SDXL meets with its LoRA, put together with ``seen``, and what the LoRA changes in its output there."""
+    """What SDXL meets with its LoRA or ControlNet, put together with ``seen``, and what that changes in its output
+    there."""
     unet, half = source.teacher.unet().to(device), given.samples // 2
-    with sources.merged(unet, source):
-        own = _sampled(given, source, prompts, texts, unet, TEACHER)
+    with source.change.on_teacher(unet, source.teacher.file) as acts:
+        own = _sampled(given, source, prompts, texts, unet, acts, TEACHER)
         learned = seen.pick(torch.arange(half)), own.pick(torch.arange(given.samples - half))
         held_out = (
             seen.pick(torch.arange(half, len(seen.time))),
             own.pick(torch.arange(given.samples - half, len(own.time))),
         )
         every = joined([*learned, *held_out])
-        with_lora = outputs(unet, every, texts.with_lora, given)
+        with_lora = outputs(unet, every, texts.with_lora, given, acts)
     change = with_lora - outputs(unet, every, texts.plain, given)
     if not change.isfinite().all():
         raise UserError(

@@ -6,7 +6,8 @@ KOALA are never in memory at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,18 +21,21 @@ from .settings import GUIDANCE, HELD_OUT, KEPT, PER_PROMPT, SAMPLING_STEPS, WITH
 State = dict[str, Tensor]
 STUDENT, TEACHER = 0, 1
 """The networks that sample."""
+Acts = Callable[[Tensor], AbstractContextManager[object]]
+"""Makes a ControlNet act on a U-Net's forward passes, each sample with the control image of this number [n]."""
 LORA, FILE = "lora ", "file "
 """What the names of embeddings with the LoRA, and those of tensors for the file, begin with."""
 
 
 class Samples(NamedTuple):
-    """n noisy latents: as the U-Net sees them [n, 4, h, w], time step [n], row of the texts [n], and whether they come
-    from a prompt to keep, bool [n]."""
+    """n noisy latents: as the U-Net sees them [n, 4, h, w], time step [n], row of the texts [n], whether they come
+    from a prompt to keep, bool [n], and number of the control image [n], 0 without any."""
 
     noisy: Tensor
     time: Tensor
     text: Tensor
     kept: Tensor
+    hint: Tensor
 
     def pick(self, part: Tensor) -> Samples:
         """Some of them, by their numbers."""
@@ -56,6 +60,11 @@ class Texts:
     def empty(self) -> int:
         """The row of the empty prompt, which is zeros in SDXL and KOALA."""
         return len(self.plain[0]) - 1
+
+
+def alone(_: Tensor) -> AbstractContextManager[object]:
+    """No ControlNet acts."""
+    return nullcontext()
 
 
 def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device) -> State:
@@ -101,9 +110,11 @@ def visited(
     scheduler: EulerDiscreteScheduler,
     texts: tuple[Tensor, Tensor],
     rows: list[int],
+    hints: list[int],
     used: int,
     given: Settings,
     draw: int,
+    acts: Acts = alone,
 ) -> Samples:
     """What a U-Net sees at each step while it samples prompts, without the half that sees the negative prompt; on the
     CPU in fp32.
@@ -113,9 +124,11 @@ def visited(
         scheduler: that of its pipeline.
         texts: context and pooled.
         rows: of the prompts in ``texts``; a row may come several times.
+        hints: the number of the control image of each.
         used: how many prompts use the LoRA; those to keep are behind them.
         given: size, batch and seed.
         draw: a number that tells this initial noise from that of other calls.
+        acts: a ControlNet on this U-Net.
     """
     pipeline = StableDiffusionXLPipeline(
         vae=None,
@@ -136,12 +149,12 @@ def visited(
 
     found: list[Samples] = []
     for first in range(0, len(rows), given.batch):
-        some = torch.tensor(rows[first : first + given.batch])
+        some, shown = (torch.tensor(numbers[first : first + given.batch]) for numbers in (rows, hints))
         context, pooled = (one[some].to(unet.device, unet.dtype) for one in texts)
         seed = (given.seed + 1) * 1_000_000 + draw * 10_000 + first
         hook = unet.register_forward_pre_hook(record)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), acts(shown):
                 pipeline(
                     prompt_embeds=context,
                     pooled_prompt_embeds=pooled,
@@ -156,7 +169,7 @@ def visited(
                 )
         finally:
             hook.remove()
-        found += [Samples(noisy, time.expand(len(noisy)), some, some >= used) for noisy, time in seen]
+        found += [Samples(noisy, time.expand(len(noisy)), some, some >= used, shown) for noisy, time in seen]
         seen.clear()
     return joined(found)
 
@@ -173,22 +186,22 @@ def chosen(of: Samples, count: int, empty: int, generator: torch.Generator) -> S
     return some._replace(text=torch.where(without, empty, some.text))
 
 
-def outputs(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Settings) -> Tensor:
+def outputs(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Settings, acts: Acts = alone) -> Tensor:
     """A U-Net's outputs, [n, 4, h, w], fp32 on the CPU; in batches."""
     parts = torch.arange(len(samples.time)).split(given.batch)
     with torch.no_grad():
-        return torch.cat([output(unet, samples.pick(part), texts, given).float().cpu() for part in parts])
+        return torch.cat([output(unet, samples.pick(part), texts, given, acts).float().cpu() for part in parts])
 
 
-def output(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Settings) -> Tensor:
+def output(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Settings, acts: Acts = alone) -> Tensor:
     """A U-Net's outputs in one forward pass, in its own type and on its own device."""
     device, dtype = unet.device, unet.dtype
     context, pooled = (one[samples.text].to(device, dtype) for one in texts)
     sizes = torch.tensor([[given.size, given.size, 0, 0, given.size, given.size]], device=device)
     added = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
-    found: Tensor = unet(
-        samples.noisy.to(device, dtype), samples.time.to(device), context, added_cond_kwargs=added
-    ).sample
+    noisy, time = samples.noisy.to(device, dtype), samples.time.to(device)
+    with acts(samples.hint):
+        found: Tensor = unet(noisy, time, encoder_hidden_states=context, added_cond_kwargs=added).sample
     return found
 
 

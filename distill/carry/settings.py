@@ -38,6 +38,7 @@ class Settings:
     prompts: Path
     out: Path
     keep: Path | None = None
+    hints: Path | None = None
     method: Literal["fit", "refit"] = "refit"
     rank: int | None = None
     size: int = 1024
@@ -99,11 +100,11 @@ def digest(path: Path) -> str:
 
 
 def origin(given: Settings, models: dict[str, Path]) -> dict[str, Any]:
-    """What a result depends on: name and SHA-256 of each file, and the numbers. ``models``:
-    the files of LoRA, teacher and student."""
+    """What a result depends on: name and SHA-256 of each file, and the numbers. ``models``: the files of teacher,
+    student, and what is carried over."""
     files = {"prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **models}
     numbers = ("method", "rank", "size", "samples", "steps", "batch", "seed", "dtype")
-    names = {name: getattr(given, name).name for name in files}
+    names = {name: getattr(given, name, given.lora).name for name in files}
     return {
         **{name: {"name": names[name], "sha256": digest(path)} for name, path in files.items()},
         "settings": {name: getattr(given, name) for name in numbers},

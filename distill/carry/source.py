@@ -2,44 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage, is_teacher, lineage
 from ...koala.files.config import stated_transformers
+from ...koala.files.control_weights import control_file
 from ...koala.files.header import CheckpointError, read_header
 from ...koala.files.unet_weights import UNetWeights, open_unet
 from .. import result
 from ..config import TeacherTable
 from ..errors import UserError
 from ..teacher import Teacher, open_teacher
+from .control import open_change
 from .fine_tune import FineTune, require_other
 from .fit import Changes
+from .hints import Hints
 from .lora import open_lora
-from .settings import LEAST_RANK, Settings
+from .samples import Acts
+from .settings import Settings
+from .student import Learner
 
 
 class Change(Protocol):
-    """A LoRA or a fine-tune: what it makes of SDXL, and by lineage of the KOALA; see ``lora.Lora``."""
+    """A LoRA, a fine-tune or a ControlNet: what it does to SDXL, and what of that is learned for the KOALA."""
 
     @property
-    def path(self) -> Path: ...
+    def kind(self) -> str:
+        """What is learned, in a word."""
+
     @property
-    def rank(self) -> int: ...
+    def path(self) -> Path:
+        """Its file."""
+
     @property
-    def places(self) -> set[str]: ...
-    def report(self) -> str: ...
-    def of_teacher(self, weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]: ...
-    def of_student(self, weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]: ...
-    def texts(self, pipeline: Any) -> Changes: ...
+    def hints(self) -> Hints | None:
+        """The control images that it sees."""
+
+    @property
+    def bytes(self) -> int:
+        """Of what is in memory beside either network."""
+
+    def report(self) -> str:
+        """What is carried over by lineage, and what is left out."""
+
+    def count(self, given: Settings) -> int:
+        """How many numbers are learned."""
+
+    def result(self, given: Settings) -> str:
+        """The new file in a word or two."""
+
+    def texts(self, pipeline: Any) -> Changes:
+        """Change the text encoders of diffusers' pipeline, in place; the tensors of that part, for the new file."""
+
+    def on_teacher(self, unet: UNet2DConditionModel, file: UNetWeights) -> AbstractContextManager[Acts]:
+        """SDXL's U-Net, of this file, has it while this is active."""
+
+    def on_student(self, unet: UNet2DConditionModel, file: UNetWeights) -> Acts:
+        """Give the KOALA's U-Net, of this file, what lineage carries over."""
+
+    def learner(self, unet: UNet2DConditionModel, file: UNetWeights, given: Settings) -> Learner:
+        """The places of the numbers that are learned in the KOALA's U-Net, and what they begin with."""
+
+    def rounded(self, numbers: Changes) -> Changes:
+        """The numbers as the new file has them, fp32. Raises UserError for one that it cannot hold."""
+
+    def write(self, path: Path, numbers: Changes, text: Changes, origin: Mapping[str, Any], given: Settings) -> None:
+        """Write the new file, whole or not at all. ``text``: what ``texts`` returned. Raises UserError."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +87,21 @@ class Source:
     student: UNetWeights
     lineage: Lineage
 
-    def rank(self, given: Settings) -> int:
-        """Of the new LoRA."""
-        return given.rank or max(LEAST_RANK, 2 * self.change.rank)
-
 
 def open_source(given: Settings) -> Source:
     """Read the headers of all files. Raises UserError or CheckpointError for what cannot be used."""
     if not given.lora.exists():
         raise UserError(
-            f"{given.lora} does not exist; expected an SDXL LoRA, a .safetensors file, or a fine-tuned SDXL."
+            f"{given.lora} does not exist; expected an SDXL LoRA, a .safetensors file, a fine-tuned SDXL, or an SDXL "
+            f"ControlNet."
         )
     teacher = _open_teacher(given.teacher, given, "--teacher: ")
     student = _open_student(given.student, teacher.layout)
     line = lineage(student.layout, stated_transformers(read_header(student.path), student.layout))
+    if control := control_file(given.lora):
+        return Source(open_change(control, teacher.layout, line, given), teacher, student, line)
+    if given.hints:
+        raise UserError(f"--hints goes with a ControlNet, and {given.lora} is none. Leave it out.")
     try:
         line.require_transformers()
     except ValueError as error:
@@ -113,30 +150,5 @@ def _open_student(path: Path, teacher: Layout) -> UNetWeights:
 
 
 def student_unet(source: Source) -> UNet2DConditionModel:
-    """The KOALA's U-Net, fp32, frozen; not to be changed in place, see ``put``."""
+    """The KOALA's U-Net, fp32, frozen; not to be changed in place: it may be the file itself."""
     return result.unet(source.lineage, source.student.weights(torch.float32))
-
-
-def by_lineage(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """What is added to each weight and bias of the KOALA by lineage, fp32, one at a time."""
-    return source.change.of_student(source.student.tensor)
-
-
-@contextmanager
-def merged(unet: UNet2DConditionModel, source: Source) -> Iterator[None]:
-    """SDXL's U-Net is changed while this is active, each weight in fp32 before it is rounded."""
-    changed, file = [], source.teacher.file
-    for parameter, new in source.change.of_teacher(file.tensor):
-        put(unet, parameter, new)
-        changed.append(parameter)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            put(unet, parameter, file.tensor(parameter))
-
-
-def put(unet: UNet2DConditionModel, parameter: str, value: Tensor) -> None:
-    """Give a U-Net another weight or bias. Not in place: the one before may be the file itself, mapped into memory."""
-    own = unet.get_parameter(parameter)
-    own.data = value.to(own.device, own.dtype)

@@ -1,12 +1,13 @@
-"""The KOALA with a LoRA whose numbers can be set: its outputs, and how they change with those numbers.
+"""The KOALA with a LoRA or ControlNet whose numbers can be set: its outputs, and how they change with those numbers.
 
-PEFT puts the factors beside the layers, so that no weight of the KOALA is copied. Changes of norms and biases, which
-have no factors, are added to the parameters themselves.
+PEFT puts a LoRA's factors beside the layers, so that no weight of the KOALA is copied. Changes of norms and biases,
+which have no factors, are added to the parameters themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import LossTable
 from .fit import Changes, low_rank
-from .samples import Samples, Texts, output
+from .samples import Acts, Samples, Texts, alone, output
 from .settings import Settings
 
 UP, DOWN = " up", " down"
@@ -47,29 +48,46 @@ def factors(changes: Iterable[tuple[str, Tensor]], rank: int) -> Changes:
     return found
 
 
+@dataclass(frozen=True)
+class Learner:
+    """Where the numbers that are learned have their place in a KOALA."""
+
+    start: Changes
+    """The numbers to begin with."""
+    parameters: Mapping[str, nn.Parameter]
+    """What holds each of them."""
+    base: Changes = field(default_factory=dict)
+    """Of parameters of the KOALA itself, to which a number is added: their own values."""
+    acts: Acts = alone
+
+
+def factors_beside(unet: UNet2DConditionModel, start: Changes) -> Learner:
+    """Places for the factors of a LoRA in a U-Net; ``start`` says where, and of which rank."""
+    plain = {name: unet.get_parameter(name) for name in start if not name.endswith((UP, DOWN))}
+    ranks = {name.removesuffix(f".weight{UP}"): up.shape[1] for name, up in start.items() if name.endswith(UP)}
+    if ranks:
+        unet.add_adapter(LoraConfig(target_modules=list(ranks), rank_pattern=dict(ranks), alpha_pattern=dict(ranks)))
+    base = {name: parameter.detach().clone() for name, parameter in plain.items()}
+    for parameter in plain.values():
+        parameter.data = parameter.data.clone()  # it may be the file itself, mapped into memory
+    parameters: dict[str, nn.Parameter] = dict(plain)
+    for module in ranks:
+        layer = unet.get_submodule(module)
+        parameters[f"{module}.weight{UP}"] = layer.lora_B["default"].weight
+        parameters[f"{module}.weight{DOWN}"] = layer.lora_A["default"].weight
+    return Learner(start, parameters, base)
+
+
 class Student:
-    """A KOALA's U-Net with the factors' places; ``start`` says which, and of which rank."""
+    """A KOALA's U-Net with the places of the numbers."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, start: Changes, texts: Texts, noise: DDPMScheduler, given: Settings
+        self, unet: UNet2DConditionModel, learner: Learner, texts: Texts, noise: DDPMScheduler, given: Settings
     ) -> None:
-        self.unet, self.texts, self.given = unet, texts, given
-        plain = {name: unet.get_parameter(name) for name in start if not name.endswith((UP, DOWN))}
-        ranks = {name.removesuffix(f".weight{UP}"): up.shape[1] for name, up in start.items() if name.endswith(UP)}
-        if ranks:
-            unet.add_adapter(
-                LoraConfig(target_modules=list(ranks), rank_pattern=dict(ranks), alpha_pattern=dict(ranks))
-            )
+        self.unet, self.learner, self.texts, self.given = unet, learner, texts, given
+        self.parameters = learner.parameters
         unet.requires_grad_(False)
         unet.enable_gradient_checkpointing()
-        self.base = {name: parameter.detach().clone() for name, parameter in plain.items()}
-        for parameter in plain.values():
-            parameter.data = parameter.data.clone()  # it may be the file itself, mapped into memory
-        self.parameters: dict[str, nn.Parameter] = dict(plain)
-        for module in ranks:
-            layer = unet.get_submodule(module)
-            self.parameters[f"{module}.weight{UP}"] = layer.lora_B["default"].weight
-            self.parameters[f"{module}.weight{DOWN}"] = layer.lora_A["default"].weight
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.weights = losses.time_weights(
@@ -78,10 +96,11 @@ class Student:
 
     @torch.no_grad()
     def set(self, changes: Changes) -> None:
-        """Give the LoRA its numbers."""
+        """Give the LoRA or ControlNet its numbers."""
+        base = self.learner.base
         for name, parameter in self.parameters.items():
             value = changes[name].to(parameter.device).reshape(parameter.shape)
-            parameter.copy_(self.base[name] + value if name in self.base else value)
+            parameter.copy_(base[name] + value if name in base else value)
 
     @torch.no_grad()
     def outputs(self, changes: Changes, samples: Samples) -> Tensor:
@@ -93,7 +112,7 @@ class Student:
         """The transposed Jacobian of ``outputs`` times an error, one batch after the other.
 
         Args:
-            changes: the LoRA's numbers.
+            changes: the numbers.
             samples: those that the outputs are of.
             error: function of the outputs of some samples, and of their numbers: as many as outputs.
         """
@@ -109,7 +128,7 @@ class Student:
         return total
 
     def _weighted(self, samples: Samples) -> Tensor:
-        found = output(self.unet, samples, self.texts.with_lora, self.given)
+        found = output(self.unet, samples, self.texts.with_lora, self.given, self.learner.acts)
         return found * self.weights[samples.time].to(found.device).view(-1, 1, 1, 1)
 
     def _parts(self, samples: Samples) -> tuple[Tensor, ...]:

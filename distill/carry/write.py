@@ -1,4 +1,4 @@
-"""The new LoRA as a file: kohya's names, fp16, and metadata that say what it came from."""
+"""The new LoRA as a file: kohya's names, fp16, and metadata that say what it, or a ControlNet, came from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .fit import Changes
 from .student import DOWN, UP
 
 CARRY_KEY = "koala.carry"
-"""Metadata that says, as JSON, what a LoRA came from: files with their SHA-256, settings, and shares reached."""
+"""Metadata that says, as JSON, what a LoRA or ControlNet came from: files with SHA-256, settings, shares reached."""
 KOHYA = {UP: ".lora_up.weight", DOWN: ".lora_down.weight"}
 W_NORM = ".w_norm"
 
@@ -55,7 +55,7 @@ def unet_tensors(changes: Changes, layout: Layout) -> dict[str, Tensor]:
 
 
 def write(path: Path, state: Mapping[str, Tensor], rank: int, origin: Mapping[str, Any]) -> None:
-    """Write the file, whole or not at all; raises UserError where that fails, or a file has the name."""
+    """Write the LoRA; see ``write_file``."""
     metadata = {
         "ss_base_model_version": "koala",
         "ss_network_module": "networks.lora",
@@ -63,6 +63,11 @@ def write(path: Path, state: Mapping[str, Tensor], rank: int, origin: Mapping[st
         "ss_network_alpha": str(rank),
         CARRY_KEY: json.dumps(origin),
     }
+    write_file(path, state, metadata)
+
+
+def write_file(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write any file, whole or not at all; raises UserError where that fails, or a file has the name."""
     try:
         with written_whole(path, sum(tensor.nbytes for tensor in state.values())) as aside:
             write_safetensors(aside, state, metadata)

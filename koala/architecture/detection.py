@@ -23,29 +23,25 @@ def read_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
         KeyError: a tensor that the layout is read from is missing; the argument is its name.
         ValueError: the names are not those of an SDXL-family U-Net; the argument says what does not fit.
     """
-    numbering = guess_numbering(found)
-    conv_in, conv_out, added = _ENDS[numbering]
-    stages = _read_diffusers(found) if numbering == "diffusers" else _read_comfy(found)
+    numbering, stages = _read(found)
     if not all(stages.down) or [len(s) for s in stages.up] != [len(s) + 1 for s in reversed(stages.down)]:
         raise ValueError("its up blocks do not mirror its down blocks")
-    context = next((shape[1] for name, shape in found.items() if name.endswith("attn2.to_k.weight")), None)
-    if context is None:
-        raise ValueError("no cross-attention")
-    layout = Layout(
-        channels=stages.channels,
-        down=stages.down,
-        middle=stages.middle,
-        up=stages.up,
-        context=context,
-        added=found[added][1],
-        in_channels=found[conv_in][1],
-        out_channels=found[conv_out][0],
-    )
+    layout = _layout(found, numbering, stages, found[_ENDS[numbering][1]][0])
     if numbering == "comfy" and set(found) != set(names(layout, "comfy")):
         script = set(names(layout, "script"))
         if len(script & set(found)) > len(set(names(layout, "comfy")) & set(found)):
             numbering = "script"
     return layout, numbering
+
+
+def read_control_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering]:
+    """The same for a ControlNet: the layout of a U-Net whose way down and middle are its own, and whose way up is as
+    deep. Raises as ``read_layout`` does."""
+    numbering, stages = _read(found)
+    if not all(stages.down):
+        raise ValueError("a stage without layers")
+    up = tuple((depths[-1],) * (len(depths) + 1) for depths in reversed(stages.down))
+    return _layout(found, numbering, stages._replace(up=up), Layout().out_channels), numbering
 
 
 def find_layout(found: Mapping[str, Shape]) -> tuple[Layout, Numbering] | None:
@@ -74,6 +70,28 @@ class _Stages(NamedTuple):
     down: tuple[Shape, ...]
     middle: int | None
     up: tuple[Shape, ...]
+
+
+def _read(found: Mapping[str, Shape]) -> tuple[Numbering, _Stages]:
+    numbering = guess_numbering(found)
+    return numbering, _read_diffusers(found) if numbering == "diffusers" else _read_comfy(found)
+
+
+def _layout(found: Mapping[str, Shape], numbering: Numbering, stages: _Stages, out_channels: int) -> Layout:
+    conv_in, _, added = _ENDS[numbering]
+    context = next((shape[1] for name, shape in found.items() if name.endswith("attn2.to_k.weight")), None)
+    if context is None:
+        raise ValueError("no cross-attention")
+    return Layout(
+        channels=stages.channels,
+        down=stages.down,
+        middle=stages.middle,
+        up=stages.up,
+        context=context,
+        added=found[added][1],
+        in_channels=found[conv_in][1],
+        out_channels=out_channels,
+    )
 
 
 def _depths(found: Iterable[str]) -> dict[str, int]:

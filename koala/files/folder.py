@@ -17,12 +17,12 @@ UNET_CONFIG_FILE = "unet/config.json"
 def folder_files(folder: Path) -> dict[str, Path]:
     """What is read of a folder: part -> its weights, fp16 preferred, where there are any; and the path of each
     configuration file, by itself, whether it is there or not."""
-    files = {part: _present(folder / part, choices) for part, choices in FOLDER_PARTS.items()}
+    files = {part: present(folder / part, choices) for part, choices in FOLDER_PARTS.items()}
     files |= {file: folder / file for file in (SCHEDULER_FILE, UNET_CONFIG_FILE)}
     return {name: path for name, path in files.items() if path}
 
 
-def _present(folder: Path, choices: Iterable[str]) -> Path | None:
+def present(folder: Path, choices: Iterable[str]) -> Path | None:
     """The first of these files that is there, or that may be: whoever reads it says what keeps it from being read."""
     for path in (folder / choice for choice in choices):
         try:

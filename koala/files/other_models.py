@@ -71,6 +71,8 @@ _MODEL_SIGNATURES: tuple[tuple[OtherModel, tuple[str, ...]], ...] = (
         ),
         ("ip_adapter.",),
     ),
+    (OtherModel("a union ControlNet", LOAD_CONTROLNET), ("control_add_embedding.",)),
+    (OtherModel("a Control-LoRA", LOAD_CONTROLNET), ("lora_controlnet",)),
     (
         OtherModel("a ControlNet", LOAD_CONTROLNET),
         (

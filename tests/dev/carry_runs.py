@@ -1,4 +1,4 @@
-"""LoRAs that are carried over: to koala-tiny from an SDXL that it might have been cut out of."""
+"""LoRAs and a ControlNet that are carried over: to koala-tiny from an SDXL that it might have been cut out of."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl.distill.carry import run
 from koala_sdxl.distill.carry.settings import Settings
+from koala_sdxl.distill.study.addon_pictures import outlines
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
 from tools.harness import testhost
@@ -20,6 +22,7 @@ from tools.measure import reference
 from tools.synthetic import adapters
 from tools.tiny import SHIPPED, denoiser, pipeline, text
 from tools.tiny.grow import SDXL_TINY, grown
+from tools.tiny.pictures import random_drawings
 
 State = dict[str, torch.Tensor]
 LITTLE = 0.1
@@ -70,6 +73,16 @@ def fine_tuned(place: Path, folder: Path) -> Path:
             if name.endswith(layers):
                 state[name] = weight + 0.05 * torch.randn(weight.shape, generator=generator).half()
         save_file(state, path, {"format": "pt"})
+    return folder
+
+
+def outlines_in(folder: Path, count: int) -> Path:
+    """A folder of control images for koala-tiny's ControlNet: white outlines on black, PNG, JPEG and WebP in turn."""
+    folder.mkdir()
+    drawings = random_drawings(count, torch.Generator().manual_seed(7))
+    for number, pixels in enumerate(outlines(drawings, 64)):
+        image = Image.fromarray((255 * pixels).byte().permute(1, 2, 0).numpy())
+        image.save(folder / f"{number:02}.{('png', 'jpg', 'webp')[number % 3]}")
     return folder
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from koala_sdxl.distill.carry import refit as training
 from koala_sdxl.distill.carry import run, source
+from koala_sdxl.distill.carry.fine_tune import FineTune
 from koala_sdxl.distill.carry.samples import Samples, chosen, drawn, wanted
 from koala_sdxl.distill.carry.settings import CHECKPOINT_EVERY, digest
 from koala_sdxl.distill.carry.student import DOWN, UP, factors
@@ -116,7 +117,7 @@ def test_an_interrupted_refit_ends_with_the_same_numbers(
     random = torch.Generator().manual_seed(0)
     noisy, right = torch.randn(40, 6, generator=random), torch.randn(5, 6, generator=random)
     given = settings(place, "unused", steps=2 * CHECKPOINT_EVERY)
-    start, samples = {"layer": right + 0.3}, Samples(noisy, *[torch.zeros(40)] * 3)
+    start, samples = {"layer": right + 0.3}, Samples(noisy, *[torch.zeros(40)] * 4)
     wanted = noisy @ right.T
 
     def trained(name: str) -> torch.Tensor:
@@ -148,7 +149,8 @@ def tuned(place: Path) -> Path:
 def test_a_fine_tune_begins_with_its_differences_from_sdxl(place: Path, tuned: Path) -> None:
     given = settings(place, "x", lora=tuned)
     opened = source.open_source(given)
-    added = {name: change for name, change in source.by_lineage(opened) if change.any()}
+    assert isinstance(opened.change, FineTune)
+    added = {name: change for name, change in opened.change.of_student(opened.student.tensor) if change.any()}
     line = {part.diffusers: whole.diffusers for part, whole in opened.lineage.tensors}
     files = [next((folder / "unet").glob("*.safetensors")) for folder in (tuned, place / "sdxl-tiny")]
     after, before = (load_file(file) for file in files)
@@ -158,7 +160,7 @@ def test_a_fine_tune_begins_with_its_differences_from_sdxl(place: Path, tuned: P
     assert "584 tensors" in opened.change.report()
     pipeline = opened.teacher.pipeline()
     text = opened.change.texts(pipeline)
-    new = opened.change.tuned.pipeline()  # type: ignore[attr-defined]
+    new = opened.change.tuned.pipeline()
     for name, weight in pipeline.text_encoder.state_dict().items():
         assert torch.equal(weight, new.text_encoder.state_dict()[name])
     modules = {name.partition(".")[0] for name in text}
@@ -249,7 +251,7 @@ def test_sdxl_is_as_its_file_says_once_the_lora_is_gone(place: Path, dtype: str)
     unet = opened.teacher.unet()
     name = "mid_block.attentions.0.proj_in.weight"
     before = unet.get_parameter(name).clone()
-    with source.merged(unet, opened):
+    with opened.change.on_teacher(unet, opened.teacher.file):
         assert (unet.get_parameter(name) - before).abs().max() > 1e-3
     assert torch.equal(unet.get_parameter(name), before)
     assert all(
@@ -281,7 +283,7 @@ def test_of_too_many_prompts_some_are_used_from_all_over_the_file(place: Path) -
 
 def test_the_empty_prompt_is_to_be_kept_where_a_prompt_to_keep_leads() -> None:
     numbers = torch.arange(200)
-    seen = Samples(torch.zeros(200, 4, 2, 2), numbers, numbers % 2, numbers % 2 == 1)
+    seen = Samples(torch.zeros(200, 4, 2, 2), numbers, numbers % 2, numbers % 2 == 1, 0 * numbers)
     some = chosen(seen, 200, 2, torch.Generator().manual_seed(0))
     without = some.text == 2
     assert 20 < without.sum() < 60

@@ -159,6 +159,16 @@ OTHER_MODELS: dict[str, tuple[Callable[[], Shapes], str, str]] = {
         "a ControlNet",
         CONTROLNET,
     ),
+    "controlnet-union": (
+        network(lambda: diffusers.ControlNetUnionModel(layers_per_block=1, addition_time_embed_dim=8)),
+        "a union ControlNet",
+        CONTROLNET,
+    ),
+    "control-lora": (
+        named("lora_controlnet", "input_hint_block.0.weight", "zero_convs.0.0.weight", "input_blocks.0.0.up"),
+        "a Control-LoRA",
+        CONTROLNET,
+    ),
     "t2i-adapter-diffusers": (
         network(lambda: diffusers.T2IAdapter(adapter_type="full_adapter_xl")),
         "a T2I-Adapter",

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from koala_sdxl.koala.architecture.control_keys import control_tensors
 from koala_sdxl.koala.architecture.keys import Numbering, Shape, Tensor, tensors
-from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL, Layout, blocks
+from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL, Layout
 from koala_sdxl.koala.architecture.lineage import at_widths_of
 
 State = dict[str, torch.Tensor]
@@ -228,33 +229,11 @@ def text_lora(layers: int, hidden: int, intermediate: int, name: str = "lora_te1
 
 # --- ControlNets --------------------------------------------------------------------------------------------------
 
-HINT = ((16, 3), (16, 16), (32, 16), (32, 32), (96, 32), (96, 96), (256, 96))
-"""Output and input channels of the convolutions that take a ControlNet's hint from pixels to the latent's size."""
-
 
 def controlnet(layout: Layout = SMALL_SDXL, seed: int = 0, numbering: Numbering = "comfy") -> State:
     """An SDXL-family ControlNet: the U-Net's way down and middle, the hint's way to the latent's size, and a
     convolution for each residual. ``numbering``: "comfy" or "diffusers"."""
-    own = [
-        (getattr(tensor, numbering), tensor.shape)
-        for tensor in tensors(layout)
-        if tensor.comfy.startswith(("input_blocks.", "middle_block.", "time_embed.", "label_emb."))
-    ]
-    hint = (*HINT, (layout.channels[0], HINT[-1][0]))
-    widths = (layout.channels[0], *(block.c_out for block in blocks(layout) if block.part == "down"))
-    names = ("conv_in", *(f"blocks.{index}" for index in range(len(hint) - 2)), "conv_out")
-    further = [
-        *(
-            (f"input_hint_block.{2 * at}", f"controlnet_cond_embedding.{names[at]}", (*hint[at], 3, 3))
-            for at in range(8)
-        ),
-        *((f"zero_convs.{at}.0", f"controlnet_down_blocks.{at}", (w, w, 1, 1)) for at, w in enumerate(widths)),
-        ("middle_block_out.0", "controlnet_mid_block", (widths[-1], widths[-1], 1, 1)),
-    ]
-    for comfy, diffusers, shape in further:
-        name = comfy if numbering == "comfy" else diffusers
-        own += [(f"{name}.weight", shape), (f"{name}.bias", shape[:1])]
-    return random_state(own, seed)
+    return random_state(((getattr(tensor, numbering), tensor.shape) for tensor in control_tensors(layout)), seed)
 
 
 def shallow(layout: Layout) -> Layout:
