@@ -133,23 +133,23 @@ def _texts(source: Source, prompts: Prompts, device: torch.device) -> State:
     return encoded(source.teacher.pipeline(), source.change, [*prompts.used, *prompts.kept], device)
 
 
-def _scheduler(source: Source) -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler.from_config(source.teacher.noise.config)
+def _scheduler(source: Source, given: Settings) -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler.from_config(source.teacher.noise.config, timestep_spacing=given.spacing)
 
 
-def _sampled(
+def sampled(
     given: Settings, source: Source, prompts: Prompts, texts: Texts, unet: UNet2DConditionModel, network: int
 ) -> Samples:
     """Half of the samples, those of one network: to learn from, and behind them those held out."""
     groups = drawn(given, len(prompts.used), len(prompts.kept))
     counts = (given.samples, given.held_out)
-    found = []
+    empty, found = texts.empty if given.guided else None, []
     for number, (rows, count) in enumerate(zip(groups, counts, strict=True)):
         draw = 2 * network + number
-        seen = visited(unet, _scheduler(source), texts.with_lora, rows, len(prompts.used), given, draw)
+        seen = visited(unet, _scheduler(source, given), texts.with_lora, rows, len(prompts.used), given, draw)
         generator = torch.Generator().manual_seed(4 * given.seed + draw)
         own = count // 2 if network == STUDENT else count - count // 2
-        found.append(chosen(seen, own, texts.empty, generator))
+        found.append(chosen(seen, own, empty, generator))
     return joined(found)
 
 
@@ -158,7 +158,7 @@ def _student_samples(given: Settings, source: Source, prompts: Prompts, texts: T
     unet = sources.student_unet(source)
     for parameter, change in sources.by_lineage(source):
         sources.put(unet, parameter, unet.get_parameter(parameter) + change)
-    return _sampled(given, source, prompts, texts, unet.to(device), STUDENT)._asdict()
+    return sampled(given, source, prompts, texts, unet.to(device), STUDENT)._asdict()
 
 
 def _teacher_samples(
@@ -167,7 +167,7 @@ def _teacher_samples(
     """What SDXL meets with its LoRA, put together with ``seen``, and what the LoRA changes in its output there."""
     unet, half = source.teacher.unet().to(device), given.samples // 2
     with sources.merged(unet, source):
-        own = _sampled(given, source, prompts, texts, unet, TEACHER)
+        own = sampled(given, source, prompts, texts, unet, TEACHER)
         learned = seen.pick(torch.arange(half)), own.pick(torch.arange(given.samples - half))
         held_out = (
             seen.pick(torch.arange(half, len(seen.time))),

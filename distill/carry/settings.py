@@ -8,18 +8,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ...koala.releases import BASE
 from ..errors import UserError
 
-PER_PROMPT = 10
-"""Samples for each time that a prompt is sampled, five of either network; neighbouring steps are much alike."""
+PER_DRAWING = 5
+"""Samples of either network for each time that it samples a prompt, where there are as many steps; neighbouring ones of
+many are much alike."""
 HELD_OUT = 4
 """Of so many prompts one is held out, and there is one held-out sample for so many that are learned from."""
 WITHOUT_PROMPT = 0.2
-"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance."""
+"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance; without
+guidance none does."""
 KEPT = 3
 """With prompts to keep, every so manieth prompt that is sampled is one of them."""
-SAMPLING_STEPS, GUIDANCE = 25, 7.5
-"""Of both networks' sampling: KOALA's published base settings."""
 ROUNDS, ITERATIONS = 5, 5
 """Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
 larger, and the output is less linear the larger they are."""
@@ -41,6 +42,9 @@ class Settings:
     method: Literal["fit", "refit"] = "refit"
     rank: int | None = None
     size: int = 1024
+    draw_steps: int = BASE.settings.steps
+    cfg: float = BASE.settings.cfg
+    spacing: Literal["leading", "trailing"] = "leading"
     samples: int = 256
     steps: int = 300
     batch: int = 8
@@ -48,6 +52,16 @@ class Settings:
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     tokenizer: Path | None = None
     check: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether images are drawn with guidance: two forward passes a step, one of them with the empty prompt."""
+        return self.cfg > 1
+
+    @property
+    def per_prompt(self) -> int:
+        """Samples for each time that a prompt is sampled, half of them of either network."""
+        return 2 * min(PER_DRAWING, self.draw_steps)
 
     @property
     def held_out(self) -> int:
@@ -102,7 +116,7 @@ def origin(given: Settings, models: dict[str, Path]) -> dict[str, Any]:
     """What a result depends on: name and SHA-256 of each file, and the numbers. ``models``:
     the files of LoRA, teacher and student."""
     files = {"prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **models}
-    numbers = ("method", "rank", "size", "samples", "steps", "batch", "seed", "dtype")
+    numbers = ("method", "rank", "size", "draw_steps", "cfg", "spacing", "samples", "steps", "batch", "seed", "dtype")
     names = {name: getattr(given, name).name for name in files}
     return {
         **{name: {"name": names[name], "sha256": digest(path)} for name, path in files.items()},
