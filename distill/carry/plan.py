@@ -7,7 +7,7 @@ import torch
 from ...koala.architecture.keys import Shape, parameters, tensors
 from ...koala.architecture.layout import name
 from ...koala.files.dtypes import TORCH_DTYPES
-from .settings import ITERATIONS, ROUNDS, Settings
+from .settings import ITERATIONS, PER_STEP, ROUNDS, Settings
 from .source import Source
 
 SLOPES = 4
@@ -28,7 +28,7 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     drawings = sum(-(-count // given.per_prompt) for count in (given.samples, given.held_out))
     drawing = drawings * given.draw_steps * (2 if given.guided else 1)
     passes = ROUNDS * (OUTPUTS + (1 + SLOPES) * ITERATIONS) * given.samples
-    passes += SLOPES * given.steps * given.batch if given.method == "refit" else 0
+    passes += SLOPES * given.steps * PER_STEP if given.method == "refit" else 0
     whole = parameters(source.teacher.layout) * TORCH_DTYPES[given.dtype].itemsize
     part = 4 * (parameters(source.student.layout) + COPIES * numbers)
     disk = 4 * (2 * samples * 4 * (given.size // 8) ** 2 + KEPT_COPIES * numbers)

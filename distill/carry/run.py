@@ -19,6 +19,7 @@ from ..errors import UserError
 from . import source as sources
 from . import write
 from .job import Job
+from .memory import enough_memory
 from .plan import plan
 from .samples import (
     FILE,
@@ -48,6 +49,8 @@ PARTS = {
     "refit": "further training",
 }
 """Of a run, in order, in words."""
+MADE, MEASURED = "the KOALA computes its outputs without a LoRA", "the KOALA is measured on the held-out samples"
+"""Between the parts, and after them."""
 LEAST_PROMPTS = 4
 """So that at least one is held out."""
 
@@ -91,23 +94,26 @@ def run(given: Settings, say: Say) -> Path:
     def once(part: str, make: Callable[[], State], turn: int = 0) -> State:
         if not turn:
             say(f"{part}: {PARTS[part]}")
-        found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
+        with enough_memory(PARTS[part], given):
+            found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
         seconds[part] = seconds.get(part, 0.0) + took
         gc.collect()
         return found
 
-    encodings = once("texts", lambda: _texts(source, prompts, device))
+    encodings = once("texts", lambda: _texts(given, source, prompts, device))
     texts = Texts.of(encodings)
     seen = once("student", lambda: _student_samples(given, source, prompts, texts, device))
     learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
-    job = Job.made(given, source, texts, learned, device)
+    with enough_memory(MADE, given):
+        job = Job.made(given, source, texts, learned, device)
     found, ways = job.start, {"lineage": job.start}
     for turn in range(ROUNDS):
         found = once("fit", partial(job.fit, found), turn)
     ways["fit"] = found
     if given.method == "refit":
         ways["refit"] = once("refit", partial(job.refit, found, given.work / "checkpoint.pt"))
-    shares = {way: job.share(write.rounded(numbers)) for way, numbers in ways.items()}
+    with enough_memory(MEASURED, given):
+        shares = {way: job.share(write.rounded(numbers)) for way, numbers in ways.items()}
     best = max(shares, key=lambda way: shares[way])
     rank = source.rank(given)
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
@@ -129,8 +135,8 @@ def reached(shares: dict[str, float], given: Settings) -> str:
     return f"share of the wanted change of the output that is reached, on {given.held_out} held-out samples: {each}"
 
 
-def _texts(source: Source, prompts: Prompts, device: torch.device) -> State:
-    return encoded(source.teacher.pipeline(), source.change, [*prompts.used, *prompts.kept], device)
+def _texts(given: Settings, source: Source, prompts: Prompts, device: torch.device) -> State:
+    return encoded(source.teacher.pipeline(), source.change, [*prompts.used, *prompts.kept], device, given.batch)
 
 
 def _scheduler(source: Source, given: Settings) -> EulerDiscreteScheduler:

@@ -58,13 +58,19 @@ class Texts:
         return len(self.plain[0]) - 1
 
 
-def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device) -> State:
+def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device, batch: int) -> State:
     """The embeddings of prompts, by the text encoders of diffusers' pipeline without a change and with it; and the
     tensors of the change's text part, for the file."""
+
+    def texts() -> tuple[Tensor, ...]:
+        encoder = Encoder(pipeline, device)
+        parts = [encoder.texts(prompts[first : first + batch]) for first in range(0, len(prompts), batch)]
+        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+
     names, state = ("context", "pooled"), State()
-    plain = Encoder(pipeline, device).texts(prompts)
+    plain = texts()
     text = change.texts(pipeline)
-    with_lora = Encoder(pipeline, device).texts(prompts) if text else plain
+    with_lora = texts() if text else plain
     for prefix, pair in (("", plain), (LORA, with_lora)):
         state |= {prefix + name: _with_zeros(one) for name, one in zip(names, pair, strict=True)}
     return state | {FILE + name: tensor.contiguous() for name, tensor in text.items()}

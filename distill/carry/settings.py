@@ -24,6 +24,8 @@ KEPT = 3
 ROUNDS, ITERATIONS = 5, 5
 """Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
 larger, and the output is less linear the larger they are."""
+PER_STEP = 8
+"""Samples in an optimiser step, in as many forward passes as memory asks for."""
 CHECKPOINT_EVERY = 25
 """Optimiser steps."""
 LEAST_RANK = 16
@@ -113,10 +115,10 @@ def digest(path: Path) -> str:
 
 
 def origin(given: Settings, models: dict[str, Path]) -> dict[str, Any]:
-    """What a result depends on: name and SHA-256 of each file, and the numbers. ``models``:
-    the files of LoRA, teacher and student."""
+    """What a result depends on: name and SHA-256 of each file, and the numbers. Not the batch: it changes rounding
+    alone, and an unfinished run goes on with another. ``models``: the files of LoRA, teacher and student."""
     files = {"prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **models}
-    numbers = ("method", "rank", "size", "draw_steps", "cfg", "spacing", "samples", "steps", "batch", "seed", "dtype")
+    numbers = ("method", "rank", "size", "draw_steps", "cfg", "spacing", "samples", "steps", "seed", "dtype")
     names = {name: getattr(given, name).name for name in files}
     return {
         **{name: {"name": names[name], "sha256": digest(path)} for name, path in files.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl.distill.carry import run
+from koala_sdxl.distill.carry.samples import Samples, Texts
 from koala_sdxl.distill.carry.settings import Settings
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
@@ -71,6 +72,28 @@ def fine_tuned(place: Path, folder: Path) -> Path:
                 state[name] = weight + 0.05 * torch.randn(weight.shape, generator=generator).half()
         save_file(state, path, {"format": "pt"})
     return folder
+
+
+def texts(prompts: int) -> Texts:
+    """Random embeddings in place of the text encoders' for sdxl-tiny, and the zeros of the empty prompt."""
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(prompts + 1, 77, 96, generator=generator), torch.randn(prompts + 1, 64, generator=generator)
+    for rows in pair:
+        rows[-1] = 0
+    return Texts(pair, pair)
+
+
+class Line:
+    """A student whose outputs are its one matrix times the noisy latents; ``counts``: of samples, in each step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def slopes(self, changes: State, samples: Samples, error: Callable[[Any, Any], Any]) -> State:
+        """As ``Student.slopes``."""
+        self.counts.append(len(samples.noisy))
+        found = samples.noisy @ changes["layer"].T
+        return {"layer": error(found, torch.arange(len(found))).T @ samples.noisy}
 
 
 def settings(place: Path, out: str, **changes: Any) -> Settings:

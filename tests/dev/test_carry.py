@@ -26,7 +26,7 @@ from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.plan import inspect_lora
 from tests.dev import carry_runs
-from tests.dev.carry_runs import FEW, carried, settings
+from tests.dev.carry_runs import FEW, Line, carried, settings
 from tests.dev.distill_runs import ENVIRONMENT
 from tools.harness.testhost import ROOT
 from tools.synthetic import adapters
@@ -100,14 +100,6 @@ def test_a_check_tells_the_plan_and_leaves_nothing(place: Path) -> None:
     assert re.search(r"new LoRA: rank 8, 0\.\d million numbers", said)
     assert re.search(r"SDXL, in fp32, on (cpu|cuda): \d+ forward passes of one image at 64 px; 0.\d\d GB", said)
     assert re.search(r"koala-tiny, in fp32: \d+ such passes", said)
-
-
-class Line:
-    """A student whose outputs are its one matrix times the noisy latents' first channel."""
-
-    def slopes(self, changes: dict[str, torch.Tensor], samples: Samples, error: object) -> dict[str, torch.Tensor]:
-        found = samples.noisy @ changes["layer"].T
-        return {"layer": error(found, torch.arange(len(found))).T @ samples.noisy}  # type: ignore[operator]
 
 
 def test_an_interrupted_refit_ends_with_the_same_numbers(

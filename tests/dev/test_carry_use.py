@@ -13,26 +13,17 @@ from safetensors import safe_open
 
 from koala_sdxl.distill.carry import run, source
 from koala_sdxl.distill.carry.run import Prompts, sampled
-from koala_sdxl.distill.carry.samples import STUDENT, TEACHER, Samples, Texts, drawn
+from koala_sdxl.distill.carry.samples import STUDENT, TEACHER, Samples, drawn
 from koala_sdxl.distill.carry.settings import Settings
 from koala_sdxl.distill.carry.write import CARRY_KEY
 from tests.dev import carry_runs
-from tests.dev.carry_runs import carried, settings
+from tests.dev.carry_runs import carried, settings, texts
 
 place = pytest.fixture(scope="module")(carry_runs.place)
 FEW_STEPS = {"draw_steps": 4, "cfg": 1.0, "spacing": "trailing"}
 TRAILING = {999, 749, 499, 249}
 """Time steps of four, trailing."""
 USED, KEPT = 6, 4
-
-
-def texts(prompts: int) -> Texts:
-    """Random embeddings in place of the text encoders' for sdxl-tiny, and the zeros of the empty prompt."""
-    generator = torch.Generator().manual_seed(0)
-    pair = torch.randn(prompts + 1, 77, 96, generator=generator), torch.randn(prompts + 1, 64, generator=generator)
-    for rows in pair:
-        rows[-1] = 0
-    return Texts(pair, pair)
 
 
 def of_student(given: Settings) -> Samples:
