@@ -12,8 +12,8 @@ from .source import Source
 
 SLOPES = 4
 """Passes for the slopes of one image: there, there again as its activations are not kept, and back."""
-OUTPUTS = 3
-"""Passes of a round of least squares beside its iterations: without a LoRA, before, and after."""
+OUTPUTS = 2
+"""Passes of a round of least squares beside its iterations: before, and after."""
 COPIES = 8
 """Of the new LoRA's numbers in memory, fp32: themselves, slopes, and the directions and moments of either method."""
 
