@@ -71,8 +71,9 @@ class Lora:
         for parameter, new in changed_weights(load(self.on_student).unet, self.on_student.target, weight):
             yield parameter, new - weight(parameter).float()
 
-    def texts(self, pipeline: Any) -> dict[str, Tensor]:
-        """Merge it into the text encoders of diffusers' pipeline, in place; the tensors of that part, for a file."""
+    def texts(self, pipeline: Any) -> tuple[dict[str, Tensor], str]:
+        """Merge it into the text encoders of diffusers' pipeline, in place; the tensors of that part, for a file, and
+        nothing that ``report`` does not say."""
         text = load(self.on_student).text
         parameters = {
             f"{encoder}.transformer.{parameter.removeprefix('text_model.')}": tensor
@@ -84,7 +85,7 @@ class Lora:
             if f"{known}.weight" in parameters:  # CLIP-L's projection is not: SDXL does not use it
                 for parameter, new in changed_module(parts, known, parameters.__getitem__):
                     parameters[parameter].data = new
-        return text_names(text)
+        return text_names(text), ""
 
 
 def open_lora(path: Path, line: Lineage) -> Lora:

@@ -100,7 +100,7 @@ def run(given: Settings, say: Say) -> Path:
         gc.collect()
         return found
 
-    encodings = once("texts", lambda: _texts(given, source, prompts, device))
+    encodings = once("texts", lambda: _texts(given, source, prompts, device, say))
     texts = Texts.of(encodings)
     seen = once("student", lambda: _student_samples(given, source, prompts, texts, device))
     learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
@@ -135,8 +135,9 @@ def reached(shares: dict[str, float], given: Settings) -> str:
     return f"share of the wanted change of the output that is reached, on {given.held_out} held-out samples: {each}"
 
 
-def _texts(given: Settings, source: Source, prompts: Prompts, device: torch.device) -> State:
-    return encoded(source.teacher.pipeline(), source.change, [*prompts.used, *prompts.kept], device, given.batch)
+def _texts(given: Settings, source: Source, prompts: Prompts, device: torch.device, say: Say) -> State:
+    words = [*prompts.used, *prompts.kept]
+    return encoded(source.teacher.pipeline(), source.change, words, device, given.batch, say)
 
 
 def _scheduler(source: Source, given: Settings) -> EulerDiscreteScheduler:

@@ -6,7 +6,7 @@ KOALA are never in memory at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,9 +58,11 @@ class Texts:
         return len(self.plain[0]) - 1
 
 
-def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device, batch: int) -> State:
+def encoded(
+    pipeline: Any, change: Any, prompts: list[str], device: torch.device, batch: int, say: Callable[[str], None]
+) -> State:
     """The embeddings of prompts, by the text encoders of diffusers' pipeline without a change and with it; and the
-    tensors of the change's text part, for the file."""
+    tensors of the change's text part, for the file. ``say`` receives what there is to tell of these."""
 
     def texts() -> tuple[Tensor, ...]:
         encoder = Encoder(pipeline, device)
@@ -69,7 +71,9 @@ def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device
 
     names, state = ("context", "pooled"), State()
     plain = texts()
-    text = change.texts(pipeline)
+    text, said = change.texts(pipeline)
+    if said:
+        say(said)
     with_lora = texts() if text else plain
     for prefix, pair in (("", plain), (LORA, with_lora)):
         state |= {prefix + name: _with_zeros(one) for name, one in zip(names, pair, strict=True)}

@@ -58,11 +58,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def fine_tuned(place: Path, folder: Path) -> Path:
-    """The teacher with other weights: some layers of the U-Net, and one of a text encoder."""
+    """The teacher with other weights: some layers of the U-Net, and of each text encoder."""
     shutil.copytree(place / "sdxl-tiny", folder)
     for part, layers in (
         ("unet", ("attn2.to_v.weight", "norm2.weight", "conv2.bias")),
-        ("text_encoder", ("mlp.fc1.weight",)),
+        ("text_encoder", ("mlp.fc1.weight", "token_embedding.weight", "q_proj.bias")),
+        ("text_encoder_2", ("mlp.fc1.weight", "final_layer_norm.weight", "text_projection.weight")),
     ):
         (path,) = (folder / part).glob("*.safetensors")
         state = load_file(path)
