@@ -62,6 +62,15 @@ class Teacher:
         return identity.of_encoders(self.table, self.tokenizer)
 
     @property
+    def files(self) -> list[Path]:
+        """What its U-Net, text embeddings and noise schedule are read from: the U-Net's weights first."""
+        model, own = self.table.model, self.table.tokenizer == "teacher"
+        tokenizers = [model / part for part in TOKENIZERS] if own else [self.tokenizer]
+        found = [file for part in TEXT for file in identity.used(model / part)]
+        found += [file for folder in tokenizers for kind in ("*.json", "*.txt") for file in sorted(folder.glob(kind))]
+        return [self.file.path, *found, *sorted((model / "scheduler").glob("*.json"))]
+
+    @property
     def tokenizer(self) -> Path:
         """Folder of CLIP's tokenizer."""
         own = self.table.tokenizer == "teacher"

@@ -38,9 +38,9 @@ class FineTune:
     rank: int = RANK
 
     @property
-    def path(self) -> Path:
-        """The file with its U-Net."""
-        return self.tuned.file.path
+    def files(self) -> list[Path]:
+        """Those that are read, that with its U-Net first."""
+        return self.tuned.files
 
     @property
     def places(self) -> set[str]:

@@ -39,6 +39,11 @@ class Lora:
         """The file."""
         return self.on_student.path
 
+    @property
+    def files(self) -> list[Path]:
+        """The same, alone."""
+        return [self.path]
+
     @cached_property
     def rank(self) -> int:
         """The largest of the U-Net's modules that are applied; ``FULL`` for kinds whose changes have none."""

@@ -84,10 +84,10 @@ def run(given: Settings, say: Say) -> Path:
         say(line)
     if given.check:
         return given.out
-    said = origin(
-        given, {"lora": source.change.path, "teacher": source.teacher.file.path, "student": source.student.path}
-    )
     work = Work(given.work)
+    work.make()
+    say("files: their SHA-256, which the new LoRA's metadata keep")
+    said = origin(given, source.files, work.digest)
     work.open(said)
     seconds: dict[str, float] = {}
 

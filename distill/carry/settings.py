@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -114,13 +115,23 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def origin(given: Settings, models: dict[str, Path]) -> dict[str, Any]:
+def origin(given: Settings, models: Mapping[str, list[Path]], sha256: Callable[[Path], str]) -> dict[str, Any]:
     """What a result depends on: name and SHA-256 of each file, and the numbers. Not the batch: it changes rounding
-    alone, and an unfinished run goes on with another. ``models``: the files of LoRA, teacher and student."""
-    files = {"prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **models}
+    alone, and an unfinished run goes on with another.
+
+    Args:
+        given: the command line.
+        models: option -> the files that are read, weights first; the others are named with their folder.
+        sha256: of a file.
+    """
+    files = {"prompts": [given.prompts], **({"keep": [given.keep]} if given.keep else {}), **models}
     numbers = ("method", "rank", "size", "draw_steps", "cfg", "spacing", "samples", "steps", "seed", "dtype")
-    names = {name: getattr(given, name).name for name in files}
+
+    def told(name: str, first: Path, *others: Path) -> dict[str, Any]:
+        beside = {f"{path.parent.name}/{path.name}": sha256(path) for path in others}
+        return {"name": name, "sha256": sha256(first), **({"beside": beside} if beside else {})}
+
     return {
-        **{name: {"name": names[name], "sha256": digest(path)} for name, path in files.items()},
+        **{option: told(getattr(given, option).name, *paths) for option, paths in files.items()},
         "settings": {name: getattr(given, name) for name in numbers},
     }

@@ -31,7 +31,7 @@ class Change(Protocol):
     """A LoRA or a fine-tune: what it makes of SDXL, and by lineage of the KOALA; see ``lora.Lora``."""
 
     @property
-    def path(self) -> Path: ...
+    def files(self) -> list[Path]: ...
     @property
     def rank(self) -> int: ...
     @property
@@ -50,6 +50,11 @@ class Source:
     teacher: Teacher
     student: UNetWeights
     lineage: Lineage
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """What is read of each model, by its option; weights first."""
+        return {"lora": self.change.files, "teacher": self.teacher.files, "student": [self.student.path]}
 
     def rank(self, given: Settings) -> int:
         """Of the new LoRA."""

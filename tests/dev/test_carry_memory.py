@@ -14,7 +14,7 @@ from koala_sdxl.distill.carry import run, source
 from koala_sdxl.distill.carry.job import Job
 from koala_sdxl.distill.carry.memory import enough_memory
 from koala_sdxl.distill.carry.samples import Samples
-from koala_sdxl.distill.carry.settings import PER_STEP, origin
+from koala_sdxl.distill.carry.settings import PER_STEP, digest, origin
 from koala_sdxl.distill.carry.student import Student, factors
 from koala_sdxl.distill.errors import UserError
 from tests.dev import carry_runs
@@ -92,9 +92,9 @@ def test_a_step_of_refit_has_as_many_samples_whatever_the_batch(place: Path, tmp
 
 
 def test_a_run_is_the_same_at_any_batch(place: Path) -> None:
-    files = dict.fromkeys(("lora", "teacher", "student"), place / "prompts.txt")
-    one, other = (origin(settings(place, "x", batch=batch), files) for batch in (2, 16))
-    assert one == other != origin(settings(place, "x", steps=31), files)
+    files = {key: [place / "prompts.txt"] for key in ("lora", "teacher", "student")}
+    one, other = (origin(settings(place, "x", batch=batch), files, digest) for batch in (2, 16))
+    assert one == other != origin(settings(place, "x", steps=31), files, digest)
 
 
 @pytest.mark.nightly
