@@ -84,7 +84,9 @@ def open_source(given: Settings) -> Source:
 def _open_teacher(path: Path, given: Settings, option: str) -> Teacher:
     table = TeacherTable(model=path, tokenizer=given.tokenizer or "teacher", dtype=given.dtype)
     try:
-        return open_teacher(table)
+        teacher = open_teacher(table)
+        teacher.require_parts()
+        return teacher
     except UserError as error:
         said = str(error).replace("teacher.model: ", option).replace("teacher.tokenizer:", "--tokenizer:")
         raise UserError(said) from None
