@@ -16,9 +16,11 @@ import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
 from ..errors import UserError
+from ..single_file import tokenizers
 from . import source as sources
 from . import write
 from .job import Job
+from .lengths import cut
 from .memory import enough_memory
 from .plan import plan
 from .samples import (
@@ -57,10 +59,10 @@ LEAST_PROMPTS = 4
 
 @dataclass(frozen=True)
 class Prompts:
-    """Those that use the LoRA, and those that are to stay as they are."""
+    """Those that use the LoRA, and those that are to stay as they are, by the numbers of their lines."""
 
-    used: list[str]
-    kept: list[str]
+    used: dict[int, str]
+    kept: dict[int, str]
 
 
 def run(given: Settings, say: Say) -> Path:
@@ -75,12 +77,12 @@ def run(given: Settings, say: Say) -> Path:
     require_output(given.out)
     prompts = Prompts(
         read_prompts(given.prompts, "--prompts", LEAST_PROMPTS),
-        read_prompts(given.keep, "--keep", LEAST_PROMPTS) if given.keep else [],
+        read_prompts(given.keep, "--keep", LEAST_PROMPTS) if given.keep else {},
     )
     source = open_source(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # least squares look at differences of a hundredth of a change
-    for line in plan(given, source, device):
+    for line in (*plan(given, source, device), *_cut(given, source, prompts)):
         say(line)
     if given.check:
         return given.out
@@ -135,8 +137,14 @@ def reached(shares: dict[str, float], given: Settings) -> str:
     return f"share of the wanted change of the output that is reached, on {given.held_out} held-out samples: {each}"
 
 
+def _cut(given: Settings, source: Source, prompts: Prompts) -> list[str]:
+    tokenizer, _ = tokenizers(source.teacher.tokenizer)
+    files = ((given.prompts, prompts.used), (given.keep, prompts.kept))
+    return [line for path, found in files if path for line in cut(path, found, tokenizer)]
+
+
 def _texts(given: Settings, source: Source, prompts: Prompts, device: torch.device, say: Say) -> State:
-    words = [*prompts.used, *prompts.kept]
+    words = [*prompts.used.values(), *prompts.kept.values()]
     return encoded(source.teacher.pipeline(), source.change, words, device, given.batch, say)
 
 

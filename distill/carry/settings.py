@@ -93,14 +93,15 @@ def require_output(out: Path) -> None:
         raise UserError(f"--out: {out.parent} is not a folder; expected one to write {out.name} to. Make it first.")
 
 
-def read_prompts(path: Path, option: str, least: int) -> list[str]:
-    """The lines of a text file that are not empty. Raises UserError where it cannot be read or has too few."""
+def read_prompts(path: Path, option: str, least: int) -> dict[int, str]:
+    """The lines of a text file that are not empty, by their numbers from 1. Raises UserError where it cannot be read or
+    has too few."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{option}: {path} cannot be read ({why}); expected a text file, one prompt a line.") from None
-    found = [line.strip() for line in lines if line.strip()]
+    found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
     if len(found) < least:
         raise UserError(
             f"{option}: {path} has {len(found)} prompts; expected at least {least}, one a line. Add some: every "

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from koala_sdxl.distill.carry import source
 from koala_sdxl.distill.carry.fine_tune import RANK, Difference, kept
 from tests.dev import carry_runs
-from tests.dev.carry_runs import settings
+from tests.dev.carry_runs import carried, settings
 
 place = pytest.fixture(scope="module")(carry_runs.place)
 
@@ -70,3 +70,20 @@ def test_text_encoders_without_losses_are_told_too() -> None:
     assert kept([bias]) == (
         "text encoders: the weights of 0 linear layers; left out, though changed: biases 1 (clip_l.fc1.bias)"
     )
+
+
+def test_prompts_that_are_cut_are_counted_and_named_by_their_lines(place: Path) -> None:
+    """A word of these is one token, and the limit of 77 has room for 75."""
+    files = {"prompts": place / "long.txt", "keep": place / "longer.txt"}
+    lines = ["a star", "", "star " * 75, "star " * 76, "a star", "", "star " * 100]
+    files["prompts"].write_text("\n".join(lines))
+    files["keep"].write_text("\n".join(["star " * 80] * 12 + ["a star"]))
+    told = carried(place, "x", **files, check=True)
+    (used, kept_) = [line for line in told if "77 tokens" in line]
+    said = "prompts have more than 77 tokens, start and end included, and are cut there: line"
+    assert used == f"{files['prompts']}: 2 of 5 {said} 4, 7"
+    assert kept_ == f"{files['keep']}: 12 of 13 {said} 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
+
+
+def test_nothing_is_said_of_prompts_that_are_whole(place: Path) -> None:
+    assert not [line for line in carried(place, "x", check=True) if "77 tokens" in line]

@@ -29,7 +29,7 @@ USED, KEPT = 6, 4
 def of_student(given: Settings) -> Samples:
     """The samples of the KOALA by itself."""
     opened = source.open_source(given)
-    prompts = Prompts([""] * USED, [""] * KEPT)
+    prompts = Prompts(dict.fromkeys(range(USED), ""), dict.fromkeys(range(KEPT), ""))
     return sampled(given, opened, prompts, texts(USED + KEPT), source.student_unet(opened), STUDENT)
 
 
