@@ -31,13 +31,13 @@ def of_encoders(table: TeacherTable, vocabulary_folder: Path) -> dict[str, str]:
     if model.is_file():
         found = {name: _tensors(model, prefixes) for name, prefixes in PREFIXES.items()}
     else:
-        found = {name: _files(file for one in names for file in _used(model / one)) for name, names in FOLDERS.items()}
+        found = {name: _files(file for one in names for file in used(model / one)) for name, names in FOLDERS.items()}
     vocabulary = tokenizer.read_files(vocabulary_folder)
     words = hashlib.blake2b(b"".join(vocabulary[name] for name in sorted(vocabulary)), digest_size=8).hexdigest()
     return {**found, "tokenizer": words, "LoRAs": _files(table.loras)}
 
 
-def _used(folder: Path) -> list[Path]:
+def used(folder: Path) -> list[Path]:
     """The settings and the weights of a model's folder that diffusers reads: safetensors, in fp16 where there are such,
     or else whatever is there."""
     weights = sorted(folder.glob("*.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from .texts import TextEncoders
 
 TEXT = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+MODELS = (*TEXT, "vae")
 OTHERS = (*TEXT, *TOKENIZERS, "scheduler", "vae")
 """Subfolders of SDXL's folder beside that of the U-Net."""
 PREDICTION_MARKS = {"v_pred": "v_prediction", "edm_vpred.sigma_max": "v_prediction", "edm_mean": "edm"}
@@ -60,6 +62,15 @@ class Teacher:
     def identity(self) -> dict[str, str]:
         """What distinguishes one teacher's latents and text embeddings from another's."""
         return identity.of_encoders(self.table, self.tokenizer)
+
+    @property
+    def files(self) -> list[Path]:
+        """What its U-Net, text embeddings and noise schedule are read from: the U-Net's weights first."""
+        model, own = self.table.model, self.table.tokenizer == "teacher"
+        tokenizers = [model / part for part in TOKENIZERS] if own else [self.tokenizer]
+        found = [file for part in TEXT for file in identity.used(model / part)]
+        found += [file for folder in tokenizers for kind in ("*.json", "*.txt") for file in sorted(folder.glob(kind))]
+        return [self.file.path, *found, *sorted((model / "scheduler").glob("*.json"))]
 
     @property
     def tokenizer(self) -> Path:
@@ -141,11 +152,9 @@ class Teacher:
         own: dict[str, Any] = {"unet": None}
         if self.table.tokenizer != "teacher":
             own |= dict(zip(TOKENIZERS, single_file.tokenizers(self.tokenizer), strict=True))
-        absent = [part for part in OTHERS if part not in own and not (folder / part).is_dir()]
+        self.require_parts()
         half = any((folder / "text_encoder").glob("*.fp16.safetensors"))
         try:
-            if absent:  # without a tokenizer's folder transformers makes one without a vocabulary
-                raise OSError(f"it has no {' and no '.join(absent)}.")
             made = StableDiffusionXLPipeline.from_pretrained(
                 folder,
                 **own,
@@ -155,12 +164,47 @@ class Teacher:
                 local_files_only=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"teacher.model: {folder} is not a complete SDXL folder: {str(error).splitlines()[0]} Expected "
-                f"text encoders, tokenizers, scheduler and VAE beside the U-Net. Fetch it again, or give a single file."
-            ) from None
+            raise self._incomplete(str(error).splitlines()[0]) from None
         made.set_progress_bar_config(disable=True)
         return made
+
+    def require_parts(self) -> None:
+        """Check, by names and headers, what ``pipeline`` reads of a folder. Raises UserError where something is
+        missing or damaged."""
+        folder = self.table.model
+        if not folder.is_dir():
+            return
+        if absent := _absent(folder, OTHERS if self.table.tokenizer == "teacher" else (*MODELS, "scheduler")):
+            raise self._incomplete(f"it has no {' and no '.join(absent)}.")
+        try:
+            for file in (file for part in MODELS for file in identity.used(folder / part)):
+                if file.suffix == ".safetensors":
+                    read_header(file)
+            for part in TOKENIZERS if self.table.tokenizer == "teacher" else ():
+                tokenizer.read_files(folder / part)
+        except (CheckpointError, UserError) as error:
+            raise self._incomplete(str(error).splitlines()[0]) from None
+
+    def _incomplete(self, why: str) -> UserError:
+        return UserError(
+            f"teacher.model: {self.table.model} is not a complete SDXL folder: {why} Expected "
+            f"text encoders, tokenizers, scheduler and VAE beside the U-Net. Fetch it again, or give a single file."
+        )
+
+
+def _absent(folder: Path, parts: Iterable[str]) -> list[str]:
+    """What is not there of a folder with these subfolders, by name. Without a tokenizer's, transformers makes one
+    without a vocabulary."""
+    found = [] if (folder / "model_index.json").is_file() else ["model_index.json"]
+    for part in parts:
+        files = {path.suffix for path in identity.used(folder / part)}
+        if not (folder / part).is_dir():
+            found.append(part)
+        elif part in MODELS and files <= {".json"}:
+            found.append(f"weights in {part}")
+        elif part in MODELS and not (folder / part / "config.json").is_file():
+            found.append(f"{part}/config.json")
+    return found
 
 
 def open_teacher(table: TeacherTable, compact: bool = False) -> Teacher:

@@ -37,8 +37,7 @@ class TextEncoders:
 
     def lengths(self, captions: list[str]) -> list[int]:
         """The tokens of each caption, start and end included, however many they are."""
-        ids = self.tokenizers[0](captions, truncation=False, padding=False, verbose=False).input_ids
-        return [len(one) for one in ids]
+        return lengths(self.tokenizers[0], captions)
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +57,12 @@ class TextEncoders:
             "context": context,
             "pooled": pooled,
         }
+
+
+def lengths(tokenizer: Any, captions: list[str]) -> list[int]:
+    """The tokens of each caption, start and end included, however many they are."""
+    ids = tokenizer(captions, truncation=False, padding=False, verbose=False).input_ids
+    return [len(one) for one in ids]
 
 
 def unchanged(batch: Batch) -> Batch:

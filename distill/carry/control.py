@@ -54,6 +54,11 @@ class Control:
         return self.file.path
 
     @property
+    def files(self) -> list[Path]:
+        """The same, alone."""
+        return [self.path]
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """diffusers' names of the convolutions whose residuals the KOALA takes, in its own order."""
         return output_modules(self.lineage.skips, self.lineage.student.middle is not None)
@@ -83,9 +88,9 @@ class Control:
         """The new file in a word or two."""
         return f"{len(self.modules)} convolutions learned anew"
 
-    def texts(self, pipeline: Any) -> Changes:
+    def texts(self, pipeline: Any) -> tuple[Changes, str]:
         """A ControlNet changes no text encoder."""
-        return {}
+        return {}, ""
 
     @contextmanager
     def on_teacher(self, unet: UNet2DConditionModel, file: UNetWeights) -> Iterator[Acts]:

@@ -30,8 +30,7 @@ RANDOMISED = 8
 
 @dataclass(frozen=True)
 class Fitted:
-    """Weight changes, and the share of the wanted change in the output (sum of squares) that is still missing: before,
-    and with them."""
+    """Weight changes, and the sum of squares of what is missing of the wanted output: before, and with them."""
 
     changes: Changes
     before: float
@@ -58,9 +57,7 @@ def fit_changes(
     if not size:
         raise ValueError("every change to start with is zero; expected at least one that is not.")
     with torch.no_grad():
-        nothing = _finite(output({name: torch.zeros_like(change) for name, change in start.items()}))
         here = _finite(output(start))
-    full = (wanted - nothing).square().sum()
     missing, found = wanted - here, {name: torch.zeros_like(change) for name, change in start.items()}
     slope = adjoint(start, missing)
     direction, power = slope, _norm(slope) ** 2
@@ -84,7 +81,7 @@ def fit_changes(
         with torch.no_grad():
             after = (wanted - _finite(output(changes))).square().sum()
         if after <= before or factor <= SHORTEST:
-            return Fitted(changes, float(before / full), float(after / full))
+            return Fitted(changes, float(before), float(after))
         factor /= 2
 
 

@@ -40,6 +40,11 @@ class Lora(WeightChange):
         """The file."""
         return self.students.path
 
+    @property
+    def files(self) -> list[Path]:
+        """The same, alone."""
+        return [self.path]
+
     @cached_property
     def rank(self) -> int:
         """The largest of the U-Net's modules that are applied; ``FULL`` for kinds whose changes have none."""
@@ -73,8 +78,9 @@ class Lora(WeightChange):
         for parameter, new in changed_weights(load(self.students).unet, self.students.target, weight):
             yield parameter, new - weight(parameter).float()
 
-    def texts(self, pipeline: Any) -> dict[str, Tensor]:
-        """Merge it into the text encoders of diffusers' pipeline, in place; the tensors of that part, for a file."""
+    def texts(self, pipeline: Any) -> tuple[dict[str, Tensor], str]:
+        """Merge it into the text encoders of diffusers' pipeline, in place; the tensors of that part, for a file, and
+        nothing that ``report`` does not say."""
         text = load(self.students).text
         parameters = {
             f"{encoder}.transformer.{parameter.removeprefix('text_model.')}": tensor
@@ -86,7 +92,7 @@ class Lora(WeightChange):
             if f"{known}.weight" in parameters:  # CLIP-L's projection is not: SDXL does not use it
                 for parameter, new in changed_module(parts, known, parameters.__getitem__):
                     parameters[parameter].data = new
-        return text_names(text)
+        return text_names(text), ""
 
 
 def open_lora(path: Path, line: Lineage) -> Lora:

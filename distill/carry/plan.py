@@ -7,13 +7,13 @@ import torch
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import name
 from ...koala.files.dtypes import TORCH_DTYPES
-from .settings import ITERATIONS, PER_PROMPT, ROUNDS, SAMPLING_STEPS, Settings
+from .settings import ITERATIONS, PER_STEP, ROUNDS, Settings
 from .source import Source
 
 SLOPES = 4
 """Passes for the slopes of one image: there, there again as its activations are not kept, and back."""
-OUTPUTS = 3
-"""Passes of a round of least squares beside its iterations: without a LoRA or ControlNet, before, and after."""
+OUTPUTS = 2
+"""Passes of a round of least squares beside its iterations: before, and after."""
 COPIES = 8
 """Of the learned numbers in memory, fp32: themselves, slopes, and the directions and moments of either method."""
 
@@ -25,18 +25,21 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     """The lines that a run begins with."""
     change, samples = source.change, given.samples + given.held_out
     numbers = change.count(given)
-    prompts = -(-given.samples // PER_PROMPT) + -(-given.held_out // PER_PROMPT)
+    drawings = sum(-(-count // given.per_prompt) for count in (given.samples, given.held_out))
+    drawing = drawings * given.draw_steps * (2 if given.guided else 1)
     passes = ROUNDS * (OUTPUTS + (1 + SLOPES) * ITERATIONS) * given.samples
-    passes += SLOPES * given.steps * given.batch if given.method == "refit" else 0
+    passes += SLOPES * given.steps * PER_STEP if given.method == "refit" else 0
     whole = parameters(source.teacher.layout) * TORCH_DTYPES[given.dtype].itemsize + change.bytes
     part = change.bytes + 4 * (parameters(source.student.layout) + COPIES * numbers)
     disk = 4 * (2 * samples * 4 * (given.size // 8) ** 2 + KEPT_COPIES * numbers)
     return [
         change.report(),
         f"new {change.kind}: {change.result(given)}, {numbers / 1e6:.1f} million numbers, {2 * numbers / 1e6:.0f} MB",
-        f"SDXL, in {given.dtype}, on {device.type}: {2 * prompts * SAMPLING_STEPS + 2 * samples} forward passes of one "
+        f"samples: {samples}, from {drawings} images that each network draws in {given.draw_steps} steps, cfg "
+        f"{given.cfg:g}, {given.spacing}",
+        f"SDXL, in {given.dtype}, on {device.type}: {drawing + 2 * samples} forward passes of one "
         f"image at {given.size} px; {_gigabytes(whole)} and the activations of {2 * given.batch} images",
-        f"{name(source.student.layout)}, in fp32: {2 * prompts * SAMPLING_STEPS + passes} such passes, one of them for "
+        f"{name(source.student.layout)}, in fp32: {drawing + passes} such passes, one of them for "
         f"each forward pass and two for a backward one; {_gigabytes(part)} and the activations of {given.batch} images",
         f"disk, until it is finished: {_gigabytes(disk)} in {given.work}",
     ]

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from ...koala.files.atomic_write import written_whole
 from ..errors import UserError
 from .fit import Changes
+from .memory import is_shortage
 from .samples import Samples
-from .settings import CHECKPOINT_EVERY, Settings
+from .settings import CHECKPOINT_EVERY, PER_STEP, Settings
 from .student import Student
 
 RATE = 0.02
@@ -36,7 +37,7 @@ def refit(
         start: the numbers to begin with.
         samples, wanted: noisy latents, and the outputs that are asked for there, weighted as the student's are.
         full: mean square of the wanted change of the output: the unit of the loss.
-        given: steps, batch and seed.
+        given: steps and seed.
         path: of the checkpoint, which a run resumes from.
 
     Raises UserError where the loss is not finite, or the checkpoint cannot be read.
@@ -51,7 +52,7 @@ def refit(
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * rate(step, given.steps)
         generator = torch.Generator().manual_seed((given.seed + 1) * 1_000_003 + step)
-        some = torch.randperm(len(wanted), generator=generator)[: given.batch]
+        some = torch.randperm(len(wanted), generator=generator)[:PER_STEP]
         slopes = student.slopes(
             {name: one.detach() for name, one in numbers.items()}, samples.pick(some), _error(wanted[some], full)
         )
@@ -101,6 +102,8 @@ def _resume(path: Path, numbers: dict[str, torch.nn.Parameter], optimiser: torch
         optimiser.load_state_dict(state["optimiser"])
         return int(state["step"])
     except Exception as error:  # torch and pickle each have their own
+        if is_shortage(error):
+            raise
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} cannot be loaded ({said}); expected a checkpoint of this run. Delete it, and run again."

@@ -16,8 +16,11 @@ import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
 from ..errors import UserError
+from ..single_file import tokenizers
 from . import source as sources
 from .job import Job
+from .lengths import cut
+from .memory import enough_memory
 from .plan import plan
 from .samples import (
     FILE,
@@ -48,16 +51,18 @@ PARTS = {
     "refit": "further training",
 }
 """Of a run, in order, in words about a LoRA or ControlNet."""
+MADE, MEASURED = "the KOALA computes its outputs as it is", "the KOALA is measured on the held-out samples"
+"""Between the parts, and after them."""
 LEAST_PROMPTS = 4
 """So that at least one is held out."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Those that use the LoRA, and those that are to stay as they are."""
+    """Those that use the LoRA, and those that are to stay as they are, by the numbers of their lines."""
 
-    used: list[str]
-    kept: list[str]
+    used: dict[int, str]
+    kept: dict[int, str]
 
 
 def run(given: Settings, say: Say) -> Path:
@@ -72,45 +77,48 @@ def run(given: Settings, say: Say) -> Path:
     require_output(given.out)
     prompts = Prompts(
         read_prompts(given.prompts, "--prompts", LEAST_PROMPTS),
-        read_prompts(given.keep, "--keep", LEAST_PROMPTS) if given.keep else [],
+        read_prompts(given.keep, "--keep", LEAST_PROMPTS) if given.keep else {},
     )
     source = open_source(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # least squares look at differences of a hundredth of a change
-    for line in plan(given, source, device):
+    for line in (*plan(given, source, device), *_cut(given, source, prompts)):
         say(line)
     if given.check:
         return given.out
     change = source.change
-    said = origin(
-        given, {change.kind.lower(): change.path, "teacher": source.teacher.file.path, "student": source.student.path}
-    )
+    work = Work(given.work)
+    work.make()
+    say(f"files: their SHA-256, which the new {change.kind}'s metadata keep")
+    said = origin(given, source.files, work.digest)
     if given.hints and change.hints:
         said["hints"] = {"name": given.hints.name, "sha256": change.hints.digest}
-    work = Work(given.work)
     work.open(said)
     seconds: dict[str, float] = {}
 
     def once(part: str, make: Callable[[], State], turn: int = 0) -> State:
         if not turn:
             say(f"{part}: {PARTS[part].format(change.kind)}")
-        found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
+        with enough_memory(PARTS[part].format(change.kind), given):
+            found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
         seconds[part] = seconds.get(part, 0.0) + took
         gc.collect()
         return found
 
-    encodings = once("texts", lambda: _texts(source, prompts, device))
+    encodings = once("texts", lambda: _texts(given, source, prompts, device, say))
     texts = Texts.of(encodings)
     seen = once("student", lambda: _student_samples(given, source, prompts, texts, device))
     learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
-    job = Job.made(given, source, texts, learned, device)
+    with enough_memory(MADE, given):
+        job = Job.made(given, source, texts, learned, device)
     found, ways = job.start, {"lineage": job.start}
     for turn in range(ROUNDS):
         found = once("fit", partial(job.fit, found), turn)
     ways["fit"] = found
     if given.method == "refit":
         ways["refit"] = once("refit", partial(job.refit, found, given.work / "checkpoint.pt"))
-    shares = {way: job.share(change.rounded(numbers)) for way, numbers in ways.items()}
+    with enough_memory(MEASURED, given):
+        shares = {way: job.share(change.rounded(numbers)) for way, numbers in ways.items()}
     best = max(shares, key=lambda way: shares[way])
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
     change.write(given.out, ways[best], text, said | {"held_out": given.held_out, "shares": shares, "way": best}, given)
@@ -130,15 +138,22 @@ def reached(shares: dict[str, float], given: Settings) -> str:
     return f"share of the wanted change of the output that is reached, on {given.held_out} held-out samples: {each}"
 
 
-def _texts(source: Source, prompts: Prompts, device: torch.device) -> State:
-    return encoded(source.teacher.pipeline(), source.change, [*prompts.used, *prompts.kept], device)
+def _cut(given: Settings, source: Source, prompts: Prompts) -> list[str]:
+    tokenizer, _ = tokenizers(source.teacher.tokenizer)
+    files = ((given.prompts, prompts.used), (given.keep, prompts.kept))
+    return [line for path, found in files if path for line in cut(path, found, tokenizer)]
 
 
-def _scheduler(source: Source) -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler.from_config(source.teacher.noise.config)
+def _texts(given: Settings, source: Source, prompts: Prompts, device: torch.device, say: Say) -> State:
+    words = [*prompts.used.values(), *prompts.kept.values()]
+    return encoded(source.teacher.pipeline(), source.change, words, device, given.batch, say)
 
 
-def _sampled(
+def _scheduler(source: Source, given: Settings) -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler.from_config(source.teacher.noise.config, timestep_spacing=given.spacing)
+
+
+def sampled(
     given: Settings,
     source: Source,
     prompts: Prompts,
@@ -151,13 +166,14 @@ def _sampled(
     groups = drawn(given, len(prompts.used), len(prompts.kept))
     counts, hints = (given.samples, given.held_out), source.change.hints
     shown = hints.turns if hints else tuple([0] * len(rows) for rows in groups)
-    found = []
+    empty, found = texts.empty if given.guided else None, []
+    scheduler = _scheduler(source, given)
     for number, (rows, images, count) in enumerate(zip(groups, shown, counts, strict=True)):
         draw = 2 * network + number
-        seen = visited(unet, _scheduler(source), texts.with_lora, rows, images, len(prompts.used), given, draw, acts)
+        seen = visited(unet, scheduler, texts.with_lora, rows, images, len(prompts.used), given, draw, acts)
         generator = torch.Generator().manual_seed(4 * given.seed + draw)
         own = count // 2 if network == STUDENT else count - count // 2
-        found.append(chosen(seen, own, texts.empty, generator))
+        found.append(chosen(seen, own, empty, generator))
     return joined(found)
 
 
@@ -165,7 +181,7 @@ def _student_samples(given: Settings, source: Source, prompts: Prompts, texts: T
     """What the KOALA meets with the LoRA or ControlNet as lineage carries it over."""
     unet = sources.student_unet(source).to(device)
     acts = source.change.on_student(unet, source.student)
-    return _sampled(given, source, prompts, texts, unet, acts, STUDENT)._asdict()
+    return sampled(given, source, prompts, texts, unet, acts, STUDENT)._asdict()
 
 
 def _teacher_samples(
@@ -175,7 +191,7 @@ def _teacher_samples(
     there."""
     unet, half = source.teacher.unet().to(device), given.samples // 2
     with source.change.on_teacher(unet, source.teacher.file) as acts:
-        own = _sampled(given, source, prompts, texts, unet, acts, TEACHER)
+        own = sampled(given, source, prompts, texts, unet, acts, TEACHER)
         learned = seen.pick(torch.arange(half)), own.pick(torch.arange(given.samples - half))
         held_out = (
             seen.pick(torch.arange(half, len(seen.time))),

@@ -16,7 +16,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from torch import Tensor
 
 from ..teacher import Encoder
-from .settings import GUIDANCE, HELD_OUT, KEPT, PER_PROMPT, SAMPLING_STEPS, WITHOUT_PROMPT, Settings
+from .settings import HELD_OUT, KEPT, WITHOUT_PROMPT, Settings
 
 State = dict[str, Tensor]
 STUDENT, TEACHER = 0, 1
@@ -67,13 +67,23 @@ def alone(_: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def encoded(pipeline: Any, change: Any, prompts: list[str], device: torch.device) -> State:
+def encoded(
+    pipeline: Any, change: Any, prompts: list[str], device: torch.device, batch: int, say: Callable[[str], None]
+) -> State:
     """The embeddings of prompts, by the text encoders of diffusers' pipeline without a change and with it; and the
-    tensors of the change's text part, for the file."""
+    tensors of the change's text part, for the file. ``say`` receives what there is to tell of these."""
+
+    def texts() -> tuple[Tensor, ...]:
+        encoder = Encoder(pipeline, device)
+        parts = [encoder.texts(prompts[first : first + batch]) for first in range(0, len(prompts), batch)]
+        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+
     names, state = ("context", "pooled"), State()
-    plain = Encoder(pipeline, device).texts(prompts)
-    text = change.texts(pipeline)
-    with_lora = Encoder(pipeline, device).texts(prompts) if text else plain
+    plain = texts()
+    text, said = change.texts(pipeline)
+    if said:
+        say(said)
+    with_lora = texts() if text else plain
     for prefix, pair in (("", plain), (LORA, with_lora)):
         state |= {prefix + name: _with_zeros(one) for name, one in zip(names, pair, strict=True)}
     return state | {FILE + name: tensor.contiguous() for name, tensor in text.items()}
@@ -88,7 +98,7 @@ def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int
     ``keep`` behind them that are to be kept."""
 
     def some(rows: range | list[int], kept: range | list[int], samples: int) -> list[int]:
-        turns = [bool(kept) and at % KEPT == 1 for at in range(-(-samples // PER_PROMPT))]
+        turns = [bool(kept) and at % KEPT == 1 for at in range(-(-samples // given.per_prompt))]
         used, held = (_spread(of, turns.count(kind)) for of, kind in ((rows, False), (kept, True)))
         return [next(held) if is_kept else next(used) for is_kept in turns]
 
@@ -116,17 +126,17 @@ def visited(
     draw: int,
     acts: Acts = alone,
 ) -> Samples:
-    """What a U-Net sees at each step while it samples prompts, without the half that sees the negative prompt; on the
-    CPU in fp32.
+    """What a U-Net sees at each step while it samples prompts, without the half that with guidance sees the negative
+    prompt; on the CPU in fp32.
 
     Args:
         unet: the U-Net.
-        scheduler: that of its pipeline.
+        scheduler: that of its pipeline, with the spacing.
         texts: context and pooled.
         rows: of the prompts in ``texts``; a row may come several times.
         hints: the number of the control image of each.
         used: how many prompts use the LoRA; those to keep are behind them.
-        given: size, batch and seed.
+        given: size, steps, cfg, batch and seed.
         draw: a number that tells this initial noise from that of other calls.
         acts: a ControlNet on this U-Net.
     """
@@ -144,8 +154,8 @@ def visited(
     seen: list[tuple[Tensor, Tensor]] = []
 
     def record(_: Any, positional: tuple[Any, ...]) -> None:
-        noisy = positional[0]
-        seen.append((noisy[len(noisy) // 2 :].float().cpu(), torch.as_tensor(positional[1]).long().cpu()))
+        noisy = positional[0][-len(some) :]  # with guidance the negative prompt's are before them
+        seen.append((noisy.float().cpu(), torch.as_tensor(positional[1]).long().cpu()))
 
     found: list[Samples] = []
     for first in range(0, len(rows), given.batch):
@@ -162,8 +172,8 @@ def visited(
                     negative_pooled_prompt_embeds=torch.zeros_like(pooled),
                     height=given.size,
                     width=given.size,
-                    num_inference_steps=SAMPLING_STEPS,
-                    guidance_scale=GUIDANCE,
+                    num_inference_steps=given.draw_steps,
+                    guidance_scale=given.cfg,
                     generator=[torch.Generator().manual_seed(seed + at) for at in range(len(some))],
                     output_type="latent",
                 )
@@ -179,9 +189,11 @@ def joined(parts: list[Samples]) -> Samples:
     return Samples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def chosen(of: Samples, count: int, empty: int, generator: torch.Generator) -> Samples:
-    """Some samples, at random; a few of them see the empty prompt."""
+def chosen(of: Samples, count: int, empty: int | None, generator: torch.Generator) -> Samples:
+    """Some samples, at random; a few of them see the empty prompt, which is the row ``empty``, if there is one."""
     some = of.pick(torch.randperm(len(of.time), generator=generator)[:count])
+    if empty is None:
+        return some
     without = torch.rand(len(some.time), generator=generator) < WITHOUT_PROMPT
     return some._replace(text=torch.where(without, empty, some.text))
 

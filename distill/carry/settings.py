@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ...koala.releases import BASE
 from ..errors import UserError
 
-PER_PROMPT = 10
-"""Samples for each time that a prompt is sampled, five of either network; neighbouring steps are much alike."""
+PER_DRAWING = 5
+"""Samples of either network for each time that it samples a prompt, where there are as many steps; neighbouring ones of
+many are much alike."""
 HELD_OUT = 4
 """Of so many prompts one is held out, and there is one held-out sample for so many that are learned from."""
 WITHOUT_PROMPT = 0.2
-"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance."""
+"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance; without
+guidance none does."""
 KEPT = 3
 """With prompts to keep, every so manieth prompt that is sampled is one of them."""
-SAMPLING_STEPS, GUIDANCE = 25, 7.5
-"""Of both networks' sampling: KOALA's published base settings."""
 ROUNDS, ITERATIONS = 5, 5
 """Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
 larger, and the output is less linear the larger they are."""
+PER_STEP = 8
+"""Samples in an optimiser step, in as many forward passes as memory asks for."""
 CHECKPOINT_EVERY = 25
 """Optimiser steps."""
 LEAST_RANK = 16
@@ -42,6 +46,9 @@ class Settings:
     method: Literal["fit", "refit"] = "refit"
     rank: int | None = None
     size: int = 1024
+    draw_steps: int = BASE.settings.steps
+    cfg: float = BASE.settings.cfg
+    spacing: Literal["leading", "trailing"] = "leading"
     samples: int = 256
     steps: int = 300
     batch: int = 8
@@ -49,6 +56,16 @@ class Settings:
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     tokenizer: Path | None = None
     check: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether images are drawn with guidance: two forward passes a step, one of them with the empty prompt."""
+        return self.cfg > 1
+
+    @property
+    def per_prompt(self) -> int:
+        """Samples for each time that a prompt is sampled, half of them of either network."""
+        return 2 * min(PER_DRAWING, self.draw_steps)
 
     @property
     def held_out(self) -> int:
@@ -77,14 +94,15 @@ def require_output(out: Path) -> None:
         raise UserError(f"--out: {out.parent} is not a folder; expected one to write {out.name} to. Make it first.")
 
 
-def read_prompts(path: Path, option: str, least: int) -> list[str]:
-    """The lines of a text file that are not empty. Raises UserError where it cannot be read or has too few."""
+def read_prompts(path: Path, option: str, least: int) -> dict[int, str]:
+    """The lines of a text file that are not empty, by their numbers from 1. Raises UserError where it cannot be read or
+    has too few."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{option}: {path} cannot be read ({why}); expected a text file, one prompt a line.") from None
-    found = [line.strip() for line in lines if line.strip()]
+    found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
     if len(found) < least:
         raise UserError(
             f"{option}: {path} has {len(found)} prompts; expected at least {least}, one a line. Add some: every "
@@ -99,13 +117,23 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def origin(given: Settings, models: dict[str, Path]) -> dict[str, Any]:
-    """What a result depends on: name and SHA-256 of each file, and the numbers. ``models``: the files of teacher,
-    student, and what is carried over."""
-    files = {"prompts": given.prompts, **({"keep": given.keep} if given.keep else {}), **models}
-    numbers = ("method", "rank", "size", "samples", "steps", "batch", "seed", "dtype")
-    names = {name: getattr(given, name, given.lora).name for name in files}
+def origin(given: Settings, models: Mapping[str, list[Path]], sha256: Callable[[Path], str]) -> dict[str, Any]:
+    """What a result depends on: name and SHA-256 of each file, and the numbers. Not the batch: it changes rounding
+    alone, and an unfinished run goes on with another.
+
+    Args:
+        given: the command line.
+        models: option -> the files that are read, weights first; the others are named with their folder.
+        sha256: of a file.
+    """
+    files = {"prompts": [given.prompts], **({"keep": [given.keep]} if given.keep else {}), **models}
+    numbers = ("method", "rank", "size", "draw_steps", "cfg", "spacing", "samples", "steps", "seed", "dtype")
+
+    def told(name: str, first: Path, *others: Path) -> dict[str, Any]:
+        beside = {f"{path.parent.name}/{path.name}": sha256(path) for path in others}
+        return {"name": name, "sha256": sha256(first), **({"beside": beside} if beside else {})}
+
     return {
-        **{name: {"name": names[name], "sha256": digest(path)} for name, path in files.items()},
+        **{option: told(getattr(given, option, given.lora).name, *paths) for option, paths in files.items()},
         "settings": {name: getattr(given, name) for name in numbers},
     }

@@ -39,8 +39,8 @@ class Change(Protocol):
         """What is learned, in a word."""
 
     @property
-    def path(self) -> Path:
-        """Its file."""
+    def files(self) -> list[Path]:
+        """Those that are read, that with its weights first."""
 
     @property
     def hints(self) -> Hints | None:
@@ -59,8 +59,9 @@ class Change(Protocol):
     def result(self, given: Settings) -> str:
         """The new file in a word or two."""
 
-    def texts(self, pipeline: Any) -> Changes:
-        """Change the text encoders of diffusers' pipeline, in place; the tensors of that part, for the new file."""
+    def texts(self, pipeline: Any) -> tuple[Changes, str]:
+        """Change the text encoders of diffusers' pipeline, in place; the tensors of that part, for the new file, and
+        what there is to tell of them."""
 
     def on_teacher(self, unet: UNet2DConditionModel, file: UNetWeights) -> AbstractContextManager[Acts]:
         """SDXL's U-Net, of this file, has it while this is active."""
@@ -86,6 +87,15 @@ class Source:
     teacher: Teacher
     student: UNetWeights
     lineage: Lineage
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """What is read of each model, by its option; weights first."""
+        return {
+            self.change.kind.lower(): self.change.files,
+            "teacher": self.teacher.files,
+            "student": [self.student.path],
+        }
 
 
 def open_source(given: Settings) -> Source:
@@ -116,7 +126,9 @@ def open_source(given: Settings) -> Source:
 def _open_teacher(path: Path, given: Settings, option: str) -> Teacher:
     table = TeacherTable(model=path, tokenizer=given.tokenizer or "teacher", dtype=given.dtype)
     try:
-        return open_teacher(table)
+        teacher = open_teacher(table)
+        teacher.require_parts()
+        return teacher
     except UserError as error:
         said = str(error).replace("teacher.model: ", option).replace("teacher.tokenizer:", "--tokenizer:")
         raise UserError(said) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...koala.files.atomic_write import replace_file, write_safetensors, written_whole
+from ...koala.files.stamp import stamp
 from ..errors import UserError
+from .settings import digest
 
 State = dict[str, Tensor]
 SECONDS = "seconds"
@@ -27,22 +30,42 @@ class Work:
 
     folder: Path
 
-    def open(self, origin: dict[str, Any]) -> None:
-        """Make the folder, or check that the run there is this one. Raises UserError where it is another, or where it
-        cannot be made."""
-        path, now = self.folder / "run.json", json.dumps(origin, indent=2) + "\n"
-        try:
+    def make(self) -> None:
+        """Make the folder, if it is not there. Raises UserError where that fails."""
+        with self._usable():
             self.folder.mkdir(exist_ok=True)
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file, computed once for as long as it is not changed: SDXL's take a while."""
+        kept, key, now = self.folder / "hashes.json", str(path.resolve()), [*stamp(path)]
+        with self._usable():
+            known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+        if key not in known or known[key]["stamp"] != now:
+            known[key] = {"stamp": now, "sha256": digest(path)}
+            with self._usable():
+                replace_file(kept, json.dumps(known))
+        found: str = known[key]["sha256"]
+        return found
+
+    def open(self, origin: dict[str, Any]) -> None:
+        """Write down what run this is, or check that the one there is the same. Raises UserError where it is not."""
+        path, now = self.folder / "run.json", json.dumps(origin, indent=2) + "\n"
+        with self._usable():
             if not path.exists():
                 replace_file(path, now)
             begun = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder} cannot be used ({error}); expected a folder of this command.") from None
         if differing := [name for name in origin if begun.get(name) != json.loads(now)[name]]:
             raise UserError(
                 f"{self.folder} holds an unfinished run with other {', '.join(differing)}; expected the same, to go on "
                 f"with it. Delete that folder, or choose another --out."
             )
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} cannot be used ({error}); expected a folder of this command.") from None
 
     def once(self, name: str, make: Callable[[], State]) -> tuple[State, float]:
         """What ``make`` returns, or what it returned in the run that was interrupted; and the seconds it took."""

@@ -140,11 +140,16 @@ def embedded(teacher: StableDiffusionXLPipeline, texts: list[str]) -> tuple[torc
 
 
 def minimise(
-    loss: Loss, parameters: Iterable[Parameter | dict[str, Any]], recipe: Recipe, stage: int, seed: int, log: Log
+    loss: Loss,
+    parameters: Iterable[Parameter] | Iterable[dict[str, Any]],
+    recipe: Recipe,
+    stage: int,
+    seed: int,
+    log: Log,
 ) -> None:
     """Minimise the loss over the recipe's steps, in place. Of groups of parameters ``share`` is the learning rate as a
     share of the recipe's."""
-    optimizer = torch.optim.AdamW(list(parameters), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     running = None
     for step in range(recipe.steps):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from koala_sdxl.distill.carry import run
+from koala_sdxl.distill.carry.samples import Samples, Texts
 from koala_sdxl.distill.carry.settings import Settings
 from koala_sdxl.distill.study.addon_pictures import outlines
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
@@ -60,11 +61,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def fine_tuned(place: Path, folder: Path) -> Path:
-    """The teacher with other weights: some layers of the U-Net, and one of a text encoder."""
+    """The teacher with other weights: some layers of the U-Net, and of each text encoder."""
     shutil.copytree(place / "sdxl-tiny", folder)
     for part, layers in (
         ("unet", ("attn2.to_v.weight", "norm2.weight", "conv2.bias")),
-        ("text_encoder", ("mlp.fc1.weight",)),
+        ("text_encoder", ("mlp.fc1.weight", "token_embedding.weight", "q_proj.bias")),
+        ("text_encoder_2", ("mlp.fc1.weight", "final_layer_norm.weight", "text_projection.weight")),
     ):
         (path,) = (folder / part).glob("*.safetensors")
         state = load_file(path)
@@ -84,6 +86,28 @@ def outlines_in(folder: Path, count: int) -> Path:
         image = Image.fromarray((255 * pixels).byte().permute(1, 2, 0).numpy())
         image.save(folder / f"{number:02}.{('png', 'jpg', 'webp')[number % 3]}")
     return folder
+
+
+def texts(prompts: int) -> Texts:
+    """Random embeddings in place of the text encoders' for sdxl-tiny, and the zeros of the empty prompt."""
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(prompts + 1, 77, 96, generator=generator), torch.randn(prompts + 1, 64, generator=generator)
+    for rows in pair:
+        rows[-1] = 0
+    return Texts(pair, pair)
+
+
+class Line:
+    """A student whose outputs are its one matrix times the noisy latents; ``counts``: of samples, in each step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def slopes(self, changes: State, samples: Samples, error: Callable[[Any, Any], Any]) -> State:
+        """As ``Student.slopes``."""
+        self.counts.append(len(samples.noisy))
+        found = samples.noisy @ changes["layer"].T
+        return {"layer": error(found, torch.arange(len(found))).T @ samples.noisy}
 
 
 def settings(place: Path, out: str, **changes: Any) -> Settings:

@@ -27,7 +27,7 @@ from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.plan import inspect_lora
 from tests.dev import carry_runs
-from tests.dev.carry_runs import FEW, carried, settings
+from tests.dev.carry_runs import FEW, Line, carried, settings
 from tests.dev.distill_runs import ENVIRONMENT
 from tools.harness.testhost import ROOT
 from tools.synthetic import adapters
@@ -103,14 +103,6 @@ def test_a_check_tells_the_plan_and_leaves_nothing(place: Path) -> None:
     assert re.search(r"koala-tiny, in fp32: \d+ such passes", said)
 
 
-class Line:
-    """A student whose outputs are its one matrix times the noisy latents' first channel."""
-
-    def slopes(self, changes: dict[str, torch.Tensor], samples: Samples, error: object) -> dict[str, torch.Tensor]:
-        found = samples.noisy @ changes["layer"].T
-        return {"layer": error(found, torch.arange(len(found))).T @ samples.noisy}  # type: ignore[operator]
-
-
 def test_an_interrupted_refit_ends_with_the_same_numbers(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,12 +151,12 @@ def test_a_fine_tune_begins_with_its_differences_from_sdxl(place: Path, tuned: P
     assert all(torch.equal(change, wanted_[name]) for name, change in added.items())
     assert "584 tensors" in opened.change.report()
     pipeline = opened.teacher.pipeline()
-    text = opened.change.texts(pipeline)
+    text, _ = opened.change.texts(pipeline)
     new = opened.change.tuned.pipeline()
     for name, weight in pipeline.text_encoder.state_dict().items():
         assert torch.equal(weight, new.text_encoder.state_dict()[name])
     modules = {name.partition(".")[0] for name in text}
-    assert modules == {f"lora_te1_text_model_encoder_layers_{layer}_mlp_fc1" for layer in (0, 1, 2)}
+    assert modules == {f"lora_te{te}_text_model_encoder_layers_{layer}_mlp_fc1" for te in (1, 2) for layer in range(3)}
 
 
 @pytest.mark.nightly

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from koala_sdxl.distill.carry.fit import fit_changes, low_rank
+from koala_sdxl.distill.carry.fit import Changes, fit_changes, low_rank
+from koala_sdxl.distill.carry.plan import OUTPUTS
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -18,16 +19,22 @@ def random(*shape: int, seed: int) -> Tensor:
 INPUTS = random(64, 6, seed=0)
 
 
+def share(missing: float, wanted: Tensor, plain: Tensor) -> float:
+    """What is missing, as a share of the wanted change of the plain output."""
+    return missing / float((wanted - plain).square().sum())
+
+
 def test_the_change_of_a_linear_layer_is_found_exactly() -> None:
     weight, right = random(5, 6, seed=1), random(5, 6, seed=2)
+    wanted, plain = INPUTS @ (weight + right).T, INPUTS @ weight.T
     fitted = fit_changes(
         lambda changes: INPUTS @ (weight + changes["layer"]).T,
         {"layer": 0.1 * random(5, 6, seed=3)},
-        INPUTS @ (weight + right).T,
+        wanted,
         iterations=30,
     )
     torch.testing.assert_close(fitted.changes["layer"], right, atol=1e-3, rtol=0)
-    assert fitted.after < 1e-6 < fitted.before
+    assert share(fitted.after, wanted, plain) < 1e-6 < share(fitted.before, wanted, plain)
 
 
 def test_kept_layers_take_over_what_a_removed_one_did() -> None:
@@ -42,9 +49,27 @@ def test_kept_layers_take_over_what_a_removed_one_did() -> None:
 
     start = {"first": 1e-3 * random(8, 6, seed=5), "last": 1e-3 * random(4, 8, seed=6)}
     few, many = (fit_changes(student, start, wanted, iterations) for iterations in (2, 12))
-    assert few.before == many.before == pytest.approx(1, abs=0.05)
+    assert few.before == many.before
+    plain = torch.tanh(INPUTS @ first.T) @ last.T
+    assert share(few.before, wanted, plain) == pytest.approx(1, abs=0.05)
     assert many.after < few.after < few.before
-    assert many.after < 0.05
+    assert share(many.after, wanted, plain) < 0.05
+
+
+def test_the_network_computes_no_more_than_the_plan_counts() -> None:
+    """One output before and one after, and for each iteration one output and the slopes."""
+    calls = {"outputs": 0, "slopes": 0}
+
+    def output(changes: Mapping[str, Tensor]) -> Tensor:
+        calls["outputs"] += 1
+        return INPUTS @ changes["layer"].T
+
+    def adjoint(at: Changes, error: Tensor) -> Changes:
+        calls["slopes"] += 1
+        return {"layer": error.T @ INPUTS}
+
+    fit_changes(output, {"layer": random(5, 6, seed=1)}, random(64, 5, seed=2), 4, adjoint)
+    assert calls == {"outputs": OUTPUTS + 4, "slopes": 4}
 
 
 def test_what_the_inputs_do_not_show_stays_as_it_was() -> None:

@@ -106,6 +106,11 @@ WRONG = {
         (f"{CARRY} --rank 0", "--rank: 0: expected a whole number, 1 or more"),
         (f"{CARRY} --size 100", "--size: 100: expected a multiple of 8, 64 or more"),
         (f"{CARRY} --samples few", "--samples: few: expected a whole number, 8 or more"),
+        (f"{CARRY} --draw-steps 0", "--draw-steps: 0: expected a whole number, 1 to 1000"),
+        (f"{CARRY} --draw-steps 1001", "--draw-steps: 1001: expected a whole number, 1 to 1000"),
+        (f"{CARRY} --cfg 0.5", "--cfg: 0.5: expected a number, 1 (no guidance) or more"),
+        (f"{CARRY} --cfg nan", "--cfg: nan: expected a number, 1 (no guidance) or more"),
+        (f"{CARRY} --spacing linspace", "--spacing: invalid choice: 'linspace'"),
         (f"{CARRY} --method both", "--method: invalid choice: 'both'"),
     ],
     "distill-study": [

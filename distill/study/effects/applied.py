@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 
 from tools.tiny import pipeline
@@ -16,7 +17,8 @@ from ....koala.lora.plan import inspect_lora
 from ... import single_file
 from ...carry.lora import Lora
 from ...carry.settings import Settings
-from ...carry.source import by_lineage, merged, open_source, put
+from ...carry.source import open_source
+from ...carry.weights import WeightChange
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def on_teacher(family: Family, given: Settings) -> Iterator[StableDiffusionXLPip
     """SDXL with what is carried over."""
     model, source = family.whole(), open_source(given)
     source.change.texts(model)
-    with merged(model.unet, source):
+    with source.change.on_teacher(model.unet, source.teacher.file):
         yield model
 
 
@@ -48,8 +50,8 @@ def on_teacher(family: Family, given: Settings) -> Iterator[StableDiffusionXLPip
 def by_place(family: Family, given: Settings, strength: float) -> Iterator[StableDiffusionXLPipeline]:
     """The KOALA with it by lineage, as KOALA LoRA Loader applies it."""
     model, source = family.part(), open_source(given)
-    for name, change in by_lineage(source):
-        put(model.unet, name, model.unet.get_parameter(name) + strength * change)
+    assert isinstance(source.change, WeightChange)
+    add(model, source.change.of_student(source.student.tensor), strength)
     source.change.texts(model)
     yield model
 
@@ -59,7 +61,13 @@ def from_file(family: Family, path: Path) -> Iterator[StableDiffusionXLPipeline]
     """The KOALA with a LoRA of its own."""
     model, plan = family.part(), inspect_lora(path, KOALA_TINY)
     lora = Lora(plan, plan)
-    for name, change in list(lora.of_student(model.unet.get_parameter)):
-        put(model.unet, name, model.unet.get_parameter(name) + change)
+    add(model, list(lora.of_student(model.unet.get_parameter)))
     lora.texts(model)
     yield model
+
+
+@torch.no_grad()
+def add(model: StableDiffusionXLPipeline, changes: Iterable[tuple[str, torch.Tensor]], strength: float = 1.0) -> None:
+    """Add changes to a U-Net's weights, by name."""
+    for name, change in changes:
+        model.unet.get_parameter(name).add_(strength * change)

@@ -79,7 +79,7 @@ class Study:
         words = {"prompts": some(effect, False, PROMPTS, seed)}
         if effect.word:
             words["keep"] = some(PLAIN, False, KEEP, seed)
-        files = {name: out.with_name(f"{effect.name}-{name}-{seed}.txt") for name in words}
+        files: dict[str, Any] = {name: out.with_name(f"{effect.name}-{name}-{seed}.txt") for name in words}
         for name, fields in words.items():
             said = [(effect if name == "prompts" else PLAIN).said(plain(field)) for field in fields]
             replace_file(files[name], "\n".join(said) + "\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Caption, Drawings, caption, draw
 
-from ....koala.releases import BASE, Spacing
+from ....koala.releases import BASE
 from ..addon_pictures import in_cyan, saying_cyan
 from ..addon_training import Recipe
 from . import pictures
@@ -28,7 +29,7 @@ class Use:
 
     steps: int = BASE.settings.steps
     cfg: float = BASE.settings.cfg
-    spacing: Spacing = BASE.settings.spacing
+    spacing: Literal["leading", "trailing"] = "leading"
 
 
 Field = tuple[int, int, int]

@@ -43,7 +43,7 @@ def train(teacher: StableDiffusionXLPipeline, effect: Effect, path: Path, log: L
     if not effect.modules:
         pipeline.save(teacher, path)
         return
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, part in parts.items():
         state |= {f"{name}.{key}": tensor for key, tensor in get_peft_model_state_dict(part).items()}
     save(convert_state_dict_to_kohya(state), path)
