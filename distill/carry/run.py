@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,12 +65,13 @@ class Prompts:
     kept: dict[int, str]
 
 
-def run(given: Settings, say: Say) -> Path:
+def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> Path:
     """Carry a LoRA or ControlNet over, or go on with that; returns the new file.
 
     Args:
         given: the command line.
         say: receives the report, line by line.
+        also: further files, by the way whose numbers they are to hold, for whoever compares the ways.
 
     Raises UserError, or CheckpointError, for everything that the person can put right.
     """
@@ -121,7 +122,9 @@ def run(given: Settings, say: Say) -> Path:
         shares = {way: job.share(change.rounded(numbers)) for way, numbers in ways.items()}
     best = max(shares, key=lambda way: shares[way])
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
-    change.write(given.out, ways[best], text, said | {"held_out": given.held_out, "shares": shares, "way": best}, given)
+    for way, path in ((best, given.out), *(also or {}).items()):
+        reached_by = {"held_out": given.held_out, "shares": shares, "way": way}
+        change.write(path, ways[way], text, said | reached_by, given)
     work.delete()
     say(reached(shares, given))
     if best != given.method:

@@ -118,25 +118,35 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         rows = list(study.rows(few, 0))
         assert [row.way for row in rows] == list(measure.WAYS)
         assert {row.plain is None for row in rows} == {effect.word is None}
-        assert [row.seconds is None for row in rows] == [way not in ("fit", "refit") for way in measure.WAYS]
         with monkeypatch.context() as patch:
             patch.setattr(measure, "judged", None)  # nothing is judged twice
             assert list(study.rows(few, 0)) == rows
-    assert len(study.figures()["carried"]) == 4
+    assert [one["name"] for one in study.figures()["carried"]] == ["fine-tune-refit-0", "tiny-refit-0"]
     assert page.effects({"effects": study.figures()}).count("| tiny |") == 2
 
 
 def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
     shown = {("tiny", 0): 50.0, ("tiny", 1): 60.0, ("cyan", 0): 90.0, ("fine-tune", 0): 10.0}
     rows = [
-        asdict(Row(effect, way, seed, 36, value, 24, None if effect == "fine-tune" else 100.0, seconds))
+        asdict(Row(effect, way, seed, 30, value, 18, None if effect == "fine-tune" else 100.0))
         for (effect, seed), value in shown.items()
-        for way, seconds in zip(measure.WAYS, (None, None, None, None, 120.0, None), strict=True)
+        for way in measure.WAYS
     ]
-    figures = {"rows": rows, "carry": measure.CARRY, "teacher": asdict(denoiser.GROWN), "prompts": 24}
+    carried = [
+        {"seconds": {"fit": 120.0, "refit": took}, "shares": {"lineage": 0.5, "fit": 0.7, "refit": 0.8}}
+        for took in (60.0, 120.0)
+    ]
+    figures = {
+        "rows": rows,
+        "carried": carried,
+        "carry": measure.CARRY,
+        "teacher": asdict(denoiser.GROWN),
+        "prompts": 24,
+    }
     lines = page.effects({"effects": figures}).splitlines()
     assert "| tiny |" + " 55 ± 7 |" * len(measure.WAYS) in lines
     assert "| fine-tune |" + " 10 |" * len(measure.WAYS) in lines
     assert "| cyan |" + " 100 |" * len(measure.WAYS) in lines
     assert any("refit 72 %." in line for line in lines)  # of 55 and 90
-    assert "Carrying one over took fit 2 to 2 minutes, refit an unmeasured time, on one busy core." in lines
+    assert "Carrying one over took 2 to 2 minutes by *fit* and 3 to 4 minutes by" in lines
+    assert any("they reach 50 % by lineage, 70 % by fit, 80 % by refit (mean)." in line for line in lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,8 @@ SIZE = 128
 CARRY: dict[str, Any] = {"samples": 64, "steps": 200, "batch": 16, "size": SIZE, "dtype": "fp32"}
 WAYS = ("SDXL", "KOALA without", "lineage", "lineage, 2", "fit", "refit")
 say = partial(print, flush=True)
+SECONDS = "seconds: "
+"""How the line begins in which the tool says how long its parts took."""
 Pipeline = AbstractContextManager[StableDiffusionXLPipeline]
 
 
@@ -49,8 +50,6 @@ class Row:
     shown: float
     n_plain: int
     plain: float | None
-    seconds: float | None = None
-    """That carrying it over took, where that was learned."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class Study:
             training.train(self.family.whole(), effect, path, say)
         return path
 
-    def settings(self, effect: Effect, seed: int, method: str) -> Settings:
+    def settings(self, effect: Effect, seed: int) -> Settings:
         """With which it is carried over: none of the prompts is judged."""
-        out = self.file("carried", f"{effect.name}-{method}-{seed}.safetensors")
+        out = self.file("carried", f"{effect.name}-refit-{seed}.safetensors")
         words = {"prompts": some(effect, False, PROMPTS, seed)}
         if effect.word:
             words["keep"] = some(PLAIN, False, KEEP, seed)
@@ -89,7 +88,6 @@ class Study:
             student=self.family.student,
             out=out,
             seed=seed,
-            method="refit" if method == "refit" else "fit",
             draw_steps=effect.use.steps,
             cfg=effect.use.cfg,
             spacing=effect.use.spacing,
@@ -97,20 +95,33 @@ class Study:
             **CARRY,
         )
 
-    def carried(self, given: Settings) -> Path:
-        """The LoRA that the tool makes, made if it is not there."""
-        return given.out if given.out.exists() else run.run(given, say)
+    def carried(self, effect: Effect, way: str, seed: int) -> Path:
+        """The LoRA that the tool makes in a way, made if it is not there; how long each part took is kept beside it."""
+        given = self.settings(effect, seed)
+        paths = {"fit": self.file("carried", f"{effect.name}-fit-{seed}.safetensors"), "refit": given.out}
+        if not given.out.exists():
+            lines: list[str] = []
+
+            def heard(line: str) -> None:
+                say(line)
+                lines.append(line)
+
+            run.run(given, heard, {"fit": paths["fit"]})
+            told = next(line for line in lines if line.startswith(SECONDS)).removeprefix(SECONDS).split(", ")
+            seconds = {part: float(took) for part, _, took in (one.partition(" ") for one in told)}
+            replace_file(given.out.with_suffix(".json"), json.dumps(seconds))
+        return paths[way]
 
     def model(self, effect: Effect, way: str, seed: int) -> Pipeline:
         """The pipeline that draws a row."""
         if way == "KOALA without":
             return nullcontext(self.family.part())
-        given = self.settings(effect, seed, way)
+        given = self.settings(effect, seed)
         if way == "SDXL":
             return on_teacher(self.family, given)
         if way.startswith("lineage"):
             return by_place(self.family, given, float(way.partition(", ")[2] or 1))
-        return from_file(self.family, self.carried(given))
+        return from_file(self.family, self.carried(effect, way, seed))
 
     def rows(self, effect: Effect, seed: int) -> Iterator[Row]:
         """Every way, drawn and judged; what was judged before is not again."""
@@ -118,12 +129,8 @@ class Study:
         for way in WAYS:
             path = self.file("rows", f"{effect.name}-{way}-{seed}.json")
             if not path.exists():
-                started = time.monotonic()
                 with self.model(effect, way, seed) as model:
-                    took = time.monotonic() - started
                     row, images = judged(model, effect, way, seed)
-                if way in ("fit", "refit"):
-                    row = replace(row, seconds=took)
                 torch.save(images, path.with_suffix(".pt"))
                 replace_file(path, json.dumps(asdict(row)))
             shown[way] = torch.load(path.with_suffix(".pt"), weights_only=True)
@@ -136,10 +143,11 @@ class Study:
         """All that was measured so far."""
         rows = [json.loads(path.read_text("utf-8")) for path in sorted((self.work / "rows").glob("*.json"))]
         carried = []
-        for path in sorted((self.work / "carried").glob("*.safetensors")):
+        for path in sorted((self.work / "carried").glob("*-refit-*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 origin = json.loads(file.metadata()[CARRY_KEY])
-            carried.append({"name": path.stem, "shares": origin["shares"], "way": origin["way"]})
+            seconds = json.loads(path.with_suffix(".json").read_text("utf-8"))
+            carried.append({"name": path.stem, "shares": origin["shares"], "way": origin["way"], "seconds": seconds})
         return {
             "rows": rows,
             "carried": carried,
