@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...koala.lora.factors import factors
+from ...koala.lora.fit import Changes, fit_changes
 from ..errors import UserError
 from . import refit as training
-from .fit import Changes, fit_changes
 from .samples import Samples, State, Texts, as_samples, outputs, wanted
 from .settings import ITERATIONS, Settings
 from .source import Source, by_lineage, student_unet
-from .student import Student, factors
+from .student import Student
 
 
 @dataclass(frozen=True)

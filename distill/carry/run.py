@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
+from ...koala.lora.factors import lora_tensors
 from ..errors import UserError
 from . import source as sources
 from . import write
@@ -111,7 +112,7 @@ def run(given: Settings, say: Say) -> Path:
     best = max(shares, key=lambda way: shares[way])
     rank = source.rank(given)
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
-    state = write.unet_tensors(ways[best], source.student.layout) | text
+    state = lora_tensors(ways[best], source.student.layout) | text
     write.write(given.out, state, rank, said | {"held_out": given.held_out, "shares": shares, "way": best})
     work.delete()
     say(reached(shares, given))

@@ -17,12 +17,12 @@ from ...koala.architecture.lineage import Lineage, is_teacher, lineage
 from ...koala.files.config import stated_transformers
 from ...koala.files.header import CheckpointError, read_header
 from ...koala.files.unet_weights import UNetWeights, open_unet
+from ...koala.lora.fit import Changes
 from .. import result
 from ..config import TeacherTable
 from ..errors import UserError
 from ..teacher import Teacher, open_teacher
 from .fine_tune import FineTune, require_other
-from .fit import Changes
 from .lora import open_lora
 from .settings import LEAST_RANK, Settings
 

@@ -30,12 +30,12 @@ from tools.tiny.judge import judge
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, caption
 
 from ...koala.architecture.layout import KOALA_TINY, Layout
+from ...koala.lora.fit import Changes
 from ...koala.lora.plan import inspect_lora
 from ...koala.lora.weights import load
 from .. import single_file
 from ..carry import run
 from ..carry.changes import changed_weights
-from ..carry.fit import Changes
 from ..carry.options import METHODS
 from ..carry.settings import Settings
 from ..carry.write import CARRY_KEY

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from koala_sdxl.distill.carry.fit import fit_changes, low_rank
+from koala_sdxl.koala.lora.fit import fit_changes, low_rank
 
 
 def random(*shape: int, seed: int) -> Tensor:
