@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...koala.lora.factors import factors
 from ...koala.lora.fit import Changes, fit_changes
+from ...koala.lora.learning import ITERATIONS
 from ..errors import UserError
 from . import refit as training
 from .samples import Samples, State, Texts, as_samples, outputs, wanted
-from .settings import ITERATIONS, Settings
+from .settings import Settings
 from .source import Source, by_lineage, student_unet
 from .student import Student
 

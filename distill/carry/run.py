@@ -16,6 +16,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
 from ...koala.lora.factors import lora_tensors
+from ...koala.lora.learning import ROUNDS
 from ..errors import UserError
 from . import source as sources
 from . import write
@@ -36,7 +37,7 @@ from .samples import (
     outputs,
     visited,
 )
-from .settings import ROUNDS, Settings, origin, read_prompts, require_output
+from .settings import Settings, origin, read_prompts, require_output
 from .source import Source, open_source
 from .work import Work
 

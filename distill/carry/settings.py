@@ -14,15 +14,10 @@ PER_PROMPT = 10
 """Samples for each time that a prompt is sampled, five of either network; neighbouring steps are much alike."""
 HELD_OUT = 4
 """Of so many prompts one is held out, and there is one held-out sample for so many that are learned from."""
-WITHOUT_PROMPT = 0.2
-"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance."""
 KEPT = 3
 """With prompts to keep, every so manieth prompt that is sampled is one of them."""
 SAMPLING_STEPS, GUIDANCE = 25, 7.5
 """Of both networks' sampling: KOALA's published base settings."""
-ROUNDS, ITERATIONS = 5, 5
-"""Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
-larger, and the output is less linear the larger they are."""
 CHECKPOINT_EVERY = 25
 """Optimiser steps."""
 LEAST_RANK = 16
