@@ -23,7 +23,7 @@ def rounded(changes: Changes) -> Changes:
     try:
         return factors.rounded(changes)
     except ValueError as error:
-        raise UserError(f"the new LoRA was not written: {error}. Take --method fit, or a weaker LoRA.") from None
+        raise UserError(f"{error} Or take --method fit. No file was written.") from None
 
 
 def write(path: Path, state: Mapping[str, Tensor], rank: int, origin: Mapping[str, Any]) -> None:

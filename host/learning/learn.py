@@ -26,14 +26,13 @@ from ...koala.lora.learning import ITERATIONS, ROUNDS
 from ...koala.words import Message, lines, message
 from ..model import described, model_facts, unet_layout
 from ..protocols import Clip, Conditioning, Model
+from ..transfer.guard import guarded
 from .network import Conditions, Network, weights
 from .samples import HELD_OUT, Plan, Samples, Sampling, Tick, encoded, joined, predictions
 from .weights import Weights, differences
 
 LEAST_PROMPTS = HELD_OUT
 """So that one is held out."""
-PASSES = ROUNDS * (3 + 2 * ITERATIONS) + 2
-"""How often the KOALA sees each sample, about: for the progress bar."""
 
 Lora = dict[str, Tensor]
 """LORA_MODEL: a LoRA's tensors, as core's nodes apply and save them."""
@@ -89,8 +88,8 @@ def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: 
     line, texts = models.lineage(), _prompts(prompts)
     start = _start(models, line, rank)
     plan = Plan(sampling, len(texts), samples, seed)
-    count = 2 * (plan.learned + plan.held_out)
-    bar = comfy.utils.ProgressBar(2 * plan.drawings * sampling.steps + (2 + PASSES) * count)
+    passes = 2 + 1 + ROUNDS * (3 + 2 * ITERATIONS)  # about: of SDXL, of KOALA as it is, and of the least squares
+    bar = comfy.utils.ProgressBar(2 * plan.drawings * sampling.steps + passes * 2 * (plan.learned + plan.held_out))
 
     def tick(images: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -135,7 +134,7 @@ def _samples(
 
     The KOALA meets its half with ``start``.
     """
-    koala, _ = comfy.sd.load_lora_for_models(models.koala, None, start, 1.0, 0.0)
+    koala, _ = comfy.sd.load_lora_for_models(guarded(models.koala), None, start, 1.0, 0.0)
     halves = plan.met(koala, changed, 0, tick), plan.met(models.changed, changed, 1, tick)
     every = joined([half for group in zip(*halves, strict=True) for half in group])
     with_change = predictions(models.changed, changed, every, tick)
@@ -205,7 +204,9 @@ def _fitting(
 ) -> Iterator[_Fit]:
     """The KOALA on the device, outside inference mode, whose tensors have no gradients; ``texts``: without the change
     and with it."""
-    with torch.inference_mode(False):
+    # least squares look at differences of a hundredth of a change, which TF32 would round away
+    cudnn = torch.backends.cudnn
+    with torch.inference_mode(False), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
         network = Network(koala)
         try:
             plain, changed = (network.conditions(one, samples) for one in texts)

@@ -47,7 +47,9 @@ class Network:
             comfy.model_management.throw_exception_if_processing_interrupted()
             parameter.requires_grad_(False)
             parameter.data.copy_(own[name])
-        self._blocks = [module for module in self.unet.modules() if isinstance(module, ResBlock | BasicTransformerBlock)]
+        self._blocks = [
+            module for module in self.unet.modules() if isinstance(module, ResBlock | BasicTransformerBlock)
+        ]
         for block in self._blocks:  # what it computes is not kept for gradients, but computed once more
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         self.device = koala.load_device

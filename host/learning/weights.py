@@ -46,10 +46,17 @@ def differences(plain: Weights, changed: Weights, lineage: Lineage) -> Iterator[
         plain: an SDXL's.
         changed: those of the same SDXL with LoRAs, or fine-tuned. What is equal in both is left out.
         lineage: the KOALA's.
+
+    Raises ValueError for a difference that is not finite.
     """
     for part, whole in lineage.tensors:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if not plain.shares(whole.comfy, changed):
             change = changed[whole.comfy] - plain[whole.comfy]
+            if not change.isfinite().all():
+                raise ValueError(
+                    f"the difference of sdxl_changed and sdxl is not finite in {UNET}{whole.comfy}; expected numbers. "
+                    f"Connect other models, or take another strength of the LoRA."
+                )
             if change.any():
                 yield part.diffusers, change

@@ -10,7 +10,7 @@ from uuid import uuid4
 import comfy.utils
 
 from ...koala.architecture.keys import parameters
-from ...koala.architecture.layout import Layout, name
+from ...koala.architecture.layout import name
 from ...koala.architecture.lineage import Lineage
 from ...koala.words import Message, joined, message
 from ..model import described, model_facts, unet_layout

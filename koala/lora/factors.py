@@ -49,7 +49,9 @@ def rounded(changes: Changes) -> Changes:
     """The numbers as a file has them, fp32. Raises ValueError for one that fp16 cannot hold."""
     found = {name: tensor.half().float() for name, tensor in changes.items()}
     if bad := next((name for name, tensor in found.items() if not tensor.isfinite().all()), None):
-        raise ValueError(f"{bad} has a number that fp16 cannot hold")
+        raise ValueError(
+            f"the new LoRA has a number that fp16 cannot hold, in {bad}; expected at most 65,504. Take a weaker LoRA."
+        )
     return found
 
 
@@ -61,7 +63,7 @@ def lora_tensors(changes: Changes, layout: Layout) -> dict[str, Tensor]:
         end = next((end for end in KOHYA if name.endswith(end)), "")
         weight = known[name.removesuffix(end)]
         module, _, kind = weight.comfy.rpartition(".")
-        key, number = f"lora_unet_{module.replace('.', '_')}", change.half()
+        key, number = f"lora_unet_{module.replace('.', '_')}", change.half().contiguous()
         if end == UP:
             found[key + KOHYA[UP]] = number.reshape(*number.shape, *[1] * (len(weight.shape) - 2))
             found[key + ALPHA] = torch.tensor(float(number.shape[1]), dtype=torch.float16)

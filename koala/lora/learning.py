@@ -1,4 +1,4 @@
-"""How a KOALA's LoRA is learned from what an SDXL does, with files (`dev.py carry`) or on the canvas: common numbers."""
+"""How a KOALA's LoRA is learned from what an SDXL does, by `dev.py carry` or on the canvas: common numbers."""
 
 from __future__ import annotations
 
