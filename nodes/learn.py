@@ -24,8 +24,8 @@ class KoalaLoraFromSdxl(io.ComfyNode):
             category=ADD_ONS,
             description="Makes a LoRA that changes a KOALA as LoRAs or a fine-tune change SDXL, without images: least "
             "squares on what both models meet while they draw your prompts. More of the effect than KOALA LoRA Loader "
-            "gives, but it takes as long as a training. First SDXL is on the device, as for sampling, then KOALA in "
-            "fp32 with gradients.",
+            "gives, but it takes as long as a training. SDXL needs what sampling needs, then KOALA in fp32 with "
+            "gradients: about 7 GB for KOALA-700M at 1024 px.",
             search_aliases=[
                 "convert lora",
                 "sdxl lora to koala",
@@ -52,7 +52,8 @@ class KoalaLoraFromSdxl(io.ComfyNode):
                 ),
                 preset_input(
                     "How both models draw. auto: as the KOALA model was published. custom: for LoRAs that draw in a "
-                    "few steps, such as 4 steps at cfg 1, trailing."
+                    "few steps, such as 4 steps at cfg 1, trailing.",
+                    "Steps in which an image is drawn.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -88,7 +89,8 @@ class KoalaLoraFromSdxl(io.ComfyNode):
             ],
             outputs=[
                 io.LoraModel.Output(
-                    display_name="LORA_MODEL", tooltip="For Load LoRA Model, behind the KOALA model; or Save LoRA."
+                    display_name="LORA_MODEL",
+                    tooltip="For Load LoRA Model, behind the KOALA model; or Save LoRA Weights.",
                 ),
                 io.String.Output(
                     display_name="report", tooltip="How much of the change is reached on samples that were held out."

@@ -24,20 +24,21 @@ AUTO: Final = "auto"
 CUSTOM: Final = "custom"
 PRESETS = {f"{variant.name} ({variant.settings})": variant.settings for variant in VARIANTS.values()}
 BASE = next(iter(PRESETS.values()))
+STEPS = "Steps of the full schedule. With denoise below 1, only steps x denoise of them run, as in diffusers."
 
 
-def _steps_input() -> io.Int.Input:
+def _steps_input(tooltip: str = STEPS) -> io.Int.Input:
     return io.Int.Input(
         "steps",
         default=BASE.steps,
         min=1,
         max=1000,
-        tooltip="Steps of the full schedule. With denoise below 1, only steps x denoise of them run, as in diffusers.",
+        tooltip=tooltip,
     )
 
 
-def preset_input(tooltip: str) -> io.DynamicCombo.Input:
-    """The choice of steps, guidance and spacing; ``settings_of`` reads it."""
+def preset_input(tooltip: str, steps: str = STEPS) -> io.DynamicCombo.Input:
+    """The choice of steps, guidance and spacing, with two tooltips; ``settings_of`` reads it."""
     return io.DynamicCombo.Input(
         "preset",
         tooltip=tooltip,
@@ -47,7 +48,7 @@ def preset_input(tooltip: str) -> io.DynamicCombo.Input:
             io.DynamicCombo.Option(
                 CUSTOM,
                 [
-                    _steps_input(),
+                    _steps_input(steps),
                     io.Float.Input(
                         "cfg",
                         default=BASE.cfg,

@@ -125,6 +125,7 @@ class unchanged:  # noqa: N801
         self.given = given
 
     def __enter__(self) -> None:
+        comfy.model_management.unload_all_models()
         self.before = self._state()
 
     def __exit__(self, *_: object) -> None:
