@@ -12,7 +12,7 @@ from ..koala.architecture import layout
 from ..koala.architecture.detection import find_layout
 from ..koala.architecture.keys import shapes_of
 from ..koala.architecture.layout import SDXL, Layout
-from ..koala.architecture.lineage import Lineage, lineage
+from ..koala.architecture.lineage import Lineage, is_teacher, lineage
 from ..koala.files.dtypes import TORCH_DTYPES, dtype_name
 from ..koala.model_info import ModelFacts, assumed_facts
 from .protocols import BaseModel, Model
@@ -58,6 +58,21 @@ def is_koala(model: Model) -> bool:
 def unet_layout(model: Model) -> Layout | None:
     """The layout of a MODEL's U-Net, SDXL itself included; None for anything that is not of SDXL's family."""
     return _layout(getattr(model.model, "diffusion_model", None))
+
+
+def described(model: Model) -> str:
+    """What a MODEL is that was expected to be SDXL, for an error."""
+    found = unet_layout(model)
+    if found is None:
+        return f"not SDXL ({type(model.model).__name__})"
+    if attached_facts(model) is not None:
+        return f"already a KOALA model ({layout.name(found)})"
+    if is_teacher(found):
+        return (
+            f"an SDXL of other sizes (text width {found.context}, {found.channels[0]} channels, "
+            f"{found.in_channels} input channels)"
+        )
+    return layout.name(found)
 
 
 def sampled_lineage(model: BaseModel) -> Lineage | None:

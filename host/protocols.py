@@ -25,6 +25,10 @@ class BaseModel(Protocol):
     diffusion_model: torch.nn.Module
     current_patcher: Model | None
     """While it is sampled, the MODEL that is."""
+    model_config: Any
+    """How its U-Net was built: ``unet_config``."""
+
+    def extra_conds(self, **conditioning: Any) -> dict[str, Any]: ...
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
@@ -79,6 +83,8 @@ class Model(Protocol):
     def memory_required(self, input_shape: list[int]) -> float: ...
 
     def get_model_object(self, name: str) -> Any: ...
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]: ...
 
     def add_patches(
         self, patches: Mapping[str, Any], strength_patch: float = 1.0, strength_model: float = 1.0

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .adapt import KoalaAttentionPatches, KoalaControlNet, KoalaControlNetLoader
+from .learn import KoalaLoraFromSdxl
 from .load import KoalaCheckpointLoader, KoalaModelInfo
 from .lora import KoalaHookLora, KoalaLoraLoader
 from .prompt import KoalaPrompt
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     KoalaUNetSwap,
     KoalaLoraLoader,
     KoalaHookLora,
+    KoalaLoraFromSdxl,
     KoalaControlNet,
     KoalaControlNetLoader,
     KoalaAttentionPatches,

@@ -24,15 +24,50 @@ AUTO: Final = "auto"
 CUSTOM: Final = "custom"
 PRESETS = {f"{variant.name} ({variant.settings})": variant.settings for variant in VARIANTS.values()}
 BASE = next(iter(PRESETS.values()))
+STEPS = "Steps of the full schedule. With denoise below 1, only steps x denoise of them run, as in diffusers."
 
 
-def _steps_input() -> io.Int.Input:
+def _steps_input(tooltip: str = STEPS) -> io.Int.Input:
     return io.Int.Input(
         "steps",
         default=BASE.steps,
         min=1,
         max=1000,
-        tooltip="Steps of the full schedule. With denoise below 1, only steps x denoise of them run, as in diffusers.",
+        tooltip=tooltip,
+    )
+
+
+def preset_input(tooltip: str, steps: str = STEPS) -> io.DynamicCombo.Input:
+    """The choice of steps, guidance and spacing, with two tooltips; ``settings_of`` reads it."""
+    return io.DynamicCombo.Input(
+        "preset",
+        tooltip=tooltip,
+        options=[
+            io.DynamicCombo.Option(AUTO, []),
+            *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
+            io.DynamicCombo.Option(
+                CUSTOM,
+                [
+                    _steps_input(steps),
+                    io.Float.Input(
+                        "cfg",
+                        default=BASE.cfg,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        round=0.01,
+                        tooltip="Guidance scale: how closely the image follows the prompt. 1 ignores "
+                        "the negative prompt.",
+                    ),
+                    io.Combo.Input(
+                        "spacing",
+                        options=list(SPACINGS),
+                        default=BASE.spacing,
+                        tooltip="How the steps are spaced: leading for base, trailing for Lightning.",
+                    ),
+                ],
+            ),
+        ],
     )
 
 
@@ -77,7 +112,7 @@ class KoalaScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, model: Model, steps: int, spacing: Spacing | Literal["auto"], denoise: float) -> io.NodeOutput:
         chosen: Spacing = model_facts(model).settings.spacing if spacing == AUTO else spacing
-        sigmas = _schedule(model, steps, chosen, denoise).sigmas
+        sigmas = schedule_of(model, steps, chosen, denoise).sigmas
         title = message("{steps} steps, {spacing}", steps=len(sigmas) - 1, spacing=chosen)
         return shown(None, sigmas, curve=_curve(model, sigmas, title))
 
@@ -86,7 +121,7 @@ def _curve(model: Model, sigmas: torch.Tensor, title: str) -> dict[str, Any]:
     """A schedule to be drawn in front of the published one, or of SDXL's for a model that is not a KOALA."""
     facts = attached_facts(model)
     published = facts.settings if facts is not None else BASE
-    reference = _schedule(model, published.steps, published.spacing, 1.0).sigmas
+    reference = schedule_of(model, published.steps, published.spacing, 1.0).sigmas
     return {"title": title, "sigmas": sigmas.tolist(), "published": published.words, "reference": reference.tolist()}
 
 
@@ -116,36 +151,7 @@ class KoalaSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The same seed gives the same image.",
                 ),
-                io.DynamicCombo.Input(
-                    "preset",
-                    tooltip="auto follows the model. base and lightning: their published settings. custom: your own.",
-                    options=[
-                        io.DynamicCombo.Option(AUTO, []),
-                        *(io.DynamicCombo.Option(preset, []) for preset in PRESETS),
-                        io.DynamicCombo.Option(
-                            CUSTOM,
-                            [
-                                _steps_input(),
-                                io.Float.Input(
-                                    "cfg",
-                                    default=BASE.cfg,
-                                    min=0.0,
-                                    max=100.0,
-                                    step=0.1,
-                                    round=0.01,
-                                    tooltip="Guidance scale: how closely the image follows the prompt. 1 ignores "
-                                    "the negative prompt.",
-                                ),
-                                io.Combo.Input(
-                                    "spacing",
-                                    options=list(SPACINGS),
-                                    default=BASE.spacing,
-                                    tooltip="How the steps are spaced: leading for base, trailing for Lightning.",
-                                ),
-                            ],
-                        ),
-                    ],
-                ),
+                preset_input("auto follows the model. base and lightning: their published settings. custom: your own."),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.SAMPLER_NAMES,
@@ -172,8 +178,8 @@ class KoalaSampler(io.ComfyNode):
         denoise: float,
     ) -> io.NodeOutput:
         incompatible = incompatible_patches(model) if is_koala(model) else ()
-        settings, why = _settings(model, preset)
-        made = _schedule(model, settings.steps, settings.spacing, denoise)
+        settings, why = settings_of(model, preset)
+        made = schedule_of(model, settings.steps, settings.spacing, denoise)
         sampler = comfy.samplers.sampler_object(sampler_name)
         # core's two ways of scaling the first noise are diffusers' two ways; core chooses by sigma_max, diffusers by
         # spacing, so tell this one sampler object which
@@ -187,7 +193,7 @@ class KoalaSampler(io.ComfyNode):
         return shown(lines(joined(", ", (said, sampler_name)), why, *incompatible), output.result[0])
 
 
-def _settings(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:
+def settings_of(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:
     """The settings that a preset stands for, and where they come from."""
     chosen = preset["preset"]
     if chosen == CUSTOM:
@@ -203,7 +209,7 @@ def _settings(model: Model, preset: dict[str, Any]) -> tuple[Settings, str]:
     return PRESETS[chosen], message("preset {preset}", preset=chosen)
 
 
-def _schedule(model: Model, steps: int, spacing: Spacing, denoise: float) -> Schedule:
+def schedule_of(model: Model, steps: int, spacing: Spacing, denoise: float) -> Schedule:
     """The schedule under the model's own scheduler config, or SDXL's where the MODEL has none.
 
     Raises ValueError for a MODEL that is sampled by flow matching, where these noise levels mean nothing.

@@ -28,8 +28,9 @@ from ...koala.files.dtypes import TORCH_DTYPES
 from ...koala.files.export import unet_config
 from ...koala.files.header import read_header
 from ...koala.files.unet_weights import UNetWeights
+from ...koala.lora.adjustable import Adjustable
+from ...koala.lora.fit import Changes
 from ..errors import UserError
-from .fit import Changes
 from .hints import Hints, open_hints
 from .samples import Acts
 from .settings import Settings
@@ -103,9 +104,10 @@ class Control:
 
     def learner(self, unet: UNet2DConditionModel, file: UNetWeights, given: Settings) -> Learner:
         """The numbers of the convolutions, which begin as they are in the file."""
+        unet.requires_grad_(False)
         start = self._own(self.modules)
         places = {key: nn.Parameter(number.to(unet.device, copy=True)) for key, number in start.items()}
-        return Learner(start, places, acts=self._acting(unet, places))
+        return Learner(start, Adjustable(places), acts=self._acting(unet, places))
 
     def rounded(self, numbers: Changes) -> Changes:
         """The numbers as the new file has them: in the types of the old one. Raises UserError for one that such a type

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ...koala.architecture.keys import tensors
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage
+from ...koala.lora.fit import low_rank
 from ...koala.lora.kinds import ALPHA, DOWN, UP
 from ..errors import UserError
 from ..teacher import Teacher
-from .fit import low_rank
 from .names import text_names
 from .weights import Weight, WeightChange
 

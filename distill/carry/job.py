@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...koala.lora.fit import Changes, fit_changes
+from ...koala.lora.learning import ITERATIONS
 from ..errors import UserError
 from . import refit as training
-from .fit import Changes, fit_changes
 from .samples import Samples, State, Texts, as_samples, outputs, wanted
-from .settings import ITERATIONS, Settings
+from .settings import Settings
 from .source import Source, student_unet
 from .student import Student
 

@@ -7,7 +7,8 @@ import torch
 from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import name
 from ...koala.files.dtypes import TORCH_DTYPES
-from .settings import ITERATIONS, PER_STEP, ROUNDS, Settings
+from ...koala.lora.learning import ITERATIONS, ROUNDS
+from .settings import PER_STEP, Settings
 from .source import Source
 
 SLOPES = 4

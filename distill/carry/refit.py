@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...koala.files.atomic_write import written_whole
+from ...koala.lora.fit import Changes
 from ..errors import UserError
-from .fit import Changes
 from .memory import is_shortage
 from .samples import Samples
 from .settings import CHECKPOINT_EVERY, PER_STEP, Settings

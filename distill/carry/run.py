@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
+from ...koala.lora.learning import ROUNDS
 from ..errors import UserError
 from ..single_file import tokenizers
 from . import source as sources
@@ -38,7 +39,7 @@ from .samples import (
     outputs,
     visited,
 )
-from .settings import ROUNDS, Settings, origin, read_prompts, require_output
+from .settings import Settings, origin, read_prompts, require_output
 from .source import Source, open_source
 from .work import Work
 

@@ -6,7 +6,7 @@ KOALA are never in memory at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from ...koala.lora.learning import WITHOUT_PROMPT, spread
 from ..teacher import Encoder
-from .settings import HELD_OUT, KEPT, WITHOUT_PROMPT, Settings
+from .settings import HELD_OUT, KEPT, Settings
 
 State = dict[str, Tensor]
 STUDENT, TEACHER = 0, 1
@@ -99,7 +100,7 @@ def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int
 
     def some(rows: range | list[int], kept: range | list[int], samples: int) -> list[int]:
         turns = [bool(kept) and at % KEPT == 1 for at in range(-(-samples // given.per_prompt))]
-        used, held = (_spread(of, turns.count(kind)) for of, kind in ((rows, False), (kept, True)))
+        used, held = (spread(of, turns.count(kind)) for of, kind in ((rows, False), (kept, True)))
         return [next(held) if is_kept else next(used) for is_kept in turns]
 
     def parted(first: int, count: int) -> tuple[list[int], list[int]]:
@@ -108,11 +109,6 @@ def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int
 
     (learned, measured), (kept, kept_out) = parted(0, prompts), parted(prompts, keep)
     return some(learned, kept, given.samples), some(measured, kept_out, given.held_out)
-
-
-def _spread(rows: range | list[int], count: int) -> Iterator[int]:
-    """``count`` of the rows: all in turn, or of too many as far apart as can be."""
-    return (rows[at * len(rows) // count if len(rows) > count else at % len(rows)] for at in range(count))
 
 
 def visited(

@@ -9,22 +9,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ...koala.lora.learning import PER_DRAWING
 from ...koala.releases import BASE
 from ..errors import UserError
 
-PER_DRAWING = 5
-"""Samples of either network for each time that it samples a prompt, where there are as many steps; neighbouring ones of
-many are much alike."""
 HELD_OUT = 4
 """Of so many prompts one is held out, and there is one held-out sample for so many that are learned from."""
-WITHOUT_PROMPT = 0.2
-"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance; without
-guidance none does."""
 KEPT = 3
 """With prompts to keep, every so manieth prompt that is sampled is one of them."""
-ROUNDS, ITERATIONS = 5, 5
-"""Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
-larger, and the output is less linear the larger they are."""
 PER_STEP = 8
 """Samples in an optimiser step, in as many forward passes as memory asks for."""
 CHECKPOINT_EVERY = 25

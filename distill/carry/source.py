@@ -17,13 +17,13 @@ from ...koala.files.config import stated_transformers
 from ...koala.files.control_weights import control_file
 from ...koala.files.header import CheckpointError, read_header
 from ...koala.files.unet_weights import UNetWeights, open_unet
+from ...koala.lora.fit import Changes
 from .. import result
 from ..config import TeacherTable
 from ..errors import UserError
 from ..teacher import Teacher, open_teacher
 from .control import open_change
 from .fine_tune import FineTune, require_other
-from .fit import Changes
 from .hints import Hints
 from .lora import open_lora
 from .samples import Acts

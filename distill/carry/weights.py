@@ -14,11 +14,13 @@ from torch import Size, Tensor
 from ...koala.architecture.keys import Shape, tensors
 from ...koala.architecture.layout import Layout
 from ...koala.files.unet_weights import UNetWeights
+from ...koala.lora.adjustable import adjustable
+from ...koala.lora.factors import factors, lora_tensors
+from ...koala.lora.fit import Changes
 from . import write
-from .fit import Changes
 from .samples import Acts, alone
 from .settings import LEAST_RANK, Settings
-from .student import Learner, factors, factors_beside
+from .student import Learner
 
 Weight = Callable[[str], Tensor]
 """diffusers' name of a weight or bias -> the unchanged tensor."""
@@ -76,7 +78,8 @@ class WeightChange(ABC):
 
     def learner(self, unet: UNet2DConditionModel, file: UNetWeights, given: Settings) -> Learner:
         """The factors' places, and what they begin with."""
-        return factors_beside(unet, factors(self.of_student(file.tensor), self._rank(given)))
+        start = factors(self.of_student(file.tensor), self._rank(given))
+        return Learner(start, adjustable(unet, start))
 
     def count(self, given: Settings) -> int:
         """How many numbers are learned."""
@@ -93,7 +96,7 @@ class WeightChange(ABC):
 
     def write(self, path: Path, numbers: Changes, text: Mapping[str, Tensor], origin: Any, given: Settings) -> None:
         """Write the new file; see ``write.write``."""
-        write.write(path, write.unet_tensors(numbers, self.layout) | dict(text), self._rank(given), origin)
+        write.write(path, lora_tensors(numbers, self.layout) | dict(text), self._rank(given), origin)
 
     def _rank(self, given: Settings) -> int:
         """Of the new LoRA."""

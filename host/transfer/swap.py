@@ -10,10 +10,10 @@ from uuid import uuid4
 import comfy.utils
 
 from ...koala.architecture.keys import parameters
-from ...koala.architecture.layout import Layout, name
-from ...koala.architecture.lineage import Lineage, is_teacher
+from ...koala.architecture.layout import name
+from ...koala.architecture.lineage import Lineage
 from ...koala.words import Message, joined, message
-from ..model import attached_facts, model_facts, unet_layout
+from ..model import described, model_facts, unet_layout
 from ..protocols import Model
 from . import attention
 from .compatibility import incompatible_patches
@@ -239,23 +239,10 @@ def _lineage(sdxl: Model, koala: Model) -> Lineage:
     if layout == lineage.teacher:
         return lineage
     raise ValueError(
-        f"the MODEL is {_what(sdxl, layout)}; expected SDXL, with text of width {lineage.teacher.context} and "
+        f"the MODEL is {described(sdxl)}; expected SDXL, with text of width {lineage.teacher.context} and "
         f"{lineage.teacher.channels[0]} channels, so that {name(lineage.student)} can take its place. "
         f"Connect the MODEL of an SDXL checkpoint."
     )
-
-
-def _what(model: Model, layout: Layout | None) -> str:
-    if layout is None:
-        return f"not SDXL ({type(model.model).__name__})"
-    if attached_facts(model) is not None:
-        return f"already a KOALA model ({name(layout)})"
-    if is_teacher(layout):
-        return (
-            f"an SDXL of other sizes (text width {layout.context}, {layout.channels[0]} channels, "
-            f"{layout.in_channels} input channels)"
-        )
-    return name(layout)
 
 
 def _carry_weight_patches(sdxl: Model, new: Model, lineage: Lineage, sieve: _Sieve) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from koala_sdxl.distill.carry.fit import Changes, fit_changes, low_rank
 from koala_sdxl.distill.carry.plan import OUTPUTS
+from koala_sdxl.koala.lora.fit import Changes, fit_changes, low_rank
 
 
 def random(*shape: int, seed: int) -> Tensor:

@@ -9,14 +9,13 @@ import comfy.sd
 import pytest
 import torch
 
-from koala_sdxl.distill.carry import write
 from koala_sdxl.distill.carry.changes import changed_weights
 from koala_sdxl.distill.carry.names import text_names
-from koala_sdxl.distill.carry.student import factors
 from koala_sdxl.host.transfer.lora import apply_lora
 from koala_sdxl.koala.architecture.keys import renaming, tensors
 from koala_sdxl.koala.architecture.layout import KOALA_700M
 from koala_sdxl.koala.architecture.lineage import lineage
+from koala_sdxl.koala.lora.factors import factors, lora_tensors
 from koala_sdxl.koala.lora.plan import inspect_lora
 from koala_sdxl.koala.lora.weights import load
 from tests.parity.test_lora_faults import PARTS, SHAPES
@@ -76,7 +75,7 @@ def test_the_file_does_the_same_by_our_node_and_by_the_stock_one(kind: str) -> N
         source = load(inspect_lora(path, LAYOUT))
     wanted = dict(changed_weights(source.unet, LAYOUT, own.__getitem__))
     numbers = factors(((name, new - own[name]) for name, new in wanted.items()), 640)
-    state = write.unet_tensors(numbers, LAYOUT) | text_names(source.text)
+    state = lora_tensors(numbers, LAYOUT) | text_names(source.text)
     metadata = {"ss_base_model_version": "koala"}
     with transfer.on_disk(state, metadata=metadata) as path:
         ours = apply_lora(patched, transfer.clip(), path, 1.0, 1.0)

@@ -30,6 +30,7 @@ CHECKSUMS = FOLDER / "SHA256SUMS"
 EVERY_NODE = "every node"
 ACCELERATED = f"{EVERY_NODE}, acceleration"
 ADD_ONS = f"{EVERY_NODE}, built-in add-ons"
+LEARNED = f"{EVERY_NODE}, LoRA from SDXL"
 API = ".api"  # in the name of a file that is in the format of POST /prompt
 
 
@@ -155,7 +156,43 @@ ADD_ONS_GRAPH = {
     "positive": Placed("PreviewAny", {}, {"source": ("applied", 0)}),
 }
 """The same with koala-tiny's own add-ons, which need no file."""
-BUILT = {EVERY_NODE: GRAPH, ACCELERATED: ACCELERATED_GRAPH, ADD_ONS: ADD_ONS_GRAPH}
+LEARNED_GRAPH = {
+    "file": GRAPH["file"],
+    "sdxl": Placed("CheckpointLoaderSimple"),
+    "changed": Placed("LoraLoader", {"strength_model": 0.75}, {"model": ("sdxl", 0), "clip": ("sdxl", 1)}),
+    "lora": Placed(
+        "KoalaLoraFromSdxl",
+        {
+            "prompts": "a koala\na star",
+            "preset": "custom",
+            "preset.steps": 4,
+            "preset.cfg": 1.0,
+            "preset.spacing": "trailing",
+            "rank": 16,
+            "samples": 64,
+            "size": 512,
+            "seed": 7,
+        },
+        {
+            "sdxl": ("sdxl", 0),
+            "sdxl_changed": ("changed", 0),
+            "koala": ("file", 0),
+            "clip": ("sdxl", 1),
+            "clip_changed": ("changed", 1),
+        },
+    ),
+    "applied": Placed("LoraModelLoader", {}, {"model": ("file", 0), "lora": ("lora", 0)}),
+    "info": Placed("KoalaModelInfo", {}, {"model": ("applied", 0)}),
+    "saved": Placed("SaveLoRA", {}, {"lora": ("lora", 0)}),
+    "report": Placed("PreviewAny", {}, {"source": ("lora", 1)}),
+}
+"""The same for the node that makes a LoRA, with core's nodes that take it."""
+BUILT = {
+    EVERY_NODE: GRAPH,
+    ACCELERATED: ACCELERATED_GRAPH,
+    ADD_ONS: ADD_ONS_GRAPH,
+    LEARNED: LEARNED_GRAPH,
+}
 """Graphs that are frozen beside the shipped ones, by their titles."""
 
 BUILD = """(graph) => {

@@ -34,7 +34,7 @@ CUT = (150, 200, 1420, 720)  # of the canvas: left, top, right, bottom
 COLOURS = 96  # of an image's palette
 ADDED = ("KoalaScheduler", "KoalaLoraLoader", "KoalaHookLora", "KoalaAttentionPatches", "KoalaAccelerate")
 """Nodes that ``ADD`` puts beside those of the workflow, which has the others that run."""
-NOT_RUN = ("KoalaUNetSwap", "KoalaControlNet", "KoalaControlNetLoader", "KoalaCheckpointSave")
+NOT_RUN = ("KoalaUNetSwap", "KoalaLoraFromSdxl", "KoalaControlNet", "KoalaControlNetLoader", "KoalaCheckpointSave")
 """Nodes that are shown before a run."""
 
 ADD = """([lora]) => {

@@ -1,0 +1,20 @@
+"""How a KOALA's LoRA is learned from what an SDXL does, by `dev.py carry` or on the canvas: common numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+ROUNDS, ITERATIONS = 5, 5
+"""Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
+larger, and the output is less linear the larger they are."""
+PER_DRAWING = 5
+"""Samples of either network for each time that it samples a prompt, where there are as many steps; neighbouring ones of
+many are much alike."""
+WITHOUT_PROMPT = 0.2
+"""Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance; without
+guidance none does."""
+
+
+def spread(rows: Sequence[int], count: int) -> Iterator[int]:
+    """``count`` of the rows: all in turn, or of too many as far apart as can be."""
+    return (rows[at * len(rows) // count if len(rows) > count else at % len(rows)] for at in range(count))
