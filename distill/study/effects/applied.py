@@ -23,10 +23,11 @@ from ...carry.weights import WeightChange
 
 @dataclass(frozen=True)
 class Family:
-    """sdxl-tiny's folder and a koala-tiny's file."""
+    """sdxl-tiny's folder and a koala-tiny's file, and what that is called."""
 
     teacher: Path
     student: Path
+    name: str
 
     def whole(self) -> StableDiffusionXLPipeline:
         """sdxl-tiny, fp32."""

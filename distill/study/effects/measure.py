@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from ...carry.write import CARRY_KEY
 from .. import plots
 from . import training
 from .applied import Family, by_place, from_file, on_teacher
+from .student import STEPS, distance
 from .table import EFFECTS, PLAIN, Effect, Field, asked, plain
 
 PROMPTS, KEEP = 24, 12  # that an adapter is carried over with, and without its word
@@ -31,7 +32,8 @@ JUDGED, JUDGED_PLAIN = 30, 18  # images a row and seed
 SHOWN = 6  # columns of a picture
 SIZE = 128
 CARRY: dict[str, Any] = {"samples": 64, "steps": 200, "batch": 16, "size": SIZE, "dtype": "fp32"}
-WAYS = ("SDXL", "KOALA without", "lineage", "lineage, 2", "fit", "refit")
+SDXL = "SDXL"
+WAYS = (SDXL, "KOALA without", "lineage", "lineage, 2", "fit", "refit")
 say = partial(print, flush=True)
 SECONDS = "seconds: "
 """How the line begins in which the tool says how long its parts took."""
@@ -43,6 +45,8 @@ class Row:
     """Percentages: of n images of prompts that ask for the effect those that show it, with all else that they ask for;
     of n_plain images of prompts that do not ask for it those that show what they ask for (none for a style)."""
 
+    student: str
+    """Its name; none for SDXL."""
     effect: str
     way: str
     seed: int
@@ -54,20 +58,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """The models and the work folder."""
+    """The models and the work folder; adapters and SDXL's images are common to all students."""
 
     family: Family
     work: Path
 
-    def file(self, folder: str, name: str) -> Path:
+    def file(self, folder: str, name: str, common: bool = False) -> Path:
         """A file's path in a folder of the work folder, which is there."""
-        path = self.work / folder / name
+        path = (self.work if common else self.work / self.family.name) / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def adapter(self, effect: Effect) -> Path:
         """The trained adapter, trained if it is not there."""
-        path = self.file("adapters", f"{effect.name}.safetensors" if effect.modules else effect.name)
+        path = self.file("adapters", f"{effect.name}.safetensors" if effect.modules else effect.name, common=True)
         if not path.exists():
             training.train(self.family.whole(), effect, path, say)
         return path
@@ -117,7 +121,7 @@ class Study:
         if way == "KOALA without":
             return nullcontext(self.family.part())
         given = self.settings(effect, seed)
-        if way == "SDXL":
+        if way == SDXL:
             return on_teacher(self.family, given)
         if way.startswith("lineage"):
             return by_place(self.family, given, float(way.partition(", ")[2] or 1))
@@ -127,10 +131,10 @@ class Study:
         """Every way, drawn and judged; what was judged before is not again."""
         shown: dict[str, torch.Tensor] = {}
         for way in WAYS:
-            path = self.file("rows", f"{effect.name}-{way}-{seed}.json")
+            path = self.file("rows", f"{effect.name}-{way}-{seed}.json", common=way == SDXL)
             if not path.exists():
                 with self.model(effect, way, seed) as model:
-                    row, images = judged(model, effect, way, seed)
+                    row, images = judged(model, "" if way == SDXL else self.family.name, effect, way, seed)
                 torch.save(images, path.with_suffix(".pt"))
                 replace_file(path, json.dumps(asdict(row)))
             shown[way] = torch.load(path.with_suffix(".pt"), weights_only=True)
@@ -139,24 +143,33 @@ class Study:
         named = {f"{effect.name}: {way}": images for way, images in shown.items()}
         plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
 
-    def figures(self) -> dict[str, Any]:
-        """All that was measured so far."""
-        rows = [json.loads(path.read_text("utf-8")) for path in sorted((self.work / "rows").glob("*.json"))]
-        carried = []
-        for path in sorted((self.work / "carried").glob("*-refit-*.safetensors")):
+
+def figures(family: Sequence[Family], work: Path) -> dict[str, Any]:
+    """All that was measured so far, with some students of one teacher."""
+
+    def read(folder: Path, pattern: str) -> list[Any]:
+        return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob(pattern))]
+
+    rows, carried = read(work / "rows", "*.json"), []
+    for one in family:
+        rows += read(work / one.name / "rows", "*.json")
+        for path in sorted((work / one.name / "carried").glob("*-refit-*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 origin = json.loads(file.metadata()[CARRY_KEY])
             seconds = json.loads(path.with_suffix(".json").read_text("utf-8"))
-            carried.append({"name": path.stem, "shares": origin["shares"], "way": origin["way"], "seconds": seconds})
-        return {
-            "rows": rows,
-            "carried": carried,
-            "recipes": {effect.name: asdict(effect.recipe) for effect in EFFECTS},
-            "teacher": asdict(denoiser.GROWN),
-            "prompts": PROMPTS,
-            "carry": CARRY,
-            "computer": meter.computer(),
-        }
+            told = {"student": one.name, "name": path.stem, "seconds": seconds}
+            carried.append({**told, "shares": origin["shares"], "way": origin["way"]})
+    return {
+        "rows": rows,
+        "carried": carried,
+        "distance": {one.name: distance(one.teacher, one.student) for one in family},
+        "recipes": {effect.name: asdict(effect.recipe) for effect in EFFECTS},
+        "teacher": asdict(denoiser.GROWN),
+        "student": STEPS,
+        "prompts": PROMPTS,
+        "carry": CARRY,
+        "computer": meter.computer(),
+    }
 
 
 def some(effect: Effect, held_out: bool, n: int, seed: int) -> list[Field]:
@@ -165,7 +178,9 @@ def some(effect: Effect, held_out: bool, n: int, seed: int) -> list[Field]:
     return [every[at] for at in torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:n].tolist()]
 
 
-def judged(model: StableDiffusionXLPipeline, effect: Effect, way: str, seed: int) -> tuple[Row, torch.Tensor]:
+def judged(
+    model: StableDiffusionXLPipeline, student: str, effect: Effect, way: str, seed: int
+) -> tuple[Row, torch.Tensor]:
     """A row, and its first images."""
 
     def drawn(of: Effect, count: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +192,7 @@ def judged(model: StableDiffusionXLPipeline, effect: Effect, way: str, seed: int
         return made, of.seen(made, asked(fields)).float()
 
     images, shown = drawn(effect, JUDGED, 1)
-    row = Row(effect.name, way, seed, JUDGED, 100 * float(shown.mean()), 0, None)
+    row = Row(student, effect.name, way, seed, JUDGED, 100 * float(shown.mean()), 0, None)
     if effect.word:
         kept = drawn(PLAIN, JUDGED_PLAIN, 2)[1]
         row = replace(row, n_plain=JUDGED_PLAIN, plain=100 * float(kept.mean()))

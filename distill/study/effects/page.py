@@ -9,7 +9,7 @@ from typing import Any
 
 from tools.measure import markdown
 
-from .table import EFFECTS
+from .table import EFFECTS, FAST
 
 LABELS = {
     "SDXL": "SDXL with it",
@@ -20,62 +20,65 @@ LABELS = {
     "refit": "refit",
 }
 """The ways, as they are called on the page."""
-LORAS = tuple(effect.name for effect in EFFECTS if effect.modules)
+SHARES = {"shown": "shown", "plain": "kept"}
+"""Likewise what is counted."""
+LORAS = tuple(effect.name for effect in EFFECTS if effect.modules and effect is not FAST)
+STUDENTS = {"koala-tiny": "koala-tiny itself", "distilled": "a student distilled out of this sdxl-tiny"}
 Rows = Sequence[Mapping[str, Any]]
 
 
 def effects(data: Mapping[str, Any]) -> str:
     """Adapters trained on sdxl-tiny, in pictures."""
     measured = data["effects"]
-    rows: Rows = measured["rows"]
+    rows, carry, teacher = measured["rows"], measured["carry"], measured["teacher"]
     names = [effect.name for effect in EFFECTS if any(row["effect"] == effect.name for row in rows)]
-    tables = [
-        markdown.table(
-            ["", *LABELS.values()],
-            (
-                [name, *(spread(_of(rows, name, way), what) for way in LABELS)]
-                for name in names
-                if has(rows, name, what)
-            ),
-        )
-        for what in ("shown", "plain")
-    ]
-    means = {way: _mean_of_loras(rows, way) for way in LABELS}
-    teaches = {effect.name: effect.teaches for effect in EFFECTS}
-    carry, teacher = measured["carry"], measured["teacher"]
-    lines = "\n".join(f"- *{name}*: {teaches[name]}" for name in names)
-    shown, plain = ("\n".join(table) for table in tables)
+    lines = "\n".join(f"- *{effect.name}*: {effect.teaches}" for effect in EFFECTS if effect.name in names)
+    parts = "\n".join(_of_student(measured, student, names) for student in measured["distance"])
     return f"""## SDXL's adapters in pictures
 
 Trained on an sdxl-tiny that was grown out of koala-tiny (`train-tiny --grow`: SDXL's layers, those that koala-tiny
-lacks at random, then {teacher["steps"]} steps of {teacher["batch"]} drawings), carried over to koala-tiny: *lineage* by
-KOALA LoRA Loader's rules, *fit* and *refit* by `dev.py carry` from {measured["prompts"]} prompts with
+lacks at random, then {teacher["steps"]} steps of {teacher["batch"]} drawings), and carried over to students: *lineage*
+by KOALA LoRA Loader's rules, *fit* and *refit* by `dev.py carry` from {measured["prompts"]} prompts with
 {carry["samples"]} samples and {carry["steps"]} steps. What each teaches:
 
 {lines}
 
-Of prompts that ask for the effect, none of them learned from, those whose image shows it with everything else that they
-ask for, in %; mean and standard deviation over the draws of prompts, noise and samples where there are several,
-{rows[0]["n"]} images each:
+The tables have shares of images in %, of prompts that none learned from: *shown*, of prompts that ask for the effect,
+those with it and with everything else that they ask for; *kept*, of prompts that do not, those that are as asked for,
+with the adapter in place. Mean and standard deviation over the draws of prompts, noise and samples where there are
+several, {rows[0]["n"]} and {max(row["n_plain"] for row in rows)} images each.
 
-{shown}
-
-Mean over the LoRAs that are measured in a way: {", ".join(f"{LABELS[way]} {value}" for way, value in means.items())}.
-
-Of prompts that do not ask for it, with the adapter, those whose image is as asked for, in %:
-
-{plain}
-
+{parts}
 ![The same prompts in every way, one adapter below the other](distillation-effects.png)
+"""
 
-Carrying one over took {_minutes(measured["carried"], ("refit",))} by *fit* and {_minutes(measured["carried"], ())} by
-*refit*, on one core of a busy machine. {_shares(measured["carried"])}
+
+def _of_student(measured: Mapping[str, Any], student: str, names: Sequence[str]) -> str:
+    rows = [row for row in measured["rows"] if row["student"] in ("", student)]
+    carried = [one for one in measured["carried"] if one["student"] == student]
+    done = [name for name in names if any(row["effect"] == name and row["student"] for row in rows)]
+    cells = [[what, name, *(spread(_of(rows, name, way), what) for way in LABELS)] for what in SHARES for name in done]
+    table = "\n".join(
+        markdown.table(["", "", *LABELS.values()], ([SHARES[what], *row] for what, *row in cells if any(row[1:])))
+    )
+    means = ", ".join(f"{LABELS[way]} {_mean_of_loras(rows, way)}" for way in LABELS if way != "KOALA without")
+    return f"""### {STUDENTS[student][0].upper()}{STUDENTS[student][1:]}
+
+The matrices that it shares with sdxl-tiny are {100 * measured["distance"][student]:.0f} % away from them (norm of the
+difference; mean).
+
+{table}
+
+Mean of *shown* over the LoRAs but *fast*: {means}.
+
+Carrying one over took {_minutes(carried, ("refit",))} by *fit* and {_minutes(carried, ())} by *refit*, on one core of a
+busy machine. {_shares(carried)}
 """
 
 
 def sheets(work: Path) -> list[Path]:
-    """The pictures of every effect, at the first seed."""
-    return [work / "sheets" / f"{effect.name}-0.png" for effect in EFFECTS]
+    """The pictures of every effect on the distilled student, at the first seed."""
+    return [work / "distilled" / "sheets" / f"{effect.name}-0.png" for effect in EFFECTS]
 
 
 def _minutes(carried: Rows, without: tuple[str, ...]) -> str:
@@ -88,11 +91,6 @@ def _shares(carried: Rows) -> str:
     means = {way: mean(one["shares"][way] for one in carried) for way in ("lineage", "fit", "refit")}
     told = ", ".join(f"{100 * share:.0f} % by {way}" for way, share in means.items())
     return f"Of the wanted change of the U-Net's output, on held-out samples, they reach {told} (mean)."
-
-
-def has(rows: Rows, effect: str, what: str) -> bool:
-    """Whether an effect was judged in that respect."""
-    return any(row["effect"] == effect and row[what] is not None for row in rows)
 
 
 def _of(rows: Rows, effect: str, way: str) -> Rows:
