@@ -80,6 +80,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=at_least(1), metavar="N", help="optimiser steps of refit, of 8 samples each (default: 300)")
     add("--batch", type=at_least(1), metavar="N", help="samples in one forward pass: what memory allows (default: 8)")
     add("--seed", type=at_least(0), metavar="N", help="of all random numbers (default: 0)")
-    add("--dtype", choices=DTYPES, help="in which SDXL computes (default: bf16); the KOALA computes in fp32")
+    add("--dtype", choices=DTYPES, help="in which SDXL computes (default: fp16); the KOALA computes in fp32")
     add("--tokenizer", type=Path, metavar="DIR", help="folder with CLIP's tokenizer, where SDXL is a single file")
     add("--check", action="store_true", help="read the files' headers, show the plan and the memory, and do nothing")

@@ -23,6 +23,7 @@ from .job import Job
 from .lengths import cut
 from .memory import enough_memory
 from .plan import plan
+from .rounding import rounding
 from .samples import (
     FILE,
     STUDENT,
@@ -111,6 +112,7 @@ def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> Pa
     texts = Texts.of(encodings)
     seen = once("student", lambda: _student_samples(given, source, prompts, texts, device))
     learned = once("teacher", lambda: _teacher_samples(given, source, prompts, texts, as_samples(seen), device))
+    say(rounding(learned["change"], learned["size"], given.dtype))
     with enough_memory(MADE, given):
         job = Job.made(given, source, texts, learned, device)
     found, ways = job.start, {"lineage": job.start}
@@ -203,13 +205,14 @@ def _teacher_samples(
         )
         every = joined([*learned, *held_out])
         with_lora = outputs(unet, every, texts.with_lora, given, acts)
-    change = with_lora - outputs(unet, every, texts.plain, given)
+    plain = outputs(unet, every, texts.plain, given)
+    change = with_lora - plain
     if not change.isfinite().all():
         raise UserError(
             f"SDXL's output with {given.lora.name} is not finite in {given.dtype}; expected numbers. Take another "
             f"--dtype: bf16, or fp32."
         )
-    return {**every._asdict(), "change": change}
+    return {**every._asdict(), "change": change, "size": plain.square().mean().sqrt()}
 
 
 def _peak() -> float:

@@ -45,7 +45,7 @@ class Settings:
     steps: int = 300
     batch: int = 8
     seed: int = 0
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
     tokenizer: Path | None = None
     check: bool = False
 

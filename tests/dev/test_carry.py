@@ -62,6 +62,7 @@ def test_the_report_tells_places_seconds_and_memory(told: Told) -> None:
     assert "text encoders: 24 of 24 applied" in said
     assert re.search(r"seconds: texts \d+, student \d+, teacher \d+, fit \d+, refit \d+", said)
     assert re.search(r"memory: at most \d+\.\d GB", said)
+    assert re.search(r"^SDXL's output changes by [\d.]+ % \(root mean square\)$", said, re.MULTILINE)
 
 
 def test_the_file_is_koalas_and_says_what_it_came_from(place: Path, told: Told) -> None:

@@ -61,7 +61,12 @@ def test_the_tokenizers_folder_is_in_the_origin(place: Path) -> None:
 
 def test_a_file_is_hashed_once_until_it_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    monkeypatch.setattr(works, "digest", lambda path: [hashed.append(path), digest(path)][1])  # type: ignore[func-returns-value]
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(works, "digest", counted)
     file, folder = tmp_path / "weights", tmp_path / "x.carry"
     file.write_text("one")
     Work(folder).make()
