@@ -113,6 +113,7 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(measure, name, number)
     monkeypatch.setattr(measure, "CARRY", {"samples": 8, "steps": 1, "batch": 4, "size": 64, "dtype": "fp32"})
     study = measure.Study(Family(tmp_path / "sdxl-tiny", SHIPPED, "koala-tiny"), tmp_path / "work")
+    every = []
     for effect in (TINY, TUNED):
         few = replace(effect, recipe=replace(effect.recipe, **FEW))
         rows = list(study.rows(few, 0))
@@ -121,9 +122,11 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(measure, "judged", None)  # nothing is judged twice
             assert list(study.rows(few, 0)) == rows
-    found = measure.figures([study.family], study.work)
+        every += rows
+        assert [row.near is None for row in rows] == [way == measure.SDXL for way in measure.WAYS]
+    found = measure.figures(every, [study.family], study.work)
     assert [one["name"] for one in found["carried"]] == ["fine-tune-refit-0", "tiny-refit-0"]
-    assert page.effects({"effects": found}).count("| tiny |") == 2
+    assert page.effects({"effects": found}).count("| tiny |") == 3
 
 
 def test_the_section_gives_means_over_seeds_and_over_loras() -> None:

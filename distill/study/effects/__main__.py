@@ -4,7 +4,7 @@ Usage: python -m tools.run koala_sdxl.distill.study.effects --teacher DIR --work
                                    [--effects NAME ...] [--seeds N ...]
 
 Every part is kept in the work folder, so that an interrupted run goes on; several, of different effects or seeds, can
-run side by side. The figures of all that is there go to runs/effects.json in the work folder.
+run side by side. The figures go to runs/effects.json in the work folder: run once more with all of them at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tools.tiny import SHIPPED
 
 from ....koala.files.atomic_write import replace_file
 from .applied import Family
-from .measure import Study, figures, say
+from .measure import Row, Study, figures, say
 from .student import distilled
 from .table import EFFECTS
 
@@ -39,16 +39,18 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     teacher, work = given.teacher.resolve(), given.work.resolve()
     file = {name: STUDENTS[name](teacher, work) for name in given.students}
+    families = [Family(teacher, file[name], name) for name in given.students]
+    rows: list[Row] = []
     for seed in given.seeds:
         for effect in (effect for effect in EFFECTS if effect.name in given.effects):
-            for name in given.students:
+            for family in families:
                 started = time.monotonic()
-                study = Study(Family(teacher, file[name], name), work)
-                for row in study.rows(effect, seed):
+                for row in Study(family, work).rows(effect, seed):
                     say(f"{row} ({time.monotonic() - started:.0f} s)")
-                there = [name for name in STUDENTS if (work / name).is_dir()]
-                found = figures([Family(teacher, STUDENTS[name](teacher, work), name) for name in there], work)
-                replace_file(study.file("runs", "effects.json", common=True), json.dumps(found, indent=1) + "\n")
+                    rows.append(row)
+    out = work / "runs" / "effects.json"
+    out.parent.mkdir(exist_ok=True)
+    replace_file(out, json.dumps(figures(rows, families, work), indent=1) + "\n")
     return 0
 
 

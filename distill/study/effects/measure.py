@@ -54,6 +54,8 @@ class Row:
     shown: float
     n_plain: int
     plain: float | None
+    near: float | None = None
+    """How near the n images are to SDXL's with the adapter, of the same prompts and noise: PSNR in dB."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Study:
 
     def rows(self, effect: Effect, seed: int) -> Iterator[Row]:
         """Every way, drawn and judged; what was judged before is not again."""
-        shown: dict[str, torch.Tensor] = {}
+        made: dict[str, torch.Tensor] = {}
         for way in WAYS:
             path = self.file("rows", f"{effect.name}-{way}-{seed}.json", common=way == SDXL)
             if not path.exists():
@@ -137,22 +139,18 @@ class Study:
                     row, images = judged(model, "" if way == SDXL else self.family.name, effect, way, seed)
                 torch.save(images, path.with_suffix(".pt"))
                 replace_file(path, json.dumps(asdict(row)))
-            shown[way] = torch.load(path.with_suffix(".pt"), weights_only=True)
-            yield Row(**json.loads(path.read_text("utf-8")))
+            made[way] = torch.load(path.with_suffix(".pt"), weights_only=True)
+            row = Row(**json.loads(path.read_text("utf-8")))
+            yield row if way == SDXL else replace(row, near=decibels(made[way], made[SDXL]))
         prompts = [effect.said(plain(field)) for field in some(effect, True, JUDGED, seed)[:SHOWN]]
-        named = {f"{effect.name}: {way}": images for way, images in shown.items()}
+        named = {f"{effect.name}: {way}": images[:SHOWN] for way, images in made.items()}
         plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
 
 
-def figures(family: Sequence[Family], work: Path) -> dict[str, Any]:
-    """All that was measured so far, with some students of one teacher."""
-
-    def read(folder: Path, pattern: str) -> list[Any]:
-        return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob(pattern))]
-
-    rows, carried = read(work / "rows", "*.json"), []
+def figures(rows: Sequence[Row], family: Sequence[Family], work: Path) -> dict[str, Any]:
+    """What there is to store: rows, how their adapters were carried over, and all settings."""
+    carried = []
     for one in family:
-        rows += read(work / one.name / "rows", "*.json")
         for path in sorted((work / one.name / "carried").glob("*-refit-*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 origin = json.loads(file.metadata()[CARRY_KEY])
@@ -160,7 +158,7 @@ def figures(family: Sequence[Family], work: Path) -> dict[str, Any]:
             told = {"student": one.name, "name": path.stem, "seconds": seconds}
             carried.append({**told, "shares": origin["shares"], "way": origin["way"]})
     return {
-        "rows": rows,
+        "rows": [asdict(row) for row in dict.fromkeys(rows)],
         "carried": carried,
         "distance": {one.name: distance(one.teacher, one.student) for one in family},
         "recipes": {effect.name: asdict(effect.recipe) for effect in EFFECTS},
@@ -172,6 +170,11 @@ def figures(family: Sequence[Family], work: Path) -> dict[str, Any]:
     }
 
 
+def decibels(images: torch.Tensor, others: torch.Tensor) -> float:
+    """PSNR of images in [-1, 1]."""
+    return float(10 * torch.log10(4 / (images - others).square().mean()))
+
+
 def some(effect: Effect, held_out: bool, n: int, seed: int) -> list[Field]:
     """n different contents of prompts."""
     every = effect.fields(held_out)
@@ -181,7 +184,7 @@ def some(effect: Effect, held_out: bool, n: int, seed: int) -> list[Field]:
 def judged(
     model: StableDiffusionXLPipeline, student: str, effect: Effect, way: str, seed: int
 ) -> tuple[Row, torch.Tensor]:
-    """A row, and its first images."""
+    """A row, and the images of prompts that ask for the effect."""
 
     def drawn(of: Effect, count: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
         fields = some(of, True, count, seed)
@@ -196,4 +199,4 @@ def judged(
     if effect.word:
         kept = drawn(PLAIN, JUDGED_PLAIN, 2)[1]
         row = replace(row, n_plain=JUDGED_PLAIN, plain=100 * float(kept.mean()))
-    return row, images[:SHOWN].clone()
+    return row, images

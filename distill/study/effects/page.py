@@ -20,7 +20,7 @@ LABELS = {
     "refit": "refit",
 }
 """The ways, as they are called on the page."""
-SHARES = {"shown": "shown", "plain": "kept"}
+SHARES = {"shown": "shown", "near": "near", "plain": "kept"}
 """Likewise what is counted."""
 LORAS = tuple(effect.name for effect in EFFECTS if effect.modules and effect is not FAST)
 STUDENTS = {"koala-tiny": "koala-tiny itself", "distilled": "a student distilled out of this sdxl-tiny"}
@@ -43,9 +43,10 @@ by KOALA LoRA Loader's rules, *fit* and *refit* by `dev.py carry` from {measured
 
 {lines}
 
-The tables have shares of images in %, of prompts that none learned from: *shown*, of prompts that ask for the effect,
+Shares of images are in %, of prompts that none learned from: *shown*, of prompts that ask for the effect,
 those with it and with everything else that they ask for; *kept*, of prompts that do not, those that are as asked for,
-with the adapter in place. Mean and standard deviation over the draws of prompts, noise and samples where there are
+with the adapter in place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in
+dB. Mean and standard deviation over the draws of prompts, noise and samples where there are
 several, {rows[0]["n"]} and {max(row["n_plain"] for row in rows)} images each.
 
 {parts}
