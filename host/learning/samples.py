@@ -46,7 +46,8 @@ class Samples(NamedTuple):
     def parts(self) -> tuple[Tensor, ...]:
         """The numbers of those that go through a network together."""
         pixels = 64 * self.noisy.shape[-1] * self.noisy.shape[-2]
-        return torch.arange(len(self.sigma)).split(max(1, PIXELS // pixels))
+        parts: tuple[Tensor, ...] = torch.arange(len(self.sigma)).split(max(1, PIXELS // pixels))
+        return parts
 
 
 def joined(parts: Iterable[Samples]) -> Samples:
@@ -178,8 +179,8 @@ def predictions(model: Model, texts: list[Conditioning], samples: Samples, tick:
     return found
 
 
-class _Passes(comfy.samplers.Sampler):
-    """A sampler that takes no steps: it asks the model for its predictions on samples."""
+class _Passes:
+    """A sampler of ComfyUI's that takes no steps: it asks the model for its predictions on samples."""
 
     def __init__(self, samples: Samples, tick: Tick) -> None:
         self.samples, self.tick = samples, tick

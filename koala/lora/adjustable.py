@@ -39,7 +39,8 @@ class Adjustable:
             if weight == name:
                 self.base[name] = parameter.detach().clone()
                 parameter.data = parameter.data.clone()  # it may be the file itself, mapped into memory
-                self.parameters[name] = parameter.requires_grad_(True)
+                parameter.requires_grad_(True)
+                self.parameters[name] = parameter
             else:
                 self.parameters[name] = nn.Parameter(torch.zeros_like(change, device=parameter.device))
         for name in start:

@@ -122,10 +122,10 @@ def test_denoise_that_leaves_no_step_says_so() -> None:
 def test_auto_follows_the_variant_that_travels_with_the_model() -> None:
     model = parity.tiny_models()[0].clone()
     facts = model_facts(model)
-    assert sample._settings(model, {"preset": "auto"})[0] == settings.BASE.settings
+    assert sample.settings_of(model, {"preset": "auto"})[0] == settings.BASE.settings
     identity = settings.Identity(settings.LIGHTNING, "a test")
     model.set_attachments(ATTACHMENT, facts.__class__(**{**vars(facts), "identity": identity}))
-    chosen, why = sample._settings(model.clone(), {"preset": "auto"})
+    chosen, why = sample.settings_of(model.clone(), {"preset": "auto"})
     assert chosen == settings.LIGHTNING.settings
     assert "a test" in why
 
@@ -147,4 +147,4 @@ def test_the_sampler_leaves_the_model_untouched() -> None:
 def test_a_model_that_is_no_koala_is_refused_by_auto() -> None:
     other: Any = SimpleNamespace(model=torch.nn.Module(), get_attachment=lambda _: None)
     with pytest.raises(ValueError, match=r"this MODEL is not a KOALA model \(Module\)"):
-        sample._settings(other, {"preset": "auto"})
+        sample.settings_of(other, {"preset": "auto"})
