@@ -65,7 +65,7 @@ class KoalaLoraFromSdxl(io.ComfyNode):
                 io.Int.Input(
                     "samples",
                     default=128,
-                    min=20,
+                    min=10,
                     max=65536,
                     tooltip="Noisy latents to learn from; a fifth of them measures. The time grows with them.",
                 ),

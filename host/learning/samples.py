@@ -179,8 +179,8 @@ def predictions(model: Model, texts: list[Conditioning], samples: Samples, tick:
     return found
 
 
-class _Passes(comfy.samplers.Sampler):  # type: ignore[misc]
-    """A sampler that takes no steps: it asks the model for its predictions on samples."""
+class _Passes:
+    """A sampler of ComfyUI's that takes no steps: it asks the model for its predictions on samples."""
 
     def __init__(self, samples: Samples, tick: Tick) -> None:
         self.samples, self.tick = samples, tick

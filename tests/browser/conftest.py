@@ -6,7 +6,6 @@ Screenshots are made where KOALA_SCREENSHOTS names a folder for them.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from koala_sdxl.koala.files.conventions import UNET_PREFIX
 from tests.browser import graphs
 from tests.browser.canvas import Shoot, Shots
+from tests.small_sdxl import nodes_of_tests
 from tools.harness import browser
 from tools.harness.client import Client
 from tools.harness.errors import UserError
@@ -25,7 +25,6 @@ from tools.harness.server import Server, running
 from tools.harness.testhost import ROOT, Host
 from tools.synthetic import adapters
 
-PACK = Path(__file__).parent / "pack" / "tiny_sdxl.py"
 ASSETS = ROOT / "assets"
 FILES = (
     "diffusion_models/koala-700m.fp16.safetensors",
@@ -50,14 +49,6 @@ def server(host: Host, shared: ExitStack, tmp_path_factory: pytest.TempPathFacto
     """A server of these tests' own: it has nodes of theirs, its model files are empty, and no other test should come
     upon them."""
     return shared.enter_context(running(host, model_folders={"custom_nodes": [nodes_of_tests(tmp_path_factory)]}))
-
-
-def nodes_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of custom nodes with those of the tests, and with what they read."""
-    folder = tmp_path_factory.mktemp("pack")
-    shutil.copy(PACK, folder)
-    save_file(adapters.unet(adapters.SMALL_SDXL), folder / "sdxl.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="session")

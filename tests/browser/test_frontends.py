@@ -13,8 +13,9 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from tests.browser.cases import CASES
-from tests.browser.conftest import nodes_of_tests, place_files
+from tests.browser.conftest import place_files
 from tests.browser.test_swap import require_swap
+from tests.small_sdxl import nodes_of_tests
 from tools.harness import browser, testhost
 from tools.harness.server import running
 from tools.harness.testhost import RELEASES, TESTED_RELEASE, Host, pinned_host

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from tests.host.test_example_workflows import COMPLAINTS
 from tests.host.test_nodes import graph, seen
 from tests.host.test_speed_node import AS_BALANCED, accelerated
+from tests.learn_graph import require_learned
+from tests.small_sdxl import nodes_of_tests
 from tools.harness.client import Client, Prompt
 from tools.harness.server import Server, running
 from tools.harness.testhost import RELEASES, ROOT, TESTED_RELEASE, pinned_host
@@ -235,6 +237,20 @@ def test_what_an_older_release_saves_gives_the_same_picture(
     client.run(saving())
     (saved,) = [name for name in client.get("/models/checkpoints") if name.startswith("releases")]
     assert same(picture(client, graph({"source": "checkpoint", "source.ckpt_name": saved})), wanted["LoRA"])
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("release", OLDER)
+def test_an_older_release_learns_a_lora_from_sdxl(
+    release: str, adapter_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By day in the newest: tests/browser/test_learn.py."""
+    nodes = nodes_of_tests(tmp_path_factory)
+    with running(pinned_host(release), model_folders={"custom_nodes": [nodes]}) as started:
+        (started.base / "models" / "loras").mkdir(parents=True, exist_ok=True)
+        (started.base / "models" / "loras" / "small.safetensors").symlink_to(adapter_files["loras"])
+        require_learned(Client(started.url))
 
 
 def requires() -> SpecifierSet:
