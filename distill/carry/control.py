@@ -24,6 +24,7 @@ from ...koala.architecture.control_keys import MIDDLE, control_tensors, output_m
 from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage, lineage
 from ...koala.files.control_weights import ControlWeights, open_control
+from ...koala.files.conventions import CARRY_KEY
 from ...koala.files.dtypes import TORCH_DTYPES
 from ...koala.files.export import unet_config
 from ...koala.files.header import read_header
@@ -35,7 +36,7 @@ from .hints import Hints, open_hints
 from .samples import Acts
 from .settings import Settings
 from .student import Learner
-from .write import CARRY_KEY, write_file
+from .write import write_file
 
 
 @dataclass(frozen=True)

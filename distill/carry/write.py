@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ...koala.files.atomic_write import write_safetensors, written_whole
+from ...koala.files.conventions import CARRY_KEY
 from ...koala.lora import factors
 from ...koala.lora.fit import Changes
 from ..errors import UserError
-
-CARRY_KEY = "koala.carry"
-"""Metadata that says, as JSON, what a LoRA or ControlNet came from: files with SHA-256, settings, shares reached."""
 
 
 def rounded(changes: Changes) -> Changes:

@@ -20,6 +20,8 @@ SETTINGS_KEY = "koala.settings"
 """Metadata in which a model asks for other settings than its variant's, as JSON: steps, cfg and spacing."""
 DISTILLATION_KEY = "koala.distillation"
 """Metadata that says, as JSON, how a student was trained: teacher, LoRAs, layout, start, steps, batch and loss."""
+CARRY_KEY = "koala.carry"
+"""Metadata that says, as JSON, what a LoRA or ControlNet came from: files with SHA-256, settings, shares reached."""
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors")
 TEXT_NAMES = ("model.fp16.safetensors", "model.safetensors")

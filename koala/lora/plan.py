@@ -6,6 +6,7 @@ kind of adapter, renaming its modules is all that is needed.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from ..architecture.keys import Shape, tensors
 from ..architecture.layout import SDXL, Layout, name
 from ..architecture.lineage import KeptTransformers, at_widths_of, lineage
-from ..files.conventions import label
+from ..files.conventions import CARRY_KEY, label
 from ..files.header import CheckpointError, Header, read_header
 from ..files.other_models import describe
 from ..words import message
@@ -24,6 +25,16 @@ from .modules import WORDS, Contents, Layer, Module, Outcome, Tables, judge, pla
 from .names import TEXT, find, group, text_aliases, text_shapes
 from .origin import Origin, TrainedOn, origin_of
 from .scale import Config, configs
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What ``dev.py carry`` made a LoRA of."""
+
+    name: str
+    """The file's."""
+    share: float
+    """How much of that file's change of SDXL's output it reached on samples that it was not learned from."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Plan:
     """Those of the text encoders, which are the same on SDXL and every KOALA."""
     configured: str = ""
     """Where its strength stands, if not in alphas of its own."""
+    learned: Learned | None = None
+    """What it was learned from, if it was, for a KOALA, from what another LoRA does on SDXL."""
 
     @property
     def file(self) -> str:
@@ -163,9 +176,18 @@ def inspect_lora(
         found.made and found.made.kind.alpha == "scale" and found.alpha is None for found in contents.values()
     )
     source = next((config.source for config in settings.values() if without), "")
-    plan = Plan(path, target, origin, modules, texts, source)
+    plan = Plan(path, target, origin, modules, texts, source, _learned(header))
     plan.require_any()
     return plan
+
+
+def _learned(header: Header) -> Learned | None:
+    """What the metadata say of it; nothing where they cannot be read."""
+    try:
+        told = json.loads(header.metadata.get(CARRY_KEY, ""))
+        return Learned(str(told["lora"]["name"]), float(told["shares"][told["way"]]))
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _not_a_lora(file: str, header: Header) -> CheckpointError:

@@ -20,9 +20,9 @@ from koala_sdxl.distill.carry import run, source
 from koala_sdxl.distill.carry.fine_tune import FineTune
 from koala_sdxl.distill.carry.samples import Samples, chosen, drawn, wanted
 from koala_sdxl.distill.carry.settings import CHECKPOINT_EVERY, digest
-from koala_sdxl.distill.carry.write import CARRY_KEY
 from koala_sdxl.distill.errors import UserError
 from koala_sdxl.koala.architecture.layout import KOALA_TINY, SDXL
+from koala_sdxl.koala.files.conventions import CARRY_KEY
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.factors import DOWN, UP, factors
 from koala_sdxl.koala.lora.plan import inspect_lora

@@ -20,12 +20,12 @@ from koala_sdxl.distill.carry import control, hints, run, source
 from koala_sdxl.distill.carry.job import Job
 from koala_sdxl.distill.carry.samples import drawn
 from koala_sdxl.distill.carry.settings import digest
-from koala_sdxl.distill.carry.write import CARRY_KEY
 from koala_sdxl.distill.errors import UserError
 from koala_sdxl.koala.architecture.control_keys import control_tensors
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
 from koala_sdxl.koala.files.control_weights import open_control
+from koala_sdxl.koala.files.conventions import CARRY_KEY
 from koala_sdxl.koala.files.header import CheckpointError
 from tests.dev import carry_runs
 from tests.dev.carry_runs import carried, outlines_in, settings

@@ -15,7 +15,7 @@ from koala_sdxl.distill.carry import run, source
 from koala_sdxl.distill.carry.run import Prompts, sampled
 from koala_sdxl.distill.carry.samples import STUDENT, TEACHER, Samples, alone, drawn
 from koala_sdxl.distill.carry.settings import Settings
-from koala_sdxl.distill.carry.write import CARRY_KEY
+from koala_sdxl.koala.files.conventions import CARRY_KEY
 from tests.dev import carry_runs
 from tests.dev.carry_runs import carried, settings, texts
 

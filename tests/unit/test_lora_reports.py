@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.files.conventions import CARRY_KEY
 from koala_sdxl.koala.files.header import CheckpointError
 from koala_sdxl.koala.lora.kinds import UP
 from koala_sdxl.koala.lora.plan import inspect_lora
@@ -103,3 +104,15 @@ def test_single_numbers_of_any_type_end_in_words(tmp_path: Path, suffix: str, st
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     (found,) = (module for module in inspect_lora(path, KOALA_TINY).modules if module.name == MODULE)
     assert (found.outcome, suffix[1:] in found.reason) == ("malformed", True)
+
+
+def test_what_a_lora_was_learned_from_is_said(tmp_path: Path) -> None:
+    told = {"lora": {"name": "paint.safetensors"}, "way": "fit", "shares": {"lineage": 0.4, "fit": 0.8125}}
+    lines = report(planned(tmp_path, lora(), {CARRY_KEY: json.dumps(told)}), "none").splitlines()
+    assert "learned from paint.safetensors: 81 % of its change of SDXL" in lines
+    assert not [line for line in lines if line.startswith("way: ")]
+
+
+@pytest.mark.parametrize("told", ["", "[]", "{}", '{"lora": 1}', '{"lora": {"name": "x"}, "way": "fit", "shares": {}}'])
+def test_metadata_that_cannot_be_read_are_not(tmp_path: Path, told: str) -> None:
+    assert planned(tmp_path, lora(), {CARRY_KEY: told}).learned is None

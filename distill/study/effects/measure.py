@@ -18,9 +18,9 @@ from tools.measure.bench import meter
 from tools.tiny import denoiser, pipeline
 
 from ....koala.files.atomic_write import replace_file
+from ....koala.files.conventions import CARRY_KEY
 from ...carry import run
 from ...carry.settings import Settings
-from ...carry.write import CARRY_KEY
 from .. import plots
 from . import training
 from .applied import Family, by_place, from_file, on_teacher
