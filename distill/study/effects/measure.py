@@ -149,9 +149,10 @@ class Study:
 
 def figures(rows: Sequence[Row], family: Sequence[Family], work: Path) -> dict[str, Any]:
     """What there is to store: rows, how their adapters were carried over, and all settings."""
-    carried = []
+    carried, names = [], {f"{row.effect}-refit-{row.seed}" for row in rows}
     for one in family:
-        for path in sorted((work / one.name / "carried").glob("*-refit-*.safetensors")):
+        every = sorted((work / one.name / "carried").glob("*.safetensors"))
+        for path in (path for path in every if path.stem in names):
             with safe_open(path, framework="pt") as file:
                 origin = json.loads(file.metadata()[CARRY_KEY])
             seconds = json.loads(path.with_suffix(".json").read_text("utf-8"))

@@ -22,6 +22,8 @@ LABELS = {
 """The ways, as they are called on the page."""
 SHARES = {"shown": "shown", "near": "near", "plain": "kept"}
 """Likewise what is counted."""
+DIGITS = {"near": 1}
+"""Of what has some."""
 LORAS = tuple(effect.name for effect in EFFECTS if effect.modules and effect is not FAST)
 STUDENTS = {"koala-tiny": "koala-tiny itself", "distilled": "a student distilled out of this sdxl-tiny"}
 Rows = Sequence[Mapping[str, Any]]
@@ -33,6 +35,7 @@ def effects(data: Mapping[str, Any]) -> str:
     rows, carry, teacher = measured["rows"], measured["carry"], measured["teacher"]
     names = [effect.name for effect in EFFECTS if any(row["effect"] == effect.name for row in rows)]
     lines = "\n".join(f"- *{effect.name}*: {effect.teaches}" for effect in EFFECTS if effect.name in names)
+    missing = ", ".join(effect.name for effect in EFFECTS if effect.name not in names)
     parts = "\n".join(_of_student(measured, student, names) for student in measured["distance"])
     return f"""## SDXL's adapters in pictures
 
@@ -43,15 +46,15 @@ by KOALA LoRA Loader's rules, *fit* and *refit* by `dev.py carry` from {measured
 
 {lines}
 
-Shares of images are in %, of prompts that none learned from: *shown*, of prompts that ask for the effect,
-those with it and with everything else that they ask for; *kept*, of prompts that do not, those that are as asked for,
-with the adapter in place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in
-dB. Mean and standard deviation over the draws of prompts, noise and samples where there are
-several, {rows[0]["n"]} and {max(row["n_plain"] for row in rows)} images each.
+Shares of images are in %, of prompts that none learned from: *shown*, of prompts that ask for the effect, those with it
+and with everything else that they ask for; *kept*, of prompts that do not, those that are as asked for, with the adapter
+in place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in dB. {rows[0]["n"]}
+and {max(row["n_plain"] for row in rows)} images each; mean and standard deviation where prompts, noise and samples were
+drawn more than once.
 
 {parts}
 ![The same prompts in every way, one adapter below the other](distillation-effects.png)
-"""
+{f"{chr(10)}Not measured yet: {missing}.{chr(10)}" if missing else ""}"""
 
 
 def _of_student(measured: Mapping[str, Any], student: str, names: Sequence[str]) -> str:
@@ -103,7 +106,8 @@ def spread(rows: Rows, what: str) -> str:
     values = [row[what] for row in rows if row[what] is not None]
     if not values:
         return ""
-    return f"{mean(values):.0f}" + (f" ± {stdev(values):.0f}" if len(values) > 1 else "")
+    digits = DIGITS.get(what, 0)
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _mean_of_loras(rows: Rows, way: str) -> str:
