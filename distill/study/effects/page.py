@@ -35,6 +35,7 @@ def effects(data: Mapping[str, Any]) -> str:
     rows, carry, teacher = measured["rows"], measured["carry"], measured["teacher"]
     names = [effect.name for effect in EFFECTS if any(row["effect"] == effect.name for row in rows)]
     lines = "\n".join(f"- *{effect.name}*: {effect.teaches}" for effect in EFFECTS if effect.name in names)
+    kept = max(row["n_plain"] for row in rows)
     missing = ", ".join(effect.name for effect in EFFECTS if effect.name not in names)
     parts = "\n".join(_of_student(measured, student, names) for student in measured["distance"])
     return f"""## SDXL's adapters in pictures
@@ -49,8 +50,7 @@ by KOALA LoRA Loader's rules, *fit* and *refit* by `dev.py carry` from {measured
 Shares of images are in %, of prompts that none learned from: *shown*, of prompts that ask for the effect, those with it
 and with everything else that they ask for; *kept*, of prompts that do not, those that are as asked for, with the adapter
 in place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in dB. {rows[0]["n"]}
-and {max(row["n_plain"] for row in rows)} images each; mean and standard deviation where prompts, noise and samples were
-drawn more than once.
+and {kept} images each; mean and standard deviation where prompts, noise and samples were drawn more than once.
 
 {parts}
 ![The same prompts in every way, one adapter below the other](distillation-effects.png)
