@@ -48,8 +48,8 @@ by KOALA LoRA Loader's rules, *fit* and *refit* by `dev.py carry` from {measured
 {lines}
 
 Shares of images are in %, of prompts that none learned from: *shown*, of prompts that ask for the effect, those with it
-and with everything else that they ask for; *kept*, of prompts that do not, those that are as asked for, with the adapter
-in place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in dB. {rows[0]["n"]}
+and with all else that they ask for; *kept*, of prompts that do not, those that are as asked for, with the adapter in
+place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in dB. {rows[0]["n"]}
 and {kept} images each; mean and standard deviation where prompts, noise and samples were drawn more than once.
 
 {parts}
