@@ -78,7 +78,12 @@ class KoalaLoraFromSdxl(io.ComfyNode):
                     tooltip="Side in pixels of the images that are drawn. 512 takes a quarter of the time.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The same seed gives the same samples."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,  # else the canvas would have it learned anew each time
+                    tooltip="The same seed gives the same samples.",
                 ),
                 io.Clip.Input(
                     "clip_changed",

@@ -173,6 +173,12 @@ def test_more_of_the_change_is_reached_than_by_lineage(ran: Ran) -> None:
     assert "222 layers" in ran.report
 
 
+def test_it_does_not_begin_anew_each_time() -> None:
+    """The canvas gives each input of the name seed a new value after a run, unless it is told not to."""
+    (seed,) = [one for one in KoalaLoraFromSdxl.define_schema().inputs if one.id == "seed"]
+    assert seed.as_dict()["control_after_generate"] is False
+
+
 def test_each_sdxl_is_asked_with_its_own_text_encoders(given: Given, ran: Ran) -> None:
     (first, with_change, seen, _), (second, plain, same, _) = ran.asked
     assert (first, second) == (given.sdxl_changed, given.sdxl)
