@@ -99,7 +99,7 @@ def weights(sigma: Tensor) -> Tensor:
     return (1 + sigma.square()).clamp(max=MOST_WEIGHT).sqrt().view(-1, 1, 1, 1)
 
 
-def _differentiable(_: Any, *arguments: Any, **options: Any) -> Tensor:
+def _differentiable(_chosen: Any, *arguments: Any, **options: Any) -> Tensor:
     """PyTorch's attention in the place of the host's choice, which need not have gradients."""
     found: Tensor = attention_pytorch(*arguments, **options)
     return found

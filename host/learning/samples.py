@@ -146,20 +146,22 @@ def visited(
     sampler = comfy.samplers.sampler_object("euler")
     sampler.max_denoise = lambda *_: sampling.schedule.full_variance
     latent = torch.zeros(1, 4, sampling.size // 8, sampling.size // 8)
-    found = []
+    found: list[Samples] = []
+    met: list[tuple[Tensor, Tensor]] = []
+
+    def record(step: int, denoised: Tensor, noisy: Tensor, steps: int) -> None:
+        tick(1)
+        met.append((noisy.float().cpu(), sampling.schedule.sigmas[step : step + 1]))
+
     for number, row in enumerate(rows):
-
-        def record(step: int, _: Tensor, noisy: Tensor, __: int, row: int = row) -> None:
-            tick(1)
-            sigma = sampling.schedule.sigmas[step : step + 1]
-            found.append(Samples(noisy.float().cpu(), sigma, torch.tensor([row])))
-
         own = (seed + number) % SEEDS
         noise, sigmas = comfy.sample.prepare_noise(latent, own), sampling.schedule.sigmas
         given = (texts[row], texts[-1], latent)
         comfy.sample.sample_custom(
             model, noise, sampling.cfg, sampler, sigmas, *given, callback=record, disable_pbar=True, seed=own
         )
+        found += [Samples(noisy, sigma, torch.tensor([row])) for noisy, sigma in met]
+        met.clear()
     return joined(found)
 
 

@@ -34,6 +34,7 @@ SIZE = 128
 CARRY: dict[str, Any] = {"samples": 64, "steps": 200, "batch": 16, "size": SIZE, "dtype": "fp32"}
 SDXL = "SDXL"
 WAYS = (SDXL, "KOALA without", "lineage", "lineage, 2", "fit", "refit")
+PICTURED = (SDXL, "KOALA without", "lineage", "fit")
 say = partial(print, flush=True)
 SECONDS = "seconds: "
 """How the line begins in which the tool says how long its parts took."""
@@ -143,7 +144,7 @@ class Study:
             row = Row(**json.loads(path.read_text("utf-8")))
             yield row if way == SDXL else replace(row, near=decibels(made[way], made[SDXL]))
         prompts = [effect.said(plain(field)) for field in some(effect, True, JUDGED, seed)[:SHOWN]]
-        named = {f"{effect.name}: {way}": images[:SHOWN] for way, images in made.items()}
+        named = {f"{effect.name}: {way}": made[way][:SHOWN] for way in PICTURED}
         plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
 
 
