@@ -88,7 +88,7 @@ def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: 
     line, texts = models.lineage(), _prompts(prompts)
     start = _start(models, line, rank)
     plan = Plan(sampling, len(texts), samples, seed)
-    passes = 2 + 1 + ROUNDS * (3 + 2 * ITERATIONS)  # about: of SDXL, of KOALA as it is, and of the least squares
+    passes = 2 + 1 + ROUNDS * (2 + 2 * ITERATIONS)  # about: of SDXL, of KOALA as it is, and of the least squares
     bar = comfy.utils.ProgressBar(2 * plan.drawings * sampling.steps + passes * 2 * (plan.learned + plan.held_out))
 
     def tick(images: int) -> None:
