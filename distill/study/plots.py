@@ -63,7 +63,7 @@ def stacked(rows: Sequence[Path], path: Path) -> None:
     for image in images:
         sheet.paste(image, (0, top))
         top += image.height
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)
 
 
 def labelled(rows: Mapping[str, torch.Tensor], columns: Sequence[str], path: Path) -> None:

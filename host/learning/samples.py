@@ -149,7 +149,7 @@ def visited(
     found: list[Samples] = []
     met: list[tuple[Tensor, Tensor]] = []
 
-    def record(step: int, denoised: Tensor, noisy: Tensor, steps: int) -> None:
+    def met_at(step: int, denoised: Tensor, noisy: Tensor, steps: int) -> None:
         tick(1)
         met.append((noisy.float().cpu(), sampling.schedule.sigmas[step : step + 1]))
 
@@ -158,7 +158,7 @@ def visited(
         noise, sigmas = comfy.sample.prepare_noise(latent, own), sampling.schedule.sigmas
         given = (texts[row], texts[-1], latent)
         comfy.sample.sample_custom(
-            model, noise, sampling.cfg, sampler, sigmas, *given, callback=record, disable_pbar=True, seed=own
+            model, noise, sampling.cfg, sampler, sigmas, *given, callback=met_at, disable_pbar=True, seed=own
         )
         found += [Samples(noisy, sigma, torch.tensor([row])) for noisy, sigma in met]
         met.clear()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from koala_sdxl.distill.study import store
 from koala_sdxl.distill.study.effects import measure, page, training
 from koala_sdxl.distill.study.effects.applied import Family
 from koala_sdxl.distill.study.effects.measure import JUDGED, KEEP, PROMPTS, Row, some
@@ -25,6 +26,7 @@ from koala_sdxl.distill.study.effects.table import (
     plain,
 )
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.lora import report
 from koala_sdxl.koala.lora.plan import inspect_lora
 from tools.measure import reference
 from tools.tiny import SHIPPED, denoiser, pipeline
@@ -165,3 +167,7 @@ def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
     assert any("refit 72 %." in line for line in lines)  # of 55 and 90
     assert any("took 2 to 2 minutes by *fit* and 3 to 4 minutes by *refit*" in line for line in lines)
     assert any("they reach 50 % by lineage, 70 % by fit, 80 % by refit (mean)." in line for line in lines)
+
+
+def test_the_loader_tells_what_was_measured() -> None:
+    assert page.by_lineage(store.newest()) == report.IN_PICTURES
