@@ -133,20 +133,10 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
     shown = {("tiny", 0): 50.0, ("tiny", 1): 60.0, ("cyan", 0): 90.0, ("fine-tune", 0): 10.0}
+    kept = {"fine-tune": None}
     rows = [
-        asdict(
-            Row(
-                "" if way == measure.SDXL else "koala-tiny",
-                effect,
-                way,
-                seed,
-                30,
-                value,
-                18,
-                None if effect == "fine-tune" else 100.0,
-            )
-        )
-        for (effect, seed), value in shown.items()
+        asdict(Row("" if way == measure.SDXL else "koala-tiny", name, way, seed, 30, value, 18, kept.get(name, 100.0)))
+        for (name, seed), value in shown.items()
         for way in measure.WAYS
     ]
     shares = {"lineage": 0.5, "fit": 0.7, "refit": 0.8}
@@ -159,6 +149,7 @@ def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
         "carry": measure.CARRY,
         "teacher": asdict(denoiser.GROWN),
         "prompts": 24,
+        "distance": {"koala-tiny": 0.15},
     }
     lines = page.effects({"effects": figures}).splitlines()
     assert "| shown | tiny |" + " 55 ± 7 |" * len(measure.WAYS) in lines
