@@ -23,6 +23,9 @@ State = dict[str, Tensor]
 SECONDS = "seconds"
 """The metadata of a file that says how long its content took."""
 
+FORMAT = {"files of the work folder": 1}
+"""Counts up with what these files hold, so that an older version's are not gone on with."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -49,12 +52,12 @@ class Work:
 
     def open(self, origin: dict[str, Any]) -> None:
         """Write down what run this is, or check that the one there is the same. Raises UserError where it is not."""
-        path, now = self.folder / "run.json", json.dumps(origin, indent=2) + "\n"
+        path, now = self.folder / "run.json", json.dumps(origin | FORMAT, indent=2) + "\n"
         with self._usable():
             if not path.exists():
                 replace_file(path, now)
             begun = json.loads(path.read_text("utf-8"))
-        if differing := [name for name in origin if begun.get(name) != json.loads(now)[name]]:
+        if differing := [name for name, value in json.loads(now).items() if begun.get(name) != value]:
             raise UserError(
                 f"{self.folder} holds an unfinished run with other {', '.join(differing)}; expected the same, to go on "
                 f"with it. Delete that folder, or choose another --out."

@@ -89,3 +89,13 @@ def test_a_check_hashes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     carried(place, "x", check=True)
     with pytest.raises(AssertionError):
         carried(place, "x")
+
+
+def test_an_older_versions_run_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(tmp_path / "x.carry")
+    work.make()
+    work.open({"seed": 0})
+    work.open({"seed": 0})
+    monkeypatch.setattr(works, "FORMAT", {"files of the work folder": 2})
+    with pytest.raises(UserError, match=r"an unfinished run with other files of the work folder; expected the same"):
+        work.open({"seed": 0})
