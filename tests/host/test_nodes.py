@@ -220,7 +220,7 @@ def test_the_pack_is_imported_without_a_complaint(server: Server) -> None:
 
 def test_every_node_explains_itself(object_info: dict[str, Any]) -> None:
     ours = {name: info for name, info in object_info.items() if name.startswith("Koala")}
-    assert len(ours) == 13
+    assert len(ours) == 14
     for info in ours.values():
         assert info["display_name"].startswith("KOALA ")
         assert info["category"] in ("KOALA", "KOALA/SDXL add-ons")
@@ -229,5 +229,5 @@ def test_every_node_explains_itself(object_info: dict[str, Any]) -> None:
         assert all(info["output_tooltips"])
         inputs = [spec for group in info["input"].values() for spec in group.values() if isinstance(spec, list)]
         assert all(spec[1].get("tooltip") for spec in inputs if isinstance(spec[0], str) and len(spec) > 1)
-    assert len({info["display_name"] for info in ours.values()}) == 13
-    assert Counter(info["python_module"] for info in ours.values()) == {"custom_nodes.koala-sdxl": 13}
+    assert len({info["display_name"] for info in ours.values()}) == 14
+    assert Counter(info["python_module"] for info in ours.values()) == {"custom_nodes.koala-sdxl": 14}

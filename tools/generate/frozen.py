@@ -158,8 +158,12 @@ ADD_ONS_GRAPH = {
 """The same with koala-tiny's own add-ons, which need no file."""
 LEARNED_GRAPH = {
     "file": GRAPH["file"],
-    "sdxl": Placed("CheckpointLoaderSimple"),
-    "changed": Placed("LoraLoader", {"strength_model": 0.75}, {"model": ("sdxl", 0), "clip": ("sdxl", 1)}),
+    "sdxl": Placed("CheckpointLoaderSimple", {"ckpt_name": "sdxl.safetensors"}),
+    "changed": Placed(
+        "LoraLoader",
+        {"lora_name": "lora.safetensors", "strength_model": 0.75},
+        {"model": ("sdxl", 0), "clip": ("sdxl", 1)},
+    ),
     "lora": Placed(
         "KoalaLoraFromSdxl",
         {
