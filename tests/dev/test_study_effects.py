@@ -28,6 +28,7 @@ from koala_sdxl.distill.study.effects.table import (
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.lora import report
 from koala_sdxl.koala.lora.plan import inspect_lora
+from tests.daily import daily
 from tools.measure import reference
 from tools.tiny import SHIPPED, denoiser, pipeline
 from tools.tiny.grow import SDXL_TINY
@@ -37,7 +38,7 @@ DRAWINGS = random_drawings(90, torch.Generator().manual_seed(5))
 FEW: dict[str, Any] = {"steps": 2, "batch": 2, "size": 64, "drawings": 4, "warm": 1}
 
 
-@pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect.name)
+@pytest.mark.parametrize("effect", daily(EFFECTS, [STRIPED, TUNED]), ids=lambda effect: effect.name)
 def test_an_effect_is_seen_where_it_is_and_nowhere_else(effect: Effect) -> None:
     shapes, backs = ([every.index(name) for name in names] for every, names in _seen_with(effect))
     some = DRAWINGS.pick(
@@ -56,7 +57,7 @@ def _seen_with(effect: Effect) -> tuple[tuple[tuple[str, ...], tuple[str, ...]],
     return (SHAPE_NAMES, effect.shapes), (COLOUR_NAMES, effect.backgrounds)
 
 
-@pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect.name)
+@pytest.mark.parametrize("effect", daily(EFFECTS, [TINY, FRAMED]), ids=lambda effect: effect.name)
 def test_another_thing_than_what_was_asked_for_is_not_right(effect: Effect) -> None:
     made = effect.drawn(DRAWINGS, 128)
     for name, number in (("shape", len(SHAPE_NAMES)), ("background", len(COLOUR_NAMES))):
@@ -77,7 +78,7 @@ def test_no_prompt_that_is_learned_from_is_judged() -> None:
     assert asked([field]).shape.tolist() == [4]
 
 
-@pytest.mark.parametrize("effect", [TINY, FRAMED, FAST], ids=lambda effect: effect.name)
+@pytest.mark.parametrize("effect", daily([TINY, FRAMED, FAST], [TINY]), ids=lambda effect: effect.name)
 def test_an_adapter_is_trained_and_read(effect: Effect, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     training.train(_teacher(), replace(effect, recipe=replace(effect.recipe, **FEW)), path, print)
