@@ -52,6 +52,7 @@ def carried(work: Path, size: int) -> list[str]:
             size=size,
             draw_steps=2,
             samples=8,
+            dtype="bf16",  # a CPU may have no fast fp16
             steps=2,
         ),
         say,
