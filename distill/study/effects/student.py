@@ -1,4 +1,4 @@
-"""The study's second student: distilled out of sdxl-tiny in many large steps, and so farther from it than koala-tiny.
+"""The study's second student: distilled out of sdxl-tiny in large steps; a little farther from it than koala-tiny is.
 
 How much of a LoRA survives on a student depends on how far distillation moved the layers that the two share.
 """
