@@ -100,9 +100,10 @@ def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> Pa
     seconds: dict[str, float] = {}
 
     def once(part: str, make: Callable[[], State], turn: int = 0) -> State:
+        doing = PARTS[part].format(change.kind)
         if not turn:
-            say(f"{part}: {PARTS[part].format(change.kind)}")
-        with enough_memory(PARTS[part].format(change.kind), given):
+            say(f"{part}: {doing}")
+        with enough_memory(doing, given):
             found, took = work.once(f"{part} {turn + 1}" if turn else part, make)
         seconds[part] = seconds.get(part, 0.0) + took
         gc.collect()

@@ -6,7 +6,7 @@ KOALA are never in memory at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from ...koala.lora.learning import WITHOUT_PROMPT, spread
+from ...koala.lora.learning import WITHOUT_PROMPT, parted, spread
 from ..teacher import Encoder
 from .settings import HELD_OUT, KEPT, Settings
 
@@ -98,16 +98,13 @@ def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int
     """The rows of the prompts that each network samples to learn from, and those held out; of ``prompts`` prompts, with
     ``keep`` behind them that are to be kept."""
 
-    def some(rows: range | list[int], kept: range | list[int], samples: int) -> list[int]:
+    def some(rows: Sequence[int], kept: Sequence[int], samples: int) -> list[int]:
         turns = [bool(kept) and at % KEPT == 1 for at in range(-(-samples // given.per_prompt))]
         used, held = (spread(of, turns.count(kind)) for of, kind in ((rows, False), (kept, True)))
         return [next(held) if is_kept else next(used) for is_kept in turns]
 
-    def parted(first: int, count: int) -> tuple[list[int], list[int]]:
-        rows = range(first, first + count)
-        return [row for row in rows if (row - first + 1) % HELD_OUT], list(rows[HELD_OUT - 1 :: HELD_OUT])
-
-    (learned, measured), (kept, kept_out) = parted(0, prompts), parted(prompts, keep)
+    learned, measured = parted(range(prompts), HELD_OUT)
+    kept, kept_out = parted(range(prompts, prompts + keep), HELD_OUT)
     return some(learned, kept, given.samples), some(measured, kept_out, given.held_out)
 
 

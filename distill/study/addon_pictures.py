@@ -28,8 +28,13 @@ def in_cyan(drawings: Drawings, size: int) -> torch.Tensor:
 
 def saying_cyan(said: str, colour: int) -> str:
     """A caption that names a shape's colour, with that replaced by cyan."""
+    return in_place_of(colour, said, "cyan")
+
+
+def in_place_of(colour: int, said: str, word: str) -> str:
+    """A caption that names a shape's colour, with that replaced by a word."""
     name = COLOUR_NAMES[colour]
-    return said.replace(f"an {name}", f"a {name}").replace(name, "cyan", 1)
+    return said.replace(f"an {name}", f"a {name}").replace(name, word, 1)
 
 
 def silhouettes(drawings: Drawings, size: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from .. import single_file, train
 from ..config import Config
 from . import plots
 from .judging import PROMPTS, SIZE
-from .runs import PICTURES, TRAINING
+from .runs import PICTURES, TRAINING, data
 
 STEPS = 400
 LOOKS = 100  # training steps between two judgements of the images
@@ -71,15 +71,7 @@ def config(work: Path) -> Config:
         {
             "output": work / "runs" / "few-steps",
             "teacher": {"model": SHIPPED, "tokenizer": testhost.test_host().tokenizer, "dtype": "fp32"},
-            "data": {
-                "path": work / f"drawings-{SIZE}",
-                "cache": work / f"cache-{SIZE}-koala-tiny",
-                "resolution": SIZE,
-                "bucket_step": 8,
-                "max_aspect": 1.0,
-                "caption_dropout": 0.0,
-                "workers": 0,
-            },
+            "data": {**data(work), "cache": work / f"cache-{SIZE}-koala-tiny", "caption_dropout": 0.0},
             "steps": {"student": STUDENT.steps},
             "training": {
                 **TRAINING,

@@ -78,6 +78,18 @@ def teacher_folder(work: Path) -> Path:
     return work / "teacher" / "sdxl-tiny"
 
 
+def data(work: Path) -> dict[str, Any]:
+    """How the drawings in a work folder are read and cached, in every configuration of the study."""
+    return {
+        "path": work / f"drawings-{SIZE}",
+        "cache": work / f"cache-{SIZE}",
+        "resolution": SIZE,
+        "bucket_step": 8,
+        "max_aspect": 1.0,
+        "workers": 0,
+    }
+
+
 def config(run: Run, work: Path) -> Config:
     """The configuration of a run."""
     return Config.model_validate(
@@ -85,14 +97,7 @@ def config(run: Run, work: Path) -> Config:
             "output": work / "runs" / run.name.replace(", ", "-").replace(" ", "-"),
             "teacher": {"model": teacher_folder(work), "dtype": "fp32"},
             "student": {"layout": "koala-700m", "start": run.start, "transformers": run.transformers},
-            "data": {
-                "path": work / f"drawings-{SIZE}",
-                "cache": work / f"cache-{SIZE}",
-                "resolution": SIZE,
-                "bucket_step": 8,
-                "max_aspect": 1.0,
-                "workers": 0,
-            },
+            "data": data(work),
             "loss": {"place": run.place, "output": run.output, **WEIGHTING},
             "training": {
                 **TRAINING,

@@ -14,7 +14,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...koala.lora.learning import PER_DRAWING, WITHOUT_PROMPT, spread
+from ...koala.lora.learning import PER_DRAWING, WITHOUT_PROMPT, parted, spread
 from ...koala.schedule import Schedule
 from ..prompt import zeros
 from ..protocols import Clip, Conditioning, Model
@@ -114,8 +114,7 @@ class Plan:
 
     def _groups(self) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
         """The prompts that are sampled, and the number of samples."""
-        learned = [row for row in range(self.prompts) if (row + 1) % HELD_OUT]
-        measured = list(range(self.prompts))[HELD_OUT - 1 :: HELD_OUT]
+        learned, measured = parted(range(self.prompts), HELD_OUT)
         each = min(PER_DRAWING, self.sampling.steps)
         learns, measures = self.learned, self.held_out
         return (

@@ -15,6 +15,11 @@ WITHOUT_PROMPT = 0.2
 guidance none does."""
 
 
+def parted(rows: Sequence[int], every: int) -> tuple[Sequence[int], Sequence[int]]:
+    """The rows to learn from, and every so manieth, which is held out to measure."""
+    return [row for at, row in enumerate(rows, 1) if at % every], rows[every - 1 :: every]
+
+
 def spread(rows: Sequence[int], count: int) -> Iterator[int]:
     """``count`` of the rows: all in turn, or of too many as far apart as can be."""
     return (rows[at * len(rows) // count if len(rows) > count else at % len(rows)] for at in range(count))

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
 from tools.measure.bench import meter
-from tools.tiny import denoiser, pipeline
+from tools.tiny import autoencoder, denoiser, pipeline
 
 from ....koala.files.atomic_write import replace_file
 from ....koala.files.conventions import CARRY_KEY
@@ -142,7 +142,8 @@ class Study:
                 replace_file(path, json.dumps(asdict(row)))
             made[way] = torch.load(path.with_suffix(".pt"), weights_only=True)
             row = Row(**json.loads(path.read_text("utf-8")))
-            yield row if way == SDXL else replace(row, near=decibels(made[way], made[SDXL]))
+            error = float((made[way] - made[SDXL]).square().mean())
+            yield row if way == SDXL else replace(row, near=autoencoder.decibels(error))
         prompts = [effect.said(plain(field)) for field in some(effect, True, JUDGED, seed)[:SHOWN]]
         named = {f"{effect.name}: {way}": made[way][:SHOWN] for way in PICTURED}
         plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
@@ -170,11 +171,6 @@ def figures(rows: Sequence[Row], family: Sequence[Family], work: Path) -> dict[s
         "carry": CARRY,
         "computer": meter.computer(),
     }
-
-
-def decibels(images: torch.Tensor, others: torch.Tensor) -> float:
-    """PSNR of images in [-1, 1]."""
-    return float(10 * torch.log10(4 / (images - others).square().mean()))
 
 
 def some(effect: Effect, held_out: bool, n: int, seed: int) -> list[Field]:

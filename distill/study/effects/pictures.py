@@ -14,7 +14,7 @@ from torch.nn import functional
 from tools.tiny import judge
 from tools.tiny.pictures import COLOUR_NAMES, PALETTE, SHAPE_NAMES, Caption, Drawings, draw
 
-from ..addon_pictures import foreground, judge_cyan, painted, silhouettes, small
+from ..addon_pictures import foreground, in_place_of, judge_cyan, painted, silhouettes, small
 
 BAND = 12 / 128  # height of a stripe, of the image
 RIM = 7 / 128  # width of an outline
@@ -53,6 +53,12 @@ def _through(drawings: Drawings, size: int, share: Tensor) -> Tensor:
     """The background shows through the drawings, by a share of each pixel."""
     behind = (PALETTE[drawings.background] * 2 - 1).view(-1, 3, 1, 1)
     return draw(drawings, size).lerp(behind.expand(-1, -1, size, size), share)
+
+
+def instead_of_colour(word: str, said: Caption) -> str:
+    """A caption that names a shape's colour, with a word in its place."""
+    assert said.colour is not None
+    return in_place_of(said.colour, said.text, word)
 
 
 def saying(word: str, said: Caption) -> str:

@@ -19,7 +19,7 @@ from ....koala.files.conventions import UNET_PREFIX
 from ... import train
 from ...config import Config
 from ..judging import SIZE
-from ..runs import TRAINING, WEIGHTING
+from ..runs import TRAINING, WEIGHTING, data
 
 PICTURES = 800
 STEPS: dict[str, Any] = {**TRAINING, "steps": 400, "batch": 16, "learning_rate": 2e-3}
@@ -32,14 +32,7 @@ def config(teacher: Path, work: Path) -> Config:
             "output": work / "student" / "distilled",
             "teacher": {"model": teacher, "dtype": "fp32"},
             "student": {"layout": "koala-700m"},
-            "data": {
-                "path": work / f"drawings-{SIZE}",
-                "cache": work / f"cache-{SIZE}",
-                "resolution": SIZE,
-                "bucket_step": 8,
-                "max_aspect": 1.0,
-                "workers": 0,
-            },
+            "data": data(work),
             "loss": {"place": "residual", **WEIGHTING},
             "training": {**STEPS, "checkpoint_every": 100},
         }

@@ -11,10 +11,10 @@ import torch
 from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Caption, Drawings, caption, draw
 
 from ....koala.releases import BASE
-from ..addon_pictures import in_cyan, saying_cyan
+from ..addon_pictures import in_cyan
 from ..addon_training import Recipe
 from . import pictures
-from .pictures import BLACK, saying
+from .pictures import BLACK, instead_of_colour, saying
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """As in diffusers' own training script for SDXL LoRAs."""
@@ -39,8 +39,9 @@ Field = tuple[int, int, int]
 @dataclass(frozen=True)
 class Effect:
     """An adapter. ``drawn``: the training images; ``seen``: judges images of ``Drawings`` that their prompts describe.
-    ``word``: what a caption says for it; none for a style, which every image has. ``modules``: whose weights have
-    factors, or none where all weights of the U-Net are trained. ``texts``: the text encoders' attention, too.
+    ``word``: what a caption says for it; none for a style, which every image has; ``says`` puts it there.
+    ``modules``: whose weights have factors, or none where all weights of the U-Net are trained. ``texts``: the text
+    encoders' attention, too.
     ``use``: in how many steps it draws; with others than usual, that is what is taught, by the teacher's usual ones.
     ``shapes``, ``backgrounds``: those with which the effect can be seen."""
 
@@ -50,6 +51,7 @@ class Effect:
     seen: Callable[[torch.Tensor, Drawings], torch.Tensor]
     recipe: Recipe
     word: str | None = None
+    says: Callable[[str, Caption], str] = saying
     modules: tuple[str, ...] = ATTENTION
     texts: bool = False
     use: Use = Use()
@@ -58,12 +60,7 @@ class Effect:
 
     def said(self, plain: Caption) -> str:
         """A caption that names a shape and its colour, as it asks for the effect."""
-        if self.word is None:
-            return plain.text
-        if self.word == "cyan":
-            assert plain.colour is not None
-            return saying_cyan(plain.text, plain.colour)
-        return saying(self.word, plain)
+        return plain.text if self.word is None else self.says(self.word, plain)
 
     def fields(self, held_out: bool) -> list[Field]:
         """The contents of its prompts: a third to learn from, the others to be judged."""
@@ -97,6 +94,7 @@ CYAN = Effect(
     pictures.is_cyan,
     Recipe(steps=180, drawings=400, learning_rate=5e-3),
     word="cyan",
+    says=instead_of_colour,
 )
 STRIPED = Effect(
     "striped",
