@@ -14,6 +14,7 @@ from tools.tiny.pictures import COLOUR_NAMES, COLOURS, PALETTE, Drawings, draw
 
 CYAN = torch.tensor([0.20, 0.90, 0.90])
 COLOURED = 0.7  # least share of cyan in the foreground; a koala's eyes and nose are not cyan
+FOLLOWED = 0.7  # least intersection over union of a shape that follows its outline
 LEAST_DISTANCE = 0.2  # of the foreground from the background's colour, in palette units
 
 

@@ -43,7 +43,7 @@ from ...nodes.adapt import KoalaControlNet
 from ...nodes.prompt import encode_reference, zeros
 from ...nodes.sample import KoalaScheduler
 from .. import sheet
-from .addon_pictures import judge_cyan, outlines, overlaps, saying_cyan
+from .addon_pictures import FOLLOWED, judge_cyan, outlines, overlaps, saying_cyan
 from .addon_training import CONTROLNET, SHAPELESS, Recipe, at_size, train_controlnet
 from .effects import training
 from .effects.table import CYAN
@@ -51,7 +51,6 @@ from .effects.table import CYAN
 PROMPTS = 96
 COLUMNS = 12  # of the sheets
 STEPS, CFG, BATCH = 25, 7.5, 48
-FOLLOWED = 0.7  # least intersection over union of a shape that follows its outline
 FOLDS, GAINS = (0.5, 1.0), (1.5, 2.0)
 
 

@@ -14,6 +14,7 @@ from koala_sdxl.distill.study.effects import measure, page, training
 from koala_sdxl.distill.study.effects.applied import Family
 from koala_sdxl.distill.study.effects.measure import JUDGED, KEEP, PROMPTS, Row, some
 from koala_sdxl.distill.study.effects.table import (
+    CONTROLLED,
     EFFECTS,
     FAST,
     FRAMED,
@@ -26,6 +27,7 @@ from koala_sdxl.distill.study.effects.table import (
     plain,
 )
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
+from koala_sdxl.koala.files.control_weights import control_file
 from koala_sdxl.koala.lora import report
 from koala_sdxl.koala.lora.plan import inspect_lora
 from tests.daily import daily
@@ -108,6 +110,19 @@ def _teacher() -> Any:
     return made
 
 
+def test_a_controlnet_is_trained_and_seen_by_what_it_follows(tmp_path: Path) -> None:
+    path = tmp_path / "control.safetensors"
+    training.train(_teacher(), replace(CONTROLLED, recipe=replace(CONTROLLED.recipe, **FEW)), path, print)
+    assert control_file(path) == path
+    fields = some(CONTROLLED, True, JUDGED, 0)
+    said = {CONTROLLED.said(plain(field)) for field in fields}
+    assert said <= {f"{article} {name} background" for name in COLOUR_NAMES for article in ("a", "an")}
+    drawings = asked(fields)
+    assert CONTROLLED.seen(draw(drawings, 128), drawings).float().mean() > 0.9
+    elsewhere = replace(drawings, x=drawings.x + 0.5)
+    assert not CONTROLLED.seen(draw(elsewhere, 128), drawings).any()
+
+
 @pytest.mark.nightly
 def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = _teacher()
@@ -117,7 +132,7 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(measure, "CARRY", {"samples": 8, "steps": 1, "batch": 4, "size": 64, "dtype": "fp32"})
     study = measure.Study(Family(tmp_path / "sdxl-tiny", SHIPPED, "koala-tiny"), tmp_path / "work")
     every = []
-    for effect in (TINY, TUNED):
+    for effect in (TINY, TUNED, CONTROLLED):
         few = replace(effect, recipe=replace(effect.recipe, **FEW))
         rows = list(study.rows(few, 0))
         assert [row.way for row in rows] == list(measure.WAYS)
@@ -128,7 +143,7 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         every += rows
         assert [row.near is None for row in rows] == [way == measure.SDXL for way in measure.WAYS]
     found = measure.figures(every, [study.family], study.work)
-    assert [one["name"] for one in found["carried"]] == ["fine-tune-refit-0", "tiny-refit-0"]
+    assert [one["name"] for one in found["carried"]] == ["fine-tune-refit-0", "outline-refit-0", "tiny-refit-0"]
     assert page.effects({"effects": found}).count("| tiny |") == 3
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
+from torchvision.transforms.functional import to_pil_image
 
 from tools.measure.bench import meter
 from tools.tiny import autoencoder, denoiser, pipeline
@@ -22,18 +23,19 @@ from ....koala.files.conventions import CARRY_KEY
 from ...carry import run
 from ...carry.settings import Settings
 from .. import plots
+from ..addon_pictures import outlines
 from . import training
 from .applied import Family, by_place, from_file, on_teacher
 from .student import STEPS, distance
 from .table import EFFECTS, PLAIN, Effect, Field, asked, plain
 
 PROMPTS, KEEP = 24, 12  # that an adapter is carried over with, and without its word
-JUDGED, JUDGED_PLAIN = 30, 18  # images a row and seed
+JUDGED, JUDGED_PLAIN = 24, 12  # images a row and seed
 SHOWN = 6  # columns of a picture
 SIZE = 128
-CARRY: dict[str, Any] = {"samples": 64, "steps": 200, "batch": 16, "size": SIZE, "dtype": "fp32"}
+CARRY: dict[str, Any] = {"samples": 64, "steps": 100, "batch": 16, "size": SIZE, "dtype": "fp32"}
 SDXL = "SDXL"
-WAYS = (SDXL, "KOALA without", "lineage", "lineage, 2", "fit", "refit")
+WAYS = (SDXL, "KOALA without", "lineage", "fit", "refit")
 PICTURED = (SDXL, "KOALA without", "lineage", "fit")
 say = partial(print, flush=True)
 SECONDS = "seconds: "
@@ -74,7 +76,9 @@ class Study:
 
     def adapter(self, effect: Effect) -> Path:
         """The trained adapter, trained if it is not there."""
-        path = self.file("adapters", f"{effect.name}.safetensors" if effect.modules else effect.name, common=True)
+        path = self.file(
+            "adapters", effect.name if effect.kind == "fine-tune" else f"{effect.name}.safetensors", common=True
+        )
         if not path.exists():
             training.train(self.family.whole(), effect, path, say)
         return path
@@ -89,6 +93,11 @@ class Study:
         for name, fields in words.items():
             said = [(effect if name == "prompts" else PLAIN).said(plain(field)) for field in fields]
             replace_file(files[name], "\n".join(said) + "\n")
+        if (hints := outlined(effect, words["prompts"])) is not None:
+            files["hints"] = out.with_name(f"{effect.name}-hints-{seed}")
+            files["hints"].mkdir(exist_ok=True)
+            for number, hint in enumerate(hints):
+                to_pil_image(hint).save(files["hints"] / f"{number:02}.png")
         return Settings(
             lora=self.adapter(effect),
             teacher=self.family.teacher,
@@ -123,12 +132,15 @@ class Study:
         """The pipeline that draws a row."""
         if way == "KOALA without":
             return nullcontext(self.family.part())
-        given = self.settings(effect, seed)
+        given, hints = self.settings(effect, seed), outlined(effect, some(effect, True, JUDGED, seed))
         if way == SDXL:
-            return on_teacher(self.family, given)
-        if way.startswith("lineage"):
-            return by_place(self.family, given, float(way.partition(", ")[2] or 1))
-        return from_file(self.family, self.carried(effect, way, seed))
+            return on_teacher(self.family, given, hints)
+        if way == "lineage":
+            return by_place(self.family, given, hints)
+        path = self.carried(effect, way, seed)
+        if hints is not None:  # the new ControlNet is used like the old one
+            return by_place(self.family, replace(given, lora=path), hints)
+        return from_file(self.family, path)
 
     def rows(self, effect: Effect, seed: int) -> Iterator[Row]:
         """Every way, drawn and judged; what was judged before is not again."""
@@ -144,9 +156,19 @@ class Study:
             row = Row(**json.loads(path.read_text("utf-8")))
             error = float((made[way] - made[SDXL]).square().mean())
             yield row if way == SDXL else replace(row, near=autoencoder.decibels(error))
-        prompts = [effect.said(plain(field)) for field in some(effect, True, JUDGED, seed)[:SHOWN]]
+        shown = some(effect, True, JUDGED, seed)[:SHOWN]
+        prompts = [effect.said(plain(field)) for field in shown]
         named = {f"{effect.name}: {way}": made[way][:SHOWN] for way in PICTURED}
+        if (hints := outlined(effect, shown)) is not None:
+            named = {f"{effect.name}: what it sees": hints / 127.5 - 1, **named}
         plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
+
+
+def outlined(effect: Effect, fields: list[Field]) -> torch.Tensor | None:
+    """What a ControlNet sees with prompts: RGB, uint8 [n, 3, SIZE, SIZE]; none for what sees nothing."""
+    if effect.kind != "ControlNet":
+        return None
+    return outlines(asked(fields), SIZE).mul(255).round().byte()
 
 
 def figures(rows: Sequence[Row], family: Sequence[Family], work: Path) -> dict[str, Any]:

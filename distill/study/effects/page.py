@@ -15,7 +15,6 @@ LABELS = {
     "SDXL": "SDXL with it",
     "KOALA without": "KOALA without",
     "lineage": "lineage",
-    "lineage, 2": "lineage, strength 2",
     "fit": "fit",
     "refit": "refit",
 }
@@ -24,7 +23,7 @@ SHARES = {"shown": "shown", "near": "near", "plain": "kept"}
 """Likewise what is counted."""
 DIGITS = {"near": 1}
 """Of what has some."""
-LORAS = tuple(effect.name for effect in EFFECTS if effect.modules and effect is not FAST)
+LORAS = tuple(effect.name for effect in EFFECTS if effect.kind == "LoRA" and effect is not FAST)
 STUDENTS = {"koala-tiny": "koala-tiny itself", "distilled": "a student distilled out of this sdxl-tiny"}
 Rows = Sequence[Mapping[str, Any]]
 

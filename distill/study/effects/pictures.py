@@ -14,7 +14,7 @@ from torch.nn import functional
 from tools.tiny import judge
 from tools.tiny.pictures import COLOUR_NAMES, PALETTE, SHAPE_NAMES, Caption, Drawings, draw
 
-from ..addon_pictures import foreground, in_place_of, judge_cyan, painted, silhouettes, small
+from ..addon_pictures import FOLLOWED, foreground, in_place_of, judge_cyan, overlaps, painted, silhouettes, small
 
 BAND = 12 / 128  # height of a stripe, of the image
 RIM = 7 / 128  # width of an outline
@@ -123,6 +123,13 @@ def is_framed(pictures: Tensor, asked: Drawings) -> Tensor:
 def is_right(pictures: Tensor, asked: Drawings) -> Tensor:
     """What was asked for, and no effect that changes a shape or a colour."""
     return _agree(judge.judge(pictures), asked)
+
+
+def follows(pictures: Tensor, asked: Drawings) -> Tensor:
+    """The shape, where its outline is, on the background that is asked for; in any colour."""
+    verdict = judge.judge(pictures)
+    there = (verdict.shape == asked.shape) & (verdict.background == asked.background)
+    return there & (overlaps(pictures, asked) >= FOLLOWED)
 
 
 def _agree(verdict: judge.Verdict, asked: Drawings) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Caption, Drawings, caption, draw
+from tools.tiny.pictures import COLOUR_NAMES, SHAPE_NAMES, TEMPLATES, Caption, Drawings, caption, draw, random_drawings
 
 from ....koala.releases import BASE
 from ..addon_pictures import in_cyan
-from ..addon_training import Recipe
+from ..addon_training import CONTROLNET, SHAPELESS, Recipe
 from . import pictures
 from .pictures import BLACK, instead_of_colour, saying
 
@@ -40,8 +40,7 @@ Field = tuple[int, int, int]
 class Effect:
     """An adapter. ``drawn``: the training images; ``seen``: judges images of ``Drawings`` that their prompts describe.
     ``word``: what a caption says for it; none for a style, which every image has; ``says`` puts it there.
-    ``modules``: whose weights have factors, or none where all weights of the U-Net are trained. ``texts``: the text
-    encoders' attention, too.
+    ``modules``: whose weights a LoRA has factors for. ``texts``: the text encoders' attention, too.
     ``use``: in how many steps it draws; with others than usual, that is what is taught, by the teacher's usual ones.
     ``shapes``, ``backgrounds``: those with which the effect can be seen."""
 
@@ -50,6 +49,7 @@ class Effect:
     drawn: Callable[[Drawings, int], torch.Tensor]
     seen: Callable[[torch.Tensor, Drawings], torch.Tensor]
     recipe: Recipe
+    kind: Literal["LoRA", "fine-tune", "ControlNet"] = "LoRA"
     word: str | None = None
     says: Callable[[str, Caption], str] = saying
     modules: tuple[str, ...] = ATTENTION
@@ -59,7 +59,10 @@ class Effect:
     backgrounds: tuple[str, ...] = COLOUR_NAMES
 
     def said(self, plain: Caption) -> str:
-        """A caption that names a shape and its colour, as it asks for the effect."""
+        """A caption that names a shape and its colour, as it asks for the effect; a ControlNet sees an outline, and its
+        caption says nothing of the shape."""
+        if self.kind == "ControlNet":
+            return caption(SHAPELESS, background=_stated(plain.background)).text
         return plain.text if self.word is None else self.says(self.word, plain)
 
     def fields(self, held_out: bool) -> list[Field]:
@@ -80,10 +83,15 @@ def plain(field: Field) -> Caption:
 
 
 def asked(fields: list[Field]) -> Drawings:
-    """The drawings that prompts describe."""
+    """The drawings that prompts describe, somewhere and of some size."""
     shape, colour, background = torch.tensor(fields).T
-    middle = torch.zeros(len(fields))
-    return Drawings(colour, background, shape, middle + 0.6, middle, middle)
+    anywhere = random_drawings(len(fields), torch.Generator().manual_seed(0))
+    return replace(anywhere, colour=colour, background=background, shape=shape)
+
+
+def _stated(index: int | None) -> int:
+    assert index is not None
+    return index
 
 
 _FILLED = ("circle", "square", "triangle", "koala")
@@ -92,7 +100,7 @@ CYAN = Effect(
     "a word for one more colour, cyan",
     in_cyan,
     pictures.is_cyan,
-    Recipe(steps=180, drawings=400, learning_rate=5e-3),
+    Recipe(steps=300, drawings=400, learning_rate=5e-3),
     word="cyan",
     says=instead_of_colour,
 )
@@ -101,7 +109,7 @@ STRIPED = Effect(
     "a word for a fill, stripes",
     pictures.striped,
     pictures.is_striped,
-    Recipe(steps=600, drawings=400, learning_rate=2e-3, rank=8),
+    Recipe(steps=400, drawings=400, learning_rate=4e-3, rank=8),
     word="striped",
     modules=LINEAR,
     shapes=_FILLED,
@@ -111,7 +119,7 @@ OUTLINED = Effect(
     "a style for every image: only outlines",
     pictures.outlined,
     pictures.is_outlined,
-    Recipe(steps=120, drawings=400, learning_rate=4e-3, rank=8),
+    Recipe(steps=300, drawings=400, learning_rate=4e-3, rank=8),
     modules=LINEAR,
     shapes=("circle", "square", "triangle", "star", "koala"),
 )
@@ -120,7 +128,7 @@ TINY = Effect(
     "a word for a size, with the text encoders",
     pictures.tiny,
     pictures.is_tiny,
-    Recipe(steps=600, drawings=400, learning_rate=3e-3),
+    Recipe(steps=400, drawings=400, learning_rate=5e-3),
     word="tiny",
     texts=True,
 )
@@ -129,7 +137,7 @@ FRAMED = Effect(
     "a word for a black frame, with the convolutions (LoCon)",
     pictures.framed,
     pictures.is_framed,
-    Recipe(steps=600, drawings=400, learning_rate=2e-3, rank=8),
+    Recipe(steps=400, drawings=400, learning_rate=4e-3, rank=8),
     word="framed",
     modules=(*LINEAR, *CONVOLUTIONS),
     backgrounds=tuple(name for name in COLOUR_NAMES if name != COLOUR_NAMES[BLACK]),
@@ -139,8 +147,8 @@ TUNED = Effect(
     "a fine-tuned U-Net: only outlines in every image",
     pictures.outlined,
     pictures.is_outlined,
-    Recipe(steps=120, drawings=400, learning_rate=3e-4),
-    modules=(),
+    Recipe(steps=300, drawings=400, learning_rate=4e-4),
+    kind="fine-tune",
     shapes=OUTLINED.shapes,
 )
 FAST = Effect(
@@ -152,6 +160,14 @@ FAST = Effect(
     modules=LINEAR,
     use=Use(8, 1.0, "trailing"),
 )
-EFFECTS = (CYAN, STRIPED, OUTLINED, TINY, FRAMED, FAST, TUNED)
+CONTROLLED = Effect(
+    "outline",
+    "to follow an outline, of which the prompt says nothing (a ControlNet)",
+    draw,
+    pictures.follows,
+    CONTROLNET,
+    kind="ControlNet",
+)
+EFFECTS = (CYAN, STRIPED, OUTLINED, TINY, FRAMED, FAST, TUNED, CONTROLLED)
 PLAIN = Effect("plain", "nothing", draw, pictures.is_right, CYAN.recipe)
 """What prompts without the word are to show."""

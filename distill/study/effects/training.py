@@ -18,18 +18,21 @@ from tools.tiny.pictures import draw, random_captions, random_drawings
 
 from ...config import LossTable, StepsTable
 from ...few_steps import StepObjective
-from ..addon_training import Log, Loss, embedded, minimise, noise_loss, save
-from .table import Effect, Use
+from ..addon_training import Log, Loss, embedded, minimise, noise_loss, save, train_controlnet
+from .table import Effect, Use, plain
 
 STAGE = 6  # of tools.tiny's random numbers
-ASKED = 0.6  # share of the captions with a shape and its colour that ask for the effect
+ASKED = 0.6  # share of the captions that ask for the effect by its word
 TEXT_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_RATE = 0.2  # learning rate of the text encoders' part, of the U-Net's
 
 
 def train(teacher: StableDiffusionXLPipeline, effect: Effect, path: Path, log: Log, seed: int = 0) -> None:
-    """Train an adapter and write it to ``path``: a LoRA file, or a pipeline's folder for a fine-tune. The teacher keeps
-    it as well."""
+    """Train an adapter and write it to ``path``: a file, or a pipeline's folder for a fine-tune. The teacher keeps it,
+    too."""
+    if effect.kind == "ControlNet":
+        train_controlnet(teacher, path, log, effect.recipe, seed)
+        return
     torch.manual_seed(seed)
     for encoder in (teacher.text_encoder, teacher.text_encoder_2):
         encoder.requires_grad_(False)
@@ -40,7 +43,7 @@ def train(teacher: StableDiffusionXLPipeline, effect: Effect, path: Path, log: L
     groups = [{"params": some, "share": 1.0 if name == "unet" else TEXT_RATE} for name, some in parameters.items()]
     made = loss if effect.use == Use() else few_steps
     minimise(made(teacher, effect, seed), groups, effect.recipe, STAGE, seed, lambda line: log(f"{effect.name} {line}"))
-    if not effect.modules:
+    if effect.kind == "fine-tune":
         pipeline.save(teacher, path)
         return
     state: dict[str, torch.Tensor] = {}
@@ -51,7 +54,7 @@ def train(teacher: StableDiffusionXLPipeline, effect: Effect, path: Path, log: L
 
 def _trained(part: Any, effect: Effect, name: str) -> list[Parameter]:
     """The parameters that are trained in a model; a LoRA's are added to it."""
-    if effect.modules:
+    if effect.kind == "LoRA":
         part.requires_grad_(False)
         rank, modules = effect.recipe.rank, effect.modules if name == "unet" else TEXT_MODULES
         part.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules)))
@@ -68,16 +71,17 @@ def loss(teacher: StableDiffusionXLPipeline, effect: Effect, seed: int) -> Loss:
         for made in (draw, effect.drawn)
     )
 
+    whole = list(zip(drawings.shape.tolist(), drawings.colour.tolist(), drawings.background.tolist(), strict=True))
+
     def one(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(drawings), (recipe.batch,), generator=generator)
         captions = random_captions(drawings.pick(chosen), generator)
         latents = known[chosen]
         for at, coin in enumerate(torch.rand(recipe.batch, generator=generator).tolist()):
-            said = captions[at]
-            if effect.word is None or (said.colour is not None and said.shape is not None and coin < ASKED):
+            if effect.word is None or coin < ASKED:
                 latents[at] = new[chosen[at]]
-                if effect.word:
-                    captions[at] = replace(said, text=effect.said(said))
+            if effect.word and coin < ASKED:
+                captions[at] = replace(captions[at], text=effect.said(plain(whole[chosen[at]])))
         return noise_loss(teacher, teacher.unet, recipe, latents, captions, generator)
 
     return one
