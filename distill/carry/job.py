@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...koala.lora.fit import Changes, fit_changes
+from ...koala.lora.fit import Changes, fit_changes, reached
 from ...koala.lora.learning import ITERATIONS
 from ..errors import UserError
 from . import refit as training
 from .samples import Samples, State, Texts, as_samples, outputs, wanted
-from .settings import Settings
+from .settings import FITTED, Settings
 from .source import Source, student_unet
 from .student import Student
 
@@ -46,15 +46,15 @@ class Job:
         return torch.arange(self.given.samples)
 
     def share(self, numbers: Changes) -> float:
-        """Share of the wanted change of the output (sum of squares) that is reached on the held-out samples; below zero
-        where it is missed by more than without a LoRA or ControlNet."""
+        """``reached`` on the held-out samples."""
         part = torch.arange(self.given.samples, len(self.wanted))
-        missing = (self.wanted[part] - self.student.outputs(numbers, self.samples.pick(part))).square().sum()
-        return 1 - float(missing / (self.wanted[part] - self.own[part]).square().sum())
+        wanted = self.wanted[part]
+        return reached(wanted, self.student.outputs(numbers, self.samples.pick(part)), wanted - self.own[part])
 
     def fit(self, start: Changes) -> Changes:
-        """The numbers after a round of least squares."""
-        samples = self.samples.pick(self.learned)
+        """The numbers after a round of least squares, on some of the samples of either network."""
+        some = self.learned[:: -(-self.given.samples // FITTED)]
+        samples = self.samples.pick(some)
 
         def adjoint(at: Changes, error: Tensor) -> Changes:
             return self.student.slopes(at, samples, lambda _, part: error[part])
@@ -63,7 +63,7 @@ class Job:
             return fit_changes(
                 lambda numbers: self.student.outputs(dict(numbers), samples),
                 start,
-                self.wanted[self.learned],
+                self.wanted[some],
                 ITERATIONS,
                 adjoint,
             ).changes

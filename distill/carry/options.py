@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--cfg", type=guidance, metavar="X", help="likewise, their guidance scale; 1 is none (default: 7.5)")
     add("--spacing", choices=SPACINGS, help="likewise, where the steps lie in the noise schedule (default: leading)")
-    add("--samples", type=at_least(8), metavar="N", help="noisy latents to learn from (default: 256)")
+    add("--samples", type=at_least(8), metavar="N", help="noisy latents to learn from (default: 1024)")
     add("--steps", type=at_least(1), metavar="N", help="optimiser steps of refit, of 8 samples each (default: 300)")
     add("--batch", type=at_least(1), metavar="N", help="samples in one forward pass: what memory allows (default: 8)")
     add("--seed", type=at_least(0), metavar="N", help="of all random numbers (default: 0)")

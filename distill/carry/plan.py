@@ -8,13 +8,15 @@ from ...koala.architecture.keys import parameters
 from ...koala.architecture.layout import name
 from ...koala.files.dtypes import TORCH_DTYPES
 from ...koala.lora.learning import ITERATIONS, ROUNDS
-from .settings import PER_STEP, Settings
+from .settings import FITTED, PER_STEP, Settings
 from .source import Source
 
 SLOPES = 4
 """Passes for the slopes of one image: there, there again as its activations are not kept, and back."""
 OUTPUTS = 2
 """Passes of a round of least squares beside its iterations: before, and after."""
+SHARES = 4
+"""How often the held-out samples are computed, beside once after each round: before these, and each way at the end."""
 COPIES = 8
 """Of the learned numbers in memory, fp32: themselves, slopes, and the directions and moments of either method."""
 
@@ -28,7 +30,8 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
     numbers = change.count(given)
     drawings = sum(-(-count // given.per_prompt) for count in (given.samples, given.held_out))
     drawing = drawings * given.draw_steps * (2 if given.guided else 1)
-    passes = ROUNDS * (OUTPUTS + (1 + SLOPES) * ITERATIONS) * given.samples
+    passes = ROUNDS * (OUTPUTS + (1 + SLOPES) * ITERATIONS) * min(given.samples, FITTED)
+    passes += samples + (ROUNDS + SHARES) * given.held_out
     passes += SLOPES * given.steps * PER_STEP if given.method == "refit" else 0
     whole = parameters(source.teacher.layout) * TORCH_DTYPES[given.dtype].itemsize + change.bytes
     part = change.bytes + 4 * (parameters(source.student.layout) + COPIES * numbers)
@@ -40,7 +43,7 @@ def plan(given: Settings, source: Source, device: torch.device) -> list[str]:
         f"{given.cfg:g}, {given.spacing}",
         f"SDXL, in {given.dtype}, on {device.type}: {drawing + 2 * samples} forward passes of one "
         f"image at {given.size} px; {_gigabytes(whole)} and the activations of {2 * given.batch} images",
-        f"{name(source.student.layout)}, in fp32: {drawing + passes} such passes, one of them for "
+        f"{name(source.student.layout)}, in fp32: at most {drawing + passes} such passes, one for "
         f"each forward pass and two for a backward one; {_gigabytes(part)} and the activations of {given.batch} images",
         f"disk, until it is finished: {_gigabytes(disk)} in {given.work}",
     ]

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count as counted
 from pathlib import Path
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
+from ...koala.lora.fit import Changes, fit_rounds
 from ...koala.lora.learning import ROUNDS
 from ..errors import UserError
 from ..single_file import tokenizers
@@ -67,8 +69,8 @@ class Prompts:
     kept: dict[int, str]
 
 
-def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> Path:
-    """Carry a LoRA or ControlNet over, or go on with that; returns the new file.
+def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> dict[str, float]:
+    """Carry a LoRA or ControlNet over, or go on with that; returns how many seconds each part took.
 
     Args:
         given: the command line.
@@ -88,7 +90,7 @@ def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> Pa
     for line in (*plan(given, source, device), *_cut(given, source, prompts)):
         say(line)
     if given.check:
-        return given.out
+        return {}
     change = source.change
     work = Work(given.work)
     work.make()
@@ -116,14 +118,17 @@ def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> Pa
     say(rounding(learned["change"], learned["size"], given.dtype))
     with enough_memory(MADE, given):
         job = Job.made(given, source, texts, learned, device)
-    found, ways = job.start, {"lineage": job.start}
-    for turn in range(ROUNDS):
-        found = once("fit", partial(job.fit, found), turn)
-    ways["fit"] = found
+
+    def share(numbers: Changes) -> float:
+        with enough_memory(MEASURED, given):
+            return job.share(change.rounded(numbers))
+
+    turns = counted()
+    found = fit_rounds(job.start, lambda at: once("fit", partial(job.fit, at), next(turns)), share, ROUNDS)
+    ways = {"lineage": job.start, "fit": found}
     if given.method == "refit":
         ways["refit"] = once("refit", partial(job.refit, found, given.work / "checkpoint.pt"))
-    with enough_memory(MEASURED, given):
-        shares = {way: job.share(change.rounded(numbers)) for way, numbers in ways.items()}
+    shares = {way: share(numbers) for way, numbers in ways.items()}
     best = max(shares, key=lambda way: shares[way])
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
     for way, path in ((best, given.out), *(also or {}).items()):
@@ -136,7 +141,7 @@ def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> Pa
     say("seconds: " + ", ".join(f"{part} {took:.0f}" for part, took in seconds.items()))
     say(f"memory: at most {_peak():.1f} GB" + (f"; GPU {_gpu_peak():.1f} GB" if device.type == "cuda" else ""))
     say(f"{given.out}: {change.result(given)}, {given.out.stat().st_size / 1e6:.1f} MB")
-    return given.out
+    return seconds
 
 
 def reached(shares: dict[str, float], given: Settings) -> str:

@@ -9,14 +9,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ...koala.lora.learning import PER_DRAWING
 from ...koala.releases import BASE
 from ..errors import UserError
 
 HELD_OUT = 4
 """Of so many prompts one is held out, and there is one held-out sample for so many that are learned from."""
-KEPT = 3
+KEPT = 2
 """With prompts to keep, every so manieth prompt that is sampled is one of them."""
+PER_DRAWING = 12
+"""Samples of either network for each time that it samples a prompt, where there are as many steps."""
+FITTED = 96
+"""Samples that least squares learn from at most, as each costs them fifty forward passes or more; further training,
+which costs each a few, learns from all."""
 PER_STEP = 8
 """Samples in an optimiser step, in as many forward passes as memory asks for."""
 CHECKPOINT_EVERY = 25
@@ -41,7 +45,7 @@ class Settings:
     draw_steps: int = BASE.settings.steps
     cfg: float = BASE.settings.cfg
     spacing: Literal["leading", "trailing"] = "leading"
-    samples: int = 256
+    samples: int = 1024
     steps: int = 300
     batch: int = 8
     seed: int = 0

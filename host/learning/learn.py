@@ -21,7 +21,7 @@ from ...koala.architecture.layout import Layout, name
 from ...koala.architecture.lineage import Lineage
 from ...koala.lora.adjustable import Adjustable, adjustable
 from ...koala.lora.factors import factors, lora_tensors, rounded
-from ...koala.lora.fit import Changes, fit_changes
+from ...koala.lora.fit import Changes, fit_changes, fit_rounds, reached
 from ...koala.lora.learning import ITERATIONS, ROUNDS
 from ...koala.words import Message, lines, message
 from ..model import described, model_facts, unet_layout
@@ -101,7 +101,8 @@ def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: 
     with _fitting(models.koala, line.student, start, seen, change, 2 * plan.learned, (plain, changed), tick) as fit:
         numbers = fit.numbers(start)
         before, after = (fit.share(rounded(one)) for one in (start, numbers))
-    lora = lora_tensors(numbers if after > before else start, line.student)
+    bar.update_absolute(bar.total)  # rounds of least squares that would not help were left out
+    lora = lora_tensors(numbers, line.student)
     return Learned(lora, _report(lora, before, after, 2 * plan.held_out))
 
 
@@ -164,24 +165,23 @@ class _Fit:
     def numbers(self, start: Changes) -> Changes:
         """The LoRA's numbers after all rounds of least squares. Raises ValueError where an output is not finite."""
         samples, wanted = self.samples.pick(torch.arange(self.learned)), self.wanted[: self.learned]
-        output, found = self._output(samples), start
+        output = self._output(samples)
 
         def slopes(at: Changes, error: Tensor) -> Changes:
             return self.places.slopes(at, output, lambda _, part: error[part], samples.parts)
 
-        for _ in range(ROUNDS):
-            found = fit_changes(
-                lambda at: self.places.outputs(dict(at), output, samples.parts), found, wanted, ITERATIONS, slopes
+        def fit(start: Changes) -> Changes:
+            return fit_changes(
+                lambda at: self.places.outputs(dict(at), output, samples.parts), start, wanted, ITERATIONS, slopes
             ).changes
-        return found
+
+        return fit_rounds(start, fit, lambda found: self.share(rounded(found)), ROUNDS)
 
     def share(self, numbers: Changes) -> float:
-        """Share of the wanted change (sum of squares) that is reached on the samples held out; below zero where it is
-        missed by more than without a LoRA."""
+        """``reached`` on the samples held out."""
         samples = self.samples.pick(torch.arange(self.learned, len(self.wanted)))
         found = self.places.outputs(numbers, self._output(samples), samples.parts)
-        missing = (self.wanted[self.learned :] - found).square().sum()
-        return 1 - float(missing / self.change[self.learned :].square().sum())
+        return reached(self.wanted[self.learned :], found, self.change[self.learned :])
 
     def _output(self, samples: Samples) -> Callable[[Tensor], Tensor]:
         def output(part: Tensor) -> Tensor:

@@ -85,6 +85,39 @@ def fit_changes(
         factor /= 2
 
 
+def fit_rounds(
+    start: Changes, fit: Callable[[Changes], Changes], share: Callable[[Changes], float], rounds: int
+) -> Changes:
+    """The changes after rounds of least squares: as many as each reach more than the one before on samples that none
+    learns from. With few samples and many changes the next round would learn the samples, not what is behind them.
+
+    Args:
+        start: the changes to begin with.
+        fit: a round.
+        share: what changes reach on samples held out.
+        rounds: how many there are at most.
+    """
+    found, best = start, share(start)
+    for _ in range(rounds):
+        changes = fit(found)
+        if not (now := share(changes)) > best:
+            break
+        found, best = changes, now
+    return found
+
+
+def reached(wanted: Tensor, found: Tensor, change: Tensor) -> float:
+    """The share of a wanted change of an output that is reached, by sums of squares; below zero where it is missed by
+    more than without any change.
+
+    Args:
+        wanted: the output that is asked for.
+        found: the output that there is.
+        change: how the output that is asked for differs from that without any change.
+    """
+    return 1 - float((wanted - found).square().sum() / change.square().sum())
+
+
 def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The nearest product of two matrices of a rank, as a LoRA stores it: up [out, rank] and down [rank, in].
 

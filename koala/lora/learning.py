@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-ROUNDS, ITERATIONS = 5, 5
+ROUNDS, ITERATIONS = 3, 5
 """Of the least squares: how often the output is linearised, and iterations each time. Few, as each makes the changes
 larger, and the output is less linear the larger they are."""
 PER_DRAWING = 5

@@ -101,7 +101,7 @@ def test_a_check_tells_the_plan_and_leaves_nothing(place: Path) -> None:
     assert sorted(place.iterdir()) == before
     assert re.search(r"new LoRA: rank 8, 0\.\d million numbers", said)
     assert re.search(r"SDXL, in fp32, on (cpu|cuda): \d+ forward passes of one image at 64 px; 0.\d\d GB", said)
-    assert re.search(r"koala-tiny, in fp32: \d+ such passes", said)
+    assert re.search(r"koala-tiny, in fp32: at most \d+ such passes", said)
 
 
 def test_an_interrupted_refit_ends_with_the_same_numbers(
@@ -254,23 +254,23 @@ def test_sdxl_is_as_its_file_says_once_the_lora_is_gone(place: Path, dtype: str)
 
 
 def test_held_out_prompts_are_learned_from_by_neither_network(place: Path) -> None:
-    learned, measured = drawn(settings(place, "x", samples=256), prompts=9, keep=5)
+    learned, measured = drawn(settings(place, "x", samples=1024), prompts=9, keep=5)
     assert not set(learned) & set(measured)
     assert set(learned) | set(measured) == set(range(14))
     assert set(measured) == {3, 7, 12}
-    assert 1 / 4 < sum(row >= 9 for row in learned) / len(learned) < 2 / 5
+    assert 2 / 5 < sum(row >= 9 for row in learned) / len(learned) < 3 / 5
 
 
-@pytest.mark.parametrize(("prompts", "keep"), [(20, 8), (4, 4), (12, 0), (24, 4)])
+@pytest.mark.parametrize(("prompts", "keep"), [(20, 8), (4, 4), (12, 0), (28, 4)])
 def test_every_prompt_is_used_where_there_are_turns_for_all(place: Path, prompts: int, keep: int) -> None:
-    learned, measured = drawn(settings(place, "x", samples=280), prompts, keep)
+    learned, measured = drawn(settings(place, "x", samples=1120), prompts, keep)
     left_out = set(range(prompts + keep)) - set(learned) - set(measured)
-    assert len(left_out) == max(0, prompts // 4 - (5 if keep else 7))
+    assert len(left_out) == max(0, prompts // 4 - (6 if keep else 12))
 
 
 def test_of_too_many_prompts_some_are_used_from_all_over_the_file(place: Path) -> None:
-    learned, measured = drawn(settings(place, "x", samples=256), prompts=100, keep=0)
-    assert (len(set(learned)), len(set(measured))) == (26, 7)
+    learned, measured = drawn(settings(place, "x", samples=1024), prompts=100, keep=0)
+    assert (len(set(learned)), len(set(measured))) == (43, 11)
     assert (min(learned), max(learned) > 90, max(measured) > 80) == (0, True, True)
 
 

@@ -186,7 +186,7 @@ def test_a_control_image_is_cut_and_scaled_as_comfyui_does(place: Path, tmp_path
 
 def test_held_out_control_images_are_learned_from_by_neither_network(place: Path, tmp_path: Path) -> None:
     """They go along with the prompts, where there are as many."""
-    few, many = settings(place, "x", samples=256), settings(place, "x", samples=16)
+    few, many = settings(place, "x", samples=256), settings(place, "x", samples=32)
     found = hints.open_hints(replace(few, hints=outlines_in(tmp_path / "nine", 9)))
     assert found.turns == drawn(few, 9, 0)
     assert not set(found.turns[0]) & set(found.turns[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from koala_sdxl.distill.carry.plan import OUTPUTS
-from koala_sdxl.koala.lora.fit import Changes, fit_changes, low_rank
+from koala_sdxl.koala.lora.fit import Changes, fit_changes, fit_rounds, low_rank, reached
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -109,3 +109,30 @@ def test_nothing_is_fitted_to_nonsense(scale: float, output: float, says: str) -
     start = {"layer": scale * torch.ones(5, 6)}
     with pytest.raises(ValueError, match=says):
         fit_changes(lambda changes: output * (INPUTS @ changes["layer"].T), start, torch.ones(64, 5), 3)
+
+
+@pytest.mark.parametrize(
+    ("shares", "rounds", "best"), [((1, 3, 5, 4, 9), 4, 2), ((1, 3, 5, 4, 9), 1, 1), ((3, 2), 4, 0)]
+)
+def test_rounds_end_where_the_next_one_reaches_no_more(shares: tuple[int, ...], rounds: int, best: int) -> None:
+    """The start and each round reach so much; which one is found?"""
+    every = [{"layer": torch.tensor(float(number))} for number in range(len(shares))]
+    tried: list[int] = []
+
+    def fit(start: Changes) -> Changes:
+        turn = len(tried)
+        tried.append(turn)
+        assert start is every[turn]
+        return every[turn + 1]
+
+    found = fit_rounds(every[0], fit, lambda changes: shares[int(changes["layer"])], rounds)
+    assert found is every[best]
+    assert tried == list(range(min(rounds, best + 1)))
+
+
+def test_reached_is_the_share_of_a_change() -> None:
+    plain, wanted = torch.zeros(2, 3), torch.ones(2, 3)
+    assert reached(wanted, wanted, wanted - plain) == 1
+    assert reached(wanted, plain, wanted - plain) == 0
+    assert reached(wanted, wanted / 2, wanted - plain) == 0.75
+    assert reached(wanted, -wanted, wanted - plain) == -3

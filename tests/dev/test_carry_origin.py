@@ -96,6 +96,6 @@ def test_an_older_versions_run_is_not_gone_on_with(tmp_path: Path, monkeypatch: 
     work.make()
     work.open({"seed": 0})
     work.open({"seed": 0})
-    monkeypatch.setattr(works, "FORMAT", {"files of the work folder": 2})
+    monkeypatch.setattr(works, "FORMAT", {what: number + 1 for what, number in works.FORMAT.items()})
     with pytest.raises(UserError, match=r"an unfinished run with other files of the work folder; expected the same"):
         work.open({"seed": 0})

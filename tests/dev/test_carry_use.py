@@ -14,7 +14,7 @@ from safetensors import safe_open
 from koala_sdxl.distill.carry import run, source
 from koala_sdxl.distill.carry.run import Prompts, sampled
 from koala_sdxl.distill.carry.samples import STUDENT, TEACHER, Samples, alone, drawn
-from koala_sdxl.distill.carry.settings import Settings
+from koala_sdxl.distill.carry.settings import PER_DRAWING, Settings
 from koala_sdxl.koala.files.conventions import CARRY_KEY
 from tests.dev import carry_runs
 from tests.dev.carry_runs import carried, settings, texts
@@ -38,7 +38,7 @@ def of_student(given: Settings) -> Samples:
 def test_each_drawing_has_as_many_steps_as_samples_are_taken_of_it(place: Path, steps: int, samples: int) -> None:
     given = settings(place, "x", draw_steps=steps, samples=samples)
     for rows, count in zip(drawn(given, USED, KEPT), (given.samples, given.held_out), strict=True):
-        own, taken = (count + 1) // 2, min(5, steps)
+        own, taken = (count + 1) // 2, min(PER_DRAWING, steps)
         assert taken * (len(rows) - 1) < own <= taken * len(rows)
 
 
@@ -68,8 +68,8 @@ def test_the_plan_tells_how_images_are_drawn(place: Path) -> None:
     assert "samples: 50, from 7 images that each network draws in 4 steps, cfg 1, trailing" in told
     assert re.search(r"SDXL, in fp32, on \w+: 128 forward passes", told)  # 7 * 4, and each sample twice
     guided = "\n".join(carried(place, "x", samples=40, check=True))
-    assert "samples: 50, from 5 images that each network draws in 25 steps, cfg 7.5, leading" in guided
-    assert re.search(r"SDXL, in fp32, on \w+: 350 forward passes", guided)  # 2 * 5 * 25
+    assert "samples: 50, from 3 images that each network draws in 25 steps, cfg 7.5, leading" in guided
+    assert re.search(r"SDXL, in fp32, on \w+: 250 forward passes", guided)  # 2 * 3 * 25, and each sample twice
 
 
 @pytest.mark.nightly
