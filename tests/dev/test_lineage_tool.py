@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -226,7 +227,10 @@ def test_the_command_prints_the_tables_and_writes_them(
     assert (done.returncode, done.stderr) == (0, "")
     text = (tmp_path / "tables.py").read_text()
     assert tables(text) == (KEPT_LAYERS, "KOALA_1B", ODD[KOALA_1B])
-    assert done.stdout.endswith("\n\n" + text)
+    assert f"\n\n{text}\n" in done.stdout
+    away = re.search(r"are ([\d.]+) % away from those of SDXL", done.stdout)
+    assert away
+    assert float(away[1]) == pytest.approx(100 * DRIFT, abs=1)
     assert "mid_block.attentions.0.transformer_blocks (rows) against SDXL's" in done.stdout
     assert "doubtful" not in done.stdout
     # as ruff formats it, and as it stands in koala/architecture/lineage.py

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from statistics import mean
 
 import torch
 
 from koala_sdxl.koala.architecture import layout
 from koala_sdxl.koala.architecture.keys import Shape, tensors
 from koala_sdxl.koala.architecture.layout import SDXL, Layout, is_subnetwork
-from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, at_widths_of, is_teacher
+from koala_sdxl.koala.architecture.lineage import KEPT_LAYERS, Lineage, at_widths_of, is_teacher
 from koala_sdxl.koala.files import other_models, unet_weights
 from koala_sdxl.koala.files.conventions import label
 from koala_sdxl.koala.files.header import CheckpointError
@@ -196,6 +197,17 @@ def compare(student: UNet, teacher: UNet, ours: Sequence[str], theirs: Sequence[
     return cosines
 
 
+def distance(teacher: UNet, student: UNet, line: Lineage) -> float:
+    """How far the student's matrices and kernels are from the teacher's that they came from: norm of the difference, as
+    a share of the teacher's norm; mean over all of them."""
+    pairs = (
+        (student.tensor(own.diffusers).float(), teacher.tensor(its.diffusers).float())
+        for own, its in line.tensors
+        if len(own.shape) > 1
+    )
+    return mean(float((own - its).norm() / its.norm()) for own, its in pairs)
+
+
 def _described(unet: UNet) -> str:
     return other_models.describe({tensor.diffusers: tensor.shape for tensor in tensors(unet.layout)})
 
@@ -304,8 +316,15 @@ def run(teacher: Path, student: Path, out: Path | None) -> None:
             f"expected none. {label(koala.path)} may not have been cut out of {label(sdxl.path)}: give the SDXL that "
             f"it was. Nothing was written."
         )
-    text = literal(koala.layout, kept_layers(stages), kept_transformers(stages))
+    layers, transformers = kept_layers(stages), kept_transformers(stages)
+    text = literal(koala.layout, layers, transformers)
     say(text.rstrip())
+    if layers == KEPT_LAYERS:
+        away = 100 * distance(sdxl, koala, Lineage(koala.layout, transformers))
+        say(
+            f"\nIts matrices and kernels are {away:.1f} % away from those of SDXL (norm of the difference, mean). "
+            f"What LoRAs do on students so far away: docs/distillation.md."
+        )
     if out:
         try:
             with out.open("x", encoding="utf-8") as file:
