@@ -13,6 +13,7 @@ from koala_sdxl.distill.study import store
 from koala_sdxl.distill.study.effects import measure, page, training
 from koala_sdxl.distill.study.effects.applied import Family
 from koala_sdxl.distill.study.effects.measure import JUDGED, KEEP, PROMPTS, Row, some
+from koala_sdxl.distill.study.effects.student import STUDENTS
 from koala_sdxl.distill.study.effects.table import (
     CONTROLLED,
     EFFECTS,
@@ -130,7 +131,7 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     for name, number in {"PROMPTS": 4, "KEEP": 4, "JUDGED": 6, "JUDGED_PLAIN": 1}.items():
         monkeypatch.setattr(measure, name, number)
     monkeypatch.setattr(measure, "CARRY", {"samples": 8, "steps": 1, "batch": 4, "size": 64, "dtype": "fp32"})
-    study = measure.Study(Family(tmp_path / "sdxl-tiny", SHIPPED, "koala-tiny"), tmp_path / "work")
+    study = measure.Study(Family(tmp_path / "sdxl-tiny", SHIPPED, "distilled"), tmp_path / "work")
     every = []
     for effect in (TINY, TUNED, CONTROLLED):
         few = replace(effect, recipe=replace(effect.recipe, **FEW))
@@ -143,7 +144,7 @@ def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         every += rows
         assert [row.near is None for row in rows] == [way == measure.SDXL for way in measure.WAYS]
     found = measure.figures(every, [study.family], study.work)
-    assert [one["name"] for one in found["carried"]] == ["fine-tune-refit-0", "outline-refit-0", "tiny-refit-0"]
+    assert [one["name"] for one in found["carried"]] == ["controlnet-refit-0", "fine-tune-refit-0", "tiny-refit-0"]
     assert page.effects({"effects": found}).count("| tiny |") == 3
 
 
@@ -151,13 +152,13 @@ def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
     shown = {("tiny", 0): 50.0, ("tiny", 1): 60.0, ("cyan", 0): 90.0, ("fine-tune", 0): 10.0}
     kept = {"fine-tune": None}
     rows = [
-        asdict(Row("" if way == measure.SDXL else "koala-tiny", name, way, seed, 30, value, 18, kept.get(name, 100.0)))
+        asdict(Row("" if way == measure.SDXL else "distilled", name, way, seed, 30, value, 18, kept.get(name, 100.0)))
         for (name, seed), value in shown.items()
         for way in measure.WAYS
     ]
     shares = {"lineage": 0.5, "fit": 0.7, "refit": 0.8}
     carried = [
-        {"student": "koala-tiny", "seconds": {"fit": 120.0, "refit": took}, "shares": shares} for took in (60.0, 120.0)
+        {"student": "distilled", "seconds": {"fit": 120.0, "refit": took}, "shares": shares} for took in (60.0, 120.0)
     ]
     figures = {
         "rows": rows,
@@ -165,13 +166,14 @@ def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
         "carry": measure.CARRY,
         "teacher": asdict(denoiser.GROWN),
         "prompts": 24,
-        "distance": {"koala-tiny": 0.15},
+        "distance": {"distilled": 0.15},
+        "students": STUDENTS,
     }
     lines = page.effects({"effects": figures}).splitlines()
     assert "| shown | tiny |" + " 55 ± 7 |" * len(measure.WAYS) in lines
     assert "| shown | fine-tune |" + " 10 |" * len(measure.WAYS) in lines
     assert "| kept | cyan |" + " 100 |" * len(measure.WAYS) in lines
-    assert any("refit 72 %." in line for line in lines)  # of 55 and 90
+    assert any("refit 72 %. For 100 images" in line and "refit 100." in line for line in lines)  # of 55 and 90
     assert any("took 2 to 2 minutes by *fit* and 3 to 4 minutes by *refit*" in line for line in lines)
     assert any("they reach 50 % by lineage, 70 % by fit, 80 % by refit (mean)." in line for line in lines)
 

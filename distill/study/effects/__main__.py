@@ -15,16 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from tools.tiny import SHIPPED
-
 from ....koala.files.atomic_write import replace_file
 from .applied import Family
 from .measure import Row, Study, figures, say
-from .student import distilled
+from .student import STUDENTS, distilled
 from .table import EFFECTS
-
-STUDENTS = {"koala-tiny": lambda teacher, work: SHIPPED, "distilled": distilled}
-"""Name -> its file, from the teacher's folder and the work folder."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of prompts, noise and carrying over")
     given = parser.parse_args(argv)
     teacher, work = given.teacher.resolve(), given.work.resolve()
-    file = {name: STUDENTS[name](teacher, work) for name in given.students}
-    families = [Family(teacher, file[name], name) for name in given.students]
+    families = [Family(teacher, distilled(name, teacher, work), name) for name in given.students]
     rows: list[Row] = []
     for seed in given.seeds:
         for effect in (effect for effect in EFFECTS if effect.name in given.effects):

@@ -26,20 +26,18 @@ from .. import plots
 from ..addon_pictures import outlines
 from . import training
 from .applied import Family, by_place, from_file, on_teacher
-from .student import STEPS, distance
+from .student import STUDENTS, distance
 from .table import EFFECTS, PLAIN, Effect, Field, asked, plain
 
 PROMPTS, KEEP = 24, 12  # that an adapter is carried over with, and without its word
 JUDGED, JUDGED_PLAIN = 24, 12  # images a row and seed
 SHOWN = 6  # columns of a picture
 SIZE = 128
-CARRY: dict[str, Any] = {"samples": 64, "steps": 100, "batch": 16, "size": SIZE, "dtype": "fp32"}
+CARRY: dict[str, Any] = {"samples": 768, "steps": 200, "batch": 16, "size": SIZE, "dtype": "fp32"}
 SDXL = "SDXL"
-WAYS = (SDXL, "KOALA without", "lineage", "fit", "refit")
-PICTURED = (SDXL, "KOALA without", "lineage", "fit")
+WITHOUT = "KOALA without"
+WAYS = (SDXL, WITHOUT, "lineage", "fit", "refit")
 say = partial(print, flush=True)
-SECONDS = "seconds: "
-"""How the line begins in which the tool says how long its parts took."""
 Pipeline = AbstractContextManager[StableDiffusionXLPipeline]
 
 
@@ -93,7 +91,7 @@ class Study:
         for name, fields in words.items():
             said = [(effect if name == "prompts" else PLAIN).said(plain(field)) for field in fields]
             replace_file(files[name], "\n".join(said) + "\n")
-        if (hints := outlined(effect, words["prompts"])) is not None:
+        if (hints := control_images(effect, words["prompts"])) is not None:
             files["hints"] = out.with_name(f"{effect.name}-hints-{seed}")
             files["hints"].mkdir(exist_ok=True)
             for number, hint in enumerate(hints):
@@ -116,23 +114,15 @@ class Study:
         given = self.settings(effect, seed)
         paths = {"fit": self.file("carried", f"{effect.name}-fit-{seed}.safetensors"), "refit": given.out}
         if not given.out.exists():
-            lines: list[str] = []
-
-            def heard(line: str) -> None:
-                say(line)
-                lines.append(line)
-
-            run.run(given, heard, {"fit": paths["fit"]})
-            told = next(line for line in lines if line.startswith(SECONDS)).removeprefix(SECONDS).split(", ")
-            seconds = {part: float(took) for part, _, took in (one.partition(" ") for one in told)}
+            seconds = run.run(given, say, {"fit": paths["fit"]})
             replace_file(given.out.with_suffix(".json"), json.dumps(seconds))
         return paths[way]
 
     def model(self, effect: Effect, way: str, seed: int) -> Pipeline:
         """The pipeline that draws a row."""
-        if way == "KOALA without":
+        if way == WITHOUT:
             return nullcontext(self.family.part())
-        given, hints = self.settings(effect, seed), outlined(effect, some(effect, True, JUDGED, seed))
+        given, hints = self.settings(effect, seed), control_images(effect, some(effect, True, JUDGED, seed))
         if way == SDXL:
             return on_teacher(self.family, given, hints)
         if way == "lineage":
@@ -158,13 +148,13 @@ class Study:
             yield row if way == SDXL else replace(row, near=autoencoder.decibels(error))
         shown = some(effect, True, JUDGED, seed)[:SHOWN]
         prompts = [effect.said(plain(field)) for field in shown]
-        named = {f"{effect.name}: {way}": made[way][:SHOWN] for way in PICTURED}
-        if (hints := outlined(effect, shown)) is not None:
+        named = {f"{effect.name}: {way}": made[way][:SHOWN] for way in WAYS}
+        if (hints := control_images(effect, shown)) is not None:
             named = {f"{effect.name}: what it sees": hints / 127.5 - 1, **named}
         plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
 
 
-def outlined(effect: Effect, fields: list[Field]) -> torch.Tensor | None:
+def control_images(effect: Effect, fields: list[Field]) -> torch.Tensor | None:
     """What a ControlNet sees with prompts: RGB, uint8 [n, 3, SIZE, SIZE]; none for what sees nothing."""
     if effect.kind != "ControlNet":
         return None
@@ -188,7 +178,7 @@ def figures(rows: Sequence[Row], family: Sequence[Family], work: Path) -> dict[s
         "distance": {one.name: distance(one.teacher, one.student) for one in family},
         "recipes": {effect.name: asdict(effect.recipe) for effect in EFFECTS},
         "teacher": asdict(denoiser.GROWN),
-        "student": STEPS,
+        "students": STUDENTS,
         "prompts": PROMPTS,
         "carry": CARRY,
         "computer": meter.computer(),

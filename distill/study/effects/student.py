@@ -1,4 +1,4 @@
-"""The study's second student: distilled out of sdxl-tiny in large steps; a little farther from it than koala-tiny is.
+"""The study's students, distilled out of sdxl-tiny.
 
 How much of a LoRA survives on a student depends on how far distillation moved the layers that the two share.
 """
@@ -6,42 +6,42 @@ How much of a LoRA survives on a student depends on how far distillation moved t
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from safetensors.torch import load_file
-
-from tools.tiny import dataset, pipeline
+from tools.measure import lineage as lineages
+from tools.tiny import dataset
 
 from ....koala.architecture.layout import KOALA_TINY
 from ....koala.architecture.lineage import lineage
-from ....koala.files.conventions import UNET_PREFIX
 from ... import train
 from ...config import Config
 from ..judging import SIZE
 from ..runs import TRAINING, WEIGHTING, data
 
 PICTURES = 800
-STEPS: dict[str, Any] = {**TRAINING, "steps": 400, "batch": 16, "learning_rate": 2e-3}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "distilled": {**TRAINING, "steps": 400, "batch": 16, "learning_rate": 2e-3},
+}
+"""Name -> how it is trained."""
 
 
-def config(teacher: Path, work: Path) -> Config:
-    """The configuration of its training."""
+def config(name: str, teacher: Path, work: Path) -> Config:
+    """The configuration of a student's training."""
     return Config.model_validate(
         {
-            "output": work / "student" / "distilled",
+            "output": work / "student" / name,
             "teacher": {"model": teacher, "dtype": "fp32"},
             "student": {"layout": "koala-700m"},
             "data": data(work),
             "loss": {"place": "residual", **WEIGHTING},
-            "training": {**STEPS, "checkpoint_every": 100},
+            "training": {**STUDENTS[name], "checkpoint_every": 100},
         }
     )
 
 
-def distilled(teacher: Path, work: Path) -> Path:
-    """Its file, trained if it is not there."""
-    settings = config(teacher, work)
+def distilled(name: str, teacher: Path, work: Path) -> Path:
+    """A student's file, trained if it is not there."""
+    settings = config(name, teacher, work)
     file = settings.output / "result" / f"{settings.output.name}.safetensors"
     if not file.exists():
         dataset.write(work / f"drawings-{SIZE}", SIZE, PICTURES)
@@ -50,8 +50,5 @@ def distilled(teacher: Path, work: Path) -> Path:
 
 
 def distance(teacher: Path, student: Path) -> float:
-    """How far a student's matrices and convolutions are from the teacher's that they came from: the norm of the
-    difference, as a share of the teacher's; mean."""
-    whole, part = pipeline.load(teacher).unet.state_dict(), load_file(student)
-    pairs = ((part[UNET_PREFIX + own.comfy].float(), whole[its.diffusers]) for own, its in lineage(KOALA_TINY).tensors)
-    return mean(float((own - its).norm() / its.norm()) for own, its in pairs if own.ndim > 1)
+    """How far a student is from the teacher, as `dev.py lineage` measures it."""
+    return lineages.distance(*lineages.open_pair(teacher, student), lineage(KOALA_TINY))

@@ -161,7 +161,7 @@ FAST = Effect(
     use=Use(8, 1.0, "trailing"),
 )
 CONTROLLED = Effect(
-    "outline",
+    "controlnet",
     "to follow an outline, of which the prompt says nothing (a ControlNet)",
     draw,
     pictures.follows,
