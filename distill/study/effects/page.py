@@ -81,7 +81,8 @@ def _of_student(measured: Mapping[str, Any], student: str, names: Sequence[str])
     )
     means = {way: _mean_of_loras(rows, way) for way in LABELS if way != WITHOUT}
     told = ", ".join(f"{LABELS[way]} {found:.0f} %" for way, found in means.items())
-    ofs = ", ".join(f"{way} {100 * found / means[SDXL]:.0f}" for way, found in means.items() if way != SDXL)
+    whole = means.pop(SDXL)
+    ofs = ", ".join(f"{way} {100 * found / whole:.0f}" for way, found in means.items()) if whole else "none"
     training, away = measured["students"][student], round(100 * measured["distance"][student])
     return f"""### A student {away} % away from its SDXL
 
