@@ -15,8 +15,8 @@ SLOPES = 4
 """Passes for the slopes of one image: there, there again as its activations are not kept, and back."""
 OUTPUTS = 2
 """Passes of a round of least squares beside its iterations: before, and after."""
-SHARES = 4
-"""How often the held-out samples are computed, beside once after each round: before these, and each way at the end."""
+SHARES = 2
+"""How often the held-out samples are computed, beside once after each round: before these, and at the end."""
 COPIES = 8
 """Of the learned numbers in memory, fp32: themselves, slopes, and the directions and moments of either method."""
 

@@ -124,11 +124,13 @@ def run(given: Settings, say: Say, also: Mapping[str, Path] | None = None) -> di
             return job.share(change.rounded(numbers))
 
     turns = counted()
-    found = fit_rounds(job.start, lambda at: once("fit", partial(job.fit, at), next(turns)), share, ROUNDS)
-    ways = {"lineage": job.start, "fit": found}
+    found, by_lineage, fitted = fit_rounds(
+        job.start, lambda at: once("fit", partial(job.fit, at), next(turns)), share, ROUNDS
+    )
+    ways, shares = {"lineage": job.start, "fit": found}, {"lineage": by_lineage, "fit": fitted}
     if given.method == "refit":
         ways["refit"] = once("refit", partial(job.refit, found, given.work / "checkpoint.pt"))
-    shares = {way: share(numbers) for way, numbers in ways.items()}
+        shares["refit"] = share(ways["refit"])
     best = max(shares, key=lambda way: shares[way])
     text = {key.removeprefix(FILE): tensor for key, tensor in encodings.items() if key.startswith(FILE)}
     for way, path in ((best, given.out), *(also or {}).items()):

@@ -99,8 +99,7 @@ def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: 
     changed = encoded(models.clip_changed, texts) if models.clip_changed is not None else plain
     seen, change = _samples(models, plan, lora_tensors(start, line.student), plain, changed, tick)
     with _fitting(models.koala, line.student, start, seen, change, 2 * plan.learned, (plain, changed), tick) as fit:
-        numbers = fit.numbers(start)
-        before, after = (fit.share(rounded(one)) for one in (start, numbers))
+        numbers, before, after = fit.numbers(start)
     bar.update_absolute(bar.total)  # rounds of least squares that would not help were left out
     lora = lora_tensors(numbers, line.student)
     return Learned(lora, _report(lora, before, after, 2 * plan.held_out))
@@ -162,8 +161,9 @@ class _Fit:
     change: Tensor
     tick: Tick
 
-    def numbers(self, start: Changes) -> Changes:
-        """The LoRA's numbers after all rounds of least squares. Raises ValueError where an output is not finite."""
+    def numbers(self, start: Changes) -> tuple[Changes, float, float]:
+        """The LoRA's numbers after the rounds of least squares, and the shares before and after. Raises ValueError
+        where an output is not finite."""
         samples, wanted = self.samples.pick(torch.arange(self.learned)), self.wanted[: self.learned]
         output = self._output(samples)
 

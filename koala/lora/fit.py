@@ -87,9 +87,10 @@ def fit_changes(
 
 def fit_rounds(
     start: Changes, fit: Callable[[Changes], Changes], share: Callable[[Changes], float], rounds: int
-) -> Changes:
-    """The changes after rounds of least squares: as many as each reach more than the one before on samples that none
-    learns from. With few samples and many changes the next round would learn the samples, not what is behind them.
+) -> tuple[Changes, float, float]:
+    """The changes after rounds of least squares, and the shares of the start and of these: as many rounds as each reach
+    more than the one before on samples that none learns from. With few samples and many changes the next round would
+    learn the samples, not what is behind them.
 
     Args:
         start: the changes to begin with.
@@ -97,13 +98,14 @@ def fit_rounds(
         share: what changes reach on samples held out.
         rounds: how many there are at most.
     """
-    found, best = start, share(start)
+    before = share(start)
+    found, best = start, before
     for _ in range(rounds):
         changes = fit(found)
         if not (now := share(changes)) > best:
             break
         found, best = changes, now
-    return found
+    return found, before, best
 
 
 def reached(wanted: Tensor, found: Tensor, change: Tensor) -> float:

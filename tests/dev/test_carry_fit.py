@@ -125,8 +125,9 @@ def test_rounds_end_where_the_next_one_reaches_no_more(shares: tuple[int, ...], 
         assert start is every[turn]
         return every[turn + 1]
 
-    found = fit_rounds(every[0], fit, lambda changes: shares[int(changes["layer"])], rounds)
+    found, before, after = fit_rounds(every[0], fit, lambda changes: shares[int(changes["layer"])], rounds)
     assert found is every[best]
+    assert (before, after) == (shares[0], shares[best])
     assert tried == list(range(min(rounds, best + 1)))
 
 

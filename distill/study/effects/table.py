@@ -62,7 +62,8 @@ class Effect:
         """A caption that names a shape and its colour, as it asks for the effect; a ControlNet sees an outline, and its
         caption says nothing of the shape."""
         if self.kind == "ControlNet":
-            return caption(SHAPELESS, background=_stated(plain.background)).text
+            assert plain.background is not None
+            return caption(SHAPELESS, background=plain.background).text
         return plain.text if self.word is None else self.says(self.word, plain)
 
     def fields(self, held_out: bool) -> list[Field]:
@@ -87,11 +88,6 @@ def asked(fields: list[Field]) -> Drawings:
     shape, colour, background = torch.tensor(fields).T
     anywhere = random_drawings(len(fields), torch.Generator().manual_seed(0))
     return replace(anywhere, colour=colour, background=background, shape=shape)
-
-
-def _stated(index: int | None) -> int:
-    assert index is not None
-    return index
 
 
 _FILLED = ("circle", "square", "triangle", "koala")
