@@ -126,12 +126,17 @@ def _summary(facts: ModelFacts, settings: Acceleration, made: Accelerated, vae: 
     """What the node will do with the model's published number of steps, and on this machine; that it does nothing,
     where that is so."""
     published = facts.settings
-    full = full_steps_of(settings, schedule(published.steps, published.spacing, 1.0, facts.scheduler).sigmas)
-    said = [message("{full} of {steps} steps run the full U-Net", full=len(full), steps=published.steps)]
+    steps = published.steps
+    full = len(full_steps_of(settings, schedule(steps, published.spacing, 1.0, facts.scheduler).sigmas))
+    said = [
+        message("{full} of {steps} steps run the full U-Net", full=full, steps=steps)
+        if full == steps
+        else message("at least {full} of {steps} steps run the full U-Net", full=full, steps=steps)
+    ]
     if settings.guided != FULL_RANGE:
         start, end = (f"{part:g}" for part in settings.guided)
         said.append(message("guidance from {start} to {end}", start=start, end=end))
-    skips = len(said) > 1 or len(full) < published.steps
+    skips = len(said) > 1 or full < steps
     how = joined(", ", filter(None, (made.routines, made.execution, vae)))
     if how:
         on_cpu = made.model.load_device.type == "cpu"

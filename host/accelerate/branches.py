@@ -59,6 +59,15 @@ class Network(NamedTuple):
         return output
 
 
+class Passed(NamedTuple):
+    """The deep feature of a pass, the U-Net's output, and that from another deep feature, if one was given; each
+    [batch, channels, height, width]."""
+
+    feature: torch.Tensor
+    output: torch.Tensor
+    from_other: torch.Tensor | None
+
+
 Execute = Callable[[Network, Call, Mapping[str, Any], torch.Tensor | None], torch.Tensor]
 """Runs a network with the arguments of ``Network.run``, in one way or another."""
 
@@ -80,12 +89,17 @@ class Branches:
         self._shallow = Network("shallow branch", shallow, slot)
 
     def full(
-        self, call: Call, further: Mapping[str, Any], execute: Execute = Network.run
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The deep feature and the U-Net's output, each [batch, channels, height, width]."""
+        self,
+        call: Call,
+        further: Mapping[str, Any],
+        execute: Execute = Network.run,
+        other: torch.Tensor | None = None,
+    ) -> Passed:
+        """A whole pass. ``other``: a deep feature of which the output is asked for as well."""
         shallow_call = self._shallow_call(call)  # first: the deep branch pops its residuals off the ControlNet's lists
         feature = execute(self._deep, call, further, None)
-        return feature, execute(self._shallow, shallow_call, further, feature)
+        output = None if other is None else execute(self._shallow, again(shallow_call), further, other)
+        return Passed(feature, execute(self._shallow, shallow_call, further, feature), output)
 
     def shallow(
         self, call: Call, feature: torch.Tensor, further: Mapping[str, Any], execute: Execute = Network.run
@@ -111,6 +125,11 @@ class Branches:
                 _Renumbered(patch, self._deep_blocks) for patch in patches["output_block_patch"]
             ]
         return call._replace(control=control, transformer_options={**call.transformer_options, "patches": patches})
+
+
+def again(call: Call) -> Call:
+    """A call of which a second one can be made: ComfyUI takes residuals off their lists."""
+    return call._replace(control=call.control and {name: list(residuals) for name, residuals in call.control.items()})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
 from ..protocols import Guider, Model
-from .branches import Call, Network
+from .branches import Call, Network, again
 from .captured import Captures, Weights
 from .compiled import ATTENTION, attention_is_exact, is_transformer, parts, running
 from .strategy import GIB, Strategy, pass_memory
@@ -122,7 +122,7 @@ class Execution:
         management.throw_exception_if_processing_interrupted()  # a captured pass does not ask
         unet, made = self._patcher.model.diffusion_model, self.prepared
         if network.unet is not unet:
-            self._what = "branch pass"  # a full step has two
+            self._what = "branch pass"  # a full step has two, or three where it is checked
         made.weights.update()
         failed = ""
         why = self._why_eager or made.failed or _why_pass_is_eager(unet, made.weights, call, further)
@@ -167,7 +167,7 @@ class Execution:
                 output = captures.run(network.name, lambda own: _plain(network, own), inputs)
                 self._ways[REPLAYED, made.not_compiled] += 1
             else:
-                output = network.run(_with_own_residuals(call), {}, feature)
+                output = network.run(again(call), {}, feature)
                 self._ways[COMPILED if compiled else EAGERLY, why or made.not_compiled] += 1
         return output
 
@@ -237,9 +237,3 @@ def _plain(network: Network, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor
     """A pass that depends on tensors only."""
     call = Call(inputs["x"], inputs["timesteps"], inputs["context"], inputs.get("y"), None, {})
     return network.run(call, {}, inputs.get("feature"))
-
-
-def _with_own_residuals(call: Call) -> Call:
-    """A call of which a second one can be made: ComfyUI takes residuals off their lists."""
-    control = call.control and {name: list(residuals) for name, residuals in call.control.items()}
-    return call._replace(control=control)

@@ -13,11 +13,11 @@ from comfy.samplers import CFGGuider
 
 from ..protocols import Executor, Guider, Model
 from . import cpu_routines
-from .branches import Branches, Call, Execute, Network
+from .branches import Branches, Call, Execute, Network, Passed
 from .execution import Execution, Prepared, on_detach
 from .feature_cache import Key, Run
 from .gates import gates
-from .plan import FULL_RANGE, Acceleration, Gates, falls, full_steps
+from .plan import FULL_RANGE, Acceleration, Gates, Table, falls, full_steps
 from .strategy import Choice, Strategy, choose
 
 KEY = "koala_accelerate"
@@ -71,10 +71,14 @@ def accelerate(
     return Accelerated(accelerated, routines, execution, why_eager)
 
 
+def table(settings: Acceleration, sampler: str) -> Table:
+    """The table for a sampler, by the name of its function."""
+    return settings.reuse.multistep if sampler in MULTISTEP_SAMPLERS else settings.reuse.single_step
+
+
 def full_steps_of(settings: Acceleration, sigmas: torch.Tensor, sampler: str = "sample_euler") -> frozenset[int]:
-    """Which steps of a schedule run the full U-Net. ``sigmas``: [steps + 1]."""
-    levels = settings.reuse.multistep if sampler in MULTISTEP_SAMPLERS else settings.reuse.single_step
-    return full_steps(sigmas[:-1].tolist(), levels)
+    """Which steps of a schedule run the full U-Net, where no error is too large. ``sigmas``: [steps + 1]."""
+    return full_steps(sigmas[:-1].tolist(), table(settings, sampler).levels)
 
 
 def require_no_other_cache(options: Mapping[str, Any]) -> None:
@@ -110,11 +114,12 @@ class _Wrappers:
         guider: Guider = executor.class_obj
         before = guider.model_options
         require_no_other_cache(before)
-        full = full_steps_of(self.settings, sigmas, _name(sampler))
-        run = Run(sigmas[:-1].tolist(), full, guider.model_patcher, _gates(guider))
+        name = _name(sampler)
+        full, max_error = full_steps_of(self.settings, sigmas, name), table(self.settings, name).max_error
+        run = Run(sigmas[:-1].tolist(), full, max_error, guider.model_patcher, _gates(guider))
         run.no_reuse = (
             _why_no_reuse(sampler, sigmas, before) or run.gates.unknown
-            if self.settings.reuse.single_step
+            if self.settings.reuse.single_step.levels
             else "features are not reused"
         )
         execution = None if self.strategy.is_eager else Execution(self.strategy, guider)
@@ -146,15 +151,18 @@ class _Wrappers:
             return executor(x, timestep, options, seed)
         sigma = float(timestep.flatten()[0])
         run.begin(sigma)
-        if self._is_guided(guider.model_patcher, sigma) or not _can_skip_guidance(guider, options):
-            run.guided += 1
-            return executor(x, timestep, options, seed)
-        scale = guider.cfg
-        guider.cfg = 1.0  # the host then skips the negative prompt
+        scale = getattr(guider, "cfg", 1.0)
+        guided = self._is_guided(guider.model_patcher, sigma) or not _can_skip_guidance(guider, options)
+        run.guided += guided
+        if not guided:
+            guider.cfg = 1.0  # the host then skips the negative prompt
         try:
-            return executor(x, timestep, options, seed)
+            output = executor(x, timestep, options, seed)
         finally:
-            guider.cfg = scale
+            if not guided:
+                guider.cfg = scale
+        run.end(scale if guided else 1.0)
+        return output
 
     def diffusion_model(self, executor: Executor, *arguments: Any, **further: Any) -> torch.Tensor:
         call = Call(*arguments)
@@ -173,15 +181,15 @@ class _Wrappers:
         if unet not in self.branches:
             self.branches[unet] = Branches(unet)
         branches, keys = self.branches[unet], _keys(call, run)
-        extrapolated, store = torch.compiler.disable(run.extrapolated), torch.compiler.disable(run.store)
-        feature = extrapolated(keys)
+        feature = torch.compiler.disable(run.extrapolated)(keys)
+        to_check = torch.compiler.disable(run.to_check)(keys) if feature is None else None
 
         def compute(*inner_arguments: Any, **inner_further: Any) -> torch.Tensor:
             if feature is not None:
                 return branches.shallow(Call(*inner_arguments), feature, inner_further, execute)
-            computed, output = branches.full(Call(*inner_arguments), inner_further, execute)
-            store(keys, computed)
-            return output
+            passed = branches.full(Call(*inner_arguments), inner_further, execute, to_check)
+            torch.compiler.disable(_keep)(run, call, keys, passed)
+            return passed.output
 
         return _inside(executor, compute)(*arguments, **further)
 
@@ -191,7 +199,7 @@ class _Wrappers:
 
 
 def _skips(settings: Acceleration) -> bool:
-    return bool(settings.reuse.single_step) or settings.guided != FULL_RANGE
+    return bool(settings.reuse.single_step.levels) or settings.guided != FULL_RANGE
 
 
 def _inside(executor: Executor, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -206,6 +214,12 @@ def _uncompiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     """What decides anew at every step is not compiled, where a node has the U-Net compiled; the blocks it calls are."""
     uncompiled: Callable[..., torch.Tensor] = torch.compiler.disable(function, recursive=False)
     return uncompiled
+
+
+def _keep(run: Run, call: Call, keys: list[Key], passed: Passed) -> None:
+    run.store(keys, passed.feature)
+    if passed.from_other is not None:
+        run.check(call.transformer_options["cond_or_uncond"], passed.output, passed.from_other)
 
 
 def _gates(guider: Guider) -> Gates:

@@ -29,16 +29,24 @@ FULL_RANGE = (0.0, 1.0)
 """Guidance over the whole noise schedule."""
 
 
-class Reuse(NamedTuple):
-    """Noise levels (sigma), falling, at each of which the next step is a full step; the steps between them reuse cached
-    features. Empty: every step is a full step.
+class Table(NamedTuple):
+    """Which steps of a run are full steps; the others reuse cached features.
 
-    ``single_step`` is for samplers that use one step's prediction, ``multistep`` for those that use the differences
-    between several steps', where errors weigh more.
+    ``levels``: noise levels (sigma), falling, at each of which the next step is a full step. Empty: every step is.
+    ``max_error``: while extrapolations are farther off, every step is a full step, too; see ``feature_cache.Run``.
+    Infinite: they are not checked.
     """
 
-    single_step: tuple[float, ...] = ()
-    multistep: tuple[float, ...] = ()
+    levels: tuple[float, ...] = ()
+    max_error: float = math.inf
+
+
+class Reuse(NamedTuple):
+    """Tables for samplers that use one step's prediction, and for those that use the differences between several
+    steps', where errors weigh more."""
+
+    single_step: Table = Table()
+    multistep: Table = Table()
 
 
 NO_REUSE = Reuse()
@@ -62,12 +70,11 @@ class Gates:
     """What may change with the noise level within a run.
 
     ``levels``: noise levels (sigma) at which a patch or a ControlNet begins or ends. ``unknown``: why they are not all
-    known; empty if they are. ``patched``: whether the U-Net has patches, with which the tables here were not measured.
+    known; empty if they are.
     """
 
     levels: frozenset[float] = frozenset()
     unknown: str = ""
-    patched: bool = False
 
     def phase(self, sigma: float) -> Hashable:
         """The same for noise levels that no gate lies between; one that is itself a gate's is a phase of its own, as
@@ -96,7 +103,7 @@ def full_steps(sigmas: Sequence[float], levels: Sequence[float]) -> frozenset[in
 
     Args:
         sigmas: the noise level at which each step begins.
-        levels: one of the tables of ``Reuse``.
+        levels: of a ``Table``.
     """
     if not levels or not sigmas or not falls([*sigmas, 0.0]):
         return frozenset(range(len(sigmas)))
@@ -125,17 +132,24 @@ def distance(first: float, second: float, sigma: float) -> float:
 REUSE: dict[str, Reuse] = {
     "off": NO_REUSE,
     "balanced": Reuse(
-        (11.68, 9.338, 7.562, 6.197, 4.298, 3.093, 2.293, 1.519, 0.8952, 0.481, 0.2018, 0.04131),
-        (11.68, 9.338, 7.562, 6.197, 5.134, 3.631, 2.655, 1.991, 1.519, 1.168, 0.8952, 0.6726, 0.481, 0.3006, 0.04131),
+        Table((11.68, 9.338, 7.562, 6.197, 4.298, 3.093, 2.293, 1.519, 0.8952, 0.481, 0.2018, 0.04131), 0.35),
+        Table(
+            (11.68, 9.338, 7.562, 6.197, 5.134, 3.631, 2.655, 1.991, 1.519, 1.168, 0.8952, 0.6726, 0.481, 0.3006, 0.04131),
+            0.1,
+        ),
     ),
     "fast": Reuse(
-        (11.68, 9.338, 7.562, 6.197, 4.298, 2.655, 1.519, 0.7789, 0.2018),
-        (11.68, 9.338, 7.562, 6.197, 5.134, 3.631, 2.655, 1.991, 1.332, 0.8952, 0.5741, 0.3006, 0.04131),
+        Table((11.68, 9.338, 7.562, 6.197, 4.298, 2.655, 1.519, 0.7789, 0.2018), 0.35),
+        Table(
+            (11.68, 9.338, 7.562, 6.197, 5.134, 3.631, 2.655, 1.991, 1.332, 0.8952, 0.5741, 0.3006, 0.04131),
+            0.15,
+        ),
     ),
 }
 """Measured on koala-tiny's images, single_step by ``python3 dev.py bench search``: of 25 steps 12 and 9 are full, for
-multistep 15 and 13. They are dense at the start, where the image takes shape. docs/benchmarks.md has their cost and
-quality."""
+multistep 15 and 13, if no error is larger: that of most runs is not, that of some grows from step to step, beyond 1,
+and would spoil their images. The tables are dense at the start, where the image takes shape. docs/benchmarks.md has
+their cost and quality."""
 
 PRESETS: dict[str, Acceleration] = {
     "exact": Acceleration(),

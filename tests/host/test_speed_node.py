@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ AS_BALANCED = {
     "preset.cpu_routines": "bf16",
 }
 NO_VAE = "KOALA Accelerate: the VAE output is used but no VAE is connected"
+LEFT_OUT = re.compile("1[2-5] of 25 passes ran the full U-Net, 25 with guidance")
+"""In *balanced*: the table's twelve, and some more where the features change too fast."""
 
 
 def accelerated(preset: dict[str, Any] | None = None, vae: bool = True, **sampler: Any) -> Prompt:
@@ -50,9 +53,10 @@ def again(prompt: Prompt) -> Prompt:
 def test_the_prompt_is_answered_and_the_sampler_is_told_what_was_left_out(client: Client) -> None:
     events = Events()
     result = client.run(accelerated(seed=91), on_event=events)
-    assert result.text("10").startswith("12 of 25 steps run the full U-Net")
+    assert result.text("10").startswith("at least 12 of 25 steps run the full U-Net")
     (said,) = events.of("progress_text")
-    assert said == {"node": "4", "text": "12 of 25 passes ran the full U-Net, 25 with guidance"}
+    assert said["node"] == "4"
+    assert LEFT_OUT.match(said["text"])
     sampled = [data["value"] for data in events.of("progress") if data["node"] == "4"]
     assert sampled[-1] == 25
     assert events.of("preview")
@@ -65,7 +69,8 @@ def test_stock_samplers_take_it_and_are_told(client: Client) -> None:
     inputs = {name: prompt["4"]["inputs"][name] for name in names}
     inputs |= {"steps": 25, "cfg": 7.5, "sampler_name": "euler", "scheduler": "ddim_uniform", "denoise": 1.0}
     prompt["4"] = {"class_type": "KSampler", "inputs": inputs}
-    assert told(client, prompt) == {"4": "12 of 25 passes ran the full U-Net, 25 with guidance"}
+    (text,) = told(client, prompt).values()
+    assert LEFT_OUT.match(text)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from comfy_extras.nodes_perpneg import PerpNegGuider
 
 import nodes as core
 from koala_sdxl.host.accelerate import patch
-from koala_sdxl.host.accelerate.plan import OFF, Acceleration, Reuse
+from koala_sdxl.host.accelerate.plan import OFF, Acceleration, Reuse, Table
 from koala_sdxl.host.transfer import guard
 from koala_sdxl.host.transfer.lora import apply_lora
 from koala_sdxl.host.transfer.references import UNetSearch
@@ -283,7 +283,7 @@ def test_a_controlnet_of_unknown_class_is_judged_by_its_residuals(sampler: str) 
 
 
 def accelerated(model: Any) -> Any:
-    return patch.accelerate(model, Acceleration(OFF, Reuse((0.01,))), lambda _: None).model
+    return patch.accelerate(model, Acceleration(OFF, Reuse(Table((0.01,)))), lambda _: None).model
 
 
 def compiled(model: Any) -> Any:

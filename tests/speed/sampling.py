@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from koala_sdxl.host.accelerate.patch import accelerate
-from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse
+from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse, Table
 from koala_sdxl.koala.schedule import schedule
 from koala_sdxl.nodes.prompt import KoalaPrompt
 from koala_sdxl.nodes.sample import KoalaSampler
@@ -16,7 +16,7 @@ from tools.measure import parity
 from tools.measure.bench.image_quality import psnr
 
 BASE = {"preset": "custom", "steps": 25, "cfg": 7.5, "spacing": "leading"}
-ALL_FULL = Acceleration(OFF, Reuse(*[tuple(schedule(1000, "leading").sigmas[:-1].tolist())] * 2))
+ALL_FULL = Acceleration(OFF, Reuse(*[Table(tuple(schedule(1000, "leading").sigmas[:-1].tolist()))] * 2))
 """Every step is a full step, by a table that lists every level."""
 BALANCED = Acceleration(OFF, REUSE["balanced"])
 
@@ -28,6 +28,11 @@ class Said(list[str]):
     def full(self) -> int:
         """Passes of the last run through the full U-Net."""
         return int(self[-1].split(" of ")[0])
+
+    @property
+    def mean_full(self) -> float:
+        """``full``, on average over all runs."""
+        return sum(int(one.split(" of ")[0]) for one in self) / len(self)
 
     @property
     def passes(self) -> int:
@@ -68,6 +73,19 @@ def run(model: Any, texts: Any = None, **changes: Any) -> torch.Tensor:
     latent = changes.pop("latent", None) or {"samples": torch.zeros(len(positive[0][0]), 4, 16, 16)}
     arguments: dict[str, Any] = {"seed": 5, "preset": BASE, "sampler_name": "euler", "denoise": 1.0} | changes
     return KoalaSampler.execute(model, positive, negative, latent, **arguments).result[0]["samples"]
+
+
+def alone(model: Any, texts: tuple[Any, Any], **changes: Any) -> torch.Tensor:
+    """``run`` for each picture of a batch by itself, from the same noise: a batch shares one decision."""
+    found = []
+    for row in range(len(texts[0][0][0])):
+        side = [
+            [[part[row : row + 1], rest | {"pooled_output": rest["pooled_output"][row : row + 1]}]]
+            for [[part, rest]] in texts
+        ]
+        latent = {"samples": torch.zeros(1, 4, 16, 16), "batch_index": [row]}
+        found.append(run(model, side, latent=latent, **changes))
+    return torch.cat(found)
 
 
 def plain(*arguments: Any, **named: Any) -> torch.Tensor:

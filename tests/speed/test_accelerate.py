@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 import nodes as core
 from koala_sdxl.host.accelerate import patch as module
 from koala_sdxl.host.accelerate.feature_cache import Run
-from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse
+from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse, Table
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, Layout, name
 from koala_sdxl.koala.schedule import schedule
 from koala_sdxl.nodes.adapt import KoalaControlNet
 from koala_sdxl.nodes.lora import KoalaHookLora, KoalaLoraLoader
 from tests.speed import sampling
-from tests.speed.sampling import ALL_FULL, BALANCED, BASE, Said, decibels, pictures, plain, prompts, run
+from tests.speed.sampling import ALL_FULL, BALANCED, BASE, Said, alone, decibels, pictures, plain, prompts, run
 from tools.measure import parity, transfer
 from tools.measure.bench.image_quality import psnr
 from tools.synthetic import adapters
@@ -61,7 +61,7 @@ def test_the_two_branches_are_the_full_unet(koala: Layout, faster: Callable[...,
     wanted = transfer.sample(model, texts, steps=3)
     assert torch.equal(transfer.sample(faster(ALL_FULL, model), texts, steps=3), wanted)
     assert said.full == 3
-    assert not torch.equal(transfer.sample(faster(Acceleration(OFF, Reuse((0.01,))), model), texts, steps=4), wanted)
+    assert not torch.equal(transfer.sample(faster(Acceleration(OFF, Reuse(Table((0.01,)))), model), texts, steps=4), wanted)
 
 
 def test_patches_hear_the_numbers_of_the_whole(faster: Callable[..., Any]) -> None:
@@ -99,9 +99,10 @@ def test_presets_keep_the_pictures(faster: Callable[..., Any], said: Said) -> No
     grid = grid_prompts(216)[0][5::3]
     texts, some = prompts(grid), prompts(grid[:18])  # noise is drawn picture by picture: the first have the same
     wanted = pictures(plain(texts))
-    for preset, full, bound, as_dear, margin in (("balanced", 12, 39, 13, 6), ("fast", 9, 33, 10, 2.5)):
-        found = pictures(run(faster(Acceleration(OFF, REUSE[preset])), texts))
-        assert said.full == full
+    for preset, full, bound, as_dear, margin in (("balanced", 13, 39, 14, 6), ("fast", 11, 33, 12, 2.5)):
+        said.clear()
+        found = pictures(alone(faster(Acceleration(OFF, REUSE[preset])), texts))
+        assert said.mean_full <= full
         assert psnr(found, wanted) >= bound
         fewer = pictures(plain(some, preset=BASE | {"steps": as_dear}))
         assert psnr(found[:18], wanted[:18]) >= psnr(fewer, wanted[:18]) + margin
@@ -125,9 +126,10 @@ def test_every_deterministic_sampler(sampler: str, every: int, faster: Callable[
     """Better than fewer steps of the same sampler that are as dear."""
     name = sampler.removeprefix("sample_")
     texts = prompts(grid_prompts(216)[0][5::every])
-    found, wanted = (pictures(sampled(texts, sampler_name=name)) for sampled in (partial(run, faster()), plain))
-    assert said.full < said.passes * 0.62
-    cost = 25 * (said.full + SHALLOW * (said.passes - said.full)) / said.passes
+    found = pictures(alone(faster(), texts, sampler_name=name))
+    wanted = pictures(plain(texts, sampler_name=name))
+    assert said.mean_full < said.passes * (1 if sampler in module.MULTISTEP_SAMPLERS else 0.7)
+    cost = 25 * (said.mean_full + SHALLOW * (said.passes - said.mean_full)) / said.passes
     below, above = (
         psnr(pictures(plain(texts, sampler_name=name, preset=BASE | {"steps": int(cost) + more})), wanted)
         for more in (0, 1)
@@ -179,7 +181,7 @@ def test_areas_and_several_prompts(faster: Callable[..., Any], said: Said) -> No
     right = core.ConditioningSetArea().append(other, 64, 128, 64, 0, 1.0)[0]
     texts = (left + right, negative)
     assert decibels(run(faster(), texts), plain(texts)) >= 33
-    assert said.full == 12
+    assert said.full < said.passes
 
 
 def test_a_controlnet_that_ends_is_not_carried_on(faster: Callable[..., Any], said: Said) -> None:

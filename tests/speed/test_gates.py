@@ -183,7 +183,7 @@ class Keyframes:
     ids=["closure", "attributes", "defaults", "called", "partial", "method", "tensor", "does not read"],
 )
 def test_levels_that_a_patch_holds(patch: Any, levels: set[float]) -> None:
-    assert found(patch) == Gates(frozenset(levels), "", patched=True)
+    assert found(patch) == Gates(frozenset(levels))
 
 
 def test_what_cannot_be_read_is_said() -> None:
@@ -201,7 +201,6 @@ def test_a_chain_of_controlnets_has_every_start_and_end() -> None:
     second.set_previous_controlnet(first)
     made = gates({}, {"positive": [{"control": second}], "negative": [{}]}, percent_to_sigma)
     assert made.levels == {percent_to_sigma(percent) for percent in (0.0, 0.4, 0.1, 1.0)}
-    assert not made.patched
 
 
 def test_phases() -> None:

@@ -34,7 +34,7 @@ BASE = numbers(25)
 
 
 TABLES = {
-    f"{name}, {kind}": getattr(reuse, kind)
+    f"{name}, {kind}": getattr(reuse, kind).levels
     for name, reuse in REUSE.items()
     if name != "off"
     for kind in ("single_step", "multistep")
@@ -107,9 +107,10 @@ def test_levels_between_the_table_s_and_rounding() -> None:
 
 
 def test_presets_differ_in_what_they_leave_out() -> None:
-    assert [bool(preset.reuse.single_step) for preset in PRESETS.values()] == [False, True, True]
+    assert [bool(preset.reuse.single_step.levels) for preset in PRESETS.values()] == [False, True, True]
     for balanced, fast in zip(PRESETS["balanced"].reuse, PRESETS["fast"].reuse, strict=True):
-        assert len(balanced) > len(fast)
+        assert len(balanced.levels) > len(fast.levels)
+        assert balanced.max_error <= fast.max_error < 1
 
 
 NOT_FALLING = (
@@ -206,16 +207,22 @@ def feature(value: float, parts: int = 1) -> torch.Tensor:
     return torch.full((parts, 2, 1, 1), float(value))
 
 
-def run(full: set[int]) -> Run:
-    return Run(HALVES, frozenset(full))
+def run(full: set[int], max_error: float = math.inf) -> Run:
+    return Run(HALVES, frozenset(full), max_error)
 
 
 def evaluate(run: Run, sigma: float, value: float, keys: tuple[str, ...] = ("prompt",)) -> torch.Tensor | None:
-    """One evaluation of a model whose deep feature is ``value``; what was extrapolated, None where it was computed."""
+    """One evaluation of a model whose deep feature is ``value``, and its output, too; what was extrapolated, None where
+    it was computed."""
     run.begin(sigma)
     extrapolated = run.extrapolated(keys)
     if extrapolated is None:
-        run.store(keys, feature(value, len(keys)))
+        to_check = run.to_check(keys)
+        computed = feature(value, len(keys))
+        run.store(keys, computed)
+        if to_check is not None:
+            run.check(range(len(keys)), computed, to_check)
+    run.end(1.0)
     return extrapolated
 
 
@@ -278,18 +285,68 @@ def test_the_same_prompt_twice_in_a_step_ends_it() -> None:
     assert str(course).startswith("3 of 4 passes ran the full U-Net")
 
 
-def test_with_patches_only_a_trend_that_holds_is_extrapolated() -> None:
-    patched = Gates(patched=True)
-    steady = Run(HALVES, frozenset({0, 1, 2}), gates=patched)
-    assert [evaluate(steady, sigma, value) is None for sigma, value in ((16, 10), (8, 8), (4, 6), (2, 5))] == [
-        *(True, True, True, False)
-    ]
-    course = Run(HALVES, frozenset({0, 1, 2}), gates=patched)
-    values = ((16, 10), (8, 8), (4, 9), (2, 10), (1, 11), (0.5, 12))
+def test_only_a_trend_that_holds_is_extrapolated() -> None:
+    steady = run({0, 1, 2}, 0.1)
+    values = ((16, 10), (8, 8), (4, 7), (2, 6.5))
+    assert [evaluate(steady, sigma, value) is None for sigma, value in values] == [True, True, True, False]
+    assert not str(steady).endswith("extrapolate")
+    course = run({0, 1, 2}, 0.1)
+    values = ((16, 10), (8, 8), (4, 9), (2, 9.6), (1, 10), (0.5, 10.2))
     assert [evaluate(course, sigma, value) is None for sigma, value in values] == [*[True] * 4, False, False]
-    assert str(course).startswith("4 of 6 passes ran the full U-Net, 0 with guidance: 1 of them as patches")
-    broken = Run(HALVES, frozenset({0, 1, 2}), gates=patched)
+    assert str(course).startswith("4 of 6 passes ran the full U-Net, 0 with guidance: 1 of them as the features chan")
+    broken = run({0, 1, 2}, 0.1)
     assert all(evaluate(broken, sigma, math.nan) is None for sigma in HALVES)
+
+
+def test_an_error_is_a_guided_images() -> None:
+    """By one prompt's output alone it would be small; guidance enlarges what the two sides miss differently."""
+
+    def goes_on(scale: float, errors: tuple[float, float], batch: int = 1) -> bool:
+        course = run({0, 1, 2}, 0.1)
+        for sigma in HALVES[:3]:
+            course.begin(sigma)
+            course.extrapolated(["cond", "uncond"])
+            course.store(["cond", "uncond"], torch.ones(2 * batch, 1, 1, 1))
+            off = torch.ones(2, batch, 1, 1, 1)
+            off[:, -1] += torch.tensor(errors).view(2, 1, 1, 1)
+            course.check([0, 1], torch.ones(2 * batch, 1, 1, 1), off.flatten(0, 1))
+            course.end(scale)
+        course.begin(2.0)
+        return course.extrapolated(["cond", "uncond"]) is not None
+
+    assert goes_on(1.0, (0.03, 0.0))
+    assert not goes_on(7.5, (0.03, 0.0))
+    assert goes_on(7.5, (0.03, 0.03))
+    assert not goes_on(7.5, (0.0, 0.03))
+    assert not goes_on(7.5, (0.03, 0.0), batch=3), "the worst image of a batch decides"
+
+
+def test_sides_in_calls_of_their_own_are_judged_together() -> None:
+    course = run({0, 1, 2}, 0.1)
+    for sigma in HALVES[:3]:
+        course.begin(sigma)
+        for side, key in enumerate(("cond", "uncond")):
+            course.extrapolated([key])
+            course.store([key], feature(1))
+            course.check([side], torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1.05))
+        course.end(7.5)
+    course.begin(2.0)
+    assert course.extrapolated(["cond"]) is not None
+
+
+def test_what_is_computed_next_in_any_case_is_not_checked() -> None:
+    course = run({0, 1, 2, 3}, 0.1)
+    checked = []
+    for sigma in HALVES:
+        course.begin(sigma)
+        if course.extrapolated(["prompt"]) is None:
+            to_check = course.to_check(["prompt"])
+            checked.append(to_check is not None)
+            course.store(["prompt"], feature(1))
+            if to_check is not None:
+                course.check([0], feature(1), to_check)
+        course.end(1.0)
+    assert checked == [False, False, False, True]
 
 
 def test_a_gate_begins_a_trend_anew() -> None:

@@ -32,6 +32,8 @@ PATCHES: dict[str, Callable[[Any, Any], Any]] = {
     "CFGOverride": lambda model, start: CFGOverride.execute(model, 1.0, start, 1.0).result[0],
 }
 """What can stand between loader and sampler, with its one setting."""
+ADAPTIVE = ("KOALA Accelerate", "EasyCache", "LazyCache")
+"""Those that look at what is sampled, of a batch at all of it: behind them each image is sampled by itself."""
 
 
 class Made(NamedTuple):
@@ -45,8 +47,7 @@ class Made(NamedTuple):
 
 
 class Prompts:
-    """koala-tiny and the prompts, all of which are sampled at once; ``references``: the images of runs without a patch,
-    by their settings."""
+    """koala-tiny and the prompts; ``references``: the images of runs without a patch, by their settings."""
 
     def __init__(self, prompts: Sequence[int], seed: int = SEED) -> None:
         """``prompts``: which of ``evaluate.grid_prompts``, by number; ``seed``: the noise's."""
@@ -59,13 +60,20 @@ class Prompts:
         self.shallow = macs.shallow_share(macs.network(KOALA_700M), KOALA_700M)
         self.references: dict[str, Made] = {}
 
-    def make(self, model: Any, sampler: str, steps: int, cfg: float, spacing: str) -> Made:
-        """An image for each prompt."""
-        latent = {"samples": torch.zeros(len(self.asked.colour), 4, SIDE, SIDE)}
+    def make(self, model: Any, sampler: str, steps: int, cfg: float, spacing: str, alone: bool = False) -> Made:
+        """An image for each prompt, all sampled at once, or each of them ``alone``: from the same noise."""
         preset = {"preset": "custom", "steps": steps, "cfg": cfg, "spacing": spacing}
+        every = range(len(self.asked.colour))
+
+        def sample(some: Sequence[int]) -> torch.Tensor:
+            latent = {"samples": torch.zeros(len(some), 4, SIDE, SIDE), "batch_index": list(some)}
+            texts = (_some(side, some) for side in (self.positive, self.negative))
+            made = KoalaSampler.execute(model, *texts, latent, self.seed, preset, sampler, 1.0)
+            return made.result[0]["samples"]
+
         with self.counted() as rows:
-            made = KoalaSampler.execute(model, self.positive, self.negative, latent, self.seed, preset, sampler, 1.0)
-        images = torch.cat([self.vae.decode(latents) for latents in made.result[0]["samples"].split(36)])
+            sampled = torch.cat([sample(some) for some in ([one] for one in every)]) if alone else sample(every)
+        images = torch.cat([self.vae.decode(latents) for latents in sampled.split(36)])
         deep, shallow = (rows[branch] / len(images) for branch in ("deep", "shallow"))
         return Made(images, deep, shallow, deep * (1 - self.shallow) + shallow * self.shallow)
 
@@ -117,7 +125,7 @@ def compare(patch: str, value: Any, run: dict[str, Any], reference: dict[str, An
         prompts.references[key] = prompts.make(prompts.model, **reference)
     with mock.patch.object(kernels, "bf16_is_faster", return_value=True):
         model = PATCHES[patch](prompts.model, value)
-    compared, made = prompts.references[key], prompts.make(model, **run)
+    compared, made = prompts.references[key], prompts.make(model, **run, alone=patch in ADAPTIVE)
     return {
         "cost": made.passes / compared.passes,
         "psnr": psnr(made.images, compared.images),
@@ -131,6 +139,13 @@ def psnr(made: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean over images in 0..1 of each one's PSNR to its reference, in dB; 100 for the same image."""
     error = (made - reference).square().flatten(1).mean(1).clamp(min=1e-10)
     return float((-10 * error.log10()).mean())
+
+
+def _some(conditioning: list[Any], rows: Sequence[int]) -> list[Any]:
+    """Some rows of one CONDITIONING of many prompts."""
+    [[context, rest]] = conditioning
+    part = list(rows)
+    return [[context[part], {**rest, "pooled_output": rest["pooled_output"][part]}]]
 
 
 def _joined(conditionings: list[Any]) -> list[Any]:

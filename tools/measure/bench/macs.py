@@ -50,7 +50,7 @@ def shallow_share(unet: UNetModel, layout: Layout) -> float:
     """Multiplications of a step on extrapolated features, as a share of a full step's."""
     call = _call(layout, SHARED_AT)
     branches = Branches(unet)
-    feature, _ = branches.full(call, {})
+    feature = branches.full(call, {}).feature
     full = _count(partial(_run, unet, layout, SHARED_AT))["total"]
     return _count(lambda: branches.shallow(call, feature, {}))["total"] / full
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from koala_sdxl.host.accelerate.plan import OFF, REUSE, WARMUP_STEPS, Acceleration, Reuse, full_steps
+from koala_sdxl.host.accelerate.plan import OFF, REUSE, WARMUP_STEPS, Acceleration, Reuse, Table, full_steps
 from koala_sdxl.koala.schedule import schedule
 from tools.harness.errors import UserError
 from tools.harness.testhost import say
 
-Table = tuple[int, ...]
+Steps = tuple[int, ...]
 STEPS = 25
 NOISE = 77
 PROMPTS = range(216, 432, 6)
 WORTH = 0.02  # dB that a better table has to gain: less is noise
 
 
-def start(full: int, sigmas: Sequence[float], tables: Sequence[Sequence[float]] = ()) -> Table:
+def start(full: int, sigmas: Sequence[float], tables: Sequence[Sequence[float]] = ()) -> Steps:
     """A table of so many full steps to begin with: one of ``tables`` (noise levels), or else one spread out.
 
     ``sigmas``: the noise level at which each step begins. Raises UserError for a number that no table can have.
@@ -38,12 +38,12 @@ def start(full: int, sigmas: Sequence[float], tables: Sequence[Sequence[float]] 
     return found
 
 
-def is_exact(table: Table, sigmas: Sequence[float]) -> bool:
+def is_exact(table: Steps, sigmas: Sequence[float]) -> bool:
     """Whether the full steps are these and no others, whatever else the pack's rules ask for."""
     return full_steps(sigmas, [sigmas[step] for step in table]) == frozenset(table)
 
 
-def better(table: Table, sigmas: Sequence[float], score: Callable[[Table], float]) -> Iterator[tuple[Table, float]]:
+def better(table: Steps, sigmas: Sequence[float], score: Callable[[Steps], float]) -> Iterator[tuple[Steps, float]]:
     """The table, and each better one that moving one step by one leads to, with its score, until none is better."""
     top, tried = score(table), {table}
     yield table, top
@@ -69,7 +69,7 @@ def run(full: int, sampler: str) -> None:
     """
     require_sampler(sampler)
     sigmas = schedule(STEPS, "leading").sigmas[:-1].tolist()
-    first = start(full, sigmas, [table for reuse in REUSE.values() for table in reuse if table])
+    first = start(full, sigmas, [table.levels for reuse in REUSE.values() for table in reuse if table.levels])
     for table, psnr in better(first, sigmas, scorer(sampler, sigmas)):
         levels = ", ".join(f"{sigmas[step]:.4g}" for step in table)
         say(f"{psnr:.2f} dB  steps {', '.join(map(str, table))}  sigmas {levels}")
@@ -86,7 +86,7 @@ def require_sampler(name: str) -> None:
         raise UserError(f"bench search: --sampler {name}; expected one of {', '.join(SAMPLER_NAMES)}.")
 
 
-def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:
+def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Steps], float]:
     """A function from a table to the mean PSNR of its images, in dB, to those with all steps; starts ComfyUI here."""
     from tools.measure.bench import engines
 
@@ -103,10 +103,10 @@ def scorer(sampler: str, sigmas: Sequence[float]) -> Callable[[Table], float]:
         prompts = Prompts(PROMPTS, NOISE)
         reference = prompts.make(prompts.model, **run)
 
-    def score(table: Table) -> float:
+    def score(table: Steps) -> float:
         levels = tuple(sigmas[step] for step in table)
         with torch.inference_mode():
-            settings = Acceleration(OFF, Reuse(levels, levels))
+            settings = Acceleration(OFF, Reuse(Table(levels), Table(levels)))  # no error is too large: tables alone
             made = prompts.make(accelerate(prompts.model, settings, lambda _: None).model, **run)
             return psnr(made.images, reference.images)
 
