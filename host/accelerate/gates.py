@@ -48,7 +48,7 @@ def gates(options: Mapping[str, Any], conds: Mapping[str, Any], percent_to_sigma
         levels |= found
     for control in (cond["control"] for side in conds.values() for cond in side if "control" in cond):
         levels |= set(_levels(_inside(control), percent_to_sigma))
-    return Gates(frozenset(levels), unknown)
+    return Gates(frozenset(levels), unknown, patched=bool(patches))
 
 
 def _patches(options: Mapping[str, Any]) -> Iterator[object]:

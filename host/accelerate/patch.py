@@ -17,7 +17,7 @@ from .branches import Branches, Call, Execute, Network, Passed
 from .execution import Execution, Prepared, on_detach
 from .feature_cache import Key, Run
 from .gates import gates
-from .plan import FULL_RANGE, Acceleration, Gates, Table, falls, full_steps
+from .plan import FULL_RANGE, MAX_ERROR_PATCHED, Acceleration, Gates, Table, falls, full_steps
 from .strategy import Choice, Strategy, choose
 
 KEY = "koala_accelerate"
@@ -114,9 +114,11 @@ class _Wrappers:
         guider: Guider = executor.class_obj
         before = guider.model_options
         require_no_other_cache(before)
-        name = _name(sampler)
+        name, found = _name(sampler), _gates(guider)
         full, max_error = full_steps_of(self.settings, sigmas, name), table(self.settings, name).max_error
-        run = Run(sigmas[:-1].tolist(), full, max_error, guider.model_patcher, _gates(guider))
+        if found.patched:
+            max_error = min(max_error, MAX_ERROR_PATCHED)
+        run = Run(sigmas[:-1].tolist(), full, max_error, guider.model_patcher, found)
         run.no_reuse = (
             _why_no_reuse(sampler, sigmas, before) or run.gates.unknown
             if self.settings.reuse.single_step.levels

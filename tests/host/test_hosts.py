@@ -175,7 +175,8 @@ def about_us(log: str) -> list[str]:
     lines = [line for line in log.splitlines() if "koala" in line.lower()]
     said = (
         r"\d seconds: \S*custom_nodes/koala-sdxl$|"
-        r"KOALA Accelerate: \d+ of \d+ passes ran the full U-Net, \d+ with guidance$"
+        r"KOALA Accelerate: \d+ of \d+ passes ran the full U-Net, \d+ with guidance"
+        r"(: \d+ of them as the features changed too fast to extrapolate)?$"
     )
     return [line for line in lines if not re.search(said, line)]
 

@@ -61,7 +61,9 @@ def test_the_two_branches_are_the_full_unet(koala: Layout, faster: Callable[...,
     wanted = transfer.sample(model, texts, steps=3)
     assert torch.equal(transfer.sample(faster(ALL_FULL, model), texts, steps=3), wanted)
     assert said.full == 3
-    assert not torch.equal(transfer.sample(faster(Acceleration(OFF, Reuse(Table((0.01,)))), model), texts, steps=4), wanted)
+    assert not torch.equal(
+        transfer.sample(faster(Acceleration(OFF, Reuse(Table((0.01,)))), model), texts, steps=4), wanted
+    )
 
 
 def test_patches_hear_the_numbers_of_the_whole(faster: Callable[..., Any]) -> None:

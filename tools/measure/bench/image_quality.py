@@ -32,8 +32,6 @@ PATCHES: dict[str, Callable[[Any, Any], Any]] = {
     "CFGOverride": lambda model, start: CFGOverride.execute(model, 1.0, start, 1.0).result[0],
 }
 """What can stand between loader and sampler, with its one setting."""
-ADAPTIVE = ("KOALA Accelerate", "EasyCache", "LazyCache")
-"""Those that look at what is sampled, of a batch at all of it: behind them each image is sampled by itself."""
 
 
 class Made(NamedTuple):
@@ -125,7 +123,7 @@ def compare(patch: str, value: Any, run: dict[str, Any], reference: dict[str, An
         prompts.references[key] = prompts.make(prompts.model, **reference)
     with mock.patch.object(kernels, "bf16_is_faster", return_value=True):
         model = PATCHES[patch](prompts.model, value)
-    compared, made = prompts.references[key], prompts.make(model, **run, alone=patch in ADAPTIVE)
+    compared, made = prompts.references[key], prompts.make(model, **run, alone=looks(patch, value))
     return {
         "cost": made.passes / compared.passes,
         "psnr": psnr(made.images, compared.images),
@@ -133,6 +131,12 @@ def compare(patch: str, value: Any, run: dict[str, Any], reference: dict[str, An
         "deep": made.deep,
         "shallow": made.shallow,
     }
+
+
+def looks(patch: str, value: Any) -> bool:
+    """Whether a patch decides by what is sampled, of a batch by all of it; then each image is sampled by itself."""
+    ours = patch == "KOALA Accelerate" and bool(VARIANTS[value].reuse.single_step.levels)
+    return ours or patch in ("EasyCache", "LazyCache")
 
 
 def psnr(made: torch.Tensor, reference: torch.Tensor) -> float:

@@ -23,7 +23,7 @@ def quality(sections: Sections, kind: str) -> Iterator[str]:
         "not counted; *balanced* and *fast* are judged in bf16 on every processor, *fp32* is their reuse alone. "
         "Identical: no image differs by more than a hundred-thousandth (root mean square). Last column: PSNR of fewer "
         "steps at the same cost, interpolated between whole numbers of steps, where there are some on both sides. "
-        "EasyCache and LazyCache judge all prompts as one batch.",
+        "What decides by the image, as KOALA Accelerate's reuse, EasyCache and LazyCache do, samples each by itself.",
         "",
     )
     curve = [(row["cost"], row["psnr"]) for row in readings.rows(sections, FEWER)]

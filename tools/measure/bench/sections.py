@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -180,35 +183,53 @@ def judged_model() -> str:
 
 
 def quality(bench: Bench) -> Figures:
-    """koala-tiny's images with work left out, against those with all steps: always on the CPU."""
-    survey = bench.survey
-    with Worker(NO_ENGINE, "cpu") as worker:
+    """koala-tiny's images with work left out, against those with all steps: always on the CPU. Nothing is timed here, so
+    that several workers share the processors."""
+    survey, count = bench.survey, min(JUDGES, os.cpu_count() or 1)
+    with ExitStack() as stack:
+        threads = {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // count)}
+        workers = [stack.enter_context(Worker(NO_ENGINE, "cpu", threads)) for _ in range(count)]
+        pool = stack.enter_context(ThreadPoolExecutor(count))
+        free: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            free.put(worker)
+
+        def load(prompts: int) -> float:
+            found: list[Figures] = list(pool.map(lambda worker: worker.ask("load_prompts", prompts=prompts), workers))
+            return float(found[0]["shallow"])
 
         def judge(family: str, value: Any, run: Run, base: Run) -> Figures:
-            patch = "" if family in (ALL, FEWER) else family
-            found = worker.ask("quality", patch=patch, value=value, run=asdict(run), reference=asdict(base))
+            patch, worker = "" if family in (ALL, FEWER) else family, free.get()
+            try:
+                found = worker.ask("quality", patch=patch, value=value, run=asdict(run), reference=asdict(base))
+            finally:
+                free.put(worker)
             say("quality", f"{base}: {family} {value}", found["psnr"], "dB")
             return {"run": str(base), "family": family, "value": value, **found}
 
-        def compare(base: Run, variants: Iterable[str], steps: Iterable[int]) -> list[Figures]:
-            ours = [judge(OURS, variant, base, base) for variant in variants]
-            fewer = {*steps, *(step for row in ours for step in bracket(base.steps, row["cost"]))} - {base.steps}
-            return [
-                judge(ALL, base.steps, base, base),
-                *ours,
-                *(judge(FEWER, steps, replace(base, steps=steps), base) for steps in sorted(fewer)),
-            ]
+        def judged(family: str, values: Iterable[Any], base: Run) -> list[Figures]:
+            return list(pool.map(lambda value: judge(family, value, base, base), values))
 
-        shallow = worker.ask("load_prompts", prompts=survey.prompts)["shallow"]
+        def compare(base: Run, variants: Iterable[str], steps: Iterable[int]) -> list[Figures]:
+            rows = judged(ALL, [base.steps], base) + judged(OURS, variants, base)
+            fewer = {*steps, *(step for row in rows[1:] for step in bracket(base.steps, row["cost"]))} - {base.steps}
+            return rows + list(
+                pool.map(lambda steps: judge(FEWER, steps, replace(base, steps=steps), base), sorted(fewer))
+            )
+
+        shallow = load(survey.prompts)
         rows = compare(Run(), VARIANTS, survey.steps)
-        rows += [judge(rival, value, Run(), Run()) for rival, value in _rivals(survey)]
-        worker.ask("load_prompts", prompts=survey.prompts_of_others)
+        for rival, values in _rivals(survey).items():
+            rows += judged(rival, values, Run())
+        load(survey.prompts_of_others)
         for base in survey.others:
             rows += compare(base, REUSE_ALONE, ())
     prompts = {"prompts": survey.prompts, "prompts_of_others": survey.prompts_of_others}
     return {"model": judged_model(), "shallow": shallow, **prompts, "base": str(Run()), "rows": rows}
 
 
+JUDGES = 4
+"""Workers of the quality section at most; each holds a model and a batch of images."""
 ALL, OURS, FEWER = "all steps", "KOALA Accelerate", "fewer steps"
 """Families of settings that the quality section compares; ``RIVALS`` are the others."""
 RIVALS = ("EasyCache", "LazyCache", "CFGOverride")
@@ -225,10 +246,8 @@ OF_DEVICES = {
 """The sections that tell something of a device, in the order in which they are measured."""
 
 
-def _rivals(survey: Survey) -> Iterator[tuple[str, float]]:
-    for rival in ("EasyCache", "LazyCache"):
-        yield from ((rival, threshold) for threshold in survey.thresholds)
-    yield from (("CFGOverride", start) for start in survey.starts)
+def _rivals(survey: Survey) -> dict[str, Sequence[float]]:
+    return {"EasyCache": survey.thresholds, "LazyCache": survey.thresholds, "CFGOverride": survey.starts}
 
 
 @contextmanager
