@@ -36,9 +36,9 @@ class Run:
     """Made when sampling begins and gone when it ends, also by an error or a cancellation: nothing outlives it.
 
     ``sigmas``: the noise level at which each step begins, falling. ``full``: the full steps. ``max_error``: at a full
-    step, what would have been extrapolated is checked: how far off the output would have been, relative to it; while
-    that is more, every step is a full step. Infinite: nothing is checked. ``patcher``: the MODEL that is sampled. ``no_reuse``: why every evaluation
-    of this run is full; empty where features are reused.
+    step, what would have been extrapolated is checked. While the output would be farther off than this, relative to its
+    own size, all steps are full steps; infinite: nothing is checked. ``patcher``: the MODEL that is sampled.
+    ``no_reuse``: why every evaluation of this run is full; empty where features are reused.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class Run:
         return later == self._newest and later > 0 and 0 < self._sigma <= earlier < math.inf
 
     def _error(self, scale: float) -> float:
-        """The largest of the images' errors, of the guided output, relative to it. Prompts with areas of different sizes
-        are each judged by themselves."""
+        """The largest of the images' errors, of the guided output, relative to it. Areas of different sizes are judged
+        each by itself."""
         found: dict[torch.Size, list[_Checked]] = defaultdict(list)
         for one in self._checked:
             found[one.output.shape].append(one)
@@ -184,7 +184,11 @@ def _guided_error(parts: Sequence[_Checked], scale: float) -> torch.Tensor:
         found = [torch.stack(sides[positive]) for positive in sorted(sides)]  # the negative first
         if len(set(map(len, found))) > 1:
             found = [side.mean(0, keepdim=True) for side in found]
-        return (found[0] if len(found) == 1 else torch.lerp(*found, scale)).flatten(0, 1)
+        return torch.lerp(found[0], found[-1], scale).flatten(0, 1)  # one side alone stays as it is
 
-    error, output = (guided([getattr(part, which) for part in parts]).flatten(1) for which in ("error", "output"))
-    return (torch.linalg.vector_norm(error, dim=1) / torch.linalg.vector_norm(output, dim=1)).max()
+    error, output = (
+        torch.linalg.vector_norm(guided(tensors), dim=(1, 2, 3))
+        for tensors in ([part.error for part in parts], [part.output for part in parts])
+    )
+    largest: torch.Tensor = (error / output).max()
+    return largest

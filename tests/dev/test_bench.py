@@ -197,7 +197,7 @@ def test_a_search_for_a_table_that_cannot_be_is_refused(full: int) -> None:
 
 
 def test_a_search_climbs_by_single_steps_to_where_no_move_is_better() -> None:
-    def score(table: search.Table) -> float:
+    def score(table: search.Steps) -> float:
         return -float(sum(abs(step - 2 * i) for i, step in enumerate(table)))
 
     first = search.start(12, SIGMAS)

@@ -291,8 +291,8 @@ def test_only_a_trend_that_holds_is_extrapolated() -> None:
     assert [evaluate(steady, sigma, value) is None for sigma, value in values] == [True, True, True, False]
     assert not str(steady).endswith("extrapolate")
     course = run({0, 1, 2}, 0.1)
-    values = ((16, 10), (8, 8), (4, 9), (2, 9.6), (1, 10), (0.5, 10.2))
-    assert [evaluate(course, sigma, value) is None for sigma, value in values] == [*[True] * 4, False, False]
+    others = ((16, 10), (8, 8), (4, 9), (2, 9.6), (1, 10), (0.5, 10.2))
+    assert [evaluate(course, sigma, value) is None for sigma, value in others] == [*[True] * 4, False, False]
     assert str(course).startswith("4 of 6 passes ran the full U-Net, 0 with guidance: 1 of them as the features chan")
     broken = run({0, 1, 2}, 0.1)
     assert all(evaluate(broken, sigma, math.nan) is None for sigma in HALVES)

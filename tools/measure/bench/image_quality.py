@@ -65,8 +65,8 @@ class Prompts:
 
         def sample(some: Sequence[int]) -> torch.Tensor:
             latent = {"samples": torch.zeros(len(some), 4, SIDE, SIDE), "batch_index": list(some)}
-            texts = (_some(side, some) for side in (self.positive, self.negative))
-            made = KoalaSampler.execute(model, *texts, latent, self.seed, preset, sampler, 1.0)
+            positive, negative = (_some(side, some) for side in (self.positive, self.negative))
+            made = KoalaSampler.execute(model, positive, negative, latent, self.seed, preset, sampler, 1.0)
             return made.result[0]["samples"]
 
         with self.counted() as rows:

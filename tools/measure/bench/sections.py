@@ -183,8 +183,8 @@ def judged_model() -> str:
 
 
 def quality(bench: Bench) -> Figures:
-    """koala-tiny's images with work left out, against those with all steps: always on the CPU. Nothing is timed here, so
-    that several workers share the processors."""
+    """koala-tiny's images with work left out, against those with all steps: always on the CPU. Nothing is timed, so the
+    processors are shared by several workers."""
     survey, count = bench.survey, min(JUDGES, os.cpu_count() or 1)
     with ExitStack() as stack:
         threads = {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // count)}
