@@ -21,6 +21,7 @@ from ..protocols import Guider, Model
 from .branches import Call, Network, again
 from .captured import Captures, Weights
 from .compiled import ATTENTION, attention_is_exact, is_transformer, parts, running
+from .gates import COMPILED_BY_CORE
 from .strategy import GIB, Strategy, pass_memory
 
 BETWEEN_BLOCKS = frozenset(
@@ -32,8 +33,6 @@ FREE_BETWEEN_RUNS = 6 * GIB
 takes most of it, and ComfyUI does not see what they hold."""
 REPLAYED, COMPILED, EAGERLY = "by CUDA graph", "compiled", "as in ComfyUI itself"
 """How a pass was executed, in words."""
-COMPILED_BY_CORE = "torch.compile"
-"""Key of the wrapper by which core's TorchCompileModel, and other nodes, have a U-Net compiled."""
 
 
 class Prepared:

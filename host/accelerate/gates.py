@@ -29,6 +29,8 @@ MOST_OBJECTS = 5000
 
 OUR_KEYS = "koala_"
 """Wrappers of this pack, which are the same at every noise level, have keys that begin with this."""
+COMPILED_BY_CORE = "torch.compile"
+"""Key of the wrapper by which core's TorchCompileModel, and other nodes, have a U-Net compiled; it changes nothing."""
 
 
 def gates(options: Mapping[str, Any], conds: Mapping[str, Any], percent_to_sigma: Callable[[float], float]) -> Gates:
@@ -58,7 +60,7 @@ def _patches(options: Mapping[str, Any]) -> Iterator[object]:
         yield from replacements.values()
     for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
         for key, wrappers in options.get("wrappers", {}).get(kind, {}).items():
-            if not str(key).startswith(OUR_KEYS):
+            if not str(key).startswith(OUR_KEYS) and key != COMPILED_BY_CORE:
                 yield from wrappers
 
 
