@@ -2,7 +2,7 @@
 
 Both are ComfyUI's own ``UNetModel`` with some of the U-Net's blocks (the same modules, not copies), so that whatever
 ComfyUI does inside a U-Net happens in them too. Deep branch, then shallow branch gives the U-Net's output, bit for bit:
-the first block runs twice, everything else once.
+the first block runs twice, everything else once. A step that is checked runs the shallow branch once more.
 """
 
 from __future__ import annotations

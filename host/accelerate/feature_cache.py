@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...koala.releases import BASE
 from ..protocols import Model
 from .plan import Gates, distance
 
@@ -17,16 +18,19 @@ CACHED_FEATURES = 2
 LOOK_AHEAD = 1
 """Steps by which a sampler may go back within a run: heunpp2 looks two steps ahead, and comes back to the next."""
 POSITIVE = 0
-"""ComfyUI's number of the positive prompt among the sides of a guided pass."""
+"""ComfyUI's number of the positive prompt where guidance is its own."""
+USUAL_SCALE = BASE.settings.cfg
+"""Of guidance that is not ComfyUI's own, whose scale is not known."""
 
 Key = Hashable
 """What a feature belongs to: a prompt, and whatever else makes features incomparable."""
 
 
 class _Checked(NamedTuple):
-    """A U-Net's output from a computed feature, [batch, channels, height, width], for a positive or negative prompt,
-    and how far that from an extrapolated one was off."""
+    """A U-Net's output from a computed feature, [batch, channels, height, width], and how far that from an extrapolated
+    one was off."""
 
+    key: Key
     positive: bool
     output: torch.Tensor
     error: torch.Tensor
@@ -64,10 +68,10 @@ class Run:
         self._asked: set[Key] = set()
         self._checked: list[_Checked] = []  # of this evaluation
         self._checks = math.isfinite(max_error)
-        self._on_trend = False  # whether what was last checked was near enough
+        self._on_trend: dict[Key, bool] = {}  # whether what was last checked was near enough
         self._off_trend: set[int] = set()  # evaluations that are full because it was not
         self._features: dict[Key, deque[tuple[float, torch.Tensor]]] = {}
-        self._newest = math.inf  # noise level of the last computed feature
+        self._newest = self._before = math.inf  # noise level of the last computed feature, and that of before this one
 
     def __str__(self) -> str:
         full = self.evaluations - len(self._extrapolated - self._computed)
@@ -88,7 +92,7 @@ class Run:
             self._stop("the sampler returned to a higher noise level, as with restarts")
         self._refresh = step in self.full and step > self._step
         self._step = max(step, self._step)
-        self._sigma = sigma
+        self._sigma, self._before = sigma, self._newest
         self._asked.clear()
         self.evaluations += 1
 
@@ -99,33 +103,33 @@ class Run:
         self._asked.update(keys)
         if self._refresh or self.no_reuse or not all(map(self._is_cached, keys)):
             return None
-        if self._checks and not self._on_trend:
-            self._off_trend.add(self.evaluations)
+        if self._checks and not self._may_extrapolate(keys):
             return None
         self._extrapolated.add(self.evaluations)
         return torch.cat([self._extrapolate(key) for key in keys])
 
     def to_check(self, keys: Sequence[Key]) -> torch.Tensor | None:
         """What would have been extrapolated for an evaluation that is computed, as ``extrapolated``; None where nothing
-        would, or where the next step is a full step in any case."""
+        would, at a noise level that was computed before, or where the next step is a full step in any case."""
         following = self._step + 1
         if not self._checks or self.no_reuse or following in self.full or following == len(self.sigmas):
             return None
-        if not all(map(self._is_cached, keys)):
+        if self._sigma >= self._before or not all(map(self._is_cached, keys)):
             return None
         return torch.cat([self._extrapolate(key) for key in keys])
 
-    def check(self, sides: Sequence[int], output: torch.Tensor, extrapolated: torch.Tensor) -> None:
-        """Keep how far the output from extrapolated features is off, both [batch of all sides, channels, height,
-        width], for ``end``. ``sides``: for which of the sides of guidance each part is, by ComfyUI's numbers."""
-        parts = zip(sides, output.chunk(len(sides)), extrapolated.chunk(len(sides)), strict=True)
-        self._checked += [_Checked(side == POSITIVE, right, other - right) for side, right, other in parts]
+    def check(self, keys: Sequence[Key], sides: Sequence[int], output: torch.Tensor, other: torch.Tensor) -> None:
+        """Keep how far the output from extrapolated features, ``other``, is off, both [batch of all keys, channels,
+        height, width], for ``end``. ``sides``: of guidance, by ComfyUI's numbers."""
+        parts = zip(keys, sides, output.chunk(len(keys)), other.chunk(len(keys)), strict=True)
+        self._checked += [_Checked(key, side == POSITIVE, right, wrong - right) for key, side, right, wrong in parts]
 
-    def end(self, scale: float) -> None:
-        """End an evaluation, of guidance at a scale: if it was checked, the next steps are extrapolated only where the
-        error was small enough."""
+    def end(self, scale: float | None) -> None:
+        """End an evaluation: what was checked in it is extrapolated only if the error was small enough. ``scale``: of
+        guidance; None where it is not ComfyUI's own."""
         if self._checked:
-            self._on_trend = self._error(scale) <= self.max_error
+            is_near = self._error(scale) <= self.max_error
+            self._on_trend |= {one.key: is_near for one in self._checked}
             self._checked.clear()
 
     def store(self, keys: Sequence[Key], feature: torch.Tensor) -> None:
@@ -136,10 +140,10 @@ class Run:
         self._newest = self._sigma
         for key, part in zip(keys, feature.chunk(len(keys)), strict=True):
             cached = self._features.setdefault(key, deque(maxlen=CACHED_FEATURES))
+            if not cached or cached[-1][0] != self._before:
+                self._on_trend.pop(key, None)  # it was not computed the last time, so that its trend is not known
             while cached and cached[-1][0] <= self._sigma:
                 cached.pop()
-            if len(cached) < CACHED_FEATURES:
-                self._on_trend = False  # of this prompt there is none yet
             cached.append((self._sigma, part))
 
     def _stop(self, why: str) -> None:
@@ -156,13 +160,20 @@ class Run:
         (earlier, _), (later, _) = cached
         return later == self._newest and later > 0 and 0 < self._sigma <= earlier < math.inf
 
-    def _error(self, scale: float) -> float:
+    def _may_extrapolate(self, keys: Sequence[Key]) -> bool:
+        """Whether no error is too large. What was not checked yet is used again at the same noise level only."""
+        if not all(self._on_trend.get(key, True) for key in keys):
+            self._off_trend.add(self.evaluations)
+            return False
+        return self._sigma == self._newest or all(key in self._on_trend for key in keys)
+
+    def _error(self, scale: float | None) -> float:
         """The largest of the images' errors, of the guided output, relative to it. Areas of different sizes are judged
         each by itself."""
         found: dict[torch.Size, list[_Checked]] = defaultdict(list)
         for one in self._checked:
             found[one.output.shape].append(one)
-        return float(torch.stack([_guided_error(alike, scale) for alike in found.values()]).max())
+        return float(torch.tensor([_guided_error(alike, scale) for alike in found.values()]).max())
 
     def _extrapolate(self, key: Key) -> torch.Tensor:
         """A damped trend (Gardner and McKenzie 1985) through the last two features in log sigma. On koala-tiny it was
@@ -173,22 +184,30 @@ class Run:
         return torch.lerp(first, second, 1 + away if away < 0 else 2 - math.exp(-away))
 
 
-def _guided_error(parts: Sequence[_Checked], scale: float) -> torch.Tensor:
-    """The largest error of a guided output, relative to the output, of a batch's images. Where there are as many
-    positive as negative prompts, as for areas, each belongs to one of the others; otherwise their means count."""
+def _guided_error(parts: Sequence[_Checked], scale: float | None) -> float:
+    """The largest error of a guided output, relative to the output, of a batch's images; NaN where there is one.
 
-    def guided(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        sides: dict[bool, list[torch.Tensor]] = defaultdict(list)
-        for part, tensor in zip(parts, tensors, strict=True):
-            sides[part.positive].append(tensor.float())
-        found = [torch.stack(sides[positive]) for positive in sorted(sides)]  # the negative first
-        if len(set(map(len, found))) > 1:
-            found = [side.mean(0, keepdim=True) for side in found]
-        return torch.lerp(found[0], found[-1], scale).flatten(0, 1)  # one side alone stays as it is
+    Each positive prompt is judged with the negative of its own area where there are as many, or else with the mean of
+    the negatives. Without a scale each prompt is judged as if it were the positive, and the others negative.
+    """
+    positive, negative = ([part for part in parts if part.positive is side] for side in (True, False))
+    pairs: list[tuple[_Checked, list[_Checked]]]
+    if scale is None:
+        pairs = [(part, [other for other in parts if other is not part]) for part in parts]
+    elif len(positive) == len(negative):
+        pairs = [(part, [other]) for part, other in zip(positive, negative, strict=True)]
+    else:
+        pairs = [(part, negative) for part in positive] or [(part, []) for part in negative]
+    scale = USUAL_SCALE if scale is None else scale
+    errors = (_guided_size(part.error, [other.error for other in others], scale) for part, others in pairs)
+    outputs = (_guided_size(part.output, [other.output for other in others], scale) for part, others in pairs)
+    return float(torch.cat([error / output for error, output in zip(errors, outputs, strict=True)]).max())
 
-    error, output = (
-        torch.linalg.vector_norm(guided(tensors), dim=(1, 2, 3))
-        for tensors in ([part.error for part in parts], [part.output for part in parts])
-    )
-    largest: torch.Tensor = (error / output).max()
-    return largest
+
+def _guided_size(positive: torch.Tensor, negatives: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    """The norm of each image of a batch, guided away from the mean of the negatives, if there are any; on the CPU, as
+    several GPUs may share the work."""
+    guided = positive.float().cpu()
+    if negatives:
+        guided = torch.lerp(torch.stack([negative.float().cpu() for negative in negatives]).mean(0), guided, scale)
+    return torch.linalg.vector_norm(guided, dim=(1, 2, 3))

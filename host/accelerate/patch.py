@@ -153,17 +153,18 @@ class _Wrappers:
             return executor(x, timestep, options, seed)
         sigma = float(timestep.flatten()[0])
         run.begin(sigma)
-        scale = getattr(guider, "cfg", 1.0)
-        guided = self._is_guided(guider.model_patcher, sigma) or not _can_skip_guidance(guider, options)
-        run.guided += guided
-        if not guided:
-            guider.cfg = 1.0  # the host then skips the negative prompt
+        if self._is_guided(guider.model_patcher, sigma) or not _can_skip_guidance(guider, options):
+            run.guided += 1
+            output = executor(x, timestep, options, seed)
+            run.end(_scale(guider))
+            return output
+        scale = guider.cfg
+        guider.cfg = 1.0  # the host then skips the negative prompt
         try:
             output = executor(x, timestep, options, seed)
         finally:
-            if not guided:
-                guider.cfg = scale
-        run.end(scale if guided else 1.0)
+            guider.cfg = scale
+        run.end(1.0)
         return output
 
     def diffusion_model(self, executor: Executor, *arguments: Any, **further: Any) -> torch.Tensor:
@@ -221,7 +222,7 @@ def _uncompiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 def _keep(run: Run, call: Call, keys: list[Key], passed: Passed) -> None:
     run.store(keys, passed.feature)
     if passed.from_other is not None:
-        run.check(call.transformer_options["cond_or_uncond"], passed.output, passed.from_other)
+        run.check(keys, call.transformer_options["cond_or_uncond"], passed.output, passed.from_other)
 
 
 def _gates(guider: Guider) -> Gates:
@@ -230,9 +231,9 @@ def _gates(guider: Guider) -> Gates:
 
 
 def _keys(call: Call, run: Run) -> list[Key]:
-    """What a deep feature belongs to, for each part of a call: the prompt, the size, which residuals a ControlNet adds,
-    between which gates of patches the noise level is, and the weights, as far as hooks (LoRAs scheduled over the steps)
-    change them in the course of a run."""
+    """What a deep feature belongs to, for each part of a call: the prompt, the side of guidance (those of an area share
+    a name), the size, which residuals a ControlNet adds, between which gates of patches the noise level is, and the
+    weights, as far as hooks (LoRAs scheduled over the steps) change them in the course of a run."""
     uuids = call.transformer_options["uuids"]
     size = (call.x.shape[0] // len(uuids), *call.x.shape[1:])
     control = {
@@ -240,7 +241,8 @@ def _keys(call: Call, run: Run) -> list[Key]:
     }
     current = run.patcher.current_hooks if run.patcher is not None else None
     weights = tuple((hook.hook_ref, hook.strength) for hook in (current.hooks if current is not None else ()))
-    return [(uuid, size, frozenset(control), weights, run.phase) for uuid in uuids]
+    sides = call.transformer_options["cond_or_uncond"]
+    return [(uuid, side, size, frozenset(control), weights, run.phase) for uuid, side in zip(uuids, sides, strict=True)]
 
 
 def _why_no_reuse(sampler: object, sigmas: torch.Tensor, options: Mapping[str, Any]) -> str:
@@ -266,11 +268,21 @@ def _name(sampler: object) -> str:
     return str(getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__))
 
 
+def _has_own_guidance(guider: Guider) -> bool:
+    """Whether guidance is ComfyUI's own: one prompt away from another."""
+    return isinstance(guider, CFGGuider) and type(guider).predict_noise is CFGGuider.predict_noise
+
+
+def _scale(guider: Guider) -> float | None:
+    """The scale of ComfyUI's own guidance; None for another's, or for one that is not a number."""
+    scale: object = getattr(guider, "cfg", None)
+    return float(scale) if _has_own_guidance(guider) and isinstance(scale, int | float) else None
+
+
 def _can_skip_guidance(guider: Guider, options: Mapping[str, Any]) -> bool:
     """False where something needs the negative prompt's prediction, or there is none."""
     return (
-        isinstance(guider, CFGGuider)
-        and type(guider).predict_noise is CFGGuider.predict_noise
+        _has_own_guidance(guider)
         and not options.get("disable_cfg1_optimization", False)
         and "sampler_cfg_function" not in options
     )

@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
     ``levels``: noise levels (sigma), falling, at each of which the next step is a full step. Empty: every step is.
     ``max_error``: while extrapolations are farther off, every step is a full step, too; see ``feature_cache.Run``.
-    Infinite: they are not checked.
+    Infinite: they are checked behind patches only.
     """
 
     levels: tuple[float, ...] = ()

@@ -182,8 +182,8 @@ def test_areas_and_several_prompts(faster: Callable[..., Any], said: Said) -> No
     left = core.ConditioningSetArea().append(positive, 64, 128, 0, 0, 1.0)[0]
     right = core.ConditioningSetArea().append(other, 64, 128, 64, 0, 1.0)[0]
     texts = (left + right, negative)
-    assert decibels(run(faster(), texts), plain(texts)) >= 33
-    assert said.full < said.passes
+    assert decibels(run(faster(), texts), plain(texts)) >= 50
+    assert said.full <= 16
 
 
 def test_a_controlnet_that_ends_is_not_carried_on(faster: Callable[..., Any], said: Said) -> None:

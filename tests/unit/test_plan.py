@@ -221,7 +221,7 @@ def evaluate(run: Run, sigma: float, value: float, keys: tuple[str, ...] = ("pro
         computed = feature(value, len(keys))
         run.store(keys, computed)
         if to_check is not None:
-            run.check(range(len(keys)), computed, to_check)
+            run.check(keys, range(len(keys)), computed, to_check)
     run.end(1.0)
     return extrapolated
 
@@ -298,40 +298,71 @@ def test_only_a_trend_that_holds_is_extrapolated() -> None:
     assert all(evaluate(broken, sigma, math.nan) is None for sigma in HALVES)
 
 
+def goes_on(
+    scale: float | None, errors: tuple[float, ...], sides: tuple[int, ...] = (0, 1), batch: int = 1, calls: int = 1
+) -> bool:
+    """Whether features are extrapolated after outputs of 1 were off by an error for each prompt, in the last image of
+    a batch. ``calls``: in how many the prompts come."""
+    course, keys = run({0, 1, 2}, 0.1), list(range(len(sides)))
+    for sigma in HALVES[:3]:
+        course.begin(sigma)
+        for some in torch.tensor(keys).chunk(calls):
+            part = some.tolist()
+            course.extrapolated(part)
+            course.store(part, torch.ones(len(part) * batch, 1, 1, 1))
+            off = torch.ones(len(part), batch, 1, 1, 1)
+            off[:, -1] += torch.tensor([errors[at] for at in part]).view(-1, 1, 1, 1)
+            course.check(part, [sides[at] for at in part], torch.ones(len(part) * batch, 1, 1, 1), off.flatten(0, 1))
+        course.end(scale)
+    course.begin(2.0)
+    return course.extrapolated(keys) is not None
+
+
 def test_an_error_is_a_guided_images() -> None:
     """By one prompt's output alone it would be small; guidance enlarges what the two sides miss differently."""
-
-    def goes_on(scale: float, errors: tuple[float, float], batch: int = 1) -> bool:
-        course = run({0, 1, 2}, 0.1)
-        for sigma in HALVES[:3]:
-            course.begin(sigma)
-            course.extrapolated(["cond", "uncond"])
-            course.store(["cond", "uncond"], torch.ones(2 * batch, 1, 1, 1))
-            off = torch.ones(2, batch, 1, 1, 1)
-            off[:, -1] += torch.tensor(errors).view(2, 1, 1, 1)
-            course.check([0, 1], torch.ones(2 * batch, 1, 1, 1), off.flatten(0, 1))
-            course.end(scale)
-        course.begin(2.0)
-        return course.extrapolated(["cond", "uncond"]) is not None
-
     assert goes_on(1.0, (0.03, 0.0))
     assert not goes_on(7.5, (0.03, 0.0))
     assert goes_on(7.5, (0.03, 0.03))
     assert not goes_on(7.5, (0.0, 0.03))
     assert not goes_on(7.5, (0.03, 0.0), batch=3), "the worst image of a batch decides"
+    assert not goes_on(7.5, (0.0, math.nan))
+    assert goes_on(7.5, (0.05, 0.05), calls=2), "a side in a call of its own"
+    assert not goes_on(7.5, (0.03, 0.0), calls=2)
 
 
-def test_sides_in_calls_of_their_own_are_judged_together() -> None:
+def test_several_prompts_do_not_make_up_for_each_other() -> None:
+    assert not goes_on(7.5, (0.5, -0.5, 0.0), (0, 0, 1))
+    assert not goes_on(7.5, (0.04, 0.02, 0.02, 0.04), (0, 0, 1, 1)), "areas: each with its own negative"
+    assert goes_on(7.5, (0.04, 0.02, 0.04, 0.02), (0, 0, 1, 1))
+
+
+def test_guidance_of_another_kind_is_judged_whichever_side_is_which() -> None:
+    assert not goes_on(None, (0.0, 0.03, 0.0), (0, 1, 2))
+    assert not goes_on(None, (0.03, 0.0), (0, 0))
+    assert goes_on(None, (0.03, 0.03, 0.03), (0, 1, 2))
+
+
+def test_a_second_look_at_a_level_is_no_check() -> None:
+    """heun: it would find no error at all, and forget the one that was found."""
     course = run({0, 1, 2}, 0.1)
-    for sigma in HALVES[:3]:
-        course.begin(sigma)
-        for side, key in enumerate(("cond", "uncond")):
-            course.extrapolated([key])
-            course.store([key], feature(1))
-            course.check([side], torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1.05))
-        course.end(7.5)
-    course.begin(2.0)
-    assert course.extrapolated(["cond"]) is not None
+    for sigma, value in ((16, 10), (8, 1), (4, 10), (4, 1), (2, 10)):
+        assert evaluate(course, sigma, value) is None
+    assert "2 of them as the features changed too fast" in str(course)
+
+
+def test_what_was_not_checked_is_computed_without_a_reason() -> None:
+    course = run({0, 1}, 0.1)
+    assert [evaluate(course, sigma, 1) is None for sigma in (16, 8, 8, 4, 2)] == [True, True, False, True, False]
+    assert str(course) == "3 of 5 passes ran the full U-Net, 0 with guidance"
+
+
+def test_a_prompt_that_comes_again_is_checked_again() -> None:
+    course = run({0, 1}, 0.1)
+    for sigma, key in ((16, "a"), (8, "a"), (4, "a"), (2, "b")):
+        assert evaluate(course, sigma, 1, (key,)) is None
+    assert evaluate(course, 1, 1, ("a",)) is None
+    assert evaluate(course, 0.5, 1, ("a",)) is None
+    assert str(course).startswith("6 of 6 passes")
 
 
 def test_what_is_computed_next_in_any_case_is_not_checked() -> None:
@@ -344,7 +375,7 @@ def test_what_is_computed_next_in_any_case_is_not_checked() -> None:
             checked.append(to_check is not None)
             course.store(["prompt"], feature(1))
             if to_check is not None:
-                course.check([0], feature(1), to_check)
+                course.check(["prompt"], [0], feature(1), to_check)
         course.end(1.0)
     assert checked == [False, False, False, True]
 
