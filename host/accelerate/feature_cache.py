@@ -101,7 +101,7 @@ class Run:
         if self._asked.intersection(keys):
             self._stop("the model ran more than once a step for the same prompt, as in tiled sampling")
         self._asked.update(keys)
-        if self._refresh or self.no_reuse or not all(map(self._is_cached, keys)):
+        if self._refresh or self.no_reuse or not all(self._is_cached(key, self._newest) for key in keys):
             return None
         if self._checks and not self._may_extrapolate(keys):
             return None
@@ -114,7 +114,7 @@ class Run:
         following = self._step + 1
         if not self._checks or self.no_reuse or following in self.full or following == len(self.sigmas):
             return None
-        if self._sigma >= self._before or not all(map(self._is_cached, keys)):
+        if self._sigma >= self._before or not all(self._is_cached(key, self._before) for key in keys):
             return None
         return torch.cat([self._extrapolate(key) for key in keys])
 
@@ -151,14 +151,14 @@ class Run:
         self.no_reuse = self.no_reuse or why
         self._features.clear()
 
-    def _is_cached(self, key: Key) -> bool:
-        """Whether there are two features, the later of the last full evaluation: a prompt that comes and goes begins
-        anew. Their trend goes on from the earlier one's noise level downwards."""
+    def _is_cached(self, key: Key, newest: float) -> bool:
+        """Whether there are two features, the later of the last full evaluation, at the level ``newest``: a prompt that
+        comes and goes begins anew. Their trend goes on from the earlier one's noise level downwards."""
         cached = self._features.get(key)
         if cached is None or len(cached) < CACHED_FEATURES:
             return False
         (earlier, _), (later, _) = cached
-        return later == self._newest and later > 0 and 0 < self._sigma <= earlier < math.inf
+        return later == newest and later > 0 and 0 < self._sigma <= earlier < math.inf
 
     def _may_extrapolate(self, keys: Sequence[Key]) -> bool:
         """Whether no error is too large. What was not checked yet is used again at the same noise level only."""

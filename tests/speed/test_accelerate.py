@@ -186,6 +186,22 @@ def test_areas_and_several_prompts(faster: Callable[..., Any], said: Said) -> No
     assert said.full <= 16
 
 
+def test_each_side_in_a_call_of_its_own(
+    faster: Callable[..., Any], said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ComfyUI samples where memory is short."""
+    wanted = run(faster())
+    monkeypatch.setattr(parity.tiny_models()[0].model, "memory_required", lambda *_, **__: 1e30)
+    rows = []
+    unet = parity.tiny_models()[0].model.diffusion_model
+    hook = unet.out.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    found = run(faster())
+    hook.remove()
+    assert set(rows) == {1}
+    assert decibels(found, wanted) >= 60
+    assert said[-1] == said[0]
+
+
 def test_a_controlnet_that_ends_is_not_carried_on(faster: Callable[..., Any], said: Said) -> None:
     """Where it stops, the features before and after have nothing to do with each other."""
     model = transfer.pair(KOALA_700M)[1]
