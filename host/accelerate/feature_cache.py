@@ -210,4 +210,5 @@ def _guided_size(positive: torch.Tensor, negatives: Sequence[torch.Tensor], scal
     guided = positive.float().cpu()
     if negatives:
         guided = torch.lerp(torch.stack([negative.float().cpu() for negative in negatives]).mean(0), guided, scale)
-    return torch.linalg.vector_norm(guided, dim=(1, 2, 3))
+    size: torch.Tensor = torch.linalg.vector_norm(guided, dim=(1, 2, 3))
+    return size
