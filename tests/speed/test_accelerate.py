@@ -21,7 +21,6 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
 from safetensors.torch import save_file
 
-import nodes as core
 from koala_sdxl.host.accelerate import patch as module
 from koala_sdxl.host.accelerate.feature_cache import Run
 from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse, Table
@@ -174,32 +173,6 @@ def test_loras_upstream_and_downstream(faster: Callable[..., Any], loras: None) 
     found = run(faster(BALANCED, with_lora(model)))
     assert torch.equal(found, run(with_lora(faster())))
     assert decibels(found, wanted) >= 35
-
-
-def test_areas_and_several_prompts(faster: Callable[..., Any], said: Said) -> None:
-    positive, negative = prompts()
-    other = prompts(["a blue square on a black background"])[0]
-    left = core.ConditioningSetArea().append(positive, 64, 128, 0, 0, 1.0)[0]
-    right = core.ConditioningSetArea().append(other, 64, 128, 64, 0, 1.0)[0]
-    texts = (left + right, negative)
-    assert decibels(run(faster(), texts), plain(texts)) >= 50
-    assert said.full <= 16
-
-
-def test_each_side_in_a_call_of_its_own(
-    faster: Callable[..., Any], said: Said, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As ComfyUI samples where memory is short."""
-    wanted = run(faster())
-    monkeypatch.setattr(parity.tiny_models()[0].model, "memory_required", lambda *_, **__: 1e30)
-    rows = []
-    unet = parity.tiny_models()[0].model.diffusion_model
-    hook = unet.out.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-    found = run(faster())
-    hook.remove()
-    assert set(rows) == {1}
-    assert decibels(found, wanted) >= 60
-    assert said[-1] == said[0]
 
 
 def test_a_controlnet_that_ends_is_not_carried_on(faster: Callable[..., Any], said: Said) -> None:
