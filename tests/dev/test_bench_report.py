@@ -119,6 +119,19 @@ def test_machines_are_never_mixed_in_a_table(fake: type[FakeWorker], tmp_path: P
     assert "![size]" not in rest
 
 
+def test_speed_is_not_compared_with_multiplications_of_a_later_version(fake: type[FakeWorker], tmp_path: Path) -> None:
+    bench, machine = Bench(repeats=2, survey=SMALL), FakeWorker(NO_ENGINE, "cpu").machine()
+    for name in ("sample", "quality"):
+        store.add(tmp_path, "cpu", name, machine, SECTIONS[name](bench))
+    assert "x fewer |" in report.write(tmp_path).read_text("utf-8")
+    entries = history.read(tmp_path / store.NAME)
+    entries[0]["date"] = "2026-01-01"
+    (tmp_path / store.NAME).write_text(history.as_text(entries), "utf-8")
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "x fewer |" not in text
+    assert "so that the two do not compare" in text
+
+
 def test_what_seems_faster_than_its_bound_is_undecided(fake: type[FakeWorker]) -> None:
     machine = FakeWorker(NO_ENGINE, "cpu").machine()
     found = {name: {"machine": machine, "figures": SECTIONS[name](Bench())} for name in ("machine", "macs")}
@@ -172,11 +185,13 @@ def test_a_real_survey_judges_every_way_of_leaving_work_out(survey: dict[str, An
     assert readings.preset(found, "exact")["psnr"] > 60
     assert readings.preset(found, "bf16 alone")["psnr"] < 60  # on every processor
     full = {name: readings.preset(found, name)["deep"] / 2 for name in REUSE_ALONE}
-    assert full == {"balanced, fp32": 12, "fast, fp32": 9}
+    assert 12 <= full["balanced, fp32"] < 14
+    assert 9 <= full["fast, fp32"] < 12
     for name in REUSE_ALONE:
         row = readings.preset(found, name)
-        assert row["shallow"] == 2 * 25  # every step runs the last layers
-        assert row["cost"] == pytest.approx((row["deep"] * (1 - survey["shallow"]) + 50 * survey["shallow"]) / 50)
+        assert 2 * (25 + 5) <= row["shallow"] <= 2 * (25 + 10)  # every step runs the last layers, and checks do
+        computed = row["deep"] * (1 - survey["shallow"]) + row["shallow"] * survey["shallow"]
+        assert row["cost"] == pytest.approx(computed / 50)
     for family in (FEWER, *RIVALS):
         assert all(0.1 < row["cost"] < 1 for row in readings.rows(found, family))
         assert all(5 < row["psnr"] < 60 for row in readings.rows(found, family))

@@ -19,9 +19,18 @@ class NotMeasured(Exception):
 
 def figures(sections: Sections, section: str) -> Any:
     """One section's figures."""
+    return _entry(sections, section)["figures"]
+
+
+def date(sections: Sections, section: str) -> str:
+    """The day on which a section was measured, year first."""
+    return str(_entry(sections, section)["date"])
+
+
+def _entry(sections: Sections, section: str) -> Any:
     if section not in sections:
         raise NotMeasured(section)
-    return sections[section]["figures"]
+    return sections[section]
 
 
 def seconds(runs: list[Row]) -> list[float]:

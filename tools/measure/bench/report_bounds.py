@@ -78,6 +78,9 @@ def _share(share: float) -> str:
 
 
 def preset_bounds(sections: Sections, kind: str) -> Iterator[str]:
+    if readings.date(sections, "sample") < readings.date(sections, "quality"):
+        yield from ("Reuse was timed before its multiplications were last counted, so that the two do not compare.", "")
+        return
     yield from (
         "With the same routines, reuse can be faster at most by the factor by which multiplications are fewer:",
         "",
