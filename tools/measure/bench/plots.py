@@ -80,9 +80,10 @@ def _against(axes: Any, sections: Sections, what: str) -> None:
         rows = [readings.preset(sections, name) for name in names]
         at = ([1 / row["cost"] for row in rows], [row[what] for row in rows])
         axes.plot(*at, marker, color=COLOURS[OURS], ms=11, alpha=0.8, label=f"{OURS}, {words}")
-    for name in BF16_PRESETS:
+    for name, side in zip(BF16_PRESETS, ("right", "left"), strict=True):  # away from each other
         row = readings.preset(sections, name)
-        axes.annotate(name, (1 / row["cost"], row[what]), xytext=(9, -9), textcoords="offset points", va="top")
+        place = {"xytext": (0, -9), "textcoords": "offset points", "va": "top", "ha": side}
+        axes.annotate(name, (1 / row["cost"], row[what]), **place)
 
 
 def _size(figure: Any, sections: Sections) -> None:
