@@ -76,9 +76,10 @@ def table(settings: Acceleration, sampler: str) -> Table:
     return settings.reuse.multistep if sampler in MULTISTEP_SAMPLERS else settings.reuse.single_step
 
 
-def full_steps_of(settings: Acceleration, sigmas: torch.Tensor, sampler: str = "sample_euler") -> frozenset[int]:
-    """Which steps of a schedule run the full U-Net, where no error is too large. ``sigmas``: [steps + 1]."""
-    return full_steps(sigmas[:-1].tolist(), table(settings, sampler).levels)
+def full_steps_of(settings: Acceleration, sigmas: torch.Tensor) -> frozenset[int]:
+    """Which steps of a schedule run the full U-Net with euler, the published sampler, where no error is too large.
+    ``sigmas``: [steps + 1]."""
+    return full_steps(sigmas[:-1].tolist(), settings.reuse.single_step.levels)
 
 
 def require_no_other_cache(options: Mapping[str, Any]) -> None:
@@ -114,11 +115,11 @@ class _Wrappers:
         guider: Guider = executor.class_obj
         before = guider.model_options
         require_no_other_cache(before)
-        name, found = _name(sampler), _gates(guider)
-        full, max_error = full_steps_of(self.settings, sigmas, name), table(self.settings, name).max_error
+        steps, found = sigmas[:-1].tolist(), _gates(guider)
+        levels, max_error = table(self.settings, _name(sampler))
         if found.patched:
             max_error = min(max_error, MAX_ERROR_PATCHED)
-        run = Run(sigmas[:-1].tolist(), full, max_error, guider.model_patcher, found)
+        run = Run(steps, full_steps(steps, levels), max_error, guider.model_patcher, found)
         run.no_reuse = (
             _why_no_reuse(sampler, sigmas, before) or run.gates.unknown
             if self.settings.reuse.single_step.levels

@@ -13,7 +13,7 @@ from koala_sdxl.koala.schedule import schedule
 from koala_sdxl.nodes.prompt import KoalaPrompt
 from koala_sdxl.nodes.sample import KoalaSampler
 from tools.measure import parity
-from tools.measure.bench.image_quality import psnr
+from tools.measure.bench.image_quality import prompts_of, psnr
 
 BASE = {"preset": "custom", "steps": 25, "cfg": 7.5, "spacing": "leading"}
 ALL_FULL = Acceleration(OFF, Reuse(*[Table(tuple(schedule(1000, "leading").sigmas[:-1].tolist()))] * 2))
@@ -79,12 +79,8 @@ def alone(model: Any, texts: tuple[Any, Any], **changes: Any) -> torch.Tensor:
     """``run`` for each picture of a batch by itself, from the same noise: a batch shares one decision."""
     found = []
     for row in range(len(texts[0][0][0])):
-        side = [
-            [[part[row : row + 1], rest | {"pooled_output": rest["pooled_output"][row : row + 1]}]]
-            for [[part, rest]] in texts
-        ]
         latent = {"samples": torch.zeros(1, 4, 16, 16), "batch_index": [row]}
-        found.append(run(model, side, latent=latent, **changes))
+        found.append(run(model, [prompts_of(side, [row]) for side in texts], latent=latent, **changes))
     return torch.cat(found)
 
 

@@ -65,7 +65,7 @@ class Prompts:
 
         def sample(some: Sequence[int]) -> torch.Tensor:
             latent = {"samples": torch.zeros(len(some), 4, SIDE, SIDE), "batch_index": list(some)}
-            positive, negative = (_some(side, some) for side in (self.positive, self.negative))
+            positive, negative = (prompts_of(side, some) for side in (self.positive, self.negative))
             made = KoalaSampler.execute(model, positive, negative, latent, self.seed, preset, sampler, 1.0)
             return made.result[0]["samples"]
 
@@ -145,7 +145,7 @@ def psnr(made: torch.Tensor, reference: torch.Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def _some(conditioning: list[Any], rows: Sequence[int]) -> list[Any]:
+def prompts_of(conditioning: list[Any], rows: Sequence[int]) -> list[Any]:
     """Some rows of one CONDITIONING of many prompts."""
     [[context, rest]] = conditioning
     part = list(rows)
