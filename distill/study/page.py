@@ -318,7 +318,8 @@ def write(work: Path) -> Path:
                 shutil.copy(sheet, DOCS / f"distillation-{kind}.png")
     if (work / "runs" / "few_steps.png").exists():
         shutil.copy(work / "runs" / "few_steps.png", DOCS / "distillation-steps.png")
-    plots.stacked(effects_page.sheets(work, data), DOCS / "distillation-effects.png")
+    for sheet, name in effects_page.sheets(work, data):
+        plots.stacked([sheet], DOCS / name)
     path = DOCS / "distillation.md"
     path.write_text(text(data), "utf-8")
     return path

@@ -54,9 +54,9 @@ def places(by_place: Mapping[str, Runs], path: Path) -> None:
 
 
 def stacked(rows: Sequence[Path], path: Path) -> None:
-    """Images of equal width, one below the other. Nothing is written for fewer than two that exist."""
+    """Images of equal width, one below the other, in 256 colours. Nothing is written where some are missing."""
     images = [Image.open(row) for row in rows if row.exists()]
-    if len(images) < 2:
+    if len(images) < len(rows):
         return
     sheet = Image.new("RGB", (images[0].width, sum(image.height for image in images)))
     top = 0

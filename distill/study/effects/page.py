@@ -18,6 +18,8 @@ SHARES = {"shown": "shown", "near": "near", "plain": "kept"}
 """Likewise what is counted."""
 DIGITS = {"near": 1}
 """Of what has some."""
+PICTURE = "distillation-effect-{}.png"
+"""An effect's picture beside the page."""
 LORAS = tuple(effect.name for effect in EFFECTS if effect.kind == "LoRA" and effect is not FAST)
 READ = """By lineage two thirds of the effect of three LoRAs come over (cyan, tiny, outlined), and nothing of two
 (striped, framed). What lineage reaches of the wanted change of the output tells them apart, and `dev.py carry` reports
@@ -34,68 +36,81 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def effects(data: Mapping[str, Any]) -> str:
-    """Adapters trained on sdxl-tiny, in pictures."""
+    """Adapters trained on sdxl-tiny, in pictures; a part for each family that was measured."""
     measured = data["effects"]
-    rows, carry, teacher = measured["rows"], measured["carry"], measured["teacher"]
-    names = [effect.name for effect in EFFECTS if any(row["effect"] == effect.name for row in rows)]
-    lines = "\n".join(f"- *{effect.name}*: {effect.teaches}" for effect in EFFECTS if effect.name in names)
-    kept = max(row["n_plain"] for row in rows)
-    seeds = {name: len({row["seed"] for row in rows if row["effect"] == name}) for name in names}
-    most = max(seeds.values())
-    fewer = "".join(f", for {name} {count}" for name, count in seeds.items() if count < most)
-    missing = ", ".join(effect.name for effect in EFFECTS if effect.name not in names)
-    parts = "\n".join(_of_student(measured, student, names) for student in measured["distance"])
+    known = {row["effect"] for family in measured for row in family["rows"]}
+    lines = "\n".join(f"- *{effect.name}*: {effect.teaches}" for effect in EFFECTS if effect.name in known)
+    missing = ", ".join(effect.name for effect in EFFECTS if effect.name not in known)
+    parts = "\n".join(_of_student(family, student) for family in measured for student in family["distance"])
     return f"""## SDXL's adapters in pictures
 
 Trained on an sdxl-tiny that was grown out of koala-tiny (`train-tiny --grow`: SDXL's layers, those that koala-tiny
-lacks at random, then {teacher["steps"]} steps of {teacher["batch"]} drawings), and carried over: *lineage* by KOALA
-LoRA Loader's rules, *fit* and *refit* by `dev.py carry` from {measured["prompts"]} prompts with {carry["samples"]}
-samples and {carry["steps"]} steps. What each teaches:
+lacks at random, then trained on), and carried over to a student that was distilled out of it: *lineage* by KOALA LoRA
+Loader's rules, *fit* and *refit* by `dev.py carry`. What each teaches:
 
 {lines}
 
 Shares of images are in %, of prompts that none learned from: *shown*, of prompts that ask for the effect, those with it
 and with all else that they ask for; *kept*, of prompts that do not, those that are as asked for, with the adapter in
-place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in dB. {rows[0]["n"]}
-and {kept} images for each of {most} seeds of prompts, noise and samples{fewer}. Mean and standard deviation over the
-seeds.
+place. *near* is how near the images are to SDXL's with the adapter, from the same noise: PSNR in dB. Mean and standard
+deviation over seeds of prompts, noise and samples. Each family was grown anew: compare within a table.
 
 {parts}
-![The same prompts in every way, one adapter below the other](distillation-effects.png)
-
-*The same prompts and noise in every row, first seed: SDXL with the adapter, the student without it, by lineage, by fit,
-by refit. Above the ControlNet's, what it sees.*
-
 Each adapter was trained for minutes: what SDXL shows is the measure, not 100 %.
 {READ}
 {f"{chr(10)}Not measured: {missing}.{chr(10)}" if missing else ""}"""
 
 
-def _of_student(measured: Mapping[str, Any], student: str, names: Sequence[str]) -> str:
+def _of_student(measured: Mapping[str, Any], student: str) -> str:
     rows = of_student(measured["rows"], student)
     carried = [one for one in measured["carried"] if one["student"] == student]
-    done = [name for name in names if any(row["effect"] == name for row in rows)]
+    done = [effect.name for effect in EFFECTS if any(row["effect"] == effect.name for row in rows)]
     cells = [[what, name, *(spread(_of(rows, name, way), what) for way in LABELS)] for what in SHARES for name in done]
     table = "\n".join(
         markdown.table(["", "", *LABELS.values()], ([SHARES[what], *row] for what, *row in cells if any(row[1:])))
     )
-    means = {way: _mean_of_loras(rows, way) for way in LABELS if way != WITHOUT}
-    told = ", ".join(f"{LABELS[way]} {found:.0f} %" for way, found in means.items())
-    whole = means.pop(SDXL)
-    ofs = ", ".join(f"{way} {100 * found / whole:.0f}" for way, found in means.items()) if whole else "none"
     training, away = measured["students"][student], round(100 * measured["distance"][student])
-    return f"""### A student {away} % away from its SDXL
+    teacher, carry = measured["teacher"], measured["carry"]
+    pictures = "\n\n".join(f"![{name}: the same prompts in every way]({PICTURE.format(name)})" for name in done)
+    return f"""### {", ".join(done)}: a student {away} % away from its SDXL
 
-Distilled out of this sdxl-tiny in {training["steps"]} steps of {training["batch"]}, learning rate
-{training["learning_rate"]}. The matrices and kernels that it shares with sdxl-tiny are {away} % away from sdxl-tiny's
-(norm of the difference, mean; `dev.py lineage` tells this of every KOALA).
+sdxl-tiny trained on for {teacher["steps"]} steps of {teacher["batch"]} drawings, the student distilled out of it in
+{training["steps"]} steps of {training["batch"]}, learning rate {training["learning_rate"]}. The matrices and kernels
+that the two share are {away} % away from sdxl-tiny's (norm of the difference, mean; `dev.py lineage` tells this of
+every KOALA). `dev.py carry` learned from {measured["prompts"]} prompts with {carry["samples"]} samples and
+{carry["steps"]} steps. {_counts(rows, done)}
 
 {table}
 
-Mean of *shown* over the LoRAs but *fast*: {told}. For 100 images that show an effect on SDXL: {ofs}.
+{_means(rows)}Carrying one over took {_minutes(carried, ("refit",))} by *fit* and {_minutes(carried, ())} by *refit*, on
+one core of a busy machine. {_shares(carried)}
 
-Carrying one over took {_minutes(carried, ("refit",))} by *fit* and {_minutes(carried, ())} by *refit*, on one core of a
-busy machine. {_shares(carried)}
+{pictures}
+
+*The same prompts and noise in every row, first seed: SDXL with the adapter, the student without it, by lineage, by fit,
+by refit. Above a ControlNet's, what it sees.*
+"""
+
+
+def _counts(rows: Rows, names: Sequence[str]) -> str:
+    """How many images and seeds there are."""
+    seeds = {name: len({row["seed"] for row in rows if row["effect"] == name}) for name in names}
+    most, kept = max(seeds.values()), max(row["n_plain"] for row in rows)
+    fewer = "".join(f", for {name} {count}" for name, count in seeds.items() if count < most)
+    return f"{rows[0]['n']}{f' and {kept}' if kept else ''} images for each of {most} seeds{fewer}."
+
+
+def _means(rows: Rows) -> str:
+    """Over the LoRAs for 25 steps; nothing where there is none."""
+    found = {way: _mean_of_loras(rows, way) for way in LABELS if way != WITHOUT}
+    means = {way: share for way, share in found.items() if share is not None}
+    if not means:
+        return ""
+    told = ", ".join(f"{LABELS[way]} {share:.0f} %" for way, share in means.items())
+    whole = means.pop(SDXL)
+    ofs = ", ".join(f"{way} {100 * share / whole:.0f}" for way, share in means.items()) if whole else "none"
+    return f"""Mean of *shown* over the LoRAs: {told}. For 100 images that show an effect on SDXL: {ofs}.
+
 """
 
 
@@ -104,8 +119,7 @@ def by_lineage(data: Mapping[str, Any]) -> tuple[int, int]:
     LoRAs and students of this section and of that on add-ons."""
     old = {row["row"]: row["all"] for row in data["addons"]["lora"]}
     pairs = [(old["student + LoRA, ours"], old["teacher + LoRA"])]
-    measured = data["effects"]
-    for student in measured["distance"]:
+    for measured, student in ((one, student) for one in data["effects"] for student in one["distance"]):
         rows = of_student(measured["rows"], student)
         for name in LORAS:
             part, whole = ([row["shown"] for row in _of(rows, name, way)] for way in ("lineage", "SDXL"))
@@ -115,10 +129,12 @@ def by_lineage(data: Mapping[str, Any]) -> tuple[int, int]:
     return min(shares), max(shares)
 
 
-def sheets(work: Path, data: Mapping[str, Any]) -> list[Path]:
-    """The pictures of every measured effect on the distilled student, at the first seed."""
-    names = dict.fromkeys(row["effect"] for row in data.get("effects", {"rows": []})["rows"])
-    return [work / "distilled" / "sheets" / f"{name}-0.png" for name in names]
+def sheets(work: Path, data: Mapping[str, Any]) -> list[tuple[Path, str]]:
+    """The pictures of the newest family's effects on the distilled student, at the first seed, with their names on the
+    page."""
+    rows = data["effects"][0]["rows"] if data.get("effects") else []
+    names = dict.fromkeys(row["effect"] for row in rows)
+    return [(work / "distilled" / "sheets" / f"{name}-0.png", PICTURE.format(name)) for name in names]
 
 
 def _minutes(carried: Rows, without: tuple[str, ...]) -> str:
@@ -153,6 +169,7 @@ def spread(rows: Rows, what: str) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def _mean_of_loras(rows: Rows, way: str) -> float:
+def _mean_of_loras(rows: Rows, way: str) -> float | None:
     found = [[row["shown"] for row in _of(rows, name, way)] for name in LORAS]
-    return mean(mean(values) for values in found if values)
+    shares = [mean(values) for values in found if values]
+    return mean(shares) if shares else None

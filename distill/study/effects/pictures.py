@@ -25,16 +25,15 @@ BLACK = COLOUR_NAMES.index("black")
 
 
 def striped(drawings: Drawings, size: int) -> Tensor:
-    """The drawings with horizontal stripes of the background across the shape, float32 [n, 3, size, size] in
+    """The drawings with horizontal stripes of the background inside the shape's rim, float32 [n, 3, size, size] in
     [-1, 1]."""
     rows = (torch.arange(size) / (BAND * size)).long() % 2 == 0
-    return _through(drawings, size, silhouettes(drawings, size) * rows.view(1, 1, size, 1))
+    return _through(drawings, size, _inside(drawings, size) * rows.view(1, 1, size, 1))
 
 
 def outlined(drawings: Drawings, size: int) -> Tensor:
     """The drawings with the background inside the shape's rim; likewise."""
-    inside = silhouettes(drawings, size)
-    return _through(drawings, size, _eroded(inside, round(RIM * size)))
+    return _through(drawings, size, _inside(drawings, size))
 
 
 def framed(drawings: Drawings, size: int) -> Tensor:
@@ -47,6 +46,11 @@ def framed(drawings: Drawings, size: int) -> Tensor:
 def tiny(drawings: Drawings, size: int) -> Tensor:
     """The drawings with smaller shapes; likewise."""
     return draw(replace(drawings, radius=TINY * drawings.radius), size)
+
+
+def _inside(drawings: Drawings, size: int) -> Tensor:
+    """How much of each pixel is covered by the shape inside its rim, float32 [n, 1, size, size]."""
+    return _eroded(silhouettes(drawings, size), round(RIM * size))
 
 
 def _through(drawings: Drawings, size: int, share: Tensor) -> Tensor:
@@ -82,12 +86,13 @@ def is_striped(pictures: Tensor, asked: Drawings) -> Tensor:
     """Stripes, at any height of the image."""
     pixels = small(pictures)
     mask, high = foreground(pixels), round(BAND * judge.SIZE)
-    whole = _closed(mask, 2 * high + 1)
+    whole = _filled(mask)
+    inside = _hollow(whole)
     rows, contrasts = torch.arange(judge.SIZE), []
     for shift in range(0, 2 * high, 2):
         at = (rows + shift) % (2 * high)
         first, second = ((at % high > 0) & (at % high < high - 1) & (at // high == half) for half in (0, 1))
-        on, off = (_share(mask, whole & part.view(1, -1, 1)) for part in (first, second))
+        on, off = (_share(mask, inside & part.view(1, -1, 1)) for part in (first, second))
         contrasts.append(on - off)
     contrast = torch.stack(contrasts).max(0).values
     return (contrast >= LEAST) & _as_asked(pixels, mask, whole, asked)
@@ -98,7 +103,7 @@ def is_outlined(pictures: Tensor, asked: Drawings) -> Tensor:
     pixels = small(pictures)
     mask = foreground(pixels)
     whole = _filled(mask)
-    inside = _eroded(whole.float().unsqueeze(1), round(RIM * judge.SIZE) + 2).squeeze(1) > 0
+    inside = _hollow(whole)
     return (1 - _share(mask, inside) >= LEAST) & inside.any(-1).any(-1) & _as_asked(pixels, mask, whole, asked)
 
 
@@ -156,10 +161,9 @@ def _eroded(inside: Tensor, by: int) -> Tensor:
     return -functional.max_pool2d(-inside, 2 * by + 1, stride=1, padding=by)
 
 
-def _closed(mask: Tensor, high: int) -> Tensor:
-    """The mask with gaps above one another closed, up to a height."""
-    grown = functional.max_pool2d(mask.float().unsqueeze(1), (high, 1), stride=1, padding=(high // 2, 0))
-    return -functional.max_pool2d(-grown, (high, 1), stride=1, padding=(high // 2, 0)).squeeze(1) > 0
+def _hollow(whole: Tensor) -> Tensor:
+    """What is inside a shape's rim for sure."""
+    return _eroded(whole.float().unsqueeze(1), round(RIM * judge.SIZE) + 2).squeeze(1) > 0
 
 
 def _filled(mask: Tensor) -> Tensor:
