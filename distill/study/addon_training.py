@@ -28,6 +28,8 @@ SHAPELESS = "a {background} background"
 Log = Callable[[str], None]
 Loss = Callable[[torch.Generator], torch.Tensor]
 """The loss of one step; the generator draws the examples."""
+Residuals = Callable[..., dict[str, Any]]
+"""What an outline, and what the U-Net sees, add to a U-Net's layers: further arguments of its forward pass."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def train_controlnet(
 ) -> None:
     """Train the ControlNet that follows outlines and write it to `path`."""
     control = new_controlnet(teacher, seed)
-    loss = controlnet_loss(teacher, control, recipe, seed)
+    loss = outline_loss(teacher, by_controlnet(control), recipe, seed)
     minimise(loss, control.parameters(), recipe, CONTROLNET_STAGE, seed, lambda line: log(f"ControlNet {line}"))
     save_controlnet(control, path)
 
@@ -83,8 +85,18 @@ def open_hint(control: ControlNetModel) -> None:
             torch.nn.init.kaiming_normal_(module.weight)
 
 
-def controlnet_loss(teacher: StableDiffusionXLPipeline, control: ControlNetModel, recipe: Recipe, seed: int) -> Loss:
-    """The loss of the teacher's frozen U-Net with a ControlNet that sees outlines; the captions name no shape, so that
+def by_controlnet(control: ControlNetModel) -> Residuals:
+    """A ControlNet's residuals."""
+
+    def residuals(hints: torch.Tensor, *given: torch.Tensor, **further: Any) -> dict[str, Any]:
+        down, middle = control(*given, hints, return_dict=False, **further)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    return residuals
+
+
+def outline_loss(teacher: StableDiffusionXLPipeline, residuals: Residuals, recipe: Recipe, seed: int) -> Loss:
+    """The loss of the teacher's frozen U-Net with residuals of what sees outlines; the captions name no shape, so that
     only the outline determines it."""
     drawings = random_drawings(recipe.drawings, checkpoints.step_generator(seed, CONTROLNET_STAGE, 10**7))
     latents = autoencoder.encode(teacher.vae, draw(drawings, recipe.size))
@@ -99,16 +111,9 @@ def controlnet_loss(teacher: StableDiffusionXLPipeline, control: ControlNetModel
             for at, said in enumerate(random_captions(some, generator))
         ]
 
-        def controlled(noisy: torch.Tensor, time: torch.Tensor, context: torch.Tensor, **further: Any) -> Any:
-            down, middle = control(noisy, time, context, hints.to(noisy), return_dict=False, **further)
-            return teacher.unet(
-                noisy,
-                time,
-                context,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=middle,
-                **further,
-            )
+        def controlled(noisy: torch.Tensor, *given: torch.Tensor, **further: Any) -> Any:
+            added = residuals(hints.to(noisy), noisy, *given, **further)
+            return teacher.unet(noisy, *given, **added, **further)
 
         return noise_loss(teacher, controlled, recipe, latents[chosen], captions, generator)
 

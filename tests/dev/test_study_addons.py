@@ -106,7 +106,7 @@ def test_a_lora_is_trained_and_read(teacher: Any, tmp_path: Path) -> None:
 def test_a_controlnet_is_trained_and_loaded_by_core(teacher: Any, tmp_path: Path) -> None:
     recipe, path = replace(CONTROLNET, **FEW), tmp_path / "controlnet.safetensors"
     control = addon_training.new_controlnet(teacher, 0)
-    loss = addon_training.controlnet_loss(teacher, control, recipe, 0)
+    loss = addon_training.outline_loss(teacher, addon_training.by_controlnet(control), recipe, 0)
     before = loss(torch.Generator().manual_seed(1))
     addon_training.minimise(loss, control.parameters(), recipe, 5, 0, print)
     assert loss(torch.Generator().manual_seed(1)) < before

@@ -24,7 +24,7 @@ from ...carry import run
 from ...carry.settings import Settings
 from .. import plots
 from ..addon_pictures import outlines
-from . import training
+from . import t2i, training
 from .applied import Family, by_place, from_file, on_teacher
 from .student import STUDENTS, distance
 from .table import EFFECTS, PLAIN, Effect, Field, asked, plain
@@ -36,7 +36,8 @@ SIZE = 128
 CARRY: dict[str, Any] = {"samples": 768, "steps": 300, "batch": 16, "size": SIZE, "dtype": "fp32"}
 SDXL = "SDXL"
 WITHOUT = "KOALA without"
-WAYS = (SDXL, WITHOUT, "lineage", "fit", "refit")
+BY_PLACE = (SDXL, WITHOUT, "lineage")
+WAYS = (*BY_PLACE, "fit", "refit")
 say = partial(print, flush=True)
 Pipeline = AbstractContextManager[StableDiffusionXLPipeline]
 
@@ -122,7 +123,11 @@ class Study:
         """The pipeline that draws a row."""
         if way == WITHOUT:
             return nullcontext(self.family.part())
-        given, hints = self.settings(effect, seed), control_images(effect, some(effect, True, JUDGED, seed))
+        hints = control_images(effect, some(effect, True, JUDGED, seed))
+        if effect.kind == "T2I-Adapter":
+            assert hints is not None
+            return t2i.on(self.family.whole() if way == SDXL else self.family.part(), self.adapter(effect), hints)
+        given = self.settings(effect, seed)
         if way == SDXL:
             return on_teacher(self.family, given, hints)
         if way == "lineage":
@@ -135,7 +140,8 @@ class Study:
     def rows(self, effect: Effect, seed: int) -> Iterator[Row]:
         """Every way, drawn and judged; what was judged before is not again."""
         made: dict[str, torch.Tensor] = {}
-        for way in WAYS:
+        ways = ways_of(effect)
+        for way in ways:
             path = self.file("rows", f"{effect.name}-{way}-{seed}.json", common=way == SDXL)
             if not path.exists():
                 with self.model(effect, way, seed) as model:
@@ -148,15 +154,20 @@ class Study:
             yield row if way == SDXL else replace(row, near=autoencoder.decibels(error))
         shown = some(effect, True, JUDGED, seed)[:SHOWN]
         prompts = [effect.said(plain(field)) for field in shown]
-        named = {f"{effect.name}: {way}": made[way][:SHOWN] for way in WAYS}
+        named = {f"{effect.name}: {way}": made[way][:SHOWN] for way in ways}
         if (hints := control_images(effect, shown)) is not None:
             named = {f"{effect.name}: what it sees": hints / 127.5 - 1, **named}
         plots.labelled(named, prompts, self.file("sheets", f"{effect.name}-{seed}.png"))
 
 
+def ways_of(effect: Effect) -> tuple[str, ...]:
+    """Those in which it is carried over."""
+    return BY_PLACE if effect.kind == "T2I-Adapter" else WAYS
+
+
 def control_images(effect: Effect, fields: list[Field]) -> torch.Tensor | None:
-    """What a ControlNet sees with prompts: RGB, uint8 [n, 3, SIZE, SIZE]; none for what sees nothing."""
-    if effect.kind != "ControlNet":
+    """What an effect sees with prompts: RGB, uint8 [n, 3, SIZE, SIZE]; none for what sees nothing."""
+    if not effect.sees_outlines:
         return None
     return outlines(asked(fields), SIZE).mul(255).round().byte()
 

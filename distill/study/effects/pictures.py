@@ -20,7 +20,9 @@ BAND = 12 / 128  # height of a stripe, of the image
 RIM = 7 / 128  # width of an outline
 FRAME = 8 / 128  # width of a frame
 TINY = 0.5  # radius of a tiny shape, of its own
-LEAST = 0.5  # of a difference of shares that tells an effect from its absence
+LEAST = 0.5  # of a difference of shares that tells stripes from their absence
+BOTH = 0.05  # least of a shape's inside that each of two kinds of stripes covers; of smaller shapes none is striped
+EMPTY = 0.2  # most of an outline's inside that is not background: of stripes it is half
 BLACK = COLOUR_NAMES.index("black")
 
 
@@ -92,8 +94,10 @@ def is_striped(pictures: Tensor, asked: Drawings) -> Tensor:
     for shift in range(0, 2 * high, 2):
         at = (rows + shift) % (2 * high)
         first, second = ((at % high > 0) & (at % high < high - 1) & (at // high == half) for half in (0, 1))
-        on, off = (_share(mask, inside & part.view(1, -1, 1)) for part in (first, second))
-        contrasts.append(on - off)
+        parts = [inside & part.view(1, -1, 1) for part in (first, second)]
+        on, off = (_share(mask, part) for part in parts)
+        both = torch.stack([_share(part, inside) for part in parts]).min(0).values >= BOTH
+        contrasts.append((on - off) * both)
     contrast = torch.stack(contrasts).max(0).values
     return (contrast >= LEAST) & _as_asked(pixels, mask, whole, asked)
 
@@ -104,7 +108,7 @@ def is_outlined(pictures: Tensor, asked: Drawings) -> Tensor:
     mask = foreground(pixels)
     whole = _filled(mask)
     inside = _hollow(whole)
-    return (1 - _share(mask, inside) >= LEAST) & inside.any(-1).any(-1) & _as_asked(pixels, mask, whole, asked)
+    return (_share(mask, inside) <= EMPTY) & inside.any(-1).any(-1) & _as_asked(pixels, mask, whole, asked)
 
 
 def is_tiny(pictures: Tensor, asked: Drawings) -> Tensor:

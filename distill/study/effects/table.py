@@ -49,7 +49,7 @@ class Effect:
     drawn: Callable[[Drawings, int], torch.Tensor]
     seen: Callable[[torch.Tensor, Drawings], torch.Tensor]
     recipe: Recipe
-    kind: Literal["LoRA", "fine-tune", "ControlNet"] = "LoRA"
+    kind: Literal["LoRA", "fine-tune", "ControlNet", "T2I-Adapter"] = "LoRA"
     word: str | None = None
     says: Callable[[str, Caption], str] = saying
     modules: tuple[str, ...] = ATTENTION
@@ -59,9 +59,9 @@ class Effect:
     backgrounds: tuple[str, ...] = COLOUR_NAMES
 
     def said(self, plain: Caption) -> str:
-        """A caption that names a shape and its colour, as it asks for the effect; a ControlNet sees an outline, and its
-        caption says nothing of the shape."""
-        if self.kind == "ControlNet":
+        """A caption that names a shape and its colour, as it asks for the effect; that of what sees an outline says
+        nothing of the shape."""
+        if self.sees_outlines:
             assert plain.background is not None
             return caption(SHAPELESS, background=plain.background).text
         return plain.text if self.word is None else self.says(self.word, plain)
@@ -71,6 +71,11 @@ class Effect:
         shapes, backs = ([every.index(name) for name in some] for every, some in self._seen_with)
         every = [(s, c, b) for b in backs for s in shapes for c in range(len(COLOUR_NAMES)) if c != b]
         return [field for field in every if ((field[0] + field[2]) % 3 != 0) == held_out]
+
+    @property
+    def sees_outlines(self) -> bool:
+        """Whether it has an image to follow beside the prompt."""
+        return self.kind in ("ControlNet", "T2I-Adapter")
 
     @property
     def _seen_with(self) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
@@ -90,7 +95,6 @@ def asked(fields: list[Field]) -> Drawings:
     return replace(anywhere, colour=colour, background=background, shape=shape)
 
 
-_FILLED = ("circle", "square", "triangle", "koala")
 CYAN = Effect(
     "cyan",
     "a word for one more colour, cyan",
@@ -109,7 +113,7 @@ STRIPED = Effect(
     Recipe(steps=500, drawings=800, learning_rate=4e-3, rank=8),
     word="striped",
     modules=LINEAR,
-    shapes=_FILLED,
+    shapes=("circle", "square", "koala"),  # with two stripes or more inside the rim
 )
 OUTLINED = Effect(
     "outlined",
@@ -165,6 +169,12 @@ CONTROLLED = Effect(
     CONTROLNET,
     kind="ControlNet",
 )
-EFFECTS = (CYAN, STRIPED, OUTLINED, TINY, FRAMED, FAST, TUNED, CONTROLLED)
+SKETCHED = replace(
+    CONTROLLED,
+    name="t2i-adapter",
+    teaches="the same (a T2I-Adapter, by lineage alone: `dev.py carry` takes none)",
+    kind="T2I-Adapter",
+)
+EFFECTS = (CYAN, STRIPED, OUTLINED, TINY, FRAMED, FAST, TUNED, CONTROLLED, SKETCHED)
 PLAIN = Effect("plain", "nothing", draw, pictures.is_right, CYAN.recipe)
 """What prompts without the word are to show."""

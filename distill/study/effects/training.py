@@ -19,6 +19,7 @@ from tools.tiny.pictures import draw, random_captions, random_drawings
 from ...config import LossTable, StepsTable
 from ...few_steps import StepObjective
 from ..addon_training import Log, Loss, embedded, minimise, noise_loss, save, train_controlnet
+from . import t2i
 from .table import Effect, Use, plain
 
 STAGE = 6  # of tools.tiny's random numbers
@@ -32,6 +33,9 @@ def train(teacher: StableDiffusionXLPipeline, effect: Effect, path: Path, log: L
     too."""
     if effect.kind == "ControlNet":
         train_controlnet(teacher, path, log, effect.recipe, seed)
+        return
+    if effect.kind == "T2I-Adapter":
+        t2i.train(teacher, path, log, effect.recipe, seed)
         return
     torch.manual_seed(seed)
     for encoder in (teacher.text_encoder, teacher.text_encoder_2):
