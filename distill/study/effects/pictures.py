@@ -20,9 +20,8 @@ BAND = 12 / 128  # height of a stripe, of the image
 RIM = 7 / 128  # width of an outline
 FRAME = 8 / 128  # width of a frame
 TINY = 0.5  # radius of a tiny shape, of its own
-LEAST = 0.5  # of a difference of shares that tells stripes from their absence
+LEAST = 0.5  # of a difference of shares that tells an effect from its absence
 BOTH = 0.05  # least of a shape's inside that each of two kinds of stripes covers; of smaller shapes none is striped
-EMPTY = 0.2  # most of an outline's inside that is not background: of stripes it is half
 BLACK = COLOUR_NAMES.index("black")
 
 
@@ -108,7 +107,7 @@ def is_outlined(pictures: Tensor, asked: Drawings) -> Tensor:
     mask = foreground(pixels)
     whole = _filled(mask)
     inside = _hollow(whole)
-    return (_share(mask, inside) <= EMPTY) & inside.any(-1).any(-1) & _as_asked(pixels, mask, whole, asked)
+    return (1 - _share(mask, inside) >= LEAST) & inside.any(-1).any(-1) & _as_asked(pixels, mask, whole, asked)
 
 
 def is_tiny(pictures: Tensor, asked: Drawings) -> Tensor:
