@@ -80,10 +80,16 @@ class Teacher:
 
     @cached_property
     def noise(self) -> DDPMScheduler:
-        """The noise schedule with which it was trained."""
+        """The noise schedule with which it was trained. Raises UserError for a folder's that cannot be read."""
         folder = self.table.model / "scheduler"
         if folder.is_dir():
-            return DDPMScheduler.from_pretrained(folder)
+            try:
+                return DDPMScheduler.from_pretrained(folder)
+            except (OSError, ValueError, NotImplementedError) as error:
+                raise UserError(
+                    f"teacher.model: {folder} holds no noise schedule ({str(error).splitlines()[0]}); expected SDXL's "
+                    f"scheduler_config.json. Fetch it again."
+                ) from None
         header = read_header(self.file.path)
         stated = [kind for mark, kind in PREDICTION_MARKS.items() if mark in header.shapes]
         if header.metadata.get("modelspec.predict_key") == "v":

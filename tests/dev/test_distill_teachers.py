@@ -175,6 +175,19 @@ def test_a_teacher_that_predicts_velocity_is_named(place: Path, tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize("text", [None, "{", '{"beta_schedule": "unknown"}'], ids=["missing", "damaged", "unknown"])
+def test_a_teacher_without_a_noise_schedule_is_named(place: Path, tmp_path: Path, text: str | None) -> None:
+    shutil.copytree(place / "sdxl-tiny", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    said = refused_teacher(place, tmp_path / "teacher")
+    assert said.startswith(f"teacher.model: {path.parent} holds no noise schedule (")
+    assert said.endswith("expected SDXL's scheduler_config.json. Fetch it again.")
+
+
 @pytest.mark.parametrize(("mark", "metadata"), [("v_pred", {}), ("", {"modelspec.predict_key": "v"})])
 def test_a_single_file_that_predicts_velocity_is_named(
     place: Path, tmp_path: Path, mark: str, metadata: dict[str, str]

@@ -34,6 +34,7 @@ from koala_sdxl.koala.files.control_weights import control_file
 from koala_sdxl.koala.lora import report
 from koala_sdxl.koala.lora.plan import inspect_lora
 from tests.daily import daily
+from tools.harness.testhost import ROOT
 from tools.measure import reference
 from tools.tiny import SHIPPED, denoiser, pipeline
 from tools.tiny.grow import SDXL_TINY
@@ -199,5 +200,28 @@ def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
     assert any("they reach 50 % by lineage, 70 % by fit, 80 % by refit (mean)." in line for line in lines)
 
 
-def test_the_loader_tells_what_was_measured() -> None:
-    assert page.by_lineage(store.newest()) == report.IN_PICTURES
+def test_of_each_effect_the_newest_family_counts() -> None:
+    def family(number: int, *effects: str) -> dict[str, Any]:
+        rows = [{"effect": effect, "number": number} for effect in effects]
+        return {"rows": rows, "carried": [{"name": f"{effect}-refit-0"} for effect in effects], "teacher": number}
+
+    oldest, older, newest = family(1, "cyan"), family(2, "cyan", "fine-tune", "tiny"), family(3, "cyan", "tiny")
+    found = store.families([oldest, older, newest])
+    assert found == [newest, {**family(2, "fine-tune"), "teacher": 2}]
+    assert store.families([]) == []
+
+
+def test_the_loader_and_the_readme_tell_what_was_measured() -> None:
+    data = store.newest()
+    assert page.by_lineage(data) == report.IN_PICTURES
+    found = page.for_hundred(data)
+
+    def told(effect: str, *ways: str) -> str:
+        return "; ".join(str(found[effect][way]) for way in ways)
+
+    rows = [line.rpartition(" | ")[2] for line in (ROOT / "README.md").read_text("utf-8").splitlines() if "|" in line]
+    for way in ("lineage", "fit", "refit"):
+        mean, colour, stripes = (told(effect, way) for effect in (page.MEAN, "cyan", "striped"))
+        assert f"{mean}, mean of five: {colour} for a colour, {stripes} for stripes |" in "\n".join(rows)
+    assert f"{told('fine-tune', 'lineage', 'fit', 'refit')} |" in rows
+    assert f"{told('controlnet', 'lineage')} |" in rows

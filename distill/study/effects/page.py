@@ -18,6 +18,8 @@ SHARES = {"shown": "shown", "near": "near", "plain": "kept"}
 """Likewise what is counted."""
 DIGITS = {"near": 1}
 """Of what has some."""
+MEAN = "mean"
+"""Of the LoRAs."""
 PICTURE = "distillation-effect-{}.png"
 """An effect's picture beside the page."""
 LORAS = tuple(effect.name for effect in EFFECTS if effect.kind == "LoRA" and effect is not FAST)
@@ -82,10 +84,7 @@ every KOALA). `dev.py carry` learned from {measured["prompts"]} prompts with {ca
 
 {table}
 
-{_means(rows)}Carrying one over took {_minutes(carried, ("refit",))} by *fit* and {_minutes(carried, ())} by *refit*, on
-one core of a busy machine. {_shares(carried)}
-
-{pictures}
+{_means(rows)}{_carried(carried)}{pictures}
 
 *The same prompts and noise in every row, first seed: SDXL with the adapter, the student without it, by lineage, by fit,
 by refit. Above a ControlNet's, what it sees.*
@@ -101,31 +100,37 @@ def _counts(rows: Rows, names: Sequence[str]) -> str:
 
 
 def _means(rows: Rows) -> str:
-    """Over the LoRAs for 25 steps; nothing where there is none."""
-    found = {way: _mean_of_loras(rows, way) for way in LABELS if way != WITHOUT}
-    means = {way: share for way, share in found.items() if share is not None}
+    """Over the LoRAs for as many steps as usual; nothing where there is none."""
+    means = _mean_of_loras(rows)
     if not means:
         return ""
     told = ", ".join(f"{LABELS[way]} {share:.0f} %" for way, share in means.items())
-    whole = means.pop(SDXL)
-    ofs = ", ".join(f"{way} {100 * share / whole:.0f}" for way, share in means.items()) if whole else "none"
+    ofs = ", ".join(f"{way} {share}" for way, share in _for_hundred(means).items()) or "none"
     return f"""Mean of *shown* over the LoRAs: {told}. For 100 images that show an effect on SDXL: {ofs}.
 
 """
 
 
+def for_hundred(data: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Effect -> way -> how many images show it on the distilled student for 100 that show it on SDXL. Under ``MEAN``
+    that of the means over the LoRAs."""
+    found: dict[str, dict[str, int]] = {}
+    for measured in data["effects"]:
+        rows = of_student(measured["rows"], "distilled")
+        if means := _mean_of_loras(rows):
+            found[MEAN] = _for_hundred(means)
+        for name in dict.fromkeys(row["effect"] for row in rows):
+            found[name] = _for_hundred(_shown(rows, name))
+    return found
+
+
 def by_lineage(data: Mapping[str, Any]) -> tuple[int, int]:
     """How many images show a LoRA's effect on a student by lineage for 100 that show it on SDXL: least and most, of the
-    LoRAs and students of this section and of that on add-ons."""
+    LoRAs of this section and of that on add-ons."""
     old = {row["row"]: row["all"] for row in data["addons"]["lora"]}
-    pairs = [(old["student + LoRA, ours"], old["teacher + LoRA"])]
-    for measured, student in ((one, student) for one in data["effects"] for student in one["distance"]):
-        rows = of_student(measured["rows"], student)
-        for name in LORAS:
-            part, whole = ([row["shown"] for row in _of(rows, name, way)] for way in ("lineage", "SDXL"))
-            if part:
-                pairs.append((mean(part), mean(whole)))
-    shares = [round(100 * part / whole) for part, whole in pairs]
+    measured = for_hundred(data)
+    shares = [measured[name]["lineage"] for name in LORAS if name in measured]
+    shares.append(round(100 * old["student + LoRA, ours"] / old["teacher + LoRA"]))
     return min(shares), max(shares)
 
 
@@ -137,16 +142,21 @@ def sheets(work: Path, data: Mapping[str, Any]) -> list[tuple[Path, str]]:
     return [(work / "distilled" / "sheets" / f"{name}-0.png", PICTURE.format(name)) for name in names]
 
 
+def _carried(carried: Rows) -> str:
+    """How long carrying over took, and how much of the wanted change of the U-Net's output is reached."""
+    if not carried:
+        return ""
+    means = {way: mean(one["shares"][way] for one in carried) for way in ("lineage", "fit", "refit")}
+    told = ", ".join(f"{100 * share:.0f} % by {way}" for way, share in means.items())
+    return f"""Carrying one over took {_minutes(carried, ("refit",))} by *fit* and {_minutes(carried, ())} by *refit*,
+on one core of a busy machine. Of the wanted change of the U-Net's output, on held-out samples, they reach {told} (mean).
+
+"""
+
+
 def _minutes(carried: Rows, without: tuple[str, ...]) -> str:
     found = [sum(took for part, took in one["seconds"].items() if part not in without) / 60 for one in carried]
     return f"{min(found):.0f} to {max(found):.0f} minutes"
-
-
-def _shares(carried: Rows) -> str:
-    """How much of the wanted change of the U-Net's output is reached."""
-    means = {way: mean(one["shares"][way] for one in carried) for way in ("lineage", "fit", "refit")}
-    told = ", ".join(f"{100 * share:.0f} % by {way}" for way, share in means.items())
-    return f"Of the wanted change of the U-Net's output, on held-out samples, they reach {told} (mean)."
 
 
 def of_student(rows: Rows, student: str) -> Rows:
@@ -169,7 +179,19 @@ def spread(rows: Rows, what: str) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def _mean_of_loras(rows: Rows, way: str) -> float | None:
-    found = [[row["shown"] for row in _of(rows, name, way)] for name in LORAS]
-    shares = [mean(values) for values in found if values]
-    return mean(shares) if shares else None
+def _shown(rows: Rows, effect: str) -> dict[str, float]:
+    """Way -> share of images that show an effect, mean over the seeds."""
+    found = {way: [row["shown"] for row in _of(rows, effect, way)] for way in LABELS if way != WITHOUT}
+    return {way: mean(values) for way, values in found.items() if values}
+
+
+def _mean_of_loras(rows: Rows) -> dict[str, float]:
+    """The same, mean over the LoRAs for as many steps as usual; nothing where there is none."""
+    each = [found for name in LORAS if (found := _shown(rows, name))]
+    return {way: mean(found[way] for found in each) for way in (each[0] if each else ())}
+
+
+def _for_hundred(shown: Mapping[str, float]) -> dict[str, int]:
+    """Shares of every other way than SDXL's, of that; nothing where SDXL shows it in no image."""
+    whole = shown[SDXL]
+    return {way: round(100 * share / whole) for way, share in shown.items() if way != SDXL} if whole else {}
