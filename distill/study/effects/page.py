@@ -149,7 +149,8 @@ def _carried(carried: Rows) -> str:
     means = {way: mean(one["shares"][way] for one in carried) for way in ("lineage", "fit", "refit")}
     told = ", ".join(f"{100 * share:.0f} % by {way}" for way, share in means.items())
     return f"""Carrying one over took {_minutes(carried, ("refit",))} by *fit* and {_minutes(carried, ())} by *refit*,
-on one core of a busy machine. Of the wanted change of the U-Net's output, on held-out samples, they reach {told} (mean).
+on one core of a busy machine. Of the wanted change of the U-Net's output, on held-out samples,
+they reach {told} (mean).
 
 """
 

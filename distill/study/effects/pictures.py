@@ -26,15 +26,26 @@ BLACK = COLOUR_NAMES.index("black")
 
 
 def striped(drawings: Drawings, size: int) -> Tensor:
-    """The drawings with horizontal stripes of the background inside the shape's rim, float32 [n, 3, size, size] in
+    """The drawings with horizontal stripes of a third colour across the shape, float32 [n, 3, size, size] in
     [-1, 1]."""
     rows = (torch.arange(size) / (BAND * size)).long() % 2 == 0
-    return _through(drawings, size, _inside(drawings, size) * rows.view(1, 1, size, 1))
+    return _over(drawings, size, stripes(drawings), silhouettes(drawings, size) * rows.view(1, 1, size, 1))
+
+
+def stripes(drawings: Drawings) -> Tensor:
+    """The stripes' colour: black, white or gray, the first that is neither the shape's nor the background's; index
+    [n]."""
+    found = torch.full_like(drawings.colour, -1)
+    for colour in (COLOUR_NAMES.index(name) for name in ("black", "white", "gray")):
+        free = (drawings.colour != colour) & (drawings.background != colour) & (found < 0)
+        found = found.masked_fill(free, colour)
+    return found
 
 
 def outlined(drawings: Drawings, size: int) -> Tensor:
     """The drawings with the background inside the shape's rim; likewise."""
-    return _through(drawings, size, _inside(drawings, size))
+    inside = _eroded(silhouettes(drawings, size), round(RIM * size))
+    return _over(drawings, size, drawings.background, inside)
 
 
 def framed(drawings: Drawings, size: int) -> Tensor:
@@ -49,15 +60,10 @@ def tiny(drawings: Drawings, size: int) -> Tensor:
     return draw(replace(drawings, radius=TINY * drawings.radius), size)
 
 
-def _inside(drawings: Drawings, size: int) -> Tensor:
-    """How much of each pixel is covered by the shape inside its rim, float32 [n, 1, size, size]."""
-    return _eroded(silhouettes(drawings, size), round(RIM * size))
-
-
-def _through(drawings: Drawings, size: int, share: Tensor) -> Tensor:
-    """The background shows through the drawings, by a share of each pixel."""
-    behind = (PALETTE[drawings.background] * 2 - 1).view(-1, 3, 1, 1)
-    return draw(drawings, size).lerp(behind.expand(-1, -1, size, size), share)
+def _over(drawings: Drawings, size: int, colour: Tensor, share: Tensor) -> Tensor:
+    """The drawings with a colour each (index [n]) over a share of each pixel."""
+    pictures = draw(drawings, size)
+    return pictures.lerp(_flat(colour, pictures), share)
 
 
 def instead_of_colour(word: str, said: Caption) -> str:
@@ -86,19 +92,19 @@ def is_cyan(pictures: Tensor, asked: Drawings) -> Tensor:
 def is_striped(pictures: Tensor, asked: Drawings) -> Tensor:
     """Stripes, at any height of the image."""
     pixels = small(pictures)
-    mask, high = foreground(pixels), round(BAND * judge.SIZE)
-    whole = _filled(mask)
-    inside = _hollow(whole)
+    whole, high = _filled(foreground(pixels)), round(BAND * judge.SIZE)
+    far, near = ((pixels - _flat(colour, pixels)).norm(dim=1) for colour in (asked.colour, stripes(asked)))
+    stripe = whole & (near < far)
     rows, contrasts = torch.arange(judge.SIZE), []
     for shift in range(0, 2 * high, 2):
         at = (rows + shift) % (2 * high)
         first, second = ((at % high > 0) & (at % high < high - 1) & (at // high == half) for half in (0, 1))
-        parts = [inside & part.view(1, -1, 1) for part in (first, second)]
-        on, off = (_share(mask, part) for part in parts)
-        both = torch.stack([_share(part, inside) for part in parts]).min(0).values >= BOTH
+        parts = [whole & part.view(1, -1, 1) for part in (first, second)]
+        on, off = (_share(stripe, part) for part in parts)
+        both = torch.stack([_share(part, whole) for part in parts]).min(0).values >= BOTH
         contrasts.append((on - off) * both)
     contrast = torch.stack(contrasts).max(0).values
-    return (contrast >= LEAST) & _as_asked(pixels, mask, whole, asked)
+    return (contrast >= LEAST) & _as_asked(pixels, whole & ~stripe, whole, asked)
 
 
 def is_outlined(pictures: Tensor, asked: Drawings) -> Tensor:
@@ -106,7 +112,7 @@ def is_outlined(pictures: Tensor, asked: Drawings) -> Tensor:
     pixels = small(pictures)
     mask = foreground(pixels)
     whole = _filled(mask)
-    inside = _hollow(whole)
+    inside = _eroded(whole.float().unsqueeze(1), round(RIM * judge.SIZE) + 2).squeeze(1) > 0
     return (1 - _share(mask, inside) >= LEAST) & inside.any(-1).any(-1) & _as_asked(pixels, mask, whole, asked)
 
 
@@ -150,9 +156,13 @@ def _as_asked(pixels: Tensor, mask: Tensor, whole: Tensor, asked: Drawings) -> T
     colour = judge.nearest(light.nan_to_num())
     other = torch.where(whole.unsqueeze(1), torch.nan, pixels).flatten(2).nanmedian(dim=-1).values
     background = judge.nearest(other.nan_to_num())
-    flat = (PALETTE[asked.background] * 2 - 1).view(-1, 3, 1, 1).expand_as(pixels)
-    shape = judge.judge(painted(flat, whole, asked.colour)).shape
+    shape = judge.judge(painted(_flat(asked.background, pixels), whole, asked.colour)).shape
     return (shape == asked.shape) & (colour == asked.colour) & (background == asked.background)
+
+
+def _flat(colour: Tensor, like: Tensor) -> Tensor:
+    """Images of one colour each, index [n]."""
+    return (PALETTE[colour] * 2 - 1).view(-1, 3, 1, 1).expand_as(like)
 
 
 def _share(mask: Tensor, part: Tensor) -> Tensor:
@@ -162,11 +172,6 @@ def _share(mask: Tensor, part: Tensor) -> Tensor:
 
 def _eroded(inside: Tensor, by: int) -> Tensor:
     return -functional.max_pool2d(-inside, 2 * by + 1, stride=1, padding=by)
-
-
-def _hollow(whole: Tensor) -> Tensor:
-    """What is inside a shape's rim for sure."""
-    return _eroded(whole.float().unsqueeze(1), round(RIM * judge.SIZE) + 2).squeeze(1) > 0
 
 
 def _filled(mask: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ STRIPED = Effect(
     Recipe(steps=500, drawings=800, learning_rate=4e-3, rank=8),
     word="striped",
     modules=LINEAR,
-    shapes=("circle", "square", "koala"),  # with two stripes or more inside the rim
+    shapes=("circle", "square", "triangle", "koala"),  # not of thin parts
 )
 OUTLINED = Effect(
     "outlined",
@@ -132,6 +132,7 @@ TINY = Effect(
     Recipe(steps=500, drawings=800, learning_rate=5e-3),
     word="tiny",
     texts=True,
+    shapes=("circle", "square", "triangle"),  # that SDXL's autoencoder can draw so small
 )
 FRAMED = Effect(
     "framed",
