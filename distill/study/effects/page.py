@@ -113,12 +113,12 @@ def _means(rows: Rows) -> str:
 
 def for_hundred(data: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Effect -> way -> how many images show it on the distilled student for 100 that show it on SDXL. Under ``MEAN``
-    that of the means over the LoRAs."""
+    that of the means over the LoRAs, of the newest family that has some."""
     found: dict[str, dict[str, int]] = {}
     for measured in data["effects"]:
         rows = of_student(measured["rows"], "distilled")
         if means := _mean_of_loras(rows):
-            found[MEAN] = _for_hundred(means)
+            found.setdefault(MEAN, _for_hundred(means))
         for name in dict.fromkeys(row["effect"] for row in rows):
             found[name] = _for_hundred(_shown(rows, name))
     return found
