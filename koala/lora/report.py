@@ -13,7 +13,7 @@ from .plan import STAGES, Plan
 SHOWN = 3
 """How many modules are named for one reason."""
 
-IN_PICTURES = (0, 72)
+IN_PICTURES = (2, 91)
 """How many images show an SDXL LoRA's effect on KOALA, for 100 that show it on SDXL: least and most of the LoRAs of
 docs/distillation.md, at strength 1."""
 

@@ -107,7 +107,7 @@ CYAN = Effect(
 )
 STRIPED = Effect(
     "striped",
-    "a word for a fill, stripes",
+    "a word for stripes across a shape",
     pictures.striped,
     pictures.is_striped,
     Recipe(steps=500, drawings=800, learning_rate=4e-3, rank=8),
