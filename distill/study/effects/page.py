@@ -26,8 +26,8 @@ PICTURE = "distillation-effect-{}.png"
 """An effect's picture beside the page."""
 filled = partial(textwrap.fill, width=120, break_on_hyphens=False)
 LORAS = tuple(effect.name for effect in EFFECTS if effect.kind == "LoRA" and effect is not FAST)
-READ = """By lineage four fifths of the effect of three LoRAs come over (cyan, tiny, outlined), and next to nothing of two
-(striped, framed). Least squares bring back nearly all of the three, and further training adds nothing that could be
+READ = """By lineage four fifths of the effect of three LoRAs come over (cyan, tiny, outlined), and next to nothing of
+two (striped, framed). Least squares bring back nearly all of the three, and further training adds nothing that could be
 seen. Of the frame, least squares bring back two fifths, further training two thirds, at the price that it shows where
 it is not asked for. The stripes hardly come back: with the 18 prompts that are learned from, further training does
 better on these, and on others no better than lineage, which is then what the file holds. How much of the wanted change
