@@ -173,7 +173,8 @@ def test_a_student_that_is_its_teacher_has_no_error(teacher: UNet2DConditionMode
         found = made.errors(network, batch(), torch.Generator().manual_seed(0))
         compact = student.build(planned(), "teacher", teacher, seed=0).eval()
         other = objective(teacher, compact, planned(), table).errors(compact, batch(), torch.Generator().manual_seed(0))
-    assert (float(found["output"]), float(found["feature"])) == (0, 0)
+    # squares of rounding alone: how a sum is rounded depends on where the arrays lie in memory
+    assert max(float(found["output"]), float(found["feature"])) < 1e-9
     assert float(found["task"]) > 0.5  # random weights do not know the noise
     assert float(other["output"]) > 1e-4
     assert float(other["feature"]) > 1e-4
