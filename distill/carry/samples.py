@@ -29,8 +29,8 @@ LORA, FILE = "lora ", "file "
 
 
 class Samples(NamedTuple):
-    """n noisy latents: as the U-Net sees them [n, 4, h, w], time step [n], row of the texts [n], whether they come
-    from a prompt to keep, bool [n], and number of the control image [n], 0 without any."""
+    """n noisy latents: as the U-Net sees them [n, 4, h, w], time step [n], row of the texts [n], whether they see a
+    prompt to keep, bool [n], and number of the control image [n], 0 without any."""
 
     noisy: Tensor
     time: Tensor
@@ -183,12 +183,16 @@ def joined(parts: list[Samples]) -> Samples:
 
 
 def chosen(of: Samples, count: int, empty: int | None, generator: torch.Generator) -> Samples:
-    """Some samples, at random; a few of them see the empty prompt, which is the row ``empty``, if there is one."""
+    """Some samples, at random; a few of them see the empty prompt, which is the row ``empty``, if there is one.
+
+    The empty prompt is not kept, whosever way it is on: a noisy latent hardly tells that, and with guidance SDXL turns
+    away from what its LoRA makes of the empty prompt.
+    """
     some = of.pick(torch.randperm(len(of.time), generator=generator)[:count])
     if empty is None:
         return some
     without = torch.rand(len(some.time), generator=generator) < WITHOUT_PROMPT
-    return some._replace(text=torch.where(without, empty, some.text))
+    return some._replace(text=torch.where(without, empty, some.text), kept=some.kept & ~without)
 
 
 def outputs(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Settings, acts: Acts = alone) -> Tensor:
@@ -212,12 +216,12 @@ def output(unet: Any, samples: Samples, texts: tuple[Tensor, Tensor], given: Set
 
 def wanted(own: Tensor, change: Tensor, kept: Tensor) -> Tensor:
     """The outputs that are asked of the KOALA, [n, 4, h, w]: its own without a LoRA, changed as SDXL's LoRA changes
-    SDXL's; unchanged for prompts to keep, and for the empty prompt on their way.
+    SDXL's; unchanged for prompts to keep.
 
     Args:
         own: its outputs without a LoRA.
         change: what SDXL's LoRA adds to SDXL's.
-        kept: whether a sample is of a prompt to keep, bool [n].
+        kept: whether a sample sees a prompt to keep, bool [n].
     """
     return own + torch.where(kept.view(-1, 1, 1, 1), 0.0, change)
 

@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 SECONDS = "seconds"
 """The metadata of a file that says how long its content took."""
 
-FORMAT = {"files of the work folder": 2}
+FORMAT = {"files of the work folder": 3}
 """Counts up with what these files hold, so that an older version's are not gone on with."""
 
 

@@ -274,14 +274,14 @@ def test_of_too_many_prompts_some_are_used_from_all_over_the_file(place: Path) -
     assert (min(learned), max(learned) > 90, max(measured) > 80) == (0, True, True)
 
 
-def test_the_empty_prompt_is_to_be_kept_where_a_prompt_to_keep_leads() -> None:
+def test_the_empty_prompt_changes_as_sdxls_wherever_a_prompt_leads() -> None:
     numbers = torch.arange(200)
     seen = Samples(torch.zeros(200, 4, 2, 2), numbers, numbers % 2, numbers % 2 == 1, 0 * numbers)
     some = chosen(seen, 200, 2, torch.Generator().manual_seed(0))
     without = some.text == 2
     assert 20 < without.sum() < 60
-    assert (some.kept == (some.time % 2 == 1)).all()
-    assert some.kept[without].any()
+    assert (some.time[without] % 2 == 1).any()
+    assert (some.kept == ((some.time % 2 == 1) & ~without)).all()
 
 
 def test_prompts_to_keep_ask_for_no_change() -> None:
