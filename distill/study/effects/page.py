@@ -36,8 +36,8 @@ tiny shapes. The ControlNet needs nothing but its own skip connections. Of the f
 *refit*, though they are nearer to SDXL's: with two seeds that is within chance.
 
 The five LoRAs were measured when `dev.py carry` still asked for no change of the empty prompt where a prompt to keep
-leads; SDXL's own change is asked for there by now. Of the frame, which that changed most, the same files and seeds then
-gave: *refit* 64 shown and 69 kept instead of 47, *fit* 38 and 36.
+leads; SDXL's own change is asked for there by now. The frame alone was measured again with that, with the same files
+and seeds: *refit* 64 shown and 69 kept instead of 47, *fit* 38 and 36.
 
 On the pair of the section above, distilled in 2000 larger steps on a GPU, the LoRA for cyan showed in 8 of 100 images
 by lineage."""
