@@ -42,15 +42,18 @@ def newest(file: Path = FILE) -> dict[str, Any]:
     data: dict[str, Any] = {"runs": {}}
     entries = history.read(file)
     for (kind, name), entry in history.newest(entries, "kind", "name").items():
-        figures = {**entry["figures"], **({"computer": entry["machine"]} if entry["machine"] else {})}
         if kind == RUN:
-            data["runs"][name] = figures
-        else:
-            data[kind] = figures
+            data["runs"][name] = _figures(entry)
+        elif kind != EFFECTS:
+            data[kind] = _figures(entry)
     data["runs"] = {run.name: data["runs"][run.name] for run in runs.RUNS if run.name in data["runs"]}
-    if EFFECTS in data:
-        data[EFFECTS] = families([entry["figures"] for entry in entries if entry["kind"] == EFFECTS])
+    if measured := [_figures(entry) for entry in entries if entry["kind"] == EFFECTS]:
+        data[EFFECTS] = families(measured)
     return data
+
+
+def _figures(entry: history.Entry) -> dict[str, Any]:
+    return {**entry["figures"], **({"computer": entry["machine"]} if entry["machine"] else {})}
 
 
 def families(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -29,9 +29,9 @@ LORAS = tuple(effect.name for effect in EFFECTS if effect.kind == "LoRA" and eff
 READ = """By lineage four fifths of the effect of three LoRAs come over (cyan, tiny, outlined), and next to nothing of
 two (striped, framed). Least squares bring back nearly all of the three, and further training adds nothing that could be
 seen. Of the frame, least squares bring back two fifths, further training two thirds, at the price that it shows where
-it is not asked for. The stripes hardly come back: with the 18 prompts that are learned from, further training does
-better on these, and on others no better than lineage, which is then what the file holds. How much of the wanted change
-of the output is reached does not tell beforehand what will show: by lineage it was 66 % for the stripes and 67 % for
+it is not asked for. The stripes hardly come back: at one of three seeds no way reached more than lineage on held-out
+samples, which is then what the file of *refit* holds. How much of the wanted change of the output is reached does not
+tell beforehand what will show: by lineage it was 66 % for the stripes and 67 % for
 tiny shapes. The ControlNet needs nothing but its own skip connections. Of the fine-tune fewer images show all by
 *refit*, though they are nearer to SDXL's: with two seeds that is within chance.
 
