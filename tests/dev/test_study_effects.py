@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from koala_sdxl.distill.study import store
-from koala_sdxl.distill.study.effects import measure, page, t2i, training
+from koala_sdxl.distill.study.effects import measure, page, projection, t2i, training
 from koala_sdxl.distill.study.effects.applied import Family
 from koala_sdxl.distill.study.effects.measure import JUDGED, KEEP, PROMPTS, Row, some
 from koala_sdxl.distill.study.effects.student import STUDENTS
@@ -144,6 +144,23 @@ def test_a_t2i_adapter_is_trained_and_changes_either_network(tmp_path: Path) -> 
         torch.testing.assert_close(found[:2], found[2:])  # with guidance each image is there twice
 
 
+def test_a_change_is_projected_onto_what_the_kept_matrix_spans() -> None:
+    sdxl = torch.diag(torch.tensor([5.0, 4.0, 0.01, 0.01]))  # large in its first two directions
+    change = torch.arange(1.0, 17).view(4, 4)
+    apart = change.clone()
+    apart[:2, 2:] = apart[2:, :2] = 0  # what mixes large and small directions is dropped
+    torch.testing.assert_close(projection.project(change, sdxl, sdxl), apart)
+
+    quarter = sdxl.flip(0, 1)  # the KOALA's are the last two: nothing lies inside or outside both
+    torch.testing.assert_close(projection.project(change, sdxl, quarter), torch.zeros(4, 4))
+
+    bias = torch.ones(4)
+    changes = {"conv.weight": change.view(4, 1, 2, 2), "bias": bias}
+    weights = {"conv.weight": sdxl.view(4, 1, 2, 2)}
+    found = dict(projection.projected(changes.items(), weights.__getitem__, weights.__getitem__))
+    torch.testing.assert_close(found, {"conv.weight": apart.view(4, 1, 2, 2), "bias": bias})
+
+
 @pytest.mark.nightly
 def test_the_whole_study_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = _teacher()
@@ -194,7 +211,7 @@ def test_the_section_gives_means_over_seeds_and_over_loras() -> None:
     assert "| shown | fine-tune |" + " 10 |" * len(measure.WAYS) in lines
     assert "| kept | cyan |" + " 100 |" * len(measure.WAYS) in lines
     said = " ".join(lines)
-    assert "refit 72 %. For 100 images that show one on SDXL: lineage 100, fit 100, refit 100." in said  # of 55 and 90
+    assert "refit 72 %. For 100 images that show one on SDXL: lineage 100, projection 100, fit 100, refit 100." in said  # of 55 and 90
     assert "took 2 to 2 minutes by *fit* and 3 to 4 minutes by *refit*" in said
     assert "they reach 50 % by lineage, 70 % by fit, 80 % by refit (mean)." in said
 

@@ -22,6 +22,7 @@ from ...carry.samples import Acts
 from ...carry.settings import Settings
 from ...carry.source import open_source
 from ...carry.weights import WeightChange
+from .projection import projected
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ def by_place(family: Family, given: Settings, hints: Tensor | None) -> Iterator[
     else:
         with seeing(source.change.on_student(model.unet, source.student), hints):
             yield model
+
+
+@contextmanager
+def by_projection(family: Family, given: Settings) -> Iterator[StableDiffusionXLPipeline]:
+    """The KOALA with SDXL's changes of weights projected onto its own."""
+    model, source = family.part(), open_source(given)
+    assert isinstance(source.change, WeightChange)
+    own, whole, line = source.student.tensor, source.teacher.file.tensor, source.lineage
+    add(model, projected(source.change.of_student(own), lambda name: whole(line.ancestor(name)), own))
+    source.change.texts(model)
+    yield model
 
 
 @contextmanager

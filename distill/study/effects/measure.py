@@ -25,11 +25,11 @@ from ...carry.settings import Settings
 from .. import plots
 from ..addon_pictures import outlines
 from . import t2i, training
-from .applied import Family, by_place, from_file, on_teacher
+from .applied import Family, by_place, by_projection, from_file, on_teacher
 from .student import STUDENTS, distance
 from .table import EFFECTS, PLAIN, Effect, Field, asked, plain
 
-PROMPTS, KEEP = 24, 12  # that an adapter is carried over with, and without its word
+PROMPTS, KEEP = 48, 24  # at most, that an adapter is carried over with, and without its word
 JUDGED, JUDGED_PLAIN = 24, 12  # images a row and seed
 SHOWN = 6  # columns of a picture
 SIZE = 128
@@ -37,7 +37,9 @@ CARRY: dict[str, Any] = {"samples": 768, "steps": 300, "batch": 16, "size": SIZE
 SDXL = "SDXL"
 WITHOUT = "KOALA without"
 BY_PLACE = (SDXL, WITHOUT, "lineage")
-WAYS = (*BY_PLACE, "fit", "refit")
+LEARNED = ("fit", "refit")
+PROJECTION = "projection"
+WAYS = (*BY_PLACE, PROJECTION, *LEARNED)
 say = partial(print, flush=True)
 Pipeline = AbstractContextManager[StableDiffusionXLPipeline]
 
@@ -132,6 +134,8 @@ class Study:
             return on_teacher(self.family, given, hints)
         if way == "lineage":
             return by_place(self.family, given, hints)
+        if way == PROJECTION:
+            return by_projection(self.family, given)
         path = self.carried(effect, way, seed)
         if hints is not None:  # the new ControlNet is used like the old one
             return by_place(self.family, replace(given, lora=path), hints)
@@ -162,7 +166,9 @@ class Study:
 
 def ways_of(effect: Effect) -> tuple[str, ...]:
     """Those in which it is carried over."""
-    return BY_PLACE if effect.kind == "T2I-Adapter" else WAYS
+    if effect.kind == "T2I-Adapter":
+        return BY_PLACE
+    return (*BY_PLACE, *LEARNED) if effect.sees_outlines else WAYS
 
 
 def control_images(effect: Effect, fields: list[Field]) -> torch.Tensor | None:
