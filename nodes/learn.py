@@ -91,6 +91,13 @@ class KoalaLoraFromSdxl(io.ComfyNode):
                     tooltip="The text encoders with the change, where it has a part for them: Load LoRA's CLIP, or the "
                     "fine-tuned checkpoint's. Use this CLIP with the new LoRA, too.",
                 ),
+                io.String.Input(
+                    "keep",
+                    optional=True,
+                    multiline=True,
+                    tooltip="Prompts that the LoRA must leave as they are, one a line, such as prompts without its "
+                    "trigger words: none, or at least 5. Half of the samples are then of these.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(
@@ -118,9 +125,10 @@ class KoalaLoraFromSdxl(io.ComfyNode):
         size: int,
         seed: int,
         clip_changed: Clip | None = None,
+        keep: str = "",
     ) -> io.NodeOutput:
         settings, _ = settings_of(koala, preset)
         sampling = Sampling(schedule_of(koala, settings.steps, settings.spacing, 1.0), settings.cfg, size)
         models = Models(sdxl, sdxl_changed, koala, clip, clip_changed)
-        learned = learn(models, prompts, sampling, rank, samples, seed)
+        learned = learn(models, prompts, keep, sampling, rank, samples, seed)
         return shown(learned.report, learned.lora, learned.report)

@@ -6,7 +6,7 @@ KOALA are never in memory at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from ...koala.lora.learning import WITHOUT_PROMPT, parted, spread
+from ...koala.lora.learning import WITHOUT_PROMPT, in_turns, parted
 from ..teacher import Encoder
-from .settings import HELD_OUT, KEPT, Settings
+from .settings import HELD_OUT, Settings
 
 State = dict[str, Tensor]
 STUDENT, TEACHER = 0, 1
@@ -97,15 +97,10 @@ def _with_zeros(rows: Tensor) -> Tensor:
 def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int]]:
     """The rows of the prompts that each network samples to learn from, and those held out; of ``prompts`` prompts, with
     ``keep`` behind them that are to be kept."""
-
-    def some(rows: Sequence[int], kept: Sequence[int], samples: int) -> list[int]:
-        turns = [bool(kept) and at % KEPT == 1 for at in range(-(-samples // given.per_prompt))]
-        used, held = (spread(of, turns.count(kind)) for of, kind in ((rows, False), (kept, True)))
-        return [next(held) if is_kept else next(used) for is_kept in turns]
-
     learned, measured = parted(range(prompts), HELD_OUT)
     kept, kept_out = parted(range(prompts, prompts + keep), HELD_OUT)
-    return some(learned, kept, given.samples), some(measured, kept_out, given.held_out)
+    each = given.per_prompt
+    return in_turns(learned, kept, -(-given.samples // each)), in_turns(measured, kept_out, -(-given.held_out // each))
 
 
 def visited(

@@ -14,8 +14,6 @@ from ..errors import UserError
 
 HELD_OUT = 4
 """Of so many prompts one is held out, and there is one held-out sample for so many that are learned from."""
-KEPT = 2
-"""With prompts to keep, every so manieth prompt that is sampled is one of them."""
 PER_DRAWING = 12
 """Samples of either network for each time that it samples a prompt, where there are as many steps."""
 FITTED = 96

@@ -33,6 +33,9 @@ from .weights import Weights, differences
 
 LEAST_PROMPTS = HELD_OUT
 """So that one is held out."""
+USES = "as you use the LoRA"
+STAYS = "that the LoRA is to leave as they are, or none"
+"""Which prompts are expected, in words."""
 
 Lora = dict[str, Tensor]
 """LORA_MODEL: a LoRA's tensors, as core's nodes apply and save them."""
@@ -71,12 +74,13 @@ class Models:
         return line
 
 
-def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: int, seed: int) -> Learned:
+def learn(models: Models, prompts: str, keep: str, sampling: Sampling, rank: int, samples: int, seed: int) -> Learned:
     """A LoRA that changes a KOALA's output as the SDXL's is changed.
 
     Args:
         models: the models.
         prompts: one a line, as the change is used; empty lines do not count.
+        keep: likewise, prompts that are to stay as they are; or nothing.
         sampling: how both networks are sampled.
         rank: of the LoRA.
         samples: noisy latents of both networks; one in ``HELD_OUT`` measures.
@@ -85,9 +89,10 @@ def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: 
     Raises ValueError for MODELs in the wrong places, too few prompts, two SDXLs that are equal in every layer that the
     KOALA has, and outputs that are not finite.
     """
-    line, texts = models.lineage(), _prompts(prompts)
+    line, texts = models.lineage(), _prompts("prompts", prompts, USES)
+    kept = _prompts("keep", keep, STAYS) if keep.strip() else []
     start = _start(models, line, rank)
-    plan = Plan(sampling, len(texts), samples, seed)
+    plan = Plan(sampling, len(texts), len(kept), samples, seed)
     passes = 2 + 1 + ROUNDS * (2 + 2 * ITERATIONS)  # about: of SDXL, of KOALA as it is, and of the least squares
     bar = comfy.utils.ProgressBar(2 * plan.drawings * sampling.steps + passes * 2 * (plan.learned + plan.held_out))
 
@@ -95,6 +100,7 @@ def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: 
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update(images)
 
+    texts += kept
     plain = encoded(models.clip, texts)
     changed = encoded(models.clip_changed, texts) if models.clip_changed is not None else plain
     seen, change = _samples(models, plan, lora_tensors(start, line.student), plain, changed, tick)
@@ -105,12 +111,13 @@ def learn(models: Models, prompts: str, sampling: Sampling, rank: int, samples: 
     return Learned(lora, _report(lora, before, after, 2 * plan.held_out))
 
 
-def _prompts(text: str) -> list[str]:
+def _prompts(place: str, text: str, expected: str) -> list[str]:
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if len(found) < LEAST_PROMPTS:
+        rows = "line" if len(found) == 1 else "lines"
         raise ValueError(
-            f"prompts has {len(found)} lines with text; expected at least {LEAST_PROMPTS} prompts, one a line, as you "
-            f"use the LoRA. Add some: every {HELD_OUT}th is held out, to measure."
+            f"{place} has {len(found)} {rows} with text; expected at least {LEAST_PROMPTS} prompts, one a line, "
+            f"{expected}. Add some: every {HELD_OUT}th is held out, to measure."
         )
     return found
 
@@ -130,7 +137,8 @@ def _start(models: Models, line: Lineage, rank: int) -> Changes:
 def _samples(
     models: Models, plan: Plan, start: Lora, plain: list[Conditioning], changed: list[Conditioning], tick: Tick
 ) -> tuple[Samples, Tensor]:
-    """The samples, those held out last, and what the SDXL's change adds to the noise that it predicts in them.
+    """The samples, those held out last, and what the SDXL's change adds to the noise that it predicts in them: nothing
+    for prompts to keep.
 
     The KOALA meets its half with ``start``.
     """
@@ -145,6 +153,7 @@ def _samples(
             f"the outputs of sdxl and sdxl_changed are {what}; expected numbers that differ. Take another type for "
             f"their weights, such as bf16, or another strength of the LoRA."
         )
+    change[plan.kept(every)] = 0
     return every, change
 
 

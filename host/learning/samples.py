@@ -14,7 +14,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...koala.lora.learning import PER_DRAWING, WITHOUT_PROMPT, parted, spread
+from ...koala.lora.learning import PER_DRAWING, WITHOUT_PROMPT, in_turns, parted
 from ...koala.schedule import Schedule
 from ..prompt import zeros
 from ..protocols import Clip, Conditioning, Model
@@ -75,13 +75,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Plan:
-    """What either network samples: ``prompts`` prompts, of which ``samples`` samples are taken in all.
+    """What either network samples: ``prompts`` prompts that use the change, and ``keep`` behind them that are to stay
+    as they are; ``samples`` samples in all.
 
     A fifth of them is held out: of other prompts.
     """
 
     sampling: Sampling
     prompts: int
+    keep: int
     samples: int
     seed: int
 
@@ -100,6 +102,11 @@ class Plan:
         """How many images either network draws."""
         return sum(len(rows) for rows, _ in self._groups())
 
+    def kept(self, samples: Samples) -> Tensor:
+        """Whether samples see a prompt to keep, bool [n]. The empty prompt is none: the network changes there as it
+        does for the others, since with guidance images turn away from what it gives."""
+        return (samples.text >= self.prompts) & (samples.text < self.prompts + self.keep)
+
     def met(self, model: Model, texts: list[Conditioning], network: int, tick: Tick) -> list[Samples]:
         """What a network meets while it samples: to learn from, and held out. ``network``: its number, 0 or 1."""
         found = []
@@ -115,11 +122,12 @@ class Plan:
     def _groups(self) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
         """The prompts that are sampled, and the number of samples."""
         learned, measured = parted(range(self.prompts), HELD_OUT)
+        kept, kept_out = parted(range(self.prompts, self.prompts + self.keep), HELD_OUT)
         each = min(PER_DRAWING, self.sampling.steps)
         learns, measures = self.learned, self.held_out
         return (
-            (list(spread(learned, -(-learns // each))), learns),
-            (list(spread(measured, -(-measures // each))), measures),
+            (in_turns(learned, kept, -(-learns // each)), learns),
+            (in_turns(measured, kept_out, -(-measures // each)), measures),
         )
 
 

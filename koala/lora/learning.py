@@ -10,6 +10,8 @@ larger, and the output is less linear the larger they are."""
 PER_DRAWING = 5
 """Samples of either network for each time that it samples a prompt, where there are as many steps; neighbouring ones of
 many are much alike."""
+KEPT = 2
+"""With prompts to keep, every so manieth prompt that is sampled is one of them."""
 WITHOUT_PROMPT = 0.2
 """Share of the samples that see the empty prompt, as one of two forward passes of each step does with guidance; without
 guidance none does."""
@@ -18,6 +20,13 @@ guidance none does."""
 def parted(rows: Sequence[int], every: int) -> tuple[Sequence[int], Sequence[int]]:
     """The rows to learn from, and every so manieth, which is held out to measure."""
     return [row for at, row in enumerate(rows, 1) if at % every], rows[every - 1 :: every]
+
+
+def in_turns(used: Sequence[int], kept: Sequence[int], count: int) -> list[int]:
+    """``count`` rows to sample: prompts that use the change and, where there are some, those to keep; in turns."""
+    turns = [bool(kept) and at % KEPT == 1 for at in range(count)]
+    others, keep = (spread(rows, turns.count(kind)) for rows, kind in ((used, False), (kept, True)))
+    return [next(keep) if is_kept else next(others) for is_kept in turns]
 
 
 def spread(rows: Sequence[int], count: int) -> Iterator[int]:

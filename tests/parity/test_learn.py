@@ -174,6 +174,34 @@ def test_more_of_the_change_is_reached_than_by_lineage(ran: Ran) -> None:
     assert "222 layers" in ran.report
 
 
+def test_of_prompts_to_keep_the_koalas_own_output_is_asked(given: Given, short: None) -> None:
+    kept = [f"a {colour} circle" for colour in ("red", "green", "blue", "yellow", "white")]
+    asked: list[Samples] = []
+    wanted: list[torch.Tensor] = []
+
+    def asking(model: Any, texts: Any, seen: Samples, tick: Any) -> torch.Tensor:
+        asked.append(seen)
+        return predictions(model, texts, seen, tick)
+
+    def fitting(outputs: Any, start: Any, asked_for: torch.Tensor, *others: Any) -> Any:
+        wanted.append(asked_for)
+        return fit_changes(outputs, start, asked_for, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "predictions", asking)
+        patch.setattr(learning, "fit_changes", fitting)
+        KoalaLoraFromSdxl.execute(**given._asdict(), **FEW, keep="\n".join(kept))
+    seen = asked[0].pick(torch.arange(len(wanted[0])))
+    assert set(asked[0].text[-4:].tolist()) <= {4, 9, 10}  # held out: the last of either, and the empty prompt
+    clean = predictions(given.koala, encoded(given.clip, [*PROMPTS, *kept]), seen, lambda images: None)
+    change = wanted[0] - (seen.noisy - clean) / seen.sigma.view(-1, 1, 1, 1) * weights(seen.sigma)
+    is_kept = (seen.text >= 5) & (seen.text < 10)
+    assert 4 <= is_kept.sum() <= 12
+    assert (seen.text == 10).any()
+    assert change[is_kept].abs().max() < 1e-4
+    assert change[~is_kept].abs().flatten(1).amax(1).min() > 1e-2
+
+
 def test_it_does_not_begin_anew_each_time() -> None:
     """The canvas gives each input of the name seed a new value after a run, unless it is told not to."""
     (seed,) = [one for one in KoalaLoraFromSdxl.define_schema().inputs if one.id == "seed"]
@@ -346,6 +374,7 @@ def strong(given: Given, strength: float) -> Any:
         (lambda given: {"koala": transfer.hollow(SDXL)}, "not a KOALA model"),
         (lambda given: {"sdxl_changed": given.sdxl}, "the weights of sdxl in every layer"),
         (lambda given: {"prompts": "one\n\n  \ntwo\n"}, "prompts has 2 lines with text; expected at least 5"),
+        (lambda given: {"keep": "one\n"}, "keep has 1 line with text; expected at least 5"),
         (lambda given: {"sdxl_changed": strong(given, math.inf)}, "difference of sdxl_changed and sdxl is not finite"),
         (lambda given: {"sdxl_changed": strong(given, 1e20)}, "outputs of sdxl and sdxl_changed are not finite"),
         (lambda given: {"koala": strong_koala(given)}, "not finite"),
