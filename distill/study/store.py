@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from . import runs
 
 FILE = ROOT / "docs" / "distillation.json"
 RUN = "run"
-EFFECTS = "effects"
-OTHERS = ("teacher", "before", "addons", EFFECTS, "few_steps", "dry_run")
+OTHERS = ("teacher", "before", "addons", "effects", "few_steps", "dry_run")
 """Measurements beside the runs. "before" is the koala-tiny that the pack had before a distilled one took its place,
 judged as the teacher is; no run makes it again."""
 
@@ -36,34 +34,14 @@ def add_new(work: Path, file: Path = FILE) -> None:
 
 
 def newest(file: Path = FILE) -> dict[str, Any]:
-    """The newest figures of everything: "runs" by name, and those of ``OTHERS`` that were measured; of the adapters'
-    effects a list, as ``families`` gives it. Each has its machine as "computer" where that is known. Raises
-    UserError."""
+    """The newest figures of everything: "runs" by name, and those of ``OTHERS`` that were measured. Each has its
+    machine as "computer" where that is known. Raises UserError."""
     data: dict[str, Any] = {"runs": {}}
-    entries = history.read(file)
-    for (kind, name), entry in history.newest(entries, "kind", "name").items():
+    for (kind, name), entry in history.newest(history.read(file), "kind", "name").items():
+        figures = {**entry["figures"], **({"computer": entry["machine"]} if entry["machine"] else {})}
         if kind == RUN:
-            data["runs"][name] = _figures(entry)
-        elif kind != EFFECTS:
-            data[kind] = _figures(entry)
+            data["runs"][name] = figures
+        else:
+            data[kind] = figures
     data["runs"] = {run.name: data["runs"][run.name] for run in runs.RUNS if run.name in data["runs"]}
-    if measured := [_figures(entry) for entry in entries if entry["kind"] == EFFECTS]:
-        data[EFFECTS] = families(measured)
     return data
-
-
-def _figures(entry: history.Entry) -> dict[str, Any]:
-    return {**entry["figures"], **({"computer": entry["machine"]} if entry["machine"] else {})}
-
-
-def families(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Figures of adapters' effects, oldest first -> newest first, each with the effects that no newer one has: every
-    family of an sdxl-tiny and its students is grown anew, so that figures of two cannot be compared."""
-    found, known = [], set[str]()
-    for figures in reversed(measured):
-        rows = [row for row in figures["rows"] if row["effect"] not in known]
-        if rows:
-            carried = [one for one in figures["carried"] if one["name"].split("-refit-")[0] not in known]
-            found.append({**figures, "rows": rows, "carried": carried})
-        known |= {row["effect"] for row in rows}
-    return found
