@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ComfyUI 0.30.0 applies a LoRA that diffusers 0.42.1 saved as if its alpha were its rank, and diffusers' own conversion
 # to kohya's names writes the rank as alpha, too. A LoRA that was trained with another alpha, as --lora_alpha of
-# diffusers' training scripts sets it, acts rank / alpha times too strong or too weak, and nothing is logged.
+# diffusers' training scripts sets it, acts rank / alpha times too strong or too weak, and ComfyUI logs nothing.
 #
 # Guess before running: the file has its alpha in its metadata, where diffusers finds it; so ComfyUI reads it there, or
 # convert_state_dict_to_kohya() makes it the alpha tensor that ComfyUI does read.
@@ -12,7 +12,8 @@
 #     64, 16           4.00                4.00
 #     8, 1             8.00                8.00
 # Why: comfy/weight_adapter/lora.py knows an alpha as a tensor of the file alone, and diffusers' file has none; it is in
-#   the metadata, as "lora_adapter_metadata". diffusers/utils/state_dict_utils.py sets every alpha to len(lora_down).
+#   the metadata, as "lora_adapter_metadata", a name that occurs nowhere in ComfyUI: its Load LoRA reads the metadata and
+#   hands them on with the MODEL, unused. diffusers/utils/state_dict_utils.py sets every alpha to len(lora_down).
 # What to do: divide the strength by rank / alpha, or multiply lora_up by alpha / rank before saving.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -31,6 +32,7 @@ cat >"$folder/check.py" <<'PYTHON'
 import logging
 import sys
 import tempfile
+from pathlib import Path
 
 import diffusers
 import peft
@@ -111,6 +113,7 @@ def sizes(rank, alpha):
     return [one / by_diffusers for one in found]
 
 
+assert not any(b"adapter_metadata" in path.read_bytes() for path in Path(sys.path[0]).rglob("*.py"))
 diffusers.utils.logging.set_verbosity_error()
 for rank, alpha in ((8, 8), (8, 16), (64, 16), (8, 1)):
     own, kohya = sizes(rank, alpha)

@@ -96,7 +96,7 @@ class KoalaLoraFromSdxl(io.ComfyNode):
                     optional=True,
                     multiline=True,
                     tooltip="Prompts that the LoRA must leave as they are, one a line, such as prompts without its "
-                    "trigger words: none, or at least 5. Half of the samples are then of these.",
+                    "trigger words: none, or at least 5. About half of the images drawn are then of these.",
                 ),
             ],
             outputs=[

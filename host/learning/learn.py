@@ -86,13 +86,15 @@ def learn(models: Models, prompts: str, keep: str, sampling: Sampling, rank: int
         samples: noisy latents of both networks; one in ``HELD_OUT`` measures.
         seed: of all random numbers.
 
-    Raises ValueError for MODELs in the wrong places, too few prompts, two SDXLs that are equal in every layer that the
-    KOALA has, and outputs that are not finite.
+    Raises ValueError for MODELs in the wrong places, too few prompts or samples, two SDXLs that are equal in every
+    layer that the KOALA has, and outputs that are not finite.
     """
     line, texts = models.lineage(), _prompts("prompts", prompts, USES)
     kept = _prompts("keep", keep, STAYS) if keep.strip() else []
     start = _start(models, line, rank)
     plan = Plan(sampling, len(texts), len(kept), samples, seed)
+    if kept:
+        _require_both(plan)
     passes = 2 + 1 + ROUNDS * (2 + 2 * ITERATIONS)  # about: of SDXL, of KOALA as it is, and of the least squares
     bar = comfy.utils.ProgressBar(2 * plan.drawings * sampling.steps + passes * 2 * (plan.learned + plan.held_out))
 
@@ -120,6 +122,15 @@ def _prompts(place: str, text: str, expected: str) -> list[str]:
             f"{expected}. Add some: every {HELD_OUT}th is held out, to measure."
         )
     return found
+
+
+def _require_both(plan: Plan) -> None:
+    """Raise ValueError where no image of a prompt to keep is held out."""
+    if plan.held_out <= plan.each:
+        raise ValueError(
+            f"samples is {plan.samples}; expected at least {2 * HELD_OUT * (plan.each + 1)} with prompts in keep, so "
+            f"that some of those are held out, too. Raise it, or empty keep."
+        )
 
 
 def _start(models: Models, line: Lineage, rank: int) -> Changes:

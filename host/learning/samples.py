@@ -98,6 +98,11 @@ class Plan:
         return self.samples // 2 - self.held_out
 
     @property
+    def each(self) -> int:
+        """Samples of either network for each image."""
+        return min(PER_DRAWING, self.sampling.steps)
+
+    @property
     def drawings(self) -> int:
         """How many images either network draws."""
         return sum(len(rows) for rows, _ in self._groups())
@@ -123,11 +128,10 @@ class Plan:
         """The prompts that are sampled, and the number of samples."""
         learned, measured = parted(range(self.prompts), HELD_OUT)
         kept, kept_out = parted(range(self.prompts, self.prompts + self.keep), HELD_OUT)
-        each = min(PER_DRAWING, self.sampling.steps)
         learns, measures = self.learned, self.held_out
         return (
-            (in_turns(learned, kept, -(-learns // each)), learns),
-            (in_turns(measured, kept_out, -(-measures // each)), measures),
+            (in_turns(learned, kept, -(-learns // self.each)), learns),
+            (in_turns(measured, kept_out, -(-measures // self.each)), measures),
         )
 
 

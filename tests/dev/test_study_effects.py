@@ -223,7 +223,7 @@ IN_PICTURES = {
     "a word for stripes (all linear layers)": "striped",
     "a word for a black frame (LoCon: convolutions, too)": "framed",
     "mean of these five LoRAs": page.MEAN,
-    "their prompts without the word, as asked for (100 without a LoRA)": page.KEPT,
+    "prompts without the word of the four that have one, as asked for (100 without a LoRA)": page.KEPT,
     "8 steps without guidance (76 without the LoRA)": "fast",
     "a fine-tune, only outlines": "fine-tune",
     "a ControlNet that follows outlines (4 without)": "controlnet",

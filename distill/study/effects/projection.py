@@ -1,4 +1,4 @@
-"""SDXL's changes of weights projected onto a KOALA's weights, as ProLoRA (arXiv 2506.04244) does; to compare with.
+"""SDXL's changes of weights projected onto a KOALA's by ProLoRA's formula (arXiv 2506.04244), to compare with.
 
 A matrix has a part that its large singular values span, and the rest. The share of a change inside SDXL's part goes
 inside the KOALA's, and the share outside outside; shares that mix the two are dropped.
