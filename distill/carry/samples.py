@@ -15,7 +15,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from ...koala.lora.learning import WITHOUT_PROMPT, in_turns, parted
+from ...koala.lora.learning import WITHOUT_PROMPT, rows_to_draw
 from ..teacher import Encoder
 from .settings import HELD_OUT, Settings
 
@@ -97,10 +97,7 @@ def _with_zeros(rows: Tensor) -> Tensor:
 def drawn(given: Settings, prompts: int, keep: int) -> tuple[list[int], list[int]]:
     """The rows of the prompts that each network samples to learn from, and those held out; of ``prompts`` prompts, with
     ``keep`` behind them that are to be kept."""
-    learned, measured = parted(range(prompts), HELD_OUT)
-    kept, kept_out = parted(range(prompts, prompts + keep), HELD_OUT)
-    each = given.per_prompt
-    return in_turns(learned, kept, -(-given.samples // each)), in_turns(measured, kept_out, -(-given.held_out // each))
+    return rows_to_draw(prompts, keep, HELD_OUT, given.samples, given.held_out, given.per_prompt)
 
 
 def visited(

@@ -14,7 +14,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...koala.lora.learning import PER_DRAWING, WITHOUT_PROMPT, in_turns, parted
+from ...koala.lora.learning import PER_DRAWING, WITHOUT_PROMPT, rows_to_draw
 from ...koala.schedule import Schedule
 from ..prompt import zeros
 from ..protocols import Clip, Conditioning, Model
@@ -126,13 +126,8 @@ class Plan:
 
     def _groups(self) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
         """The prompts that are sampled, and the number of samples."""
-        learned, measured = parted(range(self.prompts), HELD_OUT)
-        kept, kept_out = parted(range(self.prompts, self.prompts + self.keep), HELD_OUT)
-        learns, measures = self.learned, self.held_out
-        return (
-            (in_turns(learned, kept, -(-learns // self.each)), learns),
-            (in_turns(measured, kept_out, -(-measures // self.each)), measures),
-        )
+        learned, measured = rows_to_draw(self.prompts, self.keep, HELD_OUT, self.learned, self.held_out, self.each)
+        return (learned, self.learned), (measured, self.held_out)
 
 
 def encoded(clip: Clip, prompts: Iterable[str]) -> list[Conditioning]:

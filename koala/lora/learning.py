@@ -22,6 +22,23 @@ def parted(rows: Sequence[int], every: int) -> tuple[Sequence[int], Sequence[int
     return [row for at, row in enumerate(rows, 1) if at % every], rows[every - 1 :: every]
 
 
+def rows_to_draw(
+    prompts: int, keep: int, every: int, learned: int, held_out: int, each: int
+) -> tuple[list[int], list[int]]:
+    """The rows of the prompts that a network samples to learn from, and those held out.
+
+    Args:
+        prompts: how many use the change.
+        keep: how many there are to keep, behind them.
+        every: of so many of either one is held out.
+        learned, held_out: how many samples are taken.
+        each: how many of them there are for an image.
+    """
+    used, used_out = parted(range(prompts), every)
+    kept, kept_out = parted(range(prompts, prompts + keep), every)
+    return in_turns(used, kept, -(-learned // each)), in_turns(used_out, kept_out, -(-held_out // each))
+
+
 def in_turns(used: Sequence[int], kept: Sequence[int], count: int) -> list[int]:
     """``count`` rows to sample: prompts that use the change and, where there are some, those to keep; in turns."""
     turns = [bool(kept) and at % KEPT == 1 for at in range(count)]

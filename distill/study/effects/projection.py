@@ -6,14 +6,15 @@ inside the KOALA's, and the share outside outside; shares that mix the two are d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from ...carry.weights import Weight
+
 ENERGY = 0.99
 """Share of the sum of squares of a matrix that the singular values hold that count as large."""
-Weight = Callable[[str], Tensor]
 
 
 def projected(changes: Iterable[tuple[str, Tensor]], sdxl: Weight, koala: Weight) -> Iterator[tuple[str, Tensor]]:
