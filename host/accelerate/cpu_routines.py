@@ -4,7 +4,7 @@ PyTorch uses MKL for fp32 matrix products, which is slower than oneDNN on many p
 not Intel's. It uses oneDNN for convolutions, which copies the weights into an order of its own every time: where an
 image is small and the weights are large, as in KOALA's deepest blocks, the copy takes longer than the convolution, and
 a matrix product is faster. The inner activations of a feed-forward layer take so much memory that the system hands it
-out anew, page by page, at every call; a few hundred rows at a time fit into memory that the process has. ComfyUI uses a
+out anew, page by page, at every call; part of the rows at a time fits into memory that the process has. ComfyUI uses a
 memory-saving routine for attention on the CPU, and computes in fp32 even where the processor has units for bf16. The
 routines here compute the same faster, in another order of summation. Nothing is switched for the process: they are
 exchanged while a MODEL's U-Net or a VAE runs, in its thread, and what depends on the processor is measured first, once
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...koala.words import message
 from ..protocols import Executor, Model, Vae
+from .cpu_kept import keeping, kept
 from .plan import BF16, OFF
 
 KEY = "koala_kernels"
@@ -42,9 +43,10 @@ MEASURED_ROWS = MIN_ROWS
 MAX_PIXELS = 512
 """Convolutions with more output pixels than this, over a batch, are never faster as products: there the copy of the
 weights matters less, and the one of the image more."""
-LARGE, PIECE = 32 * 2**20, 8 * 2**20
+LARGE, PIECE = 32 * 2**20, 24 * 2**20
 """Bytes of a feed-forward layer's inner activations: beyond ``LARGE``, where glibc asks the system for memory at every
-call, they are computed ``PIECE`` by ``PIECE``."""
+call, they are computed in equal pieces of ``PIECE`` at most. With smaller ones the products get slower: of 8 MiB, in
+KOALA's widest layers, by more than is gained (MKL, Intel Xeon)."""
 WIDE = 1280
 """Channels of KOALA's deepest blocks, in and out: those of the convolution that is measured."""
 MIN_WEIGHTS = 9 * WIDE * WIDE // 2
@@ -59,11 +61,12 @@ def install(model: Model, routines: str) -> str:
     if routines == OFF or model.load_device.type != "cpu":
         return ""
     model.model_options["transformer_options"].setdefault("optimized_attention_override", _by_pytorch)
-    if routines == BF16 and bf16_is_faster():
+    in_bf16 = routines == BF16 and bf16_is_faster()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keeping(torch.bfloat16 if in_bf16 else None))
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _in_bf16 if in_bf16 else _exactly)
+    if in_bf16:
         model.set_model_compute_dtype(torch.bfloat16)
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _with_foreign_layers)
         return message("U-Net in bf16")
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _exactly)
     if one_dnn_is_faster():
         return message("products by oneDNN, attention by PyTorch")
     return message("attention by PyTorch")
@@ -189,12 +192,12 @@ def _speedup(usual: Callable[[], Any], other: Callable[[], Any], times: int = 3)
 
 
 def _exactly(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    with OneDnnProducts(), feed_forward_in_pieces(executor.class_obj):
+    with OneDnnProducts(), feed_forward_in_pieces(executor.class_obj), kept(executor, *args):
         return executor(*args, **kwargs)
 
 
-def _with_foreign_layers(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    with ForeignLayers():
+def _in_bf16(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    with ForeignLayers(), kept(executor, *args):
         return executor(*args, **kwargs)
 
 
@@ -255,7 +258,7 @@ def _in_pieces(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.dtype is not torch.float32 or len(rows) * bytes_of_a_row <= LARGE:
         whole: torch.Tensor = FeedForward.forward(layer, x)
         return whole
-    pieces = rows.split(max(1, PIECE // bytes_of_a_row))
+    pieces = rows.chunk(-(-len(rows) // max(1, PIECE // bytes_of_a_row)))
     return torch.cat([FeedForward.forward(layer, piece) for piece in pieces]).view(*x.shape[:-1], -1)
 
 

@@ -131,8 +131,9 @@ class Bench:
 
     @property
     def steps(self) -> int:
-        """Steps that are timed as one: on a GPU the start of a run is not small beside one step."""
-        return 10 if self.device == "cuda" else 1
+        """Steps of the runs of which a step is timed. At the start of one, things are made that it keeps; on a GPU that
+        is not small beside several steps."""
+        return 10 if self.device == "cuda" else 2
 
 
 class Dropped(list[str]):

@@ -63,8 +63,8 @@ def bounds(sections: Sections, kind: str) -> Iterator[str]:
         "### What limits the speed",
         "",
         "Multiplications over the fastest rate that was measured above, beside the shortest run. Norms, activations "
-        "and copies come on top; small matrices, and attention, run below that rate. In bf16, weights are converted at "
-        "every step as well.",
+        "and copies come on top; small matrices, and attention, run below that rate. In bf16, weights are converted "
+        "as well: until 2026-11-30 at every step, since then once in a run.",
         "",
     )
     yield from table(

@@ -67,7 +67,15 @@ def _with_step(found: Mapping[str, Any]) -> Iterable[str]:
 
 def step(sections: Sections, kind: str) -> Iterator[str]:
     found = readings.figures(sections, "step")
-    yield from ("### A step", "", "One guided step (prompt and negative prompt), the U-Net alone in the process.", "")
+    count = found.get("steps", 1)  # old entries, of a CPU, do not tell
+    yield from (
+        "### A step",
+        "",
+        "One guided step (prompt and negative prompt)"
+        + (f", the mean of runs of {count}" if count > 1 else "")
+        + ". The U-Net is alone in the process.",
+        "",
+    )
     yield from _turns(found["sizes"], SIZES, "px", kind)
     if found["batches"]:
         yield from ("By batch size, 256 px:", "")

@@ -97,6 +97,7 @@ def step(bench: Bench) -> Figures:
             stack.close()
         beside, why_not = _peers(bench, dropped, folder, took)
     return {
+        "steps": bench.steps,
         "sizes": sizes,
         "batches": batches,
         "sdxl": sdxl,
