@@ -133,7 +133,7 @@ class Bench:
     def steps(self) -> int:
         """Steps of the runs of which a step is timed. At the start of one, things are made that it keeps; on a GPU that
         is not small beside several steps."""
-        return 10 if self.device == "cuda" else 2
+        return 10 if self.device == "cuda" else 4
 
 
 class Dropped(list[str]):
