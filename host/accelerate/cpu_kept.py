@@ -1,129 +1,169 @@
 """What a run on the CPU computes once and keeps until it ends: nothing in it changes from step to step.
 
 The prompt stays the same, and with it the keys and values that cross attention makes of it. A U-Net that computes in
-bf16, while its weights have another type, converts them all at every step, in a fifth to a third of the time; as far as
-memory is free, they are kept as they were converted. Both give the same numbers, bit for bit.
+bf16, while its weights have another type, converts them all at every step, which takes a fifth to a third of it; as far
+as memory is free, they are kept as they were converted. Both give the same numbers, bit for bit.
 
-Within a run only hooks change weights, as for LoRAs scheduled over the steps: passes with them keep and use nothing.
+Within a run only hooks change weights, as for LoRAs scheduled over the steps: passes with them use none of it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management as management
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from comfy.model_patcher import create_model_options_clone
 from comfy.ops import CastWeightBiasOp
+from comfy.patcher_extension import WrappersMP
 
 from ..protocols import Executor, Guider, Model
 from .branches import Call
+from .gates import COMPILED_BY_CORE
 from .strategy import GIB, pass_memory
 
 KEY = "koala_kept"
 MOST_TEXT = 2**28
 """Bytes that the keys and values of a run's texts take at most: of some nine texts of KOALA-700M, prompt and negative
 prompt together, in fp32."""
-
-LINE = 64
+MIN_STEPS = 3
+"""Weights are kept in runs of so many steps or more: to convert them into memory of their own takes as long as
+converting them at two or three steps does."""
+BATCHED = 1.5
+"""ComfyUI computes prompt and negative prompt at once if so many times the memory is free that it takes."""
+ALIGNMENT = 64
 """Numbers: a cache line or two, at which libraries like matrices to begin."""
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
-class _Swap(NamedTuple):
-    """An attribute of a layer's own, ``name`` in ``place``, that hides its method or its parameter of that name."""
 
-    place: dict[str, Any]
-    name: str
-    value: Any
+class _Text(NamedTuple):
+    """A text [batch, tokens, width], and what layers made of it; ``size``: bytes of what they all make."""
+
+    text: torch.Tensor
+    size: int
+    made: dict[torch.nn.Module, torch.Tensor]
 
 
 class Kept:
-    """What one run keeps. ``dtype``: the type in which its weights are kept; None: as they are."""
+    """What one run keeps for its U-Net."""
 
-    def __init__(self, model: Model, dtype: torch.dtype | None) -> None:
-        self._model, self._dtype = model, dtype
-        self._texts: list[tuple[torch.Tensor, dict[torch.nn.Module, torch.Tensor]]] = []
-        self._weights: list[_Swap] | None = None
+    def __init__(self, model: Model, dtype: torch.dtype | None, latent: torch.Size) -> None:
+        """``dtype``: the type in which weights are kept; None: they are not. ``latent``: the shape of the run's."""
+        self._model, self._unet, self._dtype = model, model.model.diffusion_model, dtype
+        self._latent = latent
+        self._texts: list[_Text] = []
+        self._weights: dict[torch.nn.Module, dict[str, torch.Tensor]] | None = None
 
     @contextmanager
     def used(self, unet: torch.nn.Module, call: Call) -> Iterator[None]:
-        """While active, the U-Net's layers use what is kept, and keep what is missing. Layers that another node has
-        changed stay."""
-        if self._model.current_hooks is not None:
+        """While active, the U-Net's layers use what is kept, and make what is missing. Layers that another node has
+        changed stay as they are, and so do another U-Net, and all layers with hooks or gradients."""
+        if unet is not self._unet or self._model.current_hooks is not None or torch.is_grad_enabled():
             yield
             return
-        if self._weights is None:
-            self._weights = self._converted(unet, call.x)
-        swaps = [*self._weights, *self._text_layers(unet, call.context)]
-        for place, name, value in swaps:
-            place[name] = value
+        forwards = self._forwards(call)
         try:
+            for layer, forward in forwards.items():
+                vars(layer)["forward"] = forward
             yield
         finally:
-            for place, name, _ in swaps:
-                del place[name]
+            for layer in forwards:
+                vars(layer).pop("forward", None)
 
-    def _converted(self, unet: torch.nn.Module, x: torch.Tensor) -> list[_Swap]:
+    def clear(self) -> None:
+        """Give the memory back, whoever still holds this."""
+        self._texts, self._weights = [], {}
+
+    def _forwards(self, call: Call) -> dict[torch.nn.Module, Forward]:
+        if self._weights is None:
+            self._weights = self._converted(call.x)
+        forwards: dict[torch.nn.Module, Forward] = {
+            layer: partial(_with_weights, layer, weights, self._dtype)
+            for layer, weights in self._weights.items()
+            if _is_unmodified(layer)
+        }
+        layers = [layer for layer in _text_layers(self._unet) if _is_unmodified(layer)]
+        made = self._made_of(call.context, sum(layer.out_features for layer in layers))
+        if made is not None:
+            for layer in layers:
+                usual = forwards.get(layer, partial(type(layer).forward, layer))
+                forwards[layer] = partial(_once, layer, usual, call.context, made)
+        return forwards
+
+    def _converted(self, x: torch.Tensor) -> dict[torch.nn.Module, dict[str, torch.Tensor]]:
+        """Layers' weights in the type that they are kept in; none where memory is short. ``x``: of the first pass."""
         if self._dtype is None:
-            return []
+            return {}
         places = [
-            (layer, name)
-            for layer in unet.modules()
-            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and _is_hosts_own(layer)
-            for name, found in layer.named_parameters(recurse=False)
-            if found.dtype is not self._dtype
+            (layer, name, weights)
+            for layer in self._unet.modules()
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and _is_unmodified(layer)
+            for name, weights in layer.named_parameters(recurse=False)
+            if weights.dtype is not self._dtype and weights.is_floating_point() and weights.is_contiguous()
         ]
-        weights = [getattr(*place) for place in places]
-        need = sum(one.numel() for one in weights) * self._dtype.itemsize
-        room = management.get_free_memory(self._model.load_device) - management.minimum_inference_memory()
-        room -= pass_memory(self._model, tuple(x.shape))
+        if not places:
+            return {}
+        need = sum(weights.numel() for *_, weights in places) * self._dtype.itemsize
+        guided = max(2 * self._latent[0], len(x))
+        one_pass = pass_memory(self._model, (guided, *self._latent[1:]))
+        left = max(BATCHED * one_pass, one_pass + management.minimum_inference_memory())
+        room = management.get_free_memory(self._model.load_device) - left
         if need > room:
             logging.info(
-                f"KOALA: weights are converted to {self._dtype} at every step: to keep them so takes {need / GIB:.1f} "
-                f"GiB, free beside a step are {max(room, 0) / GIB:.1f} GiB."
+                f"KOALA: weights are converted to {self._dtype} at every step: keeping them takes {need / GIB:.1f} "
+                f"GiB, and {max(room, 0) / GIB:.1f} GiB is free besides what a step needs."
             )
-            return []
-        copies = _in_one_piece(weights, self._dtype)
-        return [_Swap(vars(layer), name, copy) for (layer, name), copy in zip(places, copies, strict=True)]
+            return {}
+        kept: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
+        copies = _in_one_piece([weights for *_, weights in places], self._dtype)
+        for (layer, name, _), copy in zip(places, copies, strict=True):
+            kept.setdefault(layer, {})[name] = copy
+        return kept
 
-    def _text_layers(self, unet: torch.nn.Module, text: torch.Tensor) -> Iterable[_Swap]:
-        """What makes keys and values of this very text, each once."""
-        layers = [layer for layer in _cross_attention_layers(unet) if _is_hosts_own(layer)]
-        made = self._keys_and_values(text, sum(layer.out_features for layer in layers))
-        if made is None:
-            return []
-        return [_Swap(vars(layer), "forward", partial(_once, layer, text, made)) for layer in layers]
-
-    def _keys_and_values(self, text: torch.Tensor, features: int) -> dict[torch.nn.Module, torch.Tensor] | None:
-        """Those that are kept of a text [batch, tokens, width], by layer; None where they take too much memory."""
-        for known, made in self._texts:
-            if known.dtype is text.dtype and torch.equal(known, text):
-                return made
+    def _made_of(self, text: torch.Tensor, features: int) -> dict[torch.nn.Module, torch.Tensor] | None:
+        """What is kept of a text, by layer; None where it would be too much. ``features``: that all layers make."""
+        for known in self._texts:
+            if known.text.dtype is text.dtype and torch.equal(known.text, text):
+                return known.made
         size = text.shape[:-1].numel() * features * text.element_size()
-        if not 0 < size <= MOST_TEXT:
+        if size > MOST_TEXT:
             return None
-        del self._texts[: max(0, len(self._texts) + 1 - MOST_TEXT // size)]
-        self._texts.append((text.clone(), {}))
-        return self._texts[-1][1]
+        while sum(known.size for known in self._texts) > MOST_TEXT - size:
+            del self._texts[0]
+        self._texts.append(_Text(text.clone(), size, {}))
+        return self._texts[-1].made
 
 
 def keeping(dtype: torch.dtype | None) -> Callable[..., torch.Tensor]:
     """A wrapper around a run (``OUTER_SAMPLE``), in which passes find its ``Kept`` by ``KEY``."""
 
-    def outer_sample(executor: Executor, *arguments: Any, **further: Any) -> torch.Tensor:
+    def outer_sample(
+        executor: Executor,
+        noise: torch.Tensor,
+        latent: torch.Tensor,
+        sampler: object,
+        sigmas: torch.Tensor,
+        *rest: Any,
+        **further: Any,
+    ) -> torch.Tensor:
         guider: Guider = executor.class_obj
         before = guider.model_options
+        if COMPILED_BY_CORE in before["transformer_options"].get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+            return executor(noise, latent, sampler, sigmas, *rest, **further)
+        of_run = Kept(guider.model_patcher, dtype if len(sigmas) > MIN_STEPS else None, noise.shape)
         guider.model_options = create_model_options_clone(before)
-        guider.model_options["transformer_options"][KEY] = Kept(guider.model_patcher, dtype)
+        guider.model_options["transformer_options"][KEY] = of_run
         try:
-            return executor(*arguments, **further)
+            return executor(noise, latent, sampler, sigmas, *rest, **further)
         finally:
             guider.model_options = before
+            of_run.clear()
 
     return outer_sample
 
@@ -131,53 +171,66 @@ def keeping(dtype: torch.dtype | None) -> Callable[..., torch.Tensor]:
 @contextmanager
 def kept(executor: Executor, *arguments: Any) -> Iterator[None]:
     """While active, a pass (``DIFFUSION_MODEL``) uses what its run keeps, if it is part of a run and not compiled."""
-    call = Call(*arguments)
-    of_run: Kept | None = call.transformer_options.get(KEY)
-    if of_run is None or torch.compiler.is_compiling():
+    of_run = None if torch.compiler.is_compiling() else Call(*arguments).transformer_options.get(KEY)
+    if of_run is None:
         yield
         return
-    with of_run.used(executor.class_obj, call):
+    with of_run.used(executor.class_obj, Call(*arguments)):
         yield
 
 
-def _cross_attention_layers(unet: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+def _text_layers(unet: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+    """Those that make keys and values of the text."""
     for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock) and block.attn2 is not None:
+        if isinstance(block, BasicTransformerBlock) and type(block.attn2) is CrossAttention:
             yield block.attn2.to_k
             yield block.attn2.to_v
 
 
-def _is_hosts_own(layer: torch.nn.Module) -> bool:
+def _is_unmodified(layer: torch.nn.Module) -> bool:
     """Whether a layer is one of ComfyUI's, and as ComfyUI made it."""
-    weight = getattr(layer, "weight", None)
     return (
         isinstance(layer, CastWeightBiasOp)
         and not (layer.weight_function or layer.bias_function)
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and type(getattr(layer, "weight", None)) in (torch.Tensor, torch.nn.Parameter)
         and "forward" not in vars(layer)
     )
 
 
 def _in_one_piece(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
     """Copies in another type, in one piece of memory: the system gets it back as a whole, where of many pieces glibc
-    keeps most when they are freed. Each begins at a multiple of ``LINE`` numbers."""
-    parts = torch.empty(sum(map(_lines, tensors)), LINE, dtype=dtype).split([*map(_lines, tensors)])
+    keeps most when they are freed. Each begins at a multiple of ``ALIGNMENT`` numbers."""
+    lines = [-(-tensor.numel() // ALIGNMENT) for tensor in tensors]
+    parts = torch.empty(sum(lines), ALIGNMENT, dtype=dtype).split(lines)
     return [
         part.flatten()[: tensor.numel()].view(tensor.shape).copy_(tensor)
         for part, tensor in zip(parts, tensors, strict=True)
     ]
 
 
-def _lines(tensor: torch.Tensor) -> int:
-    return -(-tensor.numel() // LINE)
+def _with_weights(
+    layer: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype, x: torch.Tensor
+) -> torch.Tensor:
+    """The layer's own ``forward`` with weights of a type, if the input is of that type: else it needs others."""
+    own = weights if x.dtype is dtype else {}
+    try:
+        vars(layer).update(own)  # an attribute of the layer's own hides the parameter of that name
+        output: torch.Tensor = type(layer).forward(layer, x)
+    finally:
+        for name in own:
+            vars(layer).pop(name, None)
+    return output
 
 
 def _once(
-    layer: torch.nn.Module, text: torch.Tensor, made: dict[torch.nn.Module, torch.Tensor], x: torch.Tensor
+    layer: torch.nn.Module,
+    usual: Forward,
+    text: torch.Tensor,
+    made: dict[torch.nn.Module, torch.Tensor],
+    x: torch.Tensor,
 ) -> torch.Tensor:
     if x is not text:
-        other: torch.Tensor = type(layer).forward(layer, x)
-        return other
+        return usual(x)
     if layer not in made:
-        made[layer] = type(layer).forward(layer, x)
+        made[layer] = usual(x)
     return made[layer].clone()  # a patch may write into it
