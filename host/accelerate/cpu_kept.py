@@ -209,7 +209,7 @@ def _in_one_piece(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[t
 
 
 def _with_weights(
-    layer: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype, x: torch.Tensor
+    layer: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype | None, x: torch.Tensor
 ) -> torch.Tensor:
     """The layer's own ``forward`` with weights of a type, if the input is of that type: else it needs others."""
     own = weights if x.dtype is dtype else {}

@@ -127,7 +127,12 @@ def test_a_run_that_breaks_off_leaves_the_layers_as_they_were(faster: Callable[.
 def test_nothing_is_held_after_a_run(faster: Callable[..., Any]) -> None:
     held: list[dict[str, Any]] = []
     model = faster(Acceleration(BF16))
-    model.set_model_attn2_output_patch(lambda n, options: held.append(options) or n)
+
+    def hold(n: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        held.append(options)
+        return n
+
+    model.set_model_attn2_output_patch(hold)
     run(model, **SHORT)
     of_run = held[0][cpu_kept.KEY]
     assert (of_run._texts, of_run._weights) == ([], {})
