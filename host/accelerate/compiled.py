@@ -11,11 +11,10 @@ The modules are the host's own; only their ``forward`` is another one while they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.ops
 import torch
@@ -25,17 +24,12 @@ from comfy.ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.nn.functional import group_norm, silu
 
+from .exchanged import Part
+
 ATTENTION = "optimized_attention_override"
 """The transformer option by which a node chooses the routine that computes attention."""
 EXACT_ATTENTION = frozenset(f"attention_{name}" for name in ("basic", "pytorch", "split", "sub_quad", "xformers"))
 """The host's routines that compute the same as PyTorch's, which compiled blocks use."""
-
-
-class Part(NamedTuple):
-    """A module of a network, and what runs in place of its ``forward``, with the same arguments."""
-
-    module: torch.nn.Module
-    forward: Callable[..., torch.Tensor]
 
 
 def parts(network: torch.nn.Module) -> list[Part]:
@@ -55,21 +49,6 @@ def is_transformer(part: Part) -> bool:
 def attention_is_exact() -> bool:
     """Whether the host's own choice, by its command line, is one of ``EXACT_ATTENTION``."""
     return attention.optimized_attention.__name__ in EXACT_ATTENTION
-
-
-@contextmanager
-def running(chosen: Iterable[Part]) -> Iterator[None]:
-    """Within this context parts run their compiled code. For one thread at a time, as a network itself is."""
-    exchanged = []
-    try:
-        for module, forward in chosen:
-            if "forward" not in vars(module):  # or someone else has exchanged it
-                vars(module)["forward"] = forward
-                exchanged.append(module)
-        yield
-    finally:
-        for module in exchanged:
-            del vars(module)["forward"]
 
 
 def _parts_of(module: Any) -> Iterator[Part]:

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management as management
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention
-from comfy.model_patcher import create_model_options_clone
 from comfy.ops import CastWeightBiasOp
-from comfy.patcher_extension import WrappersMP
 
 from ..protocols import Executor, Guider, Model
 from .branches import Call
-from .gates import COMPILED_BY_CORE
+from .exchanged import Part, run_options, running
+from .gates import is_compiled_by_core
 from .strategy import GIB, pass_memory
 
 KEY = "koala_kept"
@@ -60,21 +59,12 @@ class Kept:
         self._texts: list[_Text] = []
         self._weights: dict[torch.nn.Module, dict[str, torch.Tensor]] | None = None
 
-    @contextmanager
-    def used(self, unet: torch.nn.Module, call: Call) -> Iterator[None]:
+    def used(self, unet: torch.nn.Module, call: Call) -> AbstractContextManager[None]:
         """While active, the U-Net's layers use what is kept, and make what is missing. Layers that another node has
         changed stay as they are, and so do another U-Net, and all layers with hooks or gradients."""
         if unet is not self._unet or self._model.current_hooks is not None or torch.is_grad_enabled():
-            yield
-            return
-        forwards = self._forwards(call)
-        try:
-            for layer, forward in forwards.items():
-                vars(layer)["forward"] = forward
-            yield
-        finally:
-            for layer in forwards:
-                vars(layer).pop("forward", None)
+            return nullcontext()
+        return running(Part(*exchanged) for exchanged in self._forwards(call).items())
 
     def clear(self) -> None:
         """Give the memory back, whoever still holds this."""
@@ -143,40 +133,26 @@ class Kept:
 def keeping(dtype: torch.dtype | None) -> Callable[..., torch.Tensor]:
     """A wrapper around a run (``OUTER_SAMPLE``), in which passes find its ``Kept`` by ``KEY``."""
 
-    def outer_sample(
-        executor: Executor,
-        noise: torch.Tensor,
-        latent: torch.Tensor,
-        sampler: object,
-        sigmas: torch.Tensor,
-        *rest: Any,
-        **further: Any,
-    ) -> torch.Tensor:
+    def outer_sample(executor: Executor, *arguments: Any, **further: Any) -> torch.Tensor:
         guider: Guider = executor.class_obj
-        before = guider.model_options
-        if COMPILED_BY_CORE in before["transformer_options"].get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
-            return executor(noise, latent, sampler, sigmas, *rest, **further)
+        if is_compiled_by_core(guider.model_options["transformer_options"]):
+            return executor(*arguments, **further)
+        noise, _, _, sigmas, *_ = arguments
         of_run = Kept(guider.model_patcher, dtype if len(sigmas) > MIN_STEPS else None, noise.shape)
-        guider.model_options = create_model_options_clone(before)
-        guider.model_options["transformer_options"][KEY] = of_run
         try:
-            return executor(noise, latent, sampler, sigmas, *rest, **further)
+            with run_options(guider, **{KEY: of_run}):
+                return executor(*arguments, **further)
         finally:
-            guider.model_options = before
             of_run.clear()
 
     return outer_sample
 
 
-@contextmanager
-def kept(executor: Executor, *arguments: Any) -> Iterator[None]:
+def kept(executor: Executor, *arguments: Any) -> AbstractContextManager[None]:
     """While active, a pass (``DIFFUSION_MODEL``) uses what its run keeps, if it is part of a run and not compiled."""
-    of_run = None if torch.compiler.is_compiling() else Call(*arguments).transformer_options.get(KEY)
-    if of_run is None:
-        yield
-        return
-    with of_run.used(executor.class_obj, Call(*arguments)):
-        yield
+    call = Call(*arguments)
+    of_run: Kept | None = None if torch.compiler.is_compiling() else call.transformer_options.get(KEY)
+    return nullcontext() if of_run is None else of_run.used(executor.class_obj, call)
 
 
 def _text_layers(unet: torch.nn.Module) -> Iterator[torch.nn.Linear]:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from ...koala.words import message
 from ..protocols import Executor, Model, Vae
 from .cpu_kept import keeping, kept
+from .exchanged import Part, running
 from .plan import BF16, OFF
 
 KEY = "koala_kernels"
@@ -102,19 +103,12 @@ class OneDnnProducts(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def feed_forward_in_pieces(unet: torch.nn.Module) -> Iterator[None]:
+def feed_forward_in_pieces(unet: torch.nn.Module) -> AbstractContextManager[None]:
     """While active, the feed-forward layers of a U-Net compute large inputs a piece of their rows after the other: each
     row as before, bit for bit. Layers that another node has changed stay, as do those that convert their weights at
     every call, and all of a U-Net that is compiled."""
     layers = [] if torch.compiler.is_compiling() else [layer for layer in unet.modules() if _is_plain_gated(layer)]
-    for layer in layers:
-        vars(layer)["forward"] = partial(_in_pieces, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
+    return running([Part(layer, partial(_in_pieces, layer)) for layer in layers])
 
 
 class ForeignLayers(TorchFunctionMode):
@@ -240,7 +234,7 @@ def _are_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _is_plain_gated(layer: torch.nn.Module) -> bool:
-    if type(layer) is not FeedForward or "forward" in vars(layer):
+    if type(layer) is not FeedForward:
         return False
     parts: Any = layer.net
     return type(parts[0]) is GEGLU and _keeps_its_weights(parts[0].proj) and _keeps_its_weights(parts[-1])

@@ -15,13 +15,13 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import comfy.model_management as management
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.patcher_extension import WrappersMP
 
 from ..protocols import Guider, Model
 from .branches import Call, Network, again
 from .captured import Captures, Weights
-from .compiled import ATTENTION, attention_is_exact, is_transformer, parts, running
-from .gates import COMPILED_BY_CORE
+from .compiled import ATTENTION, attention_is_exact, is_transformer, parts
+from .exchanged import running
+from .gates import is_compiled_by_core
 from .strategy import GIB, Strategy, pass_memory
 
 BETWEEN_BLOCKS = frozenset(
@@ -181,10 +181,9 @@ class Execution:
 def _why_eager(guider: Guider) -> str:
     """Why all passes of a run are eager; empty where they need not be."""
     patcher, options = guider.model_patcher, guider.model_options
-    wrappers = options["transformer_options"].get("wrappers", {})
     if torch.is_grad_enabled():
         return "gradients are computed"
-    if COMPILED_BY_CORE in wrappers.get(WrappersMP.APPLY_MODEL, {}):
+    if is_compiled_by_core(options["transformer_options"]):
         return "another node has the U-Net compiled"
     if any(name.startswith("diffusion_model") for name in patcher.object_patches) or patcher.injections:
         return "another node has exchanged parts of the U-Net"

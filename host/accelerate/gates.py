@@ -53,6 +53,11 @@ def gates(options: Mapping[str, Any], conds: Mapping[str, Any], percent_to_sigma
     return Gates(frozenset(levels), unknown, patched=bool(patches))
 
 
+def is_compiled_by_core(options: Mapping[str, Any]) -> bool:
+    """Whether a node has the U-Net compiled, from a MODEL's transformer options."""
+    return COMPILED_BY_CORE in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+
+
 def _patches(options: Mapping[str, Any]) -> Iterator[object]:
     for patches in options.get("patches", {}).values():
         yield from patches

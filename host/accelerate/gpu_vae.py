@@ -15,7 +15,8 @@ import torch
 
 from ...koala.words import message
 from ..protocols import Vae
-from .compiled import Part, parts, running
+from .compiled import parts
+from .exchanged import Part, running
 from .strategy import why_not_compiled
 
 

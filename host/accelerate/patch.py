@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
 
 from ..protocols import Executor, Guider, Model
 from . import cpu_routines
 from .branches import Branches, Call, Execute, Network, Passed
+from .exchanged import run_options
 from .execution import Execution, Prepared, on_detach
 from .feature_cache import Key, Run
 from .gates import gates
@@ -128,12 +128,10 @@ class _Wrappers:
         execution = None if self.strategy.is_eager else Execution(self.strategy, guider)
         if execution is not None:  # what it has made stays for the next run, as long as this MODEL
             self.prepared[guider.model_patcher.model.diffusion_model] = execution.prepared
-        guider.model_options = create_model_options_clone(before)
-        guider.model_options["transformer_options"] |= {KEY: run, EXECUTION: execution}
         try:
-            output = executor(noise, latent, sampler, sigmas, *rest, **further)
+            with run_options(guider, **{KEY: run, EXECUTION: execution}):
+                output = executor(noise, latent, sampler, sigmas, *rest, **further)
         finally:
-            guider.model_options = before
             if execution is not None:
                 execution.end()
         skipped = str(run) if _skips(self.settings) else ""

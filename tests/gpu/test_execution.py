@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import comfy.model_management
 import pytest
@@ -23,9 +22,7 @@ BOTH = Strategy(True, CudaGraphs)
 NEAR = 45.0  # decibels; rounding in fp16
 
 
-@pytest.fixture
-def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases.put_lora(tmp_path, monkeypatch)
+loras = pytest.fixture(cases.put_lora)
 
 
 @pytest.mark.parametrize("strategy", [CAPTURED, BOTH], ids=["captured", "compiled and captured"])

@@ -87,6 +87,16 @@ def with_lora(model: Any, strength: float) -> Any:
     return KoalaLoraLoader.execute(model, clip, "some.safetensors", strength, 1.0, "auto", 0.0).result[0]
 
 
+def scheduled_lora(strength: float, *keyframes: tuple[float, float]) -> Any:
+    """The same as HOOKS for koala-tiny; ``keyframes``: its strength from a part of the schedule on, each with it."""
+    hooks = KoalaHookLora.execute(parity.tiny_models()[0], "some.safetensors", strength, 1.0, "auto").result[0]
+    group = comfy.hooks.HookKeyframeGroup()
+    for factor, start in keyframes:
+        group.add(comfy.hooks.HookKeyframe(strength=factor, start_percent=start))
+    hooks.set_keyframes_on_hooks(group)
+    return hooks
+
+
 def eagerly(model: Any, settings: Acceleration) -> Any:
     """An accelerated clone whose passes run as ComfyUI runs them."""
     return accelerate(model, settings, lambda _: None, lambda one: Choice(one.clone(), EAGER)).model
@@ -265,12 +275,7 @@ def controlnets_fall_back(case: Case) -> None:
 
 def hooks_masks_and_areas(case: Case) -> None:
     """LoRAs that are scheduled, masks of the image, and prompts for parts of it."""
-    model = parity.tiny_models()[0]
-    hooks = KoalaHookLora.execute(model, "some.safetensors", 0.2, 1.0, "auto").result[0]
-    keyframes = comfy.hooks.HookKeyframeGroup()
-    keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
-    keyframes.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.5))
-    hooks.set_keyframes_on_hooks(keyframes)
+    hooks = scheduled_lora(0.2, (1.0, 0.0), (0.0, 0.5))
     case.same(texts=tuple(comfy.hooks.set_hooks_for_conditioning(side, hooks) for side in prompts()))
     assert "LoRAs that are scheduled or masked" in case.said[-1]
     mask = torch.zeros(1, 128, 128)
@@ -309,13 +314,13 @@ ALL: tuple[Callable[[Case], None], ...] = (
 )
 
 
-def put_lora(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A models/loras of one test's own, with an SDXL LoRA for koala-tiny."""
+def put_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixture's body: a models/loras of one test's own, with an SDXL LoRA for koala-tiny."""
     import folder_paths
     from safetensors.torch import save_file
 
     from tools.synthetic import adapters
 
     known = folder_paths.folder_names_and_paths
-    monkeypatch.setitem(known, "loras", ([str(folder)], known["loras"][1]))
-    save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), folder / "some.safetensors")
+    monkeypatch.setitem(known, "loras", ([str(tmp_path)], known["loras"][1]))
+    save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), tmp_path / "some.safetensors")

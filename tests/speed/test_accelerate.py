@@ -6,12 +6,10 @@ import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import comfy.hooks
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -19,7 +17,6 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_custom_sampler import CFGOverride, FlipSigmas, SamplerCustom, SplitSigmas
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_freelunch import FreeU_V2
-from safetensors.torch import save_file
 
 from koala_sdxl.host.accelerate import patch as module
 from koala_sdxl.host.accelerate.feature_cache import Run
@@ -27,26 +24,18 @@ from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse, Tab
 from koala_sdxl.koala.architecture.layout import KOALA_1B, KOALA_700M, Layout, name
 from koala_sdxl.koala.schedule import schedule
 from koala_sdxl.nodes.adapt import KoalaControlNet
-from koala_sdxl.nodes.lora import KoalaHookLora, KoalaLoraLoader
-from tests.speed import sampling
+from koala_sdxl.nodes.lora import KoalaLoraLoader
+from tests.speed import execution_cases, sampling
 from tests.speed.sampling import ALL_FULL, BALANCED, BASE, Said, alone, decibels, pictures, plain, prompts, run
 from tools.measure import parity, transfer
 from tools.measure.bench.image_quality import psnr
-from tools.synthetic import adapters
 from tools.tiny.evaluate import grid_prompts
 
 SHALLOW = 0.036  # of a full pass, what a step on extrapolated features computes, at KOALA-700M's size
 
 said = pytest.fixture(sampling.said)
 faster = pytest.fixture(sampling.faster)
-
-
-@pytest.fixture
-def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A models/loras of this test's own, with an SDXL LoRA for koala-tiny."""
-    known = folder_paths.folder_names_and_paths
-    monkeypatch.setitem(known, "loras", ([str(tmp_path)], known["loras"][1]))
-    save_file(adapters.lora(adapters.SMALL_SDXL, only=adapters.in_attention), tmp_path / "some.safetensors")
+loras = pytest.fixture(execution_cases.put_lora)
 
 
 # Full steps change nothing
@@ -190,12 +179,7 @@ def test_a_controlnet_that_ends_is_not_carried_on(faster: Callable[..., Any], sa
 
 
 def test_a_lora_that_is_scheduled_is_not_carried_on(faster: Callable[..., Any], said: Said, loras: None) -> None:
-    model = parity.tiny_models()[0]
-    hooks = KoalaHookLora.execute(model, "some.safetensors", 0.1, 1.0, "auto").result[0]
-    keyframes = comfy.hooks.HookKeyframeGroup()
-    keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
-    keyframes.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.5))
-    hooks.set_keyframes_on_hooks(keyframes)
+    hooks = execution_cases.scheduled_lora(0.1, (1.0, 0.0), (0.0, 0.5))
     texts = tuple(comfy.hooks.set_hooks_for_conditioning(side, hooks) for side in prompts())
     wanted, found = plain(texts), run(faster(), texts)
     assert said.full > 12

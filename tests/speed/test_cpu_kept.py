@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +20,13 @@ from koala_sdxl.host.accelerate import cpu_kept
 from koala_sdxl.host.accelerate import cpu_routines as kernels
 from koala_sdxl.host.accelerate.branches import Call
 from koala_sdxl.host.accelerate.plan import BF16, EXACT, REUSE, Acceleration
-from koala_sdxl.nodes.lora import KoalaHookLora
 from tests.speed import execution_cases, sampling
 from tests.speed.sampling import BASE, prompts, run
 from tools.measure import parity
 
 said = pytest.fixture(sampling.said)
 faster = pytest.fixture(sampling.faster)
+loras = pytest.fixture(execution_cases.put_lora)
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 STEPS = 4
@@ -164,11 +163,6 @@ def test_weights_are_kept_where_memory_is_free_beside_a_step(
     assert not told or "torch.bfloat16" in told[0]
 
 
-@pytest.fixture
-def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    execution_cases.put_lora(tmp_path, monkeypatch)
-
-
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=NAMES[:2])
 def test_a_lora_that_changes_between_runs_and_within_one_has_its_effect(
     settings: Acceleration, loras: None, faster: Callable[..., Any], without: Callable[..., torch.Tensor]
@@ -179,11 +173,7 @@ def test_a_lora_that_changes_between_runs_and_within_one_has_its_effect(
     between = run(faster(settings, patched), **SHORT)
     assert not torch.equal(between, before)
     assert torch.equal(between, without(faster(settings, patched), **SHORT))
-    hooks = KoalaHookLora.execute(model, "some.safetensors", 0.2, 1.0, "auto").result[0]
-    keyframes = comfy.hooks.HookKeyframeGroup()
-    for strength, start in ((0.0, 0.0), (1.0, 0.3), (0.0, 0.6)):
-        keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
-    hooks.set_keyframes_on_hooks(keyframes)
+    hooks = execution_cases.scheduled_lora(0.2, (0.0, 0.0), (1.0, 0.3), (0.0, 0.6))
     texts = prompts()
     within = (comfy.hooks.set_hooks_for_conditioning(texts[0], hooks), texts[1])
     found = run(faster(settings), within, **SHORT)

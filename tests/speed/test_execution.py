@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 
 from koala_sdxl.host.accelerate import compiled, execution, gpu_vae
 from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Weights
-from koala_sdxl.host.accelerate.compiled import Part
+from koala_sdxl.host.accelerate.exchanged import Part
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
 from tests.daily import daily
 from tests.speed import execution_cases as cases
@@ -35,9 +35,7 @@ BOTH = Strategy(True, Reruns)
 NEAR = 75.0  # decibels; rounding in fp32
 
 
-@pytest.fixture
-def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases.put_lora(tmp_path, monkeypatch)
+loras = pytest.fixture(cases.put_lora)
 
 
 @pytest.mark.parametrize(
