@@ -55,12 +55,12 @@ class FakeWorker:
         return {"cpu": "a CPU", "threads": 2, "memory": 16 * GB, "gpu": gpu, "versions": {"torch": "2"}}
 
     def rates(self) -> dict[str, Any]:
-        rates = {"contiguous": 50.0, "channels_last": 100.0, "bf16": 200.0}
+        rates = {"contiguous": 50.0, "channels_last": 100.0, "Winograd": 150.0, "bf16": 200.0}
         shape = {"shape": "1 x 2 to 3 channels", "gflop": 4.0, **rates}
         return {"matmul": {"PyTorch": 100.0, "bf16": 300.0}, "unet": [shape], "vae": [shape], "fp16 to fp32": 5.0}
 
     def probes(self) -> dict[str, bool]:
-        return {"oneDNN": False, "bf16": True}
+        return {"oneDNN": False, "NNPACK": True, "bf16": True, "bf16 in the VAE": False}
 
     def macs(self, sizes: list[int]) -> dict[str, Any]:
         at = {str(px): {"convolution": 10**9 * px, "linear": 10**9 * px, "attention": 0} for px in sizes}

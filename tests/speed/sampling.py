@@ -52,6 +52,16 @@ def faster(said: Said) -> Callable[..., Any]:
     )
 
 
+def noting(calls: list[tuple[int, ...]], answer: Any) -> Callable[..., Any]:
+    """A function that notes with what it is called, and answers so."""
+
+    def note(*given: Any, **_: Any) -> Any:
+        calls.append(given)
+        return answer
+
+    return note
+
+
 def prompts(texts: Sequence[str] = ("a red circle on a white background",)) -> tuple[Any, ...]:
     """Conditioning that gives each picture of a batch a prompt of its own, and no negative prompt."""
     clip = parity.tiny_models()[1]

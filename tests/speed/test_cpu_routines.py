@@ -83,7 +83,8 @@ def test_a_patchs_own_layers_keep_their_type_in_bf16(
 @pytest.mark.parametrize(("routines", "most"), [(EXACT, 0.1), (BF16, 6)])
 def test_the_vae_by_other_routines(routines: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """``most``: by how much of 255 a pixel may differ."""
-    monkeypatch.setattr(kernels, "bf16_is_faster", lambda: True)
+    monkeypatch.setattr(kernels, "bf16_convolves_faster", lambda: True)
+    monkeypatch.setattr(kernels, "winograd_is_faster", lambda: False)
     vae = parity.tiny_models()[2]
     faster, words = kernels.install_vae(vae, routines)
     assert ("bf16" in words) == (routines == BF16)
@@ -98,111 +99,6 @@ def test_the_vae_by_other_routines(routines: str, most: float, monkeypatch: pyte
     assert float((again - code).abs().max() / code.abs().max()) <= most / 100
     assert torch.equal(vae.decode(latent), wanted)
     assert kernels.install_vae(vae, OFF) == (vae, "")
-
-
-def test_one_dnn_takes_plain_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "one_dnn_is_faster", lambda *_: True)
-    rows, weight, bias = torch.randn(2, 100, 64), torch.randn(32, 64), torch.randn(32)
-    wanted = torch.nn.functional.linear(rows, weight, bias)
-    with kernels.OneDnnProducts():
-        assert torch.allclose(torch.nn.functional.linear(rows, weight, bias), wanted, atol=1e-4)
-        assert torch.nn.functional.linear(rows.half(), weight.half()).dtype == torch.float16
-        few = torch.nn.functional.linear(rows[0, :2], weight, bias)
-    assert torch.equal(few, torch.nn.functional.linear(rows[0, :2], weight, bias))
-
-
-def test_a_product_that_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(kernels, "one_dnn_is_faster", noting(asked, False))
-    rows, weight = torch.randn(2, 100, 64), torch.randn(32, 64)
-    with kernels.OneDnnProducts():
-        assert torch.equal(torch.nn.functional.linear(rows, weight), rows @ weight.T)
-    assert asked == [(64, 32)]
-
-
-def noting(calls: list[tuple[int, ...]], answer: Any) -> Callable[..., Any]:
-    """A function that notes with what it is called, and answers so."""
-
-    def note(*given: Any, **_: Any) -> Any:
-        calls.append(given)
-        return answer
-
-    return note
-
-
-@pytest.fixture
-def as_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The sizes of the convolutions that are computed as products, every one that can be and has 99 weights."""
-    sizes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(kernels, "MIN_WEIGHTS", 99)
-    monkeypatch.setattr(kernels, "product_convolves_faster", noting(sizes, True))
-    return sizes
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "output"),
-    [((2, 8, 8), 1, (2, 8, 8)), ((1, 6, 10), 2, (1, 3, 5)), ((3, 7, 5), 2, (3, 4, 3)), ((1, 1, 1), 1, (1, 1, 1))],
-)
-def test_a_small_convolution_as_a_product_is_the_same(
-    size: tuple[int, int, int], stride: int, output: tuple[int, int, int], as_products: list[tuple[int, ...]]
-) -> None:
-    batch, height, width = size
-    x, weight, bias = torch.randn(batch, 24, height, width), torch.randn(16, 24, 3, 3), torch.randn(16)
-    for order in (torch.contiguous_format, torch.channels_last):
-        for added in (bias, None):
-            layer: Any = (x.to(memory_format=order), weight, added, (stride, stride), (1, 1), (1, 1), 1)
-            exactly: Any = [part.double() if torch.is_tensor(part) else part for part in layer]
-            wanted = torch.nn.functional.conv2d(*exactly)
-            with kernels.OneDnnProducts():
-                found = torch.nn.functional.conv2d(*layer)
-            assert found.is_contiguous()
-            assert found.shape == wanted.shape
-            assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-6
-    assert as_products == [output] * 4
-
-
-@pytest.mark.parametrize(
-    ("x", "weight", "settings"),
-    [
-        ((1, 24, 32, 32), (16, 24, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
-        ((1, 24, 8, 8), (16, 24, 1, 1), ((1, 1), (0, 0), (1, 1), 1)),
-        ((1, 24, 8, 8), (16, 24, 3, 3), ((1, 1), (0, 0), (1, 1), 1)),
-        ((1, 24, 8, 8), (16, 24, 3, 3), ((1, 1), (2, 2), (2, 2), 1)),
-        ((1, 24, 8, 8), (16, 12, 3, 3), ((1, 1), (1, 1), (1, 1), 2)),
-        ((1, 24, 8, 8), (16, 24, 3, 3), ((1, 2), (1, 1), (1, 1), 1)),
-        ((1, 1, 8, 8), (1, 1, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
-    ],
-    ids=["large", "1 x 1", "no border", "dilated", "groups", "two strides", "few weights"],
-)
-def test_other_convolutions_stay(
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
-    settings: tuple[Any, ...],
-    as_products: list[tuple[int, ...]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kernels, "MAX_PIXELS", 1000)
-    layer = (torch.randn(x), torch.randn(weight), None, *settings)
-    wanted = torch.nn.functional.conv2d(*layer)
-    with kernels.OneDnnProducts():
-        assert torch.equal(torch.nn.functional.conv2d(*layer), wanted)
-        in_bf16 = torch.nn.functional.conv2d(layer[0].bfloat16(), layer[1].bfloat16(), None, *settings)
-    assert in_bf16.dtype == torch.bfloat16
-    assert not as_products
-
-
-def test_a_layer_whose_weights_change_in_place_is_computed_with_the_new_ones(
-    as_products: list[tuple[int, ...]],
-) -> None:
-    """As LoRAs do, between runs and within them."""
-    layer = torch.nn.Conv2d(24, 16, 3, padding=1, bias=False)
-    x = torch.randn(1, 24, 8, 8)
-    with torch.inference_mode(), kernels.OneDnnProducts():
-        before = layer(x)
-        layer.weight.mul_(2)
-        after = layer(x)
-    assert torch.allclose(after, 2 * before, atol=1e-5)
-    assert len(as_products) == 2
 
 
 def feed_forward() -> Any:
@@ -257,22 +153,6 @@ def test_layers_are_as_before_when_a_run_breaks_off() -> None:
     with pytest.raises(KeyboardInterrupt), kernels.feed_forward_in_pieces(unet):
         raise KeyboardInterrupt
     assert "forward" not in vars(unet[0])
-
-
-def test_the_processor_is_measured_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(kernels, "_speedup", noting(measured, 2.0))
-    for measure, shape in ((kernels.one_dnn_is_faster, (96, 64)), (kernels.product_convolves_faster, (1, 2, 2))):
-        measure.cache_clear()
-        assert [measure(*shape), measure(*shape)] == [True, True]
-        measure.cache_clear()
-    assert len(measured) == 2
-
-
-def test_how_many_times_faster_takes_the_shortest_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.0, 0.0, 4.0, 0.0, 3.0, 0.0, 6.0, 0.0, 2.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert kernels._speedup(lambda: None, lambda: 0, times=2) == 2
 
 
 def test_layers_of_another_type_give_their_inputs_type() -> None:

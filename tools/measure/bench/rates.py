@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import conv2d, linear
 
-from koala_sdxl.host.accelerate import cpu_routines as kernels
+from koala_sdxl.host.accelerate.cpu_convolutions import Convolution, nnpack
+from koala_sdxl.host.accelerate.cpu_products import by_one_dnn, has_one_dnn
 from tools.measure.bench import meter
 
 CONVOLUTIONS = (
@@ -37,7 +38,8 @@ def measured(device: str) -> dict[str, Any]:
     products: dict[str, Callable[[], Any]] = {"PyTorch": lambda: linear(a, b)}
     if device == "cpu":
         a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
-        products |= {"oneDNN": lambda: _by_one_dnn(a, b), "bf16": lambda: linear(a_bf16, b_bf16)}
+        products |= {"oneDNN": lambda: by_one_dnn(a, b)} if has_one_dnn() else {}
+        products["bf16"] = lambda: linear(a_bf16, b_bf16)
     half = torch.randn(64, 1024, 1024).half()
     return {
         "matmul": {how: 2e-9 * side**3 / _seconds(product) for how, product in products.items()},
@@ -45,11 +47,6 @@ def measured(device: str) -> dict[str, Any]:
         "vae": [_convolution(*shape, place) for shape in DECODER],
         "fp16 to fp32": 4e-9 * half.numel() / _seconds(half.float),
     }
-
-
-def _by_one_dnn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    with kernels.OneDnnProducts():
-        return linear(a, b)
 
 
 def _convolution(batch: int, c_in: int, c_out: int, side: int, place: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +59,8 @@ def _convolution(batch: int, c_in: int, c_out: int, side: int, place: dict[str, 
     }
     if place["device"] == "cpu":
         x_bf16, weights_bf16 = x_last.bfloat16(), weights_last.bfloat16()
+        if (convolution := Convolution.of(x, weights, None, (1, 1), (1, 1), (1, 1), 1)) is not None and nnpack():
+            ways["Winograd"] = convolution.by_winograd
         ways["bf16"] = lambda: conv2d(x_bf16, weights_bf16, padding=1)
     return {
         "shape": f"{batch} x {c_in} to {c_out} channels, {side} x {side}",

@@ -143,10 +143,16 @@ def runs_surveyed(sections: Sections) -> list[str]:
 
 def bound(sections: Sections, model: str, px: int, pictures: int = 2, bf16: bool = False) -> float:
     """Seconds that a step cannot be shorter than: its multiplications at the fastest rate that was measured on the
-    machine, of convolutions and of matrix products of any shape."""
+    machine, of convolutions and of matrix products of any shape; convolutions at that of Winograd's algorithm, if it is
+    faster, as if all of them were 3 x 3."""
     rates, found = figures(sections, "machine"), figures(sections, "macs")
     part = found["vae"][str(px)] if model == "vae" else found["unets"][model]["sizes"][str(px)]
-    return 2e-9 * pictures * sum(part.values()) / fastest(rates, bf16)
+    rate = fastest(rates, bf16)
+    convolved = (
+        rate if bf16 else max(rate, *(one.get("Winograd", 0) for kind in ("unet", "vae") for one in rates[kind]))
+    )
+    seconds = {operation: 1 / (convolved if operation == "convolution" else rate) for operation in part}
+    return 2e-9 * pictures * sum(operations * seconds[operation] for operation, operations in part.items())
 
 
 def fastest(rates: Row, bf16: bool = False) -> float:

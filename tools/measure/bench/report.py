@@ -140,7 +140,7 @@ def _machine(sections: Sections, kind: str) -> Iterator[str]:
         + ". 3 x 3 convolutions, GFLOP/s:",
         "",
     )
-    ways = [way for way in ("contiguous", "channels_last", "bf16") if way in found["unet"][0]]
+    ways = [way for way in ("contiguous", "channels_last", "Winograd", "bf16") if way in found["unet"][0]]
     yield from table(
         ("batch, channels, size", *ways),
         ((one["shape"], *(f"{one[way]:.0f}" for way in ways)) for one in (*found["unet"], *found["vae"])),

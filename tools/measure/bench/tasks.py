@@ -15,6 +15,7 @@ from tools.measure.bench import meter
 from tools.measure.bench.engines import UNET, Engine, activate, job
 from tools.measure.bench.peers import OPENVINO
 from tools.measure.bench.process import NO_ENGINE
+from tools.measure.bench.variants import VAE_IN_BF16
 
 Tasks = Mapping[str, Callable[..., Any]]
 
@@ -49,7 +50,12 @@ def tasks(name: str, device: str) -> Tasks:
         return {
             "machine": lambda: meter.machine(device),
             "rates": lambda: rates.measured(device),
-            "probes": lambda: {"oneDNN": kernels.one_dnn_is_faster(), "bf16": kernels.bf16_is_faster()},
+            "probes": lambda: {
+                "oneDNN": kernels.one_dnn_is_faster(),
+                "NNPACK": kernels.winograd_is_faster(),
+                "bf16": kernels.bf16_is_faster(),
+                VAE_IN_BF16: kernels.bf16_convolves_faster(),
+            },
             "macs": macs.counted,
             "load_prompts": quality("load_prompts"),
             "quality": quality("compare"),

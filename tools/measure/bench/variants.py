@@ -23,3 +23,5 @@ SAME_ROUTINES = {
 """What each of these differs from in its reuse alone."""
 ROUTINES = {"pack, exact": EXACT, "pack, bf16": BF16}
 """KOALA Accelerate's routines on the CPU, which take turns with the engines in the pack's own process."""
+VAE_IN_BF16 = "bf16 in the VAE"
+"""The name of the probe for it, in a machine's figures."""

@@ -1,0 +1,224 @@
+"""3 x 3 convolutions by other routines: the same, and only where they are faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from koala_sdxl.host.accelerate import cpu_convolutions as convolutions
+from koala_sdxl.host.accelerate import cpu_routines as kernels
+from koala_sdxl.host.accelerate.plan import BF16, PRESETS
+from tests.speed import sampling
+from tests.speed.sampling import noting, pictures, plain, prompts, run
+from tools.measure import parity
+from tools.tiny.evaluate import grid_prompts
+
+said = pytest.fixture(sampling.said)
+faster = pytest.fixture(sampling.faster)
+
+USUAL = ((1, 1), (1, 1), (1, 1), 1)
+"""Stride, padding, dilation and groups of most of a U-Net's convolutions."""
+
+
+@pytest.fixture
+def as_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The sizes of the convolutions that are computed as products, every one that can be and has 99 weights."""
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(convolutions, "MIN_WEIGHTS", 99)
+    monkeypatch.setattr(convolutions, "product_is_faster", noting(sizes, True))
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "output"),
+    [((2, 8, 8), 1, (2, 8, 8)), ((1, 6, 10), 2, (1, 3, 5)), ((3, 7, 5), 2, (3, 4, 3)), ((1, 1, 1), 1, (1, 1, 1))],
+)
+def test_a_small_convolution_as_a_product_is_the_same(
+    size: tuple[int, int, int], stride: int, output: tuple[int, int, int], as_products: list[tuple[int, ...]]
+) -> None:
+    batch, height, width = size
+    x, weight, bias = torch.randn(batch, 24, height, width), torch.randn(16, 24, 3, 3), torch.randn(16)
+    for order in (torch.contiguous_format, torch.channels_last):
+        for added in (bias, None):
+            layer: Any = (x.to(memory_format=order), weight, added, (stride, stride), (1, 1), (1, 1), 1)
+            exactly: Any = [part.double() if torch.is_tensor(part) else part for part in layer]
+            wanted = torch.nn.functional.conv2d(*exactly)
+            with kernels.FasterLayers():
+                found = torch.nn.functional.conv2d(*layer)
+            assert found.is_contiguous()
+            assert found.shape == wanted.shape
+            assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-6
+    assert as_products == [output] * 4
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "settings"),
+    [
+        ((1, 24, 32, 32), (16, 24, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+        ((1, 24, 8, 8), (16, 24, 1, 1), ((1, 1), (0, 0), (1, 1), 1)),
+        ((1, 24, 8, 8), (16, 24, 3, 3), ((1, 1), (0, 0), (1, 1), 1)),
+        ((1, 24, 8, 8), (16, 24, 3, 3), ((1, 1), (2, 2), (2, 2), 1)),
+        ((1, 24, 8, 8), (16, 12, 3, 3), ((1, 1), (1, 1), (1, 1), 2)),
+        ((1, 24, 8, 8), (16, 24, 3, 3), ((1, 2), (1, 1), (1, 1), 1)),
+        ((1, 1, 8, 8), (1, 1, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+    ],
+    ids=["large", "1 x 1", "no border", "dilated", "groups", "two strides", "few weights"],
+)
+def test_other_convolutions_stay(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    settings: tuple[Any, ...],
+    as_products: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(convolutions, "SMALL", 1000)
+    layer = (torch.randn(x), torch.randn(weight), None, *settings)
+    wanted = torch.nn.functional.conv2d(*layer)
+    with kernels.FasterLayers():
+        assert torch.equal(torch.nn.functional.conv2d(*layer), wanted)
+        in_bf16 = torch.nn.functional.conv2d(layer[0].bfloat16(), layer[1].bfloat16(), None, *settings)
+    assert in_bf16.dtype == torch.bfloat16
+    assert not as_products
+
+
+def test_a_layer_whose_weights_change_in_place_is_computed_with_the_new_ones(
+    as_products: list[tuple[int, ...]],
+) -> None:
+    """As LoRAs do, between runs and within them."""
+    layer = torch.nn.Conv2d(24, 16, 3, padding=1, bias=False)
+    x = torch.randn(1, 24, 8, 8)
+    with torch.inference_mode(), kernels.FasterLayers():
+        before = layer(x)
+        layer.weight.mul_(2)
+        after = layer(x)
+    assert torch.allclose(after, 2 * before, atol=1e-5)
+    assert len(as_products) == 2
+
+
+@pytest.fixture
+def by_winograd(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What is asked of the probe, which finds Winograd's algorithm faster; every number of channels is enough."""
+    if convolutions.nnpack() is None:
+        pytest.skip("this PyTorch is built without NNPACK, or the processor lacks what it needs")
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(convolutions, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(convolutions, "winograd_is_faster", noting(asked, True))
+    monkeypatch.setattr(kernels, "winograd_is_faster", lambda: True)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("size", "workspace"),
+    [
+        ((1, 40, 25), 2**28),
+        ((2, 33, 30), 2**28),
+        ((5, 19, 31), 4 * 6 * 256 * 32),
+        ((5, 19, 31), 7 * 6 * 256 * 32),
+        ((1, 64, 40), 3 * 7 * 256 * 32),
+        ((2, 41, 24), 1),
+    ],
+    ids=["one image", "two at once", "each alone", "two, two and one", "four bands", "bands of a tile"],
+)
+def test_a_large_convolution_by_winograds_algorithm_is_the_same_but_for_rounding(
+    size: tuple[int, int, int],
+    workspace: int,
+    by_winograd: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(convolutions, "WORKSPACE", workspace)
+    batch, height, width = size
+    x, weight, bias = torch.randn(batch, 24, height, width), torch.randn(32, 24, 3, 3), torch.randn(32)
+    for order in (torch.contiguous_format, torch.channels_last):
+        for added in (bias, None):
+            layer: Any = (x.to(memory_format=order), weight, added, *USUAL)
+            exactly: Any = [part.double() if torch.is_tensor(part) else part for part in layer]
+            wanted = torch.nn.functional.conv2d(*exactly)
+            with kernels.FasterLayers():
+                found = torch.nn.functional.conv2d(*layer)
+            assert found.is_contiguous()
+            assert found.shape == wanted.shape
+            assert 1e-7 < float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert by_winograd == [size] * 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "rows", "strips"),
+    [
+        (1, 64, 66, [[(0, 0, 64)]]),
+        (3, 16, 36, [[(0, 0, 16), (1, 0, 16)], [(2, 0, 16)]]),
+        (2, 16, 30, [[(0, 0, 16)], [(1, 0, 16)]]),
+        (4, 7, 30, [[(0, 0, 7), (1, 0, 7), (2, 0, 7)], [(3, 0, 7)]]),
+        (1, 40, 18, [[(0, 0, 18)], [(0, 18, 36)], [(0, 36, 40)]]),
+        (1, 40, 36, [[(0, 0, 24)], [(0, 24, 40)]]),
+        (2, 7, 6, [[(0, 0, 6)], [(0, 6, 7)], [(1, 0, 6)], [(1, 6, 7)]]),
+    ],
+)
+def test_a_batch_is_convolved_in_as_few_strips_as_there_is_room_for(
+    batch: int, height: int, rows: int, strips: list[list[tuple[int, int, int]]]
+) -> None:
+    assert list(convolutions._strips(batch, height, rows)) == strips
+
+
+def test_how_large_a_convolution_is_decides_which_routine_is_asked_for(
+    by_winograd: list[tuple[int, ...]], as_products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is larger than the largest that is measured counts as that."""
+    monkeypatch.setattr(convolutions, "MIN_CHANNELS", 8)
+    weight = torch.empty(9, 8, 3, 3)
+    for size in ((2, 16, 16), (3, 16, 16), (9, 32, 32), (2, 128, 96), (1, 16, 128)):
+        batch, height, width = size
+        assert convolutions.Convolution(torch.empty(batch, 8, height, width), weight, None, 1).faster()
+    assert as_products == [(2, 16, 16)]
+    assert by_winograd == [(3, 16, 16), (4, 32, 32), (1, 64, 64), (1, 16, 64)]
+    for channels, stride in ((7, 1), (8, 2)):
+        x = torch.empty(1, channels, 64, 64)
+        assert convolutions.Convolution(x, torch.empty(9, channels, 3, 3), None, stride).faster() is None
+
+
+def test_a_pytorch_without_nnpack_convolves_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = (torch.randn(1, 128, 32, 32), torch.randn(128, 128, 3, 3), None, *USUAL)
+    probes: tuple[Any, ...] = (convolutions.nnpack, convolutions.winograd_is_faster)
+    for probe in probes:
+        probe.cache_clear()
+    monkeypatch.delattr(torch, "_nnpack_available")
+    try:
+        with kernels.FasterLayers():
+            found = torch.nn.functional.conv2d(*layer)
+    finally:
+        for probe in probes:
+            probe.cache_clear()
+    assert torch.equal(found, torch.nn.functional.conv2d(*layer))
+
+
+def test_a_picture_by_winograds_algorithm_is_the_same(
+    faster: Callable[..., Any], by_winograd: list[tuple[int, ...]]
+) -> None:
+    """Large enough for the algorithm in two of koala-tiny's three levels."""
+    texts = prompts(grid_prompts(216)[0][:1])
+
+    def large(model: Any) -> torch.Tensor:
+        return run(model, texts, latent={"samples": torch.zeros(1, 4, 64, 64)}, preset=sampling.BASE | {"steps": 4})
+
+    found, wanted = large(faster(PRESETS["exact"])), large(parity.tiny_models()[0])
+    assert {height for _, height, _ in by_winograd} == {32, 64}
+    assert not torch.equal(found, wanted)
+    assert float((pictures(found) - pictures(wanted)).abs().max()) <= 1 / 255
+
+
+def test_the_vae_by_winograds_algorithm(by_winograd: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the choice beside bf16, too, unless that is much faster: it keeps the image."""
+    monkeypatch.setattr(kernels, "bf16_convolves_faster", lambda: False)
+    vae = parity.tiny_models()[2]
+    faster, words = kernels.install_vae(vae, BF16)
+    assert words == "VAE by NNPACK"
+    latent = plain(prompts(grid_prompts(216)[0][5::108]))
+    wanted, found = vae.decode(latent), faster.decode(latent)
+    assert by_winograd
+    assert not torch.equal(found, wanted)
+    assert float((found - wanted).abs().max()) <= 0.1 / 255
+    code, again = vae.encode(wanted), faster.encode(wanted)
+    assert not torch.equal(again, code)
+    assert float((again - code).abs().max() / code.abs().max()) <= 1e-3
