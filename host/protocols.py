@@ -136,6 +136,7 @@ class Vae(Protocol):
 
     device: torch.device
     first_stage_model: torch.nn.Module
+    vae_dtype: torch.dtype
     decode: Callable[..., torch.Tensor]
     decode_tiled: Callable[..., torch.Tensor]
     encode: Callable[..., torch.Tensor]

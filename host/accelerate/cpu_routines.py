@@ -11,20 +11,21 @@ in its thread.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import GEGLU, FeedForward, attention_pytorch
+from comfy.ldm.modules.diffusionmodules.model import AttnBlock, normal_attention, pytorch_attention
 from comfy.patcher_extension import WrappersMP
 from torch.nn.functional import conv2d, linear
 from torch.overrides import TorchFunctionMode
 
 from ...koala.words import joined, message
 from ..protocols import Executor, Model, Vae
-from .cpu_convolutions import Convolution, winograd_is_faster
+from .cpu_convolutions import Convolution, winograd_is_faster_for_large_images
 from .cpu_kept import keeping, kept
 from .cpu_products import WIDE, are_plain, by_one_dnn, is_plain_product, one_dnn_is_faster, speedup
 from .exchanged import Part, running
@@ -54,13 +55,13 @@ def install(model: Model, routines: str) -> str:
         model.set_model_compute_dtype(torch.bfloat16)
         return message("U-Net in bf16")
     words = [message("products by oneDNN")] if one_dnn_is_faster() else []
-    words += [message("convolutions by NNPACK")] if winograd_is_faster() else []
+    words += [message("convolutions by NNPACK")] if winograd_is_faster_for_large_images() else []
     return joined(", ", [*words, message("attention by PyTorch")])
 
 
 def install_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
-    """A VAE like ``vae`` that convolves by Winograd's algorithm, in channels_last memory order, or with ``BF16`` in
-    bf16, if that is much faster than the better of the two; and that in words.
+    """A VAE like ``vae`` that convolves large images by Winograd's algorithm or, where that is not faster, in
+    channels_last memory order; with ``BF16`` in bf16, where that is much faster than either. And that in words.
 
     Where it does not run on the CPU, or with ``OFF``, it is ``vae`` itself, and the text is empty.
     """
@@ -68,14 +69,14 @@ def install_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
         return vae, ""
     mode: TorchFunctionMode
     if routines == BF16 and bf16_convolves_faster():
-        mode, words = Convolutions(torch.bfloat16), message("VAE in bf16")
-    elif winograd_is_faster():
+        mode, words = ChannelsLast(torch.bfloat16), message("VAE in bf16")
+    elif vae.vae_dtype is torch.float32 and winograd_is_faster_for_large_images():
         mode, words = FasterLayers(), message("VAE by NNPACK")
     else:
-        mode, words = Convolutions(None), message("VAE in channels_last")
+        mode, words = ChannelsLast(None), message("VAE in channels_last")
     faster = copy.copy(vae)  # shares the network; ComfyUI has no other way to clone a VAE
     for name in ("decode", "decode_tiled", "encode", "encode_tiled"):
-        setattr(faster, name, _within(mode, getattr(vae, name)))
+        setattr(faster, name, _within(mode, vae.first_stage_model, getattr(vae, name)))
     return faster, words
 
 
@@ -90,8 +91,8 @@ class FasterLayers(TorchFunctionMode):
             if function is linear:
                 if is_plain_product(*args) and one_dnn_is_faster(*args[1].shape[::-1]):
                     return by_one_dnn(*args)
-            elif (convolution := Convolution.of(*args)) is not None and (faster := convolution.faster()) is not None:
-                return faster()
+            elif (convolution := Convolution.of(*args)) is not None and (way := convolution.faster_way()) is not None:
+                return way()
         return function(*args, **(kwargs or {}))
 
 
@@ -101,6 +102,22 @@ def feed_forward_in_pieces(unet: torch.nn.Module) -> AbstractContextManager[None
     every call, and all of a U-Net that is compiled."""
     layers = [] if torch.compiler.is_compiling() else [layer for layer in unet.modules() if _is_plain_gated(layer)]
     return running([Part(layer, partial(_in_pieces, layer)) for layer in layers])
+
+
+@contextmanager
+def attention_by_pytorch(vae: torch.nn.Module) -> Iterator[None]:
+    """While active, a VAE's attention is PyTorch's, which never holds the whole matrix of all pixels by all pixels, as
+    ComfyUI's for the CPU does: 1 GB of it for 1024 x 1024 pixels. Another routine that was chosen stays."""
+    blocks = [
+        block for block in vae.modules() if type(block) is AttnBlock and block.optimized_attention is normal_attention
+    ]
+    try:
+        for block in blocks:
+            block.optimized_attention = pytorch_attention
+        yield
+    finally:
+        for block in blocks:
+            block.optimized_attention = normal_attention
 
 
 class ForeignLayers(TorchFunctionMode):
@@ -119,7 +136,7 @@ class ForeignLayers(TorchFunctionMode):
         return function(rows.to(weight.dtype), weight, *rest, **(kwargs or {})).to(rows.dtype)
 
 
-class Convolutions(TorchFunctionMode):
+class ChannelsLast(TorchFunctionMode):
     """While active, convolutions run in channels_last memory order and in ``dtype`` (None: their own); what is between
     them keeps its type."""
 
@@ -160,8 +177,8 @@ def bf16_convolves_faster() -> bool:
 
         return run
 
-    exactly = FasterLayers() if winograd_is_faster() else Convolutions(None)
-    return speedup(with_mode(exactly), with_mode(Convolutions(torch.bfloat16))) >= MIN_SPEEDUP_BF16
+    exactly = FasterLayers() if winograd_is_faster_for_large_images() else ChannelsLast(None)
+    return speedup(with_mode(exactly), with_mode(ChannelsLast(torch.bfloat16))) >= MIN_SPEEDUP_BF16
 
 
 def _exactly(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -179,10 +196,12 @@ def _by_pytorch(replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> torc
     return output
 
 
-def _within(mode: TorchFunctionMode, method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _within(
+    mode: TorchFunctionMode, network: torch.nn.Module, method: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
     @wraps(method)
     def run(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with mode:
+        with mode, attention_by_pytorch(network):
             return method(*args, **kwargs)
 
     return run

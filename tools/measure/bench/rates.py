@@ -59,8 +59,8 @@ def _convolution(batch: int, c_in: int, c_out: int, side: int, place: dict[str, 
     }
     if place["device"] == "cpu":
         x_bf16, weights_bf16 = x_last.bfloat16(), weights_last.bfloat16()
-        if (convolution := Convolution.of(x, weights, None, (1, 1), (1, 1), (1, 1), 1)) is not None and nnpack():
-            ways["Winograd"] = convolution.by_winograd
+        if nnpack() is not None:
+            ways["Winograd"] = Convolution(x, weights, None).by_winograd
         ways["bf16"] = lambda: conv2d(x_bf16, weights_bf16, padding=1)
     return {
         "shape": f"{batch} x {c_in} to {c_out} channels, {side} x {side}",

@@ -142,17 +142,14 @@ def runs_surveyed(sections: Sections) -> list[str]:
 
 
 def bound(sections: Sections, model: str, px: int, pictures: int = 2, bf16: bool = False) -> float:
-    """Seconds that a step cannot be shorter than: its multiplications at the fastest rate that was measured on the
-    machine, of convolutions and of matrix products of any shape; convolutions at that of Winograd's algorithm, if it is
-    faster, as if all of them were 3 x 3."""
+    """Seconds that a step cannot be shorter than: its multiplications at the fastest rates that were measured on the
+    machine, of convolutions and of matrix products of any shape."""
     rates, found = figures(sections, "machine"), figures(sections, "macs")
     part = found["vae"][str(px)] if model == "vae" else found["unets"][model]["sizes"][str(px)]
+    rate_of = {"convolution": fastest_convolution(rates, bf16)}
     rate = fastest(rates, bf16)
-    convolved = (
-        rate if bf16 else max(rate, *(one.get("Winograd", 0) for kind in ("unet", "vae") for one in rates[kind]))
-    )
-    seconds = {operation: 1 / (convolved if operation == "convolution" else rate) for operation in part}
-    return 2e-9 * pictures * sum(operations * seconds[operation] for operation, operations in part.items())
+    seconds = (operations / rate_of.get(operation, rate) for operation, operations in part.items())
+    return 2e-9 * pictures * sum(seconds)
 
 
 def fastest(rates: Row, bf16: bool = False) -> float:
@@ -160,6 +157,12 @@ def fastest(rates: Row, bf16: bool = False) -> float:
     ways = ("bf16",) if bf16 else ("contiguous", "channels_last")
     products = [rate for how, rate in rates["matmul"].items() if (how == "bf16") == bf16]
     return max(*products, *(one[way] for kind in ("unet", "vae") for one in rates[kind] for way in ways))
+
+
+def fastest_convolution(rates: Row, bf16: bool = False) -> float:
+    """The same for convolutions, which Winograd's algorithm computes with fewer multiplications, in fp32."""
+    by_winograd = [one.get("Winograd", 0) for kind in ("unet", "vae") for one in rates[kind]]
+    return max(fastest(rates, bf16), 0 if bf16 else max(by_winograd))
 
 
 def image_runs(sections: Sections, place: str, way: str) -> Row:

@@ -137,7 +137,7 @@ def _machine(sections: Sections, kind: str) -> Iterator[str]:
         + ", ".join(f"{rate:.0f} GFLOP/s ({how})" for how, rate in found["matmul"].items())
         + f"; fp16 weights to fp32 {found['fp16 to fp32']:.1f} GB/s. KOALA Accelerate's own probes: "
         + ", ".join(f"{what} is {'' if faster else 'not '}faster" for what, faster in found["faster"].items())
-        + ". 3 x 3 convolutions, GFLOP/s:",
+        + ". 3 x 3 convolutions, GFLOP/s, as if all were computed directly:",
         "",
     )
     ways = [way for way in ("contiguous", "channels_last", "Winograd", "bf16") if way in found["unet"][0]]

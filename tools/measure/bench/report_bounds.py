@@ -54,9 +54,7 @@ def bounds(sections: Sections, kind: str) -> Iterator[str]:
         for px in places if section in sections else ():
             for way, runs in readings.figures(sections, section)["sizes"].get(str(px), {}).items():
                 if way in (readings.ours(sections), *ROUTINES):
-                    faster = readings.figures(sections, "machine")["faster"]
-                    in_vae = faster.get(VAE_IN_BF16, faster["bf16"])  # asked for since 2026-12-01
-                    in_bf16 = way == "pack, bf16" and (in_vae if model == "vae" else faster["bf16"])
+                    in_bf16 = way == "pack, bf16" and _is_in_bf16(sections, model)
                     least = readings.bound(sections, model, px, pictures, in_bf16)
                     lines.append((f"{what}, {px} px", way, least, min(readings.seconds(runs))))
     if not lines:
@@ -64,15 +62,23 @@ def bounds(sections: Sections, kind: str) -> Iterator[str]:
     yield from (
         "### What limits the speed",
         "",
-        "Multiplications over the fastest rate that was measured above, beside the shortest run. Norms, activations "
-        "and copies come on top; small matrices, and attention, run below that rate. In bf16, weights are converted "
-        "as well: until 2026-11-30 at every step, since then once in a run.",
+        "Multiplications over the fastest rates that were measured above, of products and of convolutions, beside the "
+        "shortest run. Convolutions of other kinds, norms, activations and copies come on top; small matrices, and "
+        "attention, run below that rate. In bf16, weights are converted as well: until 2026-11-30 at every step, since "
+        "then once in a run.",
         "",
     )
     yield from table(
         ("what", "engine", "bound, s", "measured, s", "share of the bound's speed"),
         ((*what, f"{least:.2f}", f"{found:.2f}", _share(least / found)) for *what, least, found in lines),
     )
+
+
+def _is_in_bf16(sections: Sections, model: str) -> bool:
+    """Whether KOALA Accelerate chooses bf16 for a model on the machine."""
+    faster = readings.figures(sections, "machine")["faster"]
+    own = VAE_IN_BF16 if model == "vae" else "bf16"
+    return bool(faster.get(own, faster["bf16"]))  # until 2026-11-30 one probe was for both
 
 
 def _share(share: float) -> str:

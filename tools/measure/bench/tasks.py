@@ -40,7 +40,9 @@ def tasks(name: str, device: str) -> Tasks:
     """What a worker of that name can be told to do: the functions by the names of the tasks."""
     if name == NO_ENGINE:
         activate(device)
-        from koala_sdxl.host.accelerate import cpu_routines as kernels
+        from koala_sdxl.host.accelerate.cpu_convolutions import winograd_is_faster_for_large_images
+        from koala_sdxl.host.accelerate.cpu_products import one_dnn_is_faster
+        from koala_sdxl.host.accelerate.cpu_routines import bf16_convolves_faster, bf16_is_faster
         from tools.measure.bench import macs, rates, sampling
 
         def quality(task: str) -> Callable[..., Any]:
@@ -51,10 +53,10 @@ def tasks(name: str, device: str) -> Tasks:
             "machine": lambda: meter.machine(device),
             "rates": lambda: rates.measured(device),
             "probes": lambda: {
-                "oneDNN": kernels.one_dnn_is_faster(),
-                "NNPACK": kernels.winograd_is_faster(),
-                "bf16": kernels.bf16_is_faster(),
-                VAE_IN_BF16: kernels.bf16_convolves_faster(),
+                "oneDNN": one_dnn_is_faster(),
+                "NNPACK": winograd_is_faster_for_large_images(),
+                "bf16": bf16_is_faster(),
+                VAE_IN_BF16: bf16_convolves_faster(),
             },
             "macs": macs.counted,
             "load_prompts": quality("load_prompts"),
