@@ -109,7 +109,7 @@ class Convolution(NamedTuple):
         made = self.x.new_empty(batch, len(self.weight), height, width)
         zeros = self.x.new_zeros(1, channels, 1, width)
         for strip in _together(batch, height, rows) if height <= rows else _bands(batch, height, rows):
-            stacked = torch.cat([rows for part in strip for rows in part.with_halo(self.x, zeros)], dim=2)
+            stacked = torch.cat([own for part in strip for own in part.with_halo(self.x, zeros)], dim=2)
             convolved = convolve(stacked, self.weight, self.bias, (0, 1))  # no rows are added: they are there
             top = 0
             for part in strip:
@@ -121,7 +121,7 @@ class Convolution(NamedTuple):
         """Whether no number is so much larger than the others that Winograd's algorithm would lose them. Of the others
         a part is looked at."""
         least, most = torch.aminmax(self.x)
-        some = self.x[:, :, :: self.x.shape[2] // 8]
+        some = self.x[:, :, :: max(1, self.x.shape[2] // 8)]
         return bool(torch.maximum(-least, most) <= MAX_PEAK * some.square().mean().sqrt())
 
 

@@ -119,8 +119,9 @@ def by_winograd(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         ((5, 19, 31), 7 * 6 * 256 * (32 + 24)),
         ((1, 64, 40), 3 * 7 * 256 * (32 + 24)),
         ((2, 41, 24), 1),
+        ((3, 2, 99), 2**28),
     ],
-    ids=["one image", "two at once", "each alone", "two, two and one", "four bands", "bands of a tile"],
+    ids=["one image", "two at once", "each alone", "two, two and one", "four bands", "bands of a tile", "low"],
 )
 def test_a_large_convolution_by_winograds_algorithm_is_the_same_but_for_rounding(
     size: tuple[int, int, int],
