@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from koala_sdxl.host.accelerate import cpu_convolutions as convolutions
 from koala_sdxl.host.accelerate import cpu_routines as kernels
-from koala_sdxl.host.accelerate.plan import BF16, PRESETS
+from koala_sdxl.host.accelerate.plan import BF16, EXACT, PRESETS
 from tests.speed import sampling
 from tests.speed.sampling import noting, pictures, plain, prompts, run
 from tools.measure import parity
@@ -279,3 +280,10 @@ def test_a_bias_that_does_not_fit_is_refused_as_ever(bias: torch.Tensor, by_wino
     with pytest.raises(RuntimeError), kernels.FasterLayers():
         torch.nn.functional.conv2d(torch.randn(1, 24, 40, 40), torch.randn(32, 24, 3, 3), bias, *USUAL)
     assert not by_winograd
+
+
+def test_a_vae_that_computes_in_another_type_is_not_by_nnpack(by_winograd: list[tuple[int, ...]]) -> None:
+    """As with --bf16-vae."""
+    vae = copy.copy(parity.tiny_models()[2])
+    vae.vae_dtype = torch.bfloat16
+    assert kernels.install_vae(vae, EXACT)[1] == "VAE in channels_last"
