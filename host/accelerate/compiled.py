@@ -19,12 +19,12 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.ldm.modules import attention
-from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
+from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder, ResnetBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.nn.functional import group_norm, silu
 
-from .exchanged import Part
+from .exchanged import Part, by_pytorch
 
 ATTENTION = "optimized_attention_override"
 """The transformer option by which a node chooses the routine that computes attention."""
@@ -119,12 +119,7 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 def _transformer(block: BasicTransformerBlock, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-    output: torch.Tensor = type(block).forward(block, x, context, {ATTENTION: _by_pytorch})
-    return output
-
-
-def _by_pytorch(replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-    output: torch.Tensor = attention_pytorch(*args, **kwargs)
+    output: torch.Tensor = type(block).forward(block, x, context, {ATTENTION: by_pytorch})
     return output
 
 

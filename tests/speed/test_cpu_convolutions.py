@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +24,23 @@ USUAL = ((1, 1), (1, 1), (1, 1), 1)
 """Stride, padding, dilation and groups of most of a U-Net's convolutions."""
 
 
+def compared(size: tuple[int, int, int], channels_out: int, stride: int = 1) -> Iterator[tuple[torch.Tensor, ...]]:
+    """A convolution of 24 channels, its ``size`` a batch, height and width: by ``FasterLayers``, by PyTorch, and in
+    fp64; in both orders of memory, with and without a bias."""
+    batch, height, width = size
+    x, weight = torch.randn(batch, 24, height, width), torch.randn(channels_out, 24, 3, 3)
+    for order in (torch.contiguous_format, torch.channels_last):
+        for bias in (torch.randn(channels_out), None):
+            layer: Any = (x.to(memory_format=order), weight, bias, (stride, stride), *USUAL[1:])
+            exactly: Any = [part.double() if torch.is_tensor(part) else part for part in layer]
+            wanted = torch.nn.functional.conv2d(*exactly)
+            with kernels.FasterLayers():
+                found = torch.nn.functional.conv2d(*layer)
+            assert found.is_contiguous()
+            assert found.shape == wanted.shape
+            yield found, torch.nn.functional.conv2d(*layer), wanted
+
+
 @pytest.fixture
 def as_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sizes of the convolutions that are computed as products, every one that can be and has 99 weights."""
@@ -40,18 +57,8 @@ def as_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def test_a_small_convolution_as_a_product_is_the_same(
     size: tuple[int, int, int], stride: int, output: tuple[int, int, int], as_products: list[tuple[int, ...]]
 ) -> None:
-    batch, height, width = size
-    x, weight, bias = torch.randn(batch, 24, height, width), torch.randn(16, 24, 3, 3), torch.randn(16)
-    for order in (torch.contiguous_format, torch.channels_last):
-        for added in (bias, None):
-            layer: Any = (x.to(memory_format=order), weight, added, (stride, stride), (1, 1), (1, 1), 1)
-            exactly: Any = [part.double() if torch.is_tensor(part) else part for part in layer]
-            wanted = torch.nn.functional.conv2d(*exactly)
-            with kernels.FasterLayers():
-                found = torch.nn.functional.conv2d(*layer)
-            assert found.is_contiguous()
-            assert found.shape == wanted.shape
-            assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-6
+    for found, _, wanted in compared(size, 16, stride):
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-6
     assert as_products == [output] * 4
 
 
@@ -131,19 +138,9 @@ def test_a_large_convolution_by_winograds_algorithm_is_the_same_but_for_rounding
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(convolutions, "WORKSPACE", workspace)
-    batch, height, width = size
-    x, weight, bias = torch.randn(batch, 24, height, width), torch.randn(32, 24, 3, 3), torch.randn(32)
-    for order in (torch.contiguous_format, torch.channels_last):
-        for added in (bias, None):
-            layer: Any = (x.to(memory_format=order), weight, added, *USUAL)
-            exactly: Any = [part.double() if torch.is_tensor(part) else part for part in layer]
-            wanted = torch.nn.functional.conv2d(*exactly)
-            with kernels.FasterLayers():
-                found = torch.nn.functional.conv2d(*layer)
-            assert found.is_contiguous()
-            assert found.shape == wanted.shape
-            assert not torch.equal(found, torch.nn.functional.conv2d(*layer))
-            assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    for found, usual, wanted in compared(size, 32):
+        assert not torch.equal(found, usual)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5
     assert by_winograd == [size] * 4
 
 
