@@ -8,28 +8,42 @@ is noticed, and the pass is captured anew.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 MAX_PASSES = 8
 """Captured passes that are kept: of four image sizes, each with a deep and a shallow branch."""
-WARMUPS = 2
-"""Passes before one is captured: the first compiles, and libraries choose their routines."""
-
 PLAIN = (torch.nn.Parameter, torch.Tensor)
 """Kinds of weights that are in memory as they are computed with; those of quantised files are others."""
 CHANGED_WHEN_USED = "changed when used"
 """In a weight's place: it is another kind of tensor, or the host changes it whenever it is used."""
 
 Inputs = Mapping[str, torch.Tensor]
-Pass = Callable[[Inputs], torch.Tensor]
-"""One pass through a network."""
+
+
+class Pass(NamedTuple):
+    """A pass through a network or a part of it, by name. ``compute`` computes it from its inputs, and depends on
+    nothing else but the weights."""
+
+    name: str
+    compute: Callable[[Inputs], torch.Tensor]
+    inputs: Inputs
+
+    @property
+    def kind(self) -> Hashable:
+        """Passes of a kind are captured as one: of the same name, with inputs of the same shapes and types."""
+        shapes = ((name, tuple(one.shape), one.dtype, one.device) for name, one in self.inputs.items())
+        return self.name, *shapes
 
 
 class Recorder(Protocol):
     """What captures passes. Passes of one recorder share their memory, and so must run one after another."""
+
+    def prepare(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compute what ``run`` computes, in a way after which it can be captured: code is compiled in it, and libraries
+        choose their routines."""
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """Capture what ``run`` computes; returns what replays it, and the tensor in which its result then is."""
@@ -45,18 +59,23 @@ class CudaGraphs:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None  # one for all: libraries hold memory for each stream
 
+    def prepare(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """See ``Recorder``. Raises what ``run`` raises."""
+        current, aside = torch.cuda.current_stream(), self._aside()
+        aside.wait_stream(current)
+        try:
+            with torch.cuda.stream(aside):
+                output = run()
+        finally:
+            current.wait_stream(aside)
+        return output.clone()  # the other's memory is the stream's own
+
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """See ``Recorder``. Raises torch.OutOfMemoryError where it does not fit, and RuntimeError where it cannot be
         captured."""
-        current, aside = torch.cuda.current_stream(), self._stream or torch.cuda.Stream()
-        self._stream = aside
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            for _ in range(WARMUPS):
-                run()
-        current.wait_stream(aside)
+        current, aside = torch.cuda.current_stream(), self._aside()
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the passes above took: while capturing nothing can be given back
+        torch.cuda.empty_cache()  # what earlier passes took: while capturing nothing can be given back
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -74,20 +93,26 @@ class CudaGraphs:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
+    def _aside(self) -> torch.cuda.Stream:
+        self._stream = self._stream or torch.cuda.Stream()
+        return self._stream
+
 
 class Weights:
     """Where the weights of a network are. ``version`` is another one whenever they have moved."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         # Only modules that have weights, and not the network itself: it may go while this is kept.
-        self._modules = [module for module in network.modules() if module._parameters and module is not network]
+        modules = [module for module in network.modules() if module._parameters and module is not network]
+        self._own = [vars(module) for module in modules]
+        self._parameters = [module._parameters for module in modules]
         self._places: tuple[Hashable, ...] = ()
         self._device: torch.device | None = None
         self.version = 0
 
     def update(self) -> None:
         """Look where they are now; cheap enough for every pass."""
-        places = tuple(self._look())
+        places = self._look()
         if places != self._places:
             self._places = places
             self._device = self._find_device()
@@ -98,18 +123,14 @@ class Weights:
         streams them from the CPU's memory nor patches them whenever they are used."""
         return self._device == device
 
-    def _look(self) -> Iterator[Hashable]:
-        for module in self._modules:
-            own = vars(module)
-            if own.get("weight_function") or own.get("bias_function"):
-                yield CHANGED_WHEN_USED
-            for weight in module._parameters.values():
-                if weight is not None:
-                    yield weight.data_ptr() if type(weight) in PLAIN else CHANGED_WHEN_USED
-                    yield weight.dtype
+    def _look(self) -> tuple[Hashable, ...]:
+        weights = [weight for own in self._parameters for weight in own.values() if weight is not None]
+        changed = [CHANGED_WHEN_USED for own in self._own if own.get("weight_function") or own.get("bias_function")]
+        places = [weight.data_ptr() if type(weight) in PLAIN else CHANGED_WHEN_USED for weight in weights]
+        return *places, *changed, *[weight.dtype for weight in weights]
 
     def _find_device(self) -> torch.device | None:
-        weights = (weight for module in self._modules for weight in module._parameters.values() if weight is not None)
+        weights = (weight for own in self._parameters for weight in own.values() if weight is not None)
         devices = {weight.device for weight in weights}
         return devices.pop() if len(devices) == 1 and CHANGED_WHEN_USED not in self._places else None
 
@@ -127,58 +148,68 @@ class _Captured(NamedTuple):
 
 
 class Captures:
-    """The captured passes of one network, the last used ones."""
+    """The captured passes of one network, the last used ones.
+
+    The first pass of a kind is computed as it is, by ``prepare``. Those that follow are captured and replayed, also
+    after ``clear``, so that no pass is computed of which the result is thrown away.
+    """
 
     def __init__(self, weights: Weights, recorder: Recorder) -> None:
         self.count = 0  # passes captured so far
         self._recorder = recorder
         self._weights = weights
         self._version = weights.version
+        self._prepared: set[Hashable] = set()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._captured)
 
-    def has(self, name: str, inputs: Inputs) -> bool:
+    def is_prepared(self, one: Pass) -> bool:
+        """Whether a pass of its kind was computed before, so that it can be captured."""
+        return one.kind in self._prepared
+
+    def has(self, one: Pass) -> bool:
         """Whether ``run`` would replay a pass, and not capture it first."""
         if self._weights.version != self._version:
             self.clear()
-        return _key(name, inputs) in self._captured
+        return one.kind in self._captured
 
-    def run(self, name: str, compute: Pass, inputs: Inputs) -> torch.Tensor:
-        """The result of a pass, replayed if one of its name and its inputs' shapes and types was captured.
+    def prepare(self, one: Pass) -> torch.Tensor:
+        """The result of the first pass of its kind. Raises what computing it raises."""
+        own = _copied(one.inputs)
+        output = self._recorder.prepare(lambda: one.compute(own))
+        self._prepared.add(one.kind)
+        return output
 
-        Args:
-            name: of the network, or of a part of it.
-            compute: the pass. It may depend on its inputs, on the weights and on nothing else.
-            inputs: its inputs.
+    def run(self, one: Pass) -> torch.Tensor:
+        """The result of a pass, captured if none of its kind is, and replayed.
 
-        Raises what ``compute`` and the recorder raise; nothing of the pass is then kept.
+        Raises what computing it and the recorder raise; nothing of the pass is then kept.
         """
-        key = _key(name, inputs)
-        if not self.has(name, inputs):
-            self._captured[key] = self._capture(compute, inputs)
+        kind = one.kind
+        if not self.has(one):
+            own = _copied(one.inputs)
+            self._captured[kind] = _Captured(own, *self._recorder.capture(lambda: one.compute(own)))
             self.count += 1
-        self._captured.move_to_end(key)
+        self._captured.move_to_end(kind)
         while len(self._captured) > MAX_PASSES:
             self._captured.popitem(last=False)
-        return self._captured[key].run(inputs)
+        return self._captured[kind].run(one.inputs)
 
     def clear(self) -> None:
-        """Forget all passes, and give back their memory."""
+        """Forget all captured passes, and give back their memory."""
         self._version = self._weights.version
         if self._captured:
             self._captured.clear()
             self._recorder.release()
 
-    def _capture(self, compute: Pass, inputs: Inputs) -> _Captured:
-        with torch.inference_mode(False):  # tensors that can be written to within inference mode and outside of it
-            own = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
-        for name, tensor in inputs.items():
-            own[name].copy_(tensor)
-        return _Captured(own, *self._recorder.capture(lambda: compute(own)))
 
-
-def _key(name: str, inputs: Inputs) -> Hashable:
-    shapes = ((key, tuple(tensor.shape), tensor.dtype, tensor.device) for key, tensor in inputs.items())
-    return name, *shapes
+def _copied(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Tensors of a pass's own, with the inputs in them, that can be written to within inference mode and outside of
+    it. Passes are computed with such ones from the first on: for others PyTorch would compile anew."""
+    with torch.inference_mode(False):
+        own = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
+    for name, tensor in inputs.items():
+        own[name].copy_(tensor)
+    return own

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import comfy.model_management as management
@@ -18,9 +19,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..protocols import Guider, Model
 from .branches import Call, Network, again
-from .captured import Captures, Weights
+from .captured import Captures, Inputs, Pass, Weights
 from .compiled import ATTENTION, attention_is_exact, is_transformer, parts
-from .exchanged import running
+from .exchanged import Part, running
 from .gates import is_compiled_by_core
 from .strategy import GIB, Strategy, pass_memory
 
@@ -32,7 +33,8 @@ FREE_BETWEEN_RUNS = 6 * GIB
 """Captured passes stay for the next run where at least this much VRAM is free beside them: decoding a 1024 x 1024 image
 takes most of it, and ComfyUI does not see what they hold."""
 REPLAYED, COMPILED, EAGERLY = "by CUDA graph", "compiled", "as in ComfyUI itself"
-"""How a pass was executed, in words."""
+"""How a pass is executed, in words."""
+FIRST = "the first of a size is not captured"
 
 
 class Prepared:
@@ -45,15 +47,20 @@ class Prepared:
         self.between_patches = [part for part in self.parts if not is_transformer(part)]
         self.captures = Captures(self.weights, strategy.recorder()) if strategy.recorder is not None else None
         self.has_run = False
-        self.not_compiled = self.failed = ""
-        """Why nothing is compiled any more, and why nothing is captured either: PyTorch could not."""
+        self.not_compiled = self.not_captured = self.failed = ""
+        """Why nothing is compiled any more, why nothing is captured, and why neither: PyTorch could not."""
 
-    def fail(self, why: str) -> None:
-        """PyTorch could not do all that was asked of it: without a C compiler, say, it can capture and not compile."""
-        if self.parts:
-            self.parts, self.between_patches, self.not_compiled = [], [], f"not compiled, as {why}"
+    def fail(self, how: str, error: str) -> str:
+        """PyTorch could not execute a pass in this way: without a C compiler, say, it can capture and not compile.
+        Returns what is told of it."""
+        if how == REPLAYED:
+            self.not_captured = told = f"not captured, as {error}"
+        elif self.parts:
+            self.parts, self.between_patches, self.not_compiled = [], [], (told := f"not compiled, as {error}")
+            self.not_captured = ""  # which may have been the same code's fault
         else:
-            self.failed = why
+            self.failed = told = error
+        return told
 
     def release(self) -> None:
         """Give back the memory of the captured passes."""
@@ -94,6 +101,16 @@ def on_detach(patcher: Model, unpatch_all: bool) -> None:
         release(patcher.model.diffusion_model)
 
 
+class _Way(NamedTuple):
+    """How a pass is executed; why it is not captured, or not compiled, empty where it is both; the parts that are
+    exchanged meanwhile; and what executes it."""
+
+    how: str
+    why: str
+    parts: list[Part]
+    execute: Callable[[], torch.Tensor]
+
+
 class Execution:
     """Made when sampling begins. ``run`` executes a pass; the text is how passes were executed so far."""
 
@@ -123,26 +140,26 @@ class Execution:
         if network.unet is not unet:
             self._what = "branch pass"  # a full step has two, or three where it is checked
         made.weights.update()
-        failed = ""
         why = self._why_eager or made.failed or _why_pass_is_eager(unet, made.weights, call, further)
         if why:
             return self._eager(why, network, call, further, feature)
+        way = self._way(made, network, call, feature)
         try:
-            return self._faster(made, network, call, feature)
+            return self._faster(made, way)
         except management.InterruptProcessingException:
             raise
         except Exception as error:  # what PyTorch raises of compiling and capturing has no other base in common
-            if management.is_oom(error):
-                why = self._why_not_captured = "too little VRAM for more"
-            else:
-                first_line = str(error).strip().partition("\n")[0]
-                why = failed = f"PyTorch failed ({type(error).__name__}: {first_line})"
+            first_line = str(error).strip().partition("\n")[0]
+            failed = "" if management.is_oom(error) else f"PyTorch failed ({type(error).__name__}: {first_line})"
         # here, not above: as long as an error is handled, it holds the memory of what failed
         made.release()
         management.soft_empty_cache()
-        output = self._eager(why, network, call, further, feature)  # or it raises the same, and the pass is wrong
+        output = network.run(call, further, feature)  # or it raises the same, and the pass is wrong
         if failed:
-            made.fail(failed)
+            why = made.fail(way.how, failed)
+        else:
+            why = self._why_not_captured = "too little VRAM for more"
+        self._ways[EAGERLY, why] += 1
         return output
 
     def end(self) -> None:
@@ -151,23 +168,27 @@ class Execution:
         if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < FREE_BETWEEN_RUNS:
             self.prepared.release()
 
-    def _faster(self, made: Prepared, network: Network, call: Call, feature: torch.Tensor | None) -> torch.Tensor:
+    def _way(self, made: Prepared, network: Network, call: Call, feature: torch.Tensor | None) -> _Way:
         why, within_blocks = _patches(call)
-        compiled = made.between_patches if within_blocks or not attention_is_exact() else made.parts
-        captures, inputs = made.captures, _inputs(call, feature)
-        why = why or self._why_not_captured
-        if captures is not None and not why and not captures.has(network.name, inputs):
-            why = _missing_room(self._patcher, call.x)
-        if compiled and not made.has_run:
+        parts = made.between_patches if within_blocks or not attention_is_exact() else made.parts
+        uncaptured, captures = COMPILED if parts else EAGERLY, made.captures
+        why = why or self._why_not_captured or made.not_captured
+        one = Pass(network.name, partial(_plain, network), _inputs(call, feature))
+        if captures is not None and not why:
+            if not captures.is_prepared(one):
+                return _Way(uncaptured, FIRST, parts, partial(captures.prepare, one))
+            why = "" if captures.has(one) else _missing_room(self._patcher, call.x)
+            if not why:
+                return _Way(REPLAYED, made.not_compiled, parts, partial(captures.run, one))
+        return _Way(uncaptured, why or made.not_compiled, parts, partial(network.run, again(call), {}, feature))
+
+    def _faster(self, made: Prepared, way: _Way) -> torch.Tensor:
+        if way.parts and not made.has_run:
             logging.info("KOALA Accelerate: compiling, which takes a while; PyTorch keeps the code on disk")
         made.has_run = True
-        with running(compiled):
-            if captures is not None and not why:
-                output = captures.run(network.name, lambda own: _plain(network, own), inputs)
-                self._ways[REPLAYED, made.not_compiled] += 1
-            else:
-                output = network.run(again(call), {}, feature)
-                self._ways[COMPILED if compiled else EAGERLY, why or made.not_compiled] += 1
+        with running(way.parts):
+            output = way.execute()
+        self._ways[way.how, way.why] += 1
         return output
 
     def _eager(
@@ -226,12 +247,12 @@ def _missing_room(patcher: Model, x: torch.Tensor) -> str:
     return f"{missing / GIB:.1f} GiB of VRAM missing for a CUDA graph" if missing > 0 else ""
 
 
-def _inputs(call: Call, feature: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _inputs(call: Call, feature: torch.Tensor | None) -> Inputs:
     named = {"x": call.x, "timesteps": call.timesteps, "context": call.context, "y": call.y, "feature": feature}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def _plain(network: Network, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _plain(network: Network, inputs: Inputs) -> torch.Tensor:
     """A pass that depends on tensors only."""
     call = Call(inputs["x"], inputs["timesteps"], inputs["context"], inputs.get("y"), None, {})
     return network.run(call, {}, inputs.get("feature"))

@@ -148,7 +148,7 @@ class _Wrappers:
     ) -> torch.Tensor:
         guider: Guider = executor.class_obj
         run: Run | None = options.get("transformer_options", {}).get(KEY)
-        if run is None:
+        if run is None or not _skips(self.settings):  # then a GPU need not be waited for: the next line reads from it
             return executor(x, timestep, options, seed)
         sigma = float(timestep.flatten()[0])
         run.begin(sigma)

@@ -65,6 +65,12 @@ class Case:
         unet = parity.tiny_models()[0].model.diffusion_model
         return execution.prepared(unet, self.strategy).captures
 
+    def told(self, count: int, first: int = 1, what: str = "pass") -> str:
+        """Of a run's passes through the U-Net, of which some were the first of their size."""
+        how = "compiled" if self.strategy.compiled else "as in ComfyUI itself"
+        of_first = f"{first} {what}{'' if first == 1 else 'es'} {how}: {execution.FIRST}"
+        return "; ".join([f"{count - first} {what}es by CUDA graph", *([of_first] if first else [])])
+
     def same(self, model: Any = None, settings: Acceleration = EXACT, **changes: Any) -> torch.Tensor:
         """Draws with and without it, and compares; returns the latents."""
         given = parity.tiny_models()[0] if model is None else model
@@ -112,8 +118,10 @@ def in_type(model: Any, dtype: torch.dtype) -> Any:
 def exact_equals_eager(case: Case) -> None:
     """Whole passes, of all steps; the word on the sampler's node."""
     case.same(preset=BASE)
-    assert case.said[-1] == "25 passes by CUDA graph"
+    assert case.said[-1] == case.told(25)
     assert len(case.captures) == 1
+    case.same(preset=BASE)
+    assert case.said[-1] == case.told(25, first=0)
 
 
 def branches_equal_eager(case: Case) -> None:
@@ -123,16 +131,20 @@ def branches_equal_eager(case: Case) -> None:
     assert decibels(found, wanted) >= case.near
     assert case.said[-1].splitlines() == [
         "12 of 25 passes ran the full U-Net, 25 with guidance",
-        "44 branch passes by CUDA graph",
+        case.told(44, first=2, what="branch pass"),
     ]
     assert len(case.captures) == 2
 
 
 def nothing_is_compiled_anew(case: Case) -> None:
-    """Prompts, their length, seeds, cfg, LoRAs and their strength, sizes, batches: after a first run."""
+    """After a first step, in which nothing is captured: while a pass is captured, and for other prompts, their length,
+    seeds, cfg, LoRAs and their strength, sizes, batches."""
     model = parity.tiny_models()[0]
+    case.same(preset=BASE | {"steps": 1})
+    compiled = graphs_compiled()
+    assert case.captures.count == 0
     case.same()
-    compiled, captured = graphs_compiled(), case.captures.count
+    captured = case.captures.count
     case.same(texts=prompts(["a green star on a blue background"]), seed=6)
     case.same(preset=SHORT | {"cfg": 3.0})
     assert case.captures.count == captured
@@ -159,10 +171,11 @@ def a_size_is_captured_once(case: Case) -> None:
 
 
 def a_lora_under_a_captured_pass(case: Case) -> None:
-    """The host puts patched weights elsewhere: the pass is captured anew, and right."""
+    """The host puts patched weights elsewhere: the pass is captured anew, at the first step, and right."""
     model = parity.tiny_models()[0]
     plain = case.same()
     patched = case.same(with_lora(model, 0.2))
+    assert case.said[-1] == case.told(3, first=0)
     assert not torch.allclose(patched, plain, atol=1e-2)
     assert decibels(case.same(), plain) >= case.near
 
@@ -189,11 +202,11 @@ def too_little_memory_for_a_capture(case: Case) -> None:
     assert "GiB of VRAM missing for a CUDA graph" in case.said[-1]
     assert len(case.captures) == 0
     case.same()
-    assert case.said[-1] == "3 passes by CUDA graph"
+    assert case.said[-1] == case.told(3)  # the prompts were not run together
 
 
 def a_cancelled_run_leaves_nothing_wrong(case: Case) -> None:
-    """Cancelled while a pass is captured, and between passes that are replayed."""
+    """Cancelled in the first pass of a size, and between passes that are replayed."""
     unet = parity.tiny_models()[0].model.diffusion_model
     cancel = comfy.model_management.interrupt_current_processing
     hook = unet.input_blocks[1][0].register_forward_pre_hook(lambda *_: cancel())
@@ -243,7 +256,7 @@ def weights_of_another_type(case: Case) -> None:
     model = in_type(parity.tiny_models()[0], torch.bfloat16)
     wanted, found = (run(one, preset=SHORT) for one in (model, case.faster(model=model)))
     assert decibels(found, wanted) >= min(case.near, 38)
-    assert case.said[-1] == "3 passes by CUDA graph"
+    assert case.said[-1] == case.told(3)
 
 
 def the_vae_draws_the_same(case: Case) -> None:
@@ -286,7 +299,8 @@ def hooks_masks_and_areas(case: Case) -> None:
     left = core.ConditioningSetArea().append(positive, 64, 128, 0, 0, 1.0)[0]
     right = core.ConditioningSetArea().append(other, 64, 128, 64, 0, 1.0)[0]
     case.same(texts=(left + right, negative))
-    assert case.said[-1].endswith("by CUDA graph")
+    assert "by CUDA graph; " in case.said[-1]
+    assert case.said[-1].endswith(execution.FIRST)
 
 
 def check(case: Callable[[Case], None], strategy: Strategy, near: float) -> None:

@@ -9,12 +9,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default)
+"""Operations that read a number from a tensor, the latter two in inference mode. For each of them a GPU is waited for."""
+
+
+class Numbers(TorchDispatchMode):
+    """How many numbers are read from tensors within it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += operation in READS
+        return operation(*args, **(kwargs or {}))
+
 
 class Counting:
-    """How many passes were captured and replayed, and how often their memory was given back."""
+    """How many passes were computed before others, captured and replayed, and how often their memory was given back."""
 
     def __init__(self) -> None:
-        self.captured = self.replayed = self.released = 0
+        self.prepared = self.captured = self.replayed = self.released = 0
+
+    def prepare(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self.prepared += 1
+        return run()
 
     def release(self) -> None:
         self.released += 1
@@ -63,7 +80,7 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if operation is torch.ops.aten._local_scalar_dense.default:
+        if operation in READS:
             raise RuntimeError("a number was read from a tensor while a pass was captured")
         result = operation(*args, **(kwargs or {}))
         places = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}

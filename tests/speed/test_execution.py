@@ -19,13 +19,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from koala_sdxl.host.accelerate import compiled, execution, gpu_vae
-from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Weights
+from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Pass, Weights
 from koala_sdxl.host.accelerate.exchanged import Part
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
 from tests.daily import daily
 from tests.speed import execution_cases as cases
 from tests.speed.execution_cases import Case
-from tests.speed.recorders import Counting, Operations, Reruns
+from tests.speed.recorders import Counting, Numbers, Operations, Reruns
 from tests.speed.sampling import run
 from tools.harness.testhost import ROOT
 from tools.measure import parity
@@ -107,7 +107,10 @@ def test_where_pytorch_fails_the_image_is_right_and_the_reason_is_told() -> None
 
     case = Case(Strategy(recorder=Broken), NEAR)
     case.same()
-    why = "PyTorch failed (RuntimeError: operation not permitted when stream is capturing)"
+    why = "not captured, as PyTorch failed (RuntimeError: operation not permitted when stream is capturing)"
+    first = f"1 pass as in ComfyUI itself: {execution.FIRST}"
+    assert case.said[-1] == f"2 passes as in ComfyUI itself: {why}; {first}"
+    case.same()
     assert case.said[-1] == f"3 passes as in ComfyUI itself: {why}"
 
 
@@ -118,14 +121,64 @@ def test_what_cannot_be_compiled_is_captured(error: Exception) -> None:
     def fail(*_: object) -> torch.Tensor:
         raise error
 
-    case = Case(BOTH, NEAR)
+    class Own(Reruns):
+        """So that nothing was captured before."""
+
+    case = Case(Strategy(True, Own), NEAR)
     model = case.faster()
     (made,) = case.kept
     made.parts = made.between_patches = [Part(model.model.diffusion_model.out[0], fail)]
     wanted, found = (run(one, preset=cases.SHORT) for one in (parity.tiny_models()[0], model))
     assert torch.equal(found, wanted)
-    why = f"PyTorch failed ({type(error).__name__}: {error})"
-    assert case.said[-1] == f"2 passes by CUDA graph: not compiled, as {why}; 1 pass as in ComfyUI itself: {why}"
+    why = f"not compiled, as PyTorch failed ({type(error).__name__}: {error})"
+    assert set(case.said[-1].split("; ")) == {
+        f"1 pass as in ComfyUI itself: {why}",
+        f"1 pass as in ComfyUI itself: {execution.FIRST}",
+        f"1 pass by CUDA graph: {why}",
+    }
+
+
+def test_code_that_fails_while_a_pass_is_captured_is_given_up_and_not_the_capturing() -> None:
+    class Own(Reruns):
+        """So that nothing was captured before."""
+
+    case = Case(Strategy(True, Own), NEAR)
+    model = case.faster()
+    (made,) = case.kept
+    run(model, preset=cases.SHORT | {"steps": 1})
+
+    def fail(*_: object) -> torch.Tensor:
+        raise FailOnRecompileLimitHit("recompile_limit reached")
+
+    made.parts = made.between_patches = [Part(model.model.diffusion_model.out[0], fail)]
+    run(model, preset=cases.SHORT)
+    why = "PyTorch failed (FailOnRecompileLimitHit: recompile_limit reached)"
+    assert set(case.said[-1].split("; ")) == {
+        f"1 pass as in ComfyUI itself: not captured, as {why}",
+        f"1 pass as in ComfyUI itself: not compiled, as {why}",
+        f"1 pass by CUDA graph: not compiled, as {why}",
+    }
+
+
+def test_what_cannot_be_captured_is_compiled() -> None:
+    class Broken(Failing):
+        error = RuntimeError("operation not permitted when stream is capturing")
+
+    case = Case(Strategy(True, Broken), NEAR)
+    case.same()
+    case.same()
+    why = f"not captured, as PyTorch failed (RuntimeError: {Broken.error})"
+    assert case.said[-1] == f"3 passes compiled: {why}"
+
+
+def test_a_step_of_exact_reads_no_number() -> None:
+    model = Case(CAPTURED, NEAR).faster()
+    counts = []
+    for steps in (3, 13):
+        with Numbers() as numbers:
+            run(model, preset=cases.BASE | {"steps": steps})
+        counts.append(numbers.count)
+    assert counts[0] == counts[1]
 
 
 def test_where_vram_runs_out_a_pass_runs_as_comfyui_runs_it() -> None:
@@ -134,7 +187,8 @@ def test_where_vram_runs_out_a_pass_runs_as_comfyui_runs_it() -> None:
 
     case = Case(Strategy(recorder=Full), NEAR)
     case.same()
-    assert case.said[-1] == "3 passes as in ComfyUI itself: too little VRAM for more"
+    first = f"1 pass as in ComfyUI itself: {execution.FIRST}"
+    assert case.said[-1] == f"2 passes as in ComfyUI itself: too little VRAM for more; {first}"
 
 
 def test_the_last_used_passes_are_kept() -> None:
@@ -144,7 +198,7 @@ def test_the_last_used_passes_are_kept() -> None:
 
     def run_with(rows: int) -> None:
         x = torch.randn(rows, 4)
-        assert torch.equal(captures.run("some", lambda own: network(own["x"]), {"x": x}), network(x))
+        assert torch.equal(captures.run(Pass("some", lambda own: network(own["x"]), {"x": x})), network(x))
 
     for rows in (*range(1, MAX_PASSES + 1), 1, MAX_PASSES + 1, 1, 3):
         run_with(rows)
