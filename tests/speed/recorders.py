@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default)
-"""Operations that read a number from a tensor, the latter two in inference mode. For each of them a GPU is waited for."""
+"""Operations that read a number from a tensor, for which a GPU is waited for; the latter two in inference mode."""
 
 
 class Numbers(TorchDispatchMode):
