@@ -7,8 +7,11 @@ is noticed, and the pass is captured anew.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,8 +51,8 @@ class Recorder(Protocol):
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """Capture what ``run`` computes; returns what replays it, and the tensor in which its result then is."""
 
-    def release(self) -> None:
-        """Give back the memory of all passes, none of which is used any more."""
+    def release(self, forget: Callable[[], None]) -> None:
+        """Give back the memory of all passes, which ``forget`` forgets: none of them is used any more."""
 
 
 class CudaGraphs:
@@ -75,27 +78,55 @@ class CudaGraphs:
         captured."""
         current, aside = torch.cuda.current_stream(), self._aside()
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()  # what earlier passes took: while capturing nothing can be given back
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             # Only this thread's calls are captured: the server's may ask for free memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"),
+                _own_workspace(),
+            ):
                 output = run()
         finally:
             torch.cuda.set_stream(current)  # where capturing fails at its end, PyTorch does not return to it
         return graph.replay, output
 
-    def release(self) -> None:
+    def release(self, forget: Callable[[], None]) -> None:
         """See ``Recorder``."""
+        torch.cuda.synchronize()  # some may still be replayed
+        forget()
         self._pool = None
-        torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        _trim_graph_memory()
 
     def _aside(self) -> torch.cuda.Stream:
         self._stream = self._stream or torch.cuda.Stream()
         return self._stream
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Within a capture that is begun without cuBLAS's workspaces: it takes one of the graph's own memory. PyTorch keeps
+    one for each stream, and frees it when any graph of the stream is dropped, while the others write to it."""
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def _trim_graph_memory() -> None:
+    """CUDA's own allocator, which ComfyUI chooses on most GPUs, keeps what graphs held for later graphs; PyTorch does
+    not ask for it. Without cuda-bindings, which come with newer PyTorch, it stays."""
+    if torch.cuda.get_allocator_backend() != "cudaMallocAsync" or importlib.util.find_spec("cuda") is None:
+        return
+    from cuda.bindings import runtime
+
+    (error,) = runtime.cudaDeviceGraphMemTrim(torch.cuda.current_device())
+    if error != runtime.cudaError_t.cudaSuccess:
+        logging.warning("KOALA Accelerate: memory of CUDA graphs is not given back: %s", error.name)
 
 
 class Weights:
@@ -189,8 +220,10 @@ class Captures:
         """
         kind = one.kind
         if not self.has(one):
+            self._prepared.discard(kind)  # where it fails, something has changed since
             own = _copied(one.inputs)
             self._captured[kind] = _Captured(own, *self._recorder.capture(lambda: one.compute(own)))
+            self._prepared.add(kind)
             self.count += 1
         self._captured.move_to_end(kind)
         while len(self._captured) > MAX_PASSES:
@@ -201,8 +234,7 @@ class Captures:
         """Forget all captured passes, and give back their memory."""
         self._version = self._weights.version
         if self._captured:
-            self._captured.clear()
-            self._recorder.release()
+            self._recorder.release(self._captured.clear)
 
 
 def _copied(inputs: Inputs) -> dict[str, torch.Tensor]:

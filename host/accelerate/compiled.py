@@ -22,9 +22,9 @@ from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder, ResnetBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
-from torch.nn.functional import group_norm, silu
+from torch.nn.functional import group_norm, scaled_dot_product_attention, silu
 
-from .exchanged import Part, by_pytorch
+from .exchanged import Part
 
 ATTENTION = "optimized_attention_override"
 """The transformer option by which a node chooses the routine that computes attention."""
@@ -109,7 +109,7 @@ def _norm(
     _of_any_size(x, 0, 1, 2, 3)
     for tensor in weights:
         _of_any_size(tensor, 0)
-    output = compiled(x, norm.num_groups, *weights, norm.eps)
+    output = compiled(x, order, norm.num_groups, *weights, norm.eps)
     comfy.ops.uncast_bias_weight(norm, weight, bias, streamed)
     return output
 
@@ -119,16 +119,31 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 def _transformer(block: BasicTransformerBlock, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-    output: torch.Tensor = type(block).forward(block, x, context, {ATTENTION: by_pytorch})
+    output: torch.Tensor = type(block).forward(block, x, context, {ATTENTION: _attention})
     return output
 
 
-def _activated_norm(x: torch.Tensor, *further: Any) -> torch.Tensor:
-    return silu(group_norm(x, *further))
+def _attention(
+    replaced: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **_: object
+) -> torch.Tensor:
+    """PyTorch's attention, of [batch, pixels or tokens, width] each, instead of ``replaced``. ComfyUI calls the same on
+    a GPU, within a context that orders PyTorch's routines: compiled code with it is not kept on disk, and PyTorch 2.7
+    cannot compile it."""
+    apart = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in (q, k, v))
+    return scaled_dot_product_attention(*apart).transpose(1, 2).flatten(-2)
 
 
-def _plain_norm(x: torch.Tensor, *further: Any) -> torch.Tensor:
-    return group_norm(x, *further)
+def _activated_norm(x: torch.Tensor, order: torch.memory_format, *further: Any) -> torch.Tensor:
+    return _in_order(silu(group_norm(x, *further)), order)
+
+
+def _plain_norm(x: torch.Tensor, order: torch.memory_format, *further: Any) -> torch.Tensor:
+    return _in_order(group_norm(x, *further), order)
+
+
+def _in_order(x: torch.Tensor, order: torch.memory_format) -> torch.Tensor:
+    """On a GPU, compiled norms make contiguous tensors by themselves."""
+    return x if order is torch.preserve_format else x.contiguous(memory_format=order)
 
 
 @cache

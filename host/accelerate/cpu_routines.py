@@ -17,7 +17,7 @@ from functools import cache, partial, wraps
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import GEGLU, FeedForward
+from comfy.ldm.modules.attention import GEGLU, FeedForward, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, normal_attention, pytorch_attention
 from comfy.patcher_extension import WrappersMP
 from torch.nn.functional import conv2d, linear
@@ -28,7 +28,7 @@ from ..protocols import Executor, Model, Vae
 from .cpu_convolutions import Convolution, winograd_is_faster_for_large_images
 from .cpu_kept import keeping, kept
 from .cpu_products import WIDE, are_plain, by_one_dnn, is_plain_product, one_dnn_is_faster, speedup
-from .exchanged import Part, by_pytorch, running
+from .exchanged import Part, running
 from .plan import BF16, OFF
 
 KEY = "koala_kernels"
@@ -47,7 +47,7 @@ def install(model: Model, routines: str) -> str:
     """
     if routines == OFF or model.load_device.type != "cpu":
         return ""
-    model.model_options["transformer_options"].setdefault("optimized_attention_override", by_pytorch)
+    model.model_options["transformer_options"].setdefault("optimized_attention_override", _by_pytorch)
     in_bf16 = routines == BF16 and bf16_is_faster()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keeping(torch.bfloat16 if in_bf16 else None))
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _in_bf16 if in_bf16 else _exactly)
@@ -200,6 +200,12 @@ def _within(
             return method(*args, **kwargs)
 
     return run
+
+
+def _by_pytorch(replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PyTorch's attention in place of ``replaced``, ComfyUI's choice: an ``optimized_attention_override``."""
+    output: torch.Tensor = attention_pytorch(*args, **kwargs)
+    return output
 
 
 def _is_plain_gated(layer: torch.nn.Module) -> bool:

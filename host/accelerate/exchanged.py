@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import create_model_options_clone
 
 from ..protocols import Guider
@@ -45,9 +44,3 @@ def run_options(guider: Guider, **values: Any) -> Iterator[None]:
         yield
     finally:
         guider.model_options = before
-
-
-def by_pytorch(replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """PyTorch's attention in place of ``replaced``, ComfyUI's choice: an ``optimized_attention_override``."""
-    output: torch.Tensor = attention_pytorch(*args, **kwargs)
-    return output

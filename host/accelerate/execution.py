@@ -46,15 +46,17 @@ class Prepared:
         self.parts = parts(unet) if strategy.compiled else []
         self.between_patches = [part for part in self.parts if not is_transformer(part)]
         self.captures = Captures(self.weights, strategy.recorder()) if strategy.recorder is not None else None
-        self.has_run = False
+        self.has_run = self._capture_has_failed = False
         self.not_compiled = self.not_captured = self.failed = ""
         """Why nothing is compiled any more, why nothing is captured, and why neither: PyTorch could not."""
 
     def fail(self, how: str, error: str) -> str:
-        """PyTorch could not execute a pass in this way: without a C compiler, say, it can capture and not compile.
-        Returns what is told of it."""
+        """PyTorch could not execute a pass in this way: without a C compiler, say, it can capture and not compile. Code
+        that has to be compiled anew cannot be captured, so capturing is tried twice. Returns what is told of it."""
         if how == REPLAYED:
-            self.not_captured = told = f"not captured, as {error}"
+            told = f"not captured, as {error}"
+            self.not_captured = told if self._capture_has_failed else ""
+            self._capture_has_failed = True
         elif self.parts:
             self.parts, self.between_patches, self.not_compiled = [], [], (told := f"not compiled, as {error}")
             self.not_captured = ""  # which may have been the same code's fault
@@ -96,7 +98,8 @@ def _find(unet: torch.nn.Module) -> Prepared | None:
 
 
 def on_detach(patcher: Model, unpatch_all: bool) -> None:
-    """The host takes a MODEL off the GPU: a callback for it."""
+    """The host takes a MODEL off the GPU: a callback for it. Else a clone of it only goes, at any time and in any
+    thread."""
     if unpatch_all:
         release(patcher.model.diffusion_model)
 

@@ -30,8 +30,17 @@ def _why_not() -> str:
 
 WHY_NOT = _why_not()
 engines.activate("cpu" if WHY_NOT else "cuda")
+from comfy import model_management  # noqa: E402 - there once it is activated
+
+FREE_MEMORY = model_management.get_free_memory
 as_nodes_run = pytest.fixture(scope="module", autouse=True)(inprocess.as_nodes_run)
 enough_memory = pytest.fixture(scope="module", autouse=True)(large.enough_memory)
+
+
+@pytest.fixture
+def real_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI finds as much free memory as there is, in spite of ``enough_memory``."""
+    monkeypatch.setattr(model_management, "get_free_memory", FREE_MEMORY)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

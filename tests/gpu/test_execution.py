@@ -8,6 +8,7 @@ import comfy.model_management
 import pytest
 import torch
 
+from koala_sdxl.host.accelerate import captured, gpu_vae
 from koala_sdxl.host.accelerate.captured import CudaGraphs
 from koala_sdxl.host.accelerate.plan import PRESETS
 from koala_sdxl.host.accelerate.strategy import GIB, Strategy, choose
@@ -70,7 +71,7 @@ def test_captured_passes_hold_what_a_pass_takes_until_comfyui_unloads() -> None:
     assert torch.cuda.memory_reserved() - before <= 0.05 * GIB
 
 
-def test_where_vram_is_short_it_says_so_and_draws() -> None:
+def test_where_vram_is_short_it_says_so_and_draws(real_memory: None) -> None:
     comfy.model_management.unload_all_models()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
@@ -82,6 +83,31 @@ def test_where_vram_is_short_it_says_so_and_draws() -> None:
         assert run(made.result[0], preset=SHORT).isfinite().all()
     finally:
         del held
+
+
+def test_more_passes_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that stay are right when others are forgotten."""
+    monkeypatch.setattr(captured, "MAX_PASSES", 1)
+    case = Case(BOTH, NEAR)
+    for width in (16, 24, 16, 24):
+        case.same(latent={"samples": torch.zeros(1, 4, 16, width)})
+        comfy.model_management.soft_empty_cache()
+        case.same(latent={"samples": torch.zeros(1, 4, 16, width)})
+
+
+def test_the_vaes_norms_give_channels_last() -> None:
+    vae = parity.tiny_models()[2]
+    faster, _ = gpu_vae.install(vae)
+    orders = []
+    layer = vae.first_stage_model.decoder.conv_out
+    hook = layer.register_forward_pre_hook(
+        lambda _, given: orders.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    try:
+        faster.decode(torch.zeros(1, 4, 16, 16))
+    finally:
+        hook.remove()
+    assert orders == [True]
 
 
 def test_memory_is_given_back_after_a_run_where_little_is_left() -> None:

@@ -41,7 +41,7 @@ def test_fp32_is_diffusers(accelerated: bool) -> None:
     model = in_type(parity.tiny_models()[0], torch.float32)
     if accelerated:
         model = KoalaAccelerate.execute(model, {"preset": "exact"}).result[0]
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         found = drawn(model)
     assert float((found - parity.reference_latents(CASE)).abs().max()) <= LARGEST
 

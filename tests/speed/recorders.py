@@ -33,7 +33,8 @@ class Counting:
         self.prepared += 1
         return run()
 
-    def release(self) -> None:
+    def release(self, forget: Callable[[], None]) -> None:
+        forget()
         self.released += 1
 
 
