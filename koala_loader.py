@@ -192,6 +192,8 @@ def _unet_patcher(
         model.to(offload_device)
     names = keys.renaming(unet.layout, unet.numbering, "comfy")
     weights = read(unet, weight_dtype)
+    if not patcher.is_dynamic():  # what is streamed is converted when it is used
+        weights = {name: tensor.to(weight_dtype) for name, tensor in weights.items()}
     renamed = {names[name]: tensor for name, tensor in weights.items()}
     _fill(model.diffusion_model, renamed, patcher, label(unet.path))
     patcher.cached_patcher_init = (_unet_patcher, (unet, dtype))
@@ -267,7 +269,7 @@ def _vae(file: VAEFile) -> Vae:
         "embed_dim": sizes.embed,
     }
     vae = Vae(sd=weights, config={"params": config})
-    _require_same(label(file.path), vae.first_stage_model.state_dict(), weights)
+    _require_same(label(file.path), takes(vae.first_stage_model), weights)
     vae.patcher.cached_patcher_init = (_vae_patcher, (file,))
     return vae
 
@@ -301,20 +303,34 @@ def _fill(
     Returns the names that were missing and those that were unexpected, as ``load_state_dict`` does. Raises
     CheckpointError where the two do not have the same tensors.
     """
-    own = network.state_dict()
-    _require_same(file, {name: tensor for name, tensor in own.items() if name not in constants}, weights)
+    _require_same(file, {name: shape for name, shape in takes(network).items() if name not in constants}, weights)
     if streamed():
         return network.load_state_dict(weights, strict=False, assign=patcher.is_dynamic())
+    own = network.state_dict()
     placed = {name: tensor.to(own[name].device) for name, tensor in weights.items()}
     return network.load_state_dict(placed, strict=False, assign=True)
 
 
-def _require_same(file: str, network: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+def takes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors, also of those that it has only once they are loaded: with dynamic VRAM
+    the host makes linear layers and embeddings without weights."""
+    shapes = shapes_of(network.state_dict())
+    for name, layer in network.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight is None:
+            shapes[f"{name}.weight"] = (layer.out_features, layer.in_features)
+            if getattr(layer, "comfy_need_lazy_init_bias", False):
+                shapes[f"{name}.bias"] = (layer.out_features,)
+        elif isinstance(layer, torch.nn.Embedding) and layer.weight is None:
+            shapes[f"{name}.weight"] = (layer.num_embeddings, layer.embedding_dim)
+    return shapes
+
+
+def _require_same(file: str, network: Mapping[str, tuple[int, ...]], weights: Mapping[str, torch.Tensor]) -> None:
     """Check that a network of the host's has the tensors that a file brings. Raises CheckpointError.
 
     The file was inspected before: this guards against a host that builds other networks of the same settings.
     """
-    cover = keys.compare(shapes_of(network), shapes_of(weights))
+    cover = keys.compare(network, shapes_of(weights))
     if not cover.exact:
         raise CheckpointError(
             f"{file} does not fill the network that this ComfyUI builds for it: {cover}; expected every tensor and no "

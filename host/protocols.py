@@ -43,6 +43,7 @@ class Patcher(Protocol):
 
     model: Any
     patches: dict[str, list[Any]]
+    backup: Mapping[str, Any]
     load_device: torch.device
 
 
@@ -54,6 +55,8 @@ class Model(Protocol):
     model_options: dict[str, Any]
     load_device: torch.device
     patches: dict[str, list[Any]]
+    backup: Mapping[str, Any]
+    """What was in the place of each weight that has its patches in it now, by name."""
     patches_uuid: Any
     object_patches: dict[str, Any]
     weight_wrapper_patches: dict[str, list[Any]]

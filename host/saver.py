@@ -101,7 +101,9 @@ def _load(model: Model, clip: Clip | None) -> None:
 def _patched(patcher: Model | Patcher, module: torch.nn.Module, prefix: str = "") -> State:
     """A module's tensors, core's stand-ins in the place of those that still have to be patched."""
     if hasattr(patcher, "model_state_dict_for_saving"):  # 0.26.0 has it; 0.18.2 does the same, for the U-Net alone
-        return dict(patcher.model_state_dict_for_saving(module, prefix))
+        own, stand_ins = module.state_dict(), patcher.model_state_dict_for_saving(module, prefix)
+        # with dynamic VRAM core patches small layers as it loads them, and has stand-ins that patch them once more
+        return {key: own[key] if prefix + key in patcher.backup else stand_ins[key] for key in stand_ins}
     state = dict(module.state_dict())
     for key in state:
         owner, _, kind = key.rpartition(".")

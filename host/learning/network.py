@@ -42,11 +42,13 @@ class Network:
         self._conditions: Any = koala.model.extra_conds
         config = {**koala.model.model_config.unet_config, "dtype": torch.float32}
         self.unet = UNetModel(**config, device=torch.device("cpu"), operations=comfy.ops.disable_weight_init)
-        own = Weights(koala)
-        for name, parameter in self.unet.named_parameters():
+        own, weights = Weights(koala), {}
+        for name in koala.model.diffusion_model.state_dict():
             comfy.model_management.throw_exception_if_processing_interrupted()
-            parameter.requires_grad_(False)
-            parameter.data.copy_(own[name])
+            weights[name] = own[name]
+        # the layers may have none before: with dynamic VRAM the host makes them so
+        self.unet.load_state_dict(weights, assign=True)
+        self.unet.requires_grad_(False)
         self._blocks = [
             module for module in self.unet.modules() if isinstance(module, ResBlock | BasicTransformerBlock)
         ]
