@@ -1,4 +1,4 @@
-"""Passes through a network captured once and replayed: as CUDA graphs, which launch a pass's kernels all at once.
+"""Passes through a network captured once and replayed: as CUDA graphs (cuda_graphs.py), on a GPU.
 
 A captured pass reads its inputs from tensors of its own and its weights from where they are in memory. So it is right
 as long as the weights stay there, whatever their values: a LoRA or a return from CPU memory puts them elsewhere, which
@@ -7,12 +7,9 @@ is noticed, and the pass is captured anew.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -53,80 +50,6 @@ class Recorder(Protocol):
 
     def release(self, forget: Callable[[], None]) -> None:
         """Give back the memory of all passes, which ``forget`` forgets: none of them is used any more."""
-
-
-class CudaGraphs:
-    """Captures passes as CUDA graphs. Their memory is no other tensor's until they are gone."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None  # one for all: libraries hold memory for each stream
-
-    def prepare(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """See ``Recorder``. Raises what ``run`` raises."""
-        current, aside = torch.cuda.current_stream(), self._aside()
-        aside.wait_stream(current)
-        try:
-            with torch.cuda.stream(aside):
-                output = run()
-        finally:
-            current.wait_stream(aside)
-        return output.clone()  # the other's memory is the stream's own
-
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """See ``Recorder``. Raises torch.OutOfMemoryError where it does not fit, and RuntimeError where it cannot be
-        captured."""
-        current, aside = torch.cuda.current_stream(), self._aside()
-        torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()  # what earlier passes took: while capturing nothing can be given back
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Only this thread's calls are captured: the server's may ask for free memory meanwhile.
-            with (
-                torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"),
-                _own_workspace(),
-            ):
-                output = run()
-        finally:
-            torch.cuda.set_stream(current)  # where capturing fails at its end, PyTorch does not return to it
-        return graph.replay, output
-
-    def release(self, forget: Callable[[], None]) -> None:
-        """See ``Recorder``."""
-        torch.cuda.synchronize()  # some may still be replayed
-        forget()
-        self._pool = None
-        torch.cuda.empty_cache()
-        _trim_graph_memory()
-
-    def _aside(self) -> torch.cuda.Stream:
-        self._stream = self._stream or torch.cuda.Stream()
-        return self._stream
-
-
-@contextmanager
-def _own_workspace() -> Iterator[None]:
-    """Within a capture that is begun without cuBLAS's workspaces: it takes one of the graph's own memory. PyTorch keeps
-    one for each stream, and frees it when any graph of the stream is dropped, while the others write to it."""
-    try:
-        yield
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
-
-
-def _trim_graph_memory() -> None:
-    """CUDA's own allocator, which ComfyUI chooses on most GPUs, keeps what graphs held for later graphs; PyTorch does
-    not ask for it. Without cuda-bindings, which come with newer PyTorch, it stays."""
-    if torch.cuda.get_allocator_backend() != "cudaMallocAsync" or importlib.util.find_spec("cuda") is None:
-        return
-    from cuda.bindings import runtime
-
-    (error,) = runtime.cudaDeviceGraphMemTrim(torch.cuda.current_device())
-    if error != runtime.cudaError_t.cudaSuccess:
-        logging.warning("KOALA Accelerate: memory of CUDA graphs is not given back: %s", error.name)
 
 
 class Weights:

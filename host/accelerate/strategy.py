@@ -17,7 +17,8 @@ import torch
 
 from ...koala.words import message
 from ..protocols import Model
-from .captured import CudaGraphs, Recorder
+from .captured import Recorder
+from .cuda_graphs import CudaGraphs
 
 GIB = 2**30
 GUIDED_PASS = (2, 4, 128, 128)

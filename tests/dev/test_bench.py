@@ -23,7 +23,7 @@ from tools.measure.bench import __main__ as command
 from tools.measure.bench import peers, report, search, store
 from tools.measure.bench.asked import Bench
 from tools.measure.bench.formats import decibels, with_spread
-from tools.measure.bench.process import NO_ENGINE, Worker
+from tools.measure.bench.process import NO_ENGINE, Worker, end_all
 from tools.measure.bench.sections import OF_DEVICES, SECTIONS, SIZES
 from tools.measure.bench.stats import Spread, at_cost, bracket, is_met, ratio, spread, sure
 from tools.measure.bench.variants import ROUTINES
@@ -125,6 +125,13 @@ def test_a_worker_that_fails_tells_its_last_words_and_is_gone() -> None:
     assert "exit status 1" in str(caught.value)
     assert str(caught.value).endswith("KeyError: 'paint'\n")
     require_gone(worker)
+
+
+def test_when_the_time_is_over_all_workers_end() -> None:
+    with Worker("diffusers", "cpu") as worker:
+        end_all()
+        with pytest.raises(UserError, match=r"diffusers failed at load .*\(killed, for want of memory or time\)"):
+            worker.ask("load", what="unet", folder="none")
 
 
 def test_a_worker_that_is_killed_is_told_so_and_is_gone() -> None:

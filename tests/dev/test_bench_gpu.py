@@ -155,7 +155,7 @@ def test_what_shares_a_process_with_a_way_that_fails_is_not_measured(
 ) -> None:
     def sample(self: FakeWorker, way: str, **given: Any) -> dict[str, Any]:
         if way == "exact":
-            raise UserError("bench: no engine failed (killed, as for want of memory)")
+            raise UserError("bench: no engine failed (killed, for want of memory or time)")
         return plain(self, way, **given)
 
     plain = FakeWorker.sample

@@ -1,5 +1,8 @@
 """Tests on an NVIDIA GPU, by themselves: ``python -m pytest tests/gpu``. Elsewhere they are skipped, and say why.
 
+With a ComfyUI of one's own, by the Python that runs them: ``KOALA_BENCH_COMFYUI=DIR python -m pytest tests/gpu``. It
+needs what the benchmark needs there (tools/measure/bench), pytest, pytest-xdist, coverage and psutil.
+
 ComfyUI runs on one device for as long as a process lives: in one that has it on the CPU, as all other tests do, these
 are skipped, too. They are the CPU's tests of tests/speed once more, and what only a GPU can show.
 """
@@ -13,11 +16,11 @@ import pytest
 import torch
 
 from tests import large
-from tools.harness import inprocess
+from tools.harness import inprocess, testhost
 from tools.harness.client import Client
-from tools.harness.server import Server, running
+from tools.harness.server import Server
 from tools.harness.testhost import Host
-from tools.measure.bench import engines
+from tools.measure.bench import engines, hosts, served
 
 
 def _why_not() -> str:
@@ -29,6 +32,7 @@ def _why_not() -> str:
 
 
 WHY_NOT = _why_not()
+testhost.test_host = hosts.measured
 engines.activate("cpu" if WHY_NOT else "cuda")
 from comfy import model_management  # noqa: E402 - there once it is activated
 
@@ -51,7 +55,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def server(host: Host, shared: ExitStack) -> Server:
     """ComfyUI on the GPU, with dynamic VRAM where it has it, as people run it."""
-    return shared.enter_context(running(host))
+    return shared.enter_context(served.with_checkout(host))
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import comfy.model_management
 import pytest
 import torch
 
-from koala_sdxl.host.accelerate import captured, gpu_vae
-from koala_sdxl.host.accelerate.captured import CudaGraphs
+from koala_sdxl.host.accelerate import captured, execution, gpu_vae
+from koala_sdxl.host.accelerate.cuda_graphs import CudaGraphs
 from koala_sdxl.host.accelerate.plan import PRESETS
 from koala_sdxl.host.accelerate.strategy import GIB, Strategy, choose
 from koala_sdxl.nodes.speed import KoalaAccelerate
@@ -49,7 +49,11 @@ def test_every_preset_draws_what_it_draws_uncaptured(preset: str) -> None:
     eager = cases.eagerly(model, PRESETS[preset])
     node = KoalaAccelerate.execute(model, {"preset": preset})
     assert "on this GPU: " in node.ui["text"][0]
-    assert decibels(run(node.result[0], texts), run(eager, texts)) >= NEAR
+    found = run(node.result[0], texts)
+    made = execution._find(model.model.diffusion_model)
+    assert made is not None
+    assert made.captures
+    assert decibels(found, run(eager, texts)) >= NEAR
 
 
 def test_captured_passes_hold_what_a_pass_takes_until_comfyui_unloads() -> None:
@@ -93,6 +97,7 @@ def test_more_passes_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         case.same(latent={"samples": torch.zeros(1, 4, 16, width)})
         comfy.model_management.soft_empty_cache()
         case.same(latent={"samples": torch.zeros(1, 4, 16, width)})
+    assert (len(case.captures), case.captures.count) == (1, 4)
 
 
 def test_the_vaes_norms_give_channels_last() -> None:

@@ -5,8 +5,9 @@ Usage: python3 dev.py bench [SECTION ...] [--repeats N] [--device cpu|cuda] [--l
 
 The last one asks no registry: it is run by the Python that it is started with, which needs the requirements of ComfyUI
 and of the pack, diffusers, accelerate, requests and websocket-client; for the page matplotlib, for the memory of a
-process nvidia-ml-py. PYTHONPATH is not read: install what is missing into a virtual environment
-(``python -m venv --system-site-packages``). Figures are written section by section.
+process nvidia-ml-py. PYTHONPATH is not read: install what is missing for that Python; a virtual environment that is
+made by the Python of another does not see the other's packages. Figures are written section by section; where there are
+only minutes, begin with ``machine server``, then ``images decode fit``.
        python3 dev.py bench search --full N [--sampler NAME]
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from tools.harness.errors import UserError
 from tools.harness.testhost import say
 from tools.measure.bench import hosts, search, store
 from tools.measure.bench.asked import Bench
-from tools.measure.bench.process import NO_ENGINE, Worker
+from tools.measure.bench.process import NO_ENGINE, Worker, end_all
 from tools.measure.bench.sections import OF_DEVICES, SECTIONS
 
 A_SECTION = 30.0
@@ -42,14 +44,19 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
             require_gpu()
         with Worker(NO_ENGINE, bench.device) as worker:
             machine = worker.ask("machine")
+        if bench.left() < math.inf:
+            watch = threading.Timer(bench.left(), end_all)  # whatever they are at
+            watch.daemon = True
+            watch.start()
         for name in names:
             if bench.left() < A_SECTION:
                 say(f"dropped for want of time: {name}")
                 continue
             try:
                 figures = SECTIONS[name](bench)
-            except UserError as error:  # the others are measured all the same
-                failed.append(f"{name}: {error}")
+            except Exception as error:  # whatever it is, the others are measured all the same
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                failed.append(f"{name}: {kind}{error}")
                 say(failed[-1])
             else:
                 store.add(folder, bench.device, name, machine, figures)

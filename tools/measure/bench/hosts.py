@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.harness import testhost
@@ -19,7 +20,7 @@ def use(folder: Path) -> None:
     os.environ[VARIABLE] = str(testhost.own_host(folder, sys.executable).folder)
 
 
-def measured() -> Host:
-    """The ComfyUI that is measured; the tested one is built if need be. Raises UserError."""
+def measured(tested: Callable[[], Host] = testhost.test_host) -> Host:
+    """The ComfyUI that is measured; ``tested`` gives the tested one, which is built if need be. Raises UserError."""
     own = os.environ.get(VARIABLE)
-    return testhost.own_host(Path(own), sys.executable) if own else testhost.test_host()
+    return testhost.own_host(Path(own), sys.executable) if own else tested()

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,8 @@ def forget_peak() -> dict[str, int]:
 
     The latter is what PyTorch holds of the GPU: what the graphs that it has captured will use counts as free to it.
     """
-    Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError):  # not every kernel has it: the peak is then that of the process
+        Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     return {"ram": _kilobytes("VmRSS"), "gpu": torch.cuda.memory_reserved() if torch.cuda.is_available() else 0}
@@ -51,8 +53,8 @@ def peak() -> dict[str, int]:
 
 
 def _kilobytes(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+    told = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+    return int(told.get(name, told["VmRSS"]).split()[0]) * 1024  # likewise VmHWM
 
 
 def _nvml(device: str) -> str:
@@ -66,6 +68,8 @@ def _nvml(device: str) -> str:
 def measured(work: Callable[[], torch.Tensor], out: str, times: int = 1) -> dict[str, Any]:
     """Seconds for one of ``times``, those that processors spent on it, and peak; what was made is written to the file
     ``out`` as an array, if there is one."""
+    if out and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of other sizes: the first of a size is compared
     forget_peak()
     before = time.process_time()
     with nvml.Watch(os.getpid()) as watch:

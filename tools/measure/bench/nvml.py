@@ -35,11 +35,14 @@ def process_bytes(pid: int) -> int | None:
     library, _ = _library()
     if library is None:
         return None
-    device = library.nvmlDeviceGetHandleByIndex(0)
-    running = [
-        *library.nvmlDeviceGetComputeRunningProcesses(device),
-        *library.nvmlDeviceGetGraphicsRunningProcesses(device),
-    ]
+    try:
+        device = library.nvmlDeviceGetHandleByIndex(0)
+        running = [
+            *library.nvmlDeviceGetComputeRunningProcesses(device),
+            *library.nvmlDeviceGetGraphicsRunningProcesses(device),
+        ]
+    except library.NVMLError:
+        return None
     return next((int(one.usedGpuMemory) for one in running if one.pid == pid and one.usedGpuMemory), None)
 
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 from tools.harness.errors import UserError
 from tools.harness.testhost import OPENMP, ROOT
@@ -17,6 +18,15 @@ from tools.harness.testhost import OPENMP, ROOT
 TAIL = 2000  # characters of a failed worker's log that are shown
 NO_ENGINE = "no engine"
 """Name of a worker for what needs the pack but none of the engines that are compared."""
+
+
+_running: WeakSet[Worker] = WeakSet()
+
+
+def end_all() -> None:
+    """End all workers at once: whoever waits for one is told that it has failed."""
+    for worker in list(_running):
+        worker.kill()
 
 
 class Worker:
@@ -35,6 +45,11 @@ class Worker:
             stderr=self._log,
             text=True,
         )
+        _running.add(self)
+
+    def kill(self) -> None:
+        """End it, whatever it is at."""
+        self._process.kill()
 
     def __enter__(self) -> Worker:
         return self
@@ -43,7 +58,7 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._process.kill()
+            self.kill()
         self._process.communicate()
         self._log.close()
 
@@ -61,7 +76,7 @@ class Worker:
             return json.loads(reply)
         status = self._process.wait()
         self._log.seek(0)
-        why = "killed, as for want of memory" if status == -9 else f"exit status {status}"
+        why = "killed, for want of memory or time" if status == -9 else f"exit status {status}"
         raise UserError(
             f"bench: {self.engine} failed at {task} {arguments} ({why}); expected figures. The end of its log:\n"
             + self._log.read()[-TAIL:]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from tools.harness import server
 from tools.harness.client import Client, GraphError
-from tools.harness.testhost import ROOT
+from tools.harness.testhost import ROOT, Host
 from tools.measure.bench import graphs, hosts, nvml
 from tools.measure.bench.graphs import Image
 from tools.synthetic import random_weights
@@ -60,16 +60,25 @@ def serving(models: tuple[str, ...]) -> Iterator[Served]:
     """A server with this checkout as its only custom node, and models of random weights (``BUILT_IN`` needs none)."""
     with TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
-        for kind in ("diffusion_models", "text_encoders", "vae", "page"):
+        for kind in ("diffusion_models", "text_encoders", "vae"):
             (folder / kind).mkdir()
-        (folder / "page" / "index.html").write_text("The benchmark needs no canvas.", "utf-8")
         for model in models:
             if model != graphs.BUILT_IN:
                 _link(random_weights.folder(model), model, folder)
         places = {kind: [folder / kind] for kind in ("diffusion_models", "text_encoders", "vae")}
-        page = ("--front-end-root", str(folder / "page"))
-        with server.running(hosts.measured(), model_folders=places, arguments=page, install=_link_pack) as running:
+        with with_checkout(hosts.measured(), places) as running:
             yield Served(running)
+
+
+@contextlib.contextmanager
+def with_checkout(host: Host, model_folders: Mapping[str, Sequence[Path]] | None = None) -> Iterator[server.Server]:
+    """A server with this checkout as its only custom node, and without the canvas: what it takes to pack the one and to
+    show the other, a machine for measuring need not have. ``model_folders``: as of ``server.running``."""
+    with TemporaryDirectory(prefix="page-") as page:
+        (Path(page) / "index.html").write_text("No canvas here.", "utf-8")
+        arguments = ("--front-end-root", page)
+        with server.running(host, model_folders=model_folders, arguments=arguments, install=_link_pack) as running:
+            yield running
 
 
 def _link(made: Path, model: str, folder: Path) -> None:
@@ -85,7 +94,7 @@ def _link(made: Path, model: str, folder: Path) -> None:
 
 
 def _link_pack(custom_nodes: Path) -> None:
-    """This checkout itself: packing it takes programs that a machine for measuring need not have."""
+    """This checkout itself."""
     (custom_nodes / PACK_FOLDER).symlink_to(ROOT, target_is_directory=True)
 
 
