@@ -269,7 +269,7 @@ def _vae(file: VAEFile) -> Vae:
         "embed_dim": sizes.embed,
     }
     vae = Vae(sd=weights, config={"params": config})
-    _require_same(label(file.path), takes(vae.first_stage_model), weights)
+    _require_same(label(file.path), _takes(vae.first_stage_model), weights)
     vae.patcher.cached_patcher_init = (_vae_patcher, (file,))
     return vae
 
@@ -303,7 +303,7 @@ def _fill(
     Returns the names that were missing and those that were unexpected, as ``load_state_dict`` does. Raises
     CheckpointError where the two do not have the same tensors.
     """
-    _require_same(file, {name: shape for name, shape in takes(network).items() if name not in constants}, weights)
+    _require_same(file, {name: shape for name, shape in _takes(network).items() if name not in constants}, weights)
     if streamed():
         return network.load_state_dict(weights, strict=False, assign=patcher.is_dynamic())
     own = network.state_dict()
@@ -311,7 +311,7 @@ def _fill(
     return network.load_state_dict(placed, strict=False, assign=True)
 
 
-def takes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def _takes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a network's tensors, also of those that it has only once they are loaded: with dynamic VRAM
     the host makes linear layers and embeddings without weights."""
     shapes = shapes_of(network.state_dict())

@@ -46,6 +46,11 @@ def _weights(model: Any, clip: Any, vae: Any) -> State:
     from comfy.model_management import unload_all_models
 
     unload_all_models()
+    return tensors(model, clip, vae)
+
+
+def tensors(model: Any, clip: Any, vae: Any) -> State:
+    """Every tensor of a model's parts, as it is now."""
     networks = {"model": model.model, "clip": clip.cond_stage_model, "vae": vae.first_stage_model}
     return {
         f"{part}.{name}": tensor for part, network in networks.items() for name, tensor in network.state_dict().items()

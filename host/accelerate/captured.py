@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,7 +25,8 @@ CHANGED_WHEN_USED = "changed when used"
 Inputs = Mapping[str, torch.Tensor]
 
 
-class Pass(NamedTuple):
+@dataclass(frozen=True)
+class Pass:
     """A pass through a network or a part of it, by name. ``compute`` computes it from its inputs, and depends on
     nothing else but the weights."""
 
@@ -31,7 +34,7 @@ class Pass(NamedTuple):
     compute: Callable[[Inputs], torch.Tensor]
     inputs: Inputs
 
-    @property
+    @cached_property
     def kind(self) -> Hashable:
         """Passes of a kind are captured as one: of the same name, with inputs of the same shapes and types."""
         shapes = ((name, tuple(one.shape), one.dtype, one.device) for name, one in self.inputs.items())
@@ -57,9 +60,7 @@ class Weights:
 
     def __init__(self, network: torch.nn.Module) -> None:
         # Only modules that have weights, and not the network itself: it may go while this is kept.
-        modules = [module for module in network.modules() if module._parameters and module is not network]
-        self._own = [vars(module) for module in modules]
-        self._parameters = [module._parameters for module in modules]
+        self._own = [vars(module) for module in network.modules() if module._parameters and module is not network]
         self._places: tuple[Hashable, ...] = ()
         self._device: torch.device | None = None
         self.version = 0
@@ -78,14 +79,16 @@ class Weights:
         return self._device == device
 
     def _look(self) -> tuple[Hashable, ...]:
-        weights = [weight for own in self._parameters for weight in own.values() if weight is not None]
+        weights = self._weights()
         changed = [CHANGED_WHEN_USED for own in self._own if own.get("weight_function") or own.get("bias_function")]
         places = [weight.data_ptr() if type(weight) in PLAIN else CHANGED_WHEN_USED for weight in weights]
         return *places, *changed, *[weight.dtype for weight in weights]
 
+    def _weights(self) -> list[torch.Tensor]:
+        return [weight for own in self._own for weight in own["_parameters"].values() if weight is not None]
+
     def _find_device(self) -> torch.device | None:
-        weights = (weight for own in self._parameters for weight in own.values() if weight is not None)
-        devices = {weight.device for weight in weights}
+        devices = {weight.device for weight in self._weights()}
         return devices.pop() if len(devices) == 1 and CHANGED_WHEN_USED not in self._places else None
 
 
@@ -141,17 +144,16 @@ class Captures:
 
         Raises what computing it and the recorder raise; nothing of the pass is then kept.
         """
-        kind = one.kind
         if not self.has(one):
-            self._prepared.discard(kind)  # where it fails, something has changed since
+            self._prepared.discard(one.kind)  # where it fails, something has changed since
             own = _copied(one.inputs)
-            self._captured[kind] = _Captured(own, *self._recorder.capture(lambda: one.compute(own)))
-            self._prepared.add(kind)
+            self._captured[one.kind] = _Captured(own, *self._recorder.capture(lambda: one.compute(own)))
+            self._prepared.add(one.kind)
             self.count += 1
-        self._captured.move_to_end(kind)
+        self._captured.move_to_end(one.kind)
         while len(self._captured) > MAX_PASSES:
             self._captured.popitem(last=False)
-        return self._captured[kind].run(one.inputs)
+        return self._captured[one.kind].run(one.inputs)
 
     def clear(self) -> None:
         """Forget all captured passes, and give back their memory."""

@@ -14,12 +14,12 @@ import pytest
 
 from tests.dev import bench_fakes
 from tests.dev.bench_fakes import FakeHog, FakeWorker
+from tools.harness import testhost
 from tools.harness.errors import UserError
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import (
     graphs,
     hog,
-    hosts,
     nvml,
     readings,
     report,
@@ -206,15 +206,15 @@ def test_every_way_to_an_image_samples_the_same() -> None:
 
 
 def test_ones_own_comfyui_is_measured_in_workers_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(hosts.VARIABLE, "")
-    tested = hosts.measured()
+    monkeypatch.setenv(testhost.OWN, "")
+    tested = testhost.test_host()
     own = tmp_path / "own"
     own.symlink_to(tested.folder, target_is_directory=True)
-    hosts.use(own)
-    assert hosts.measured().folder == tested.folder.resolve()
-    assert hosts.measured().borrowed
+    testhost.use(own)
+    assert testhost.test_host().folder == tested.folder.resolve()
+    assert testhost.test_host().borrowed
     with pytest.raises(UserError, match="no ComfyUI here"):
-        hosts.use(tmp_path)
+        testhost.use(tmp_path)
 
 
 @pytest.mark.nightly

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from tests import large
-from tools.harness import inprocess, testhost
+from tools.harness import inprocess
 from tools.harness.client import Client
 from tools.harness.server import Server
 from tools.harness.testhost import Host
-from tools.measure.bench import engines, hosts, served
+from tools.measure.bench import engines, served
 
 
 def _why_not() -> str:
@@ -32,7 +32,6 @@ def _why_not() -> str:
 
 
 WHY_NOT = _why_not()
-testhost.test_host = hosts.measured
 engines.activate("cpu" if WHY_NOT else "cuda")
 from comfy import model_management  # noqa: E402 - there once it is activated
 

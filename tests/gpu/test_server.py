@@ -28,20 +28,20 @@ def drawn(client: Client, prompt: Prompt, told: list[str] | None = None) -> Any:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_captures_under_dynamic_vram(preset: str, client: Client) -> None:
     told: list[str] = []
-    found = drawn(client, accelerated({"preset": preset}, seed=301), told)
+    found = drawn(client, accelerated({"preset": preset}, vae=False, seed=301), told)
     assert "by CUDA graph" in told[-1]
-    bound = {"exact": 40, "balanced": 35, "fast": 28}[preset]
+    bound = {"exact": 45, "balanced": 35, "fast": 28}[preset]
     assert psnr(found, drawn(client, graph(seed=301))) >= bound
 
 
 def test_a_lora_and_its_strength(client: Client) -> None:
     for strength in (0.4, 1.0):
         images = []
-        for prompt in (accelerated({"preset": "exact"}, seed=302), graph(seed=302)):
+        for prompt in (accelerated({"preset": "exact"}, vae=False, seed=302), graph(seed=302)):
             inputs = {"lora_name": "built-in koala-tiny-cyan", "strength_model": strength, "strength_clip": 1.0}
             inputs |= {"trained_on": "auto", "fold_removed": 0.0, "model": ["1", 0], "clip": ["1", 1]}
             prompt["20"] = {"class_type": "KoalaLoraLoader", "inputs": inputs}
             first = "10" if "10" in prompt else "4"
             prompt[first]["inputs"]["model"] = ["20", 0]
             images.append(drawn(client, prompt))
-        assert psnr(*images) >= 40
+        assert psnr(*images) >= 45

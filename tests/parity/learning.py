@@ -9,6 +9,8 @@ import comfy.model_management
 import comfy.sd
 import torch
 
+from koala_sdxl.host.learning.network import Network, weights
+from koala_sdxl.host.learning.samples import Samples, encoded, predictions
 from koala_sdxl.koala.architecture.keys import renaming
 from koala_sdxl.koala.architecture.layout import KOALA_TINY
 from koala_sdxl.koala.architecture.lineage import lineage
@@ -102,3 +104,25 @@ def _of_model(model: Any) -> dict[str, Any]:
 
 def _equal(old: Any, new: Any) -> bool:
     return torch.equal(old, new) if isinstance(old, torch.Tensor) else bool(old == new)
+
+
+def samples(texts: list[Any]) -> Samples:
+    """Four noisy latents, each with one of the texts."""
+    generator = torch.Generator().manual_seed(1)
+    sigma = torch.tensor([0.3, 1.0, 3.0, 10.0])
+    noisy = torch.randn(4, 4, 8, 8, generator=generator) * (1 + sigma.square()).sqrt().view(-1, 1, 1, 1)
+    return Samples(noisy, sigma, torch.tensor([0, 1, len(texts) - 1, 2]))
+
+
+def require_fitted_as_sampled(koala: Any, clip: Any) -> None:
+    """The network that is fitted predicts what the MODEL that is sampled predicts."""
+    texts = encoded(clip, PROMPTS)
+    seen = samples(texts)
+    with torch.no_grad():
+        clean = predictions(koala, texts, seen, lambda images: None)
+    wanted = (seen.noisy - clean) / seen.sigma.view(-1, 1, 1, 1) * weights(seen.sigma)
+    with torch.inference_mode(False), torch.no_grad():
+        network = Network(koala)
+        found = network.output(seen, network.conditions(texts, seen))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not any(parameter.requires_grad for parameter in network.unet.parameters())

@@ -20,23 +20,16 @@ from safetensors import safe_open
 
 from koala_sdxl import koala_loader
 from koala_sdxl.host import saver
-from koala_sdxl.host.learning.network import Network, weights
-from koala_sdxl.host.learning.samples import Samples, encoded, predictions
 from koala_sdxl.host.reader import streamed
 from koala_sdxl.koala.files.header import CheckpointError, read_header
 from koala_sdxl.koala.files.inspect import inspect_checkpoint
-from tests.speed.sampling import BASE, run
+from tests.parity.learning import require_fitted_as_sampled
+from tests.shared_models import tensors
+from tests.speed.execution_cases import SHORT, Streamed
+from tests.speed.sampling import run
 from tools.measure import parity
 
 TINY = koala_loader.BUILT_IN
-SHORT = BASE | {"steps": 3}
-
-
-class Dynamic(ModelPatcher):
-    """One that is streamed, as far as a CPU can have it."""
-
-    def is_dynamic(self) -> bool:
-        return True
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +48,6 @@ def dynamic_vram(monkeypatch: pytest.MonkeyPatch) -> None:
     assert comfy.ops.disable_weight_init.Linear(2, 3).weight is None
 
 
-def networks(model: Any, clip: Any, vae: Any) -> dict[str, torch.Tensor]:
-    parts = {"unet": model.model.diffusion_model, "text": clip.cond_stage_model, "vae": vae.first_stage_model}
-    return {f"{part}.{name}": one for part, network in parts.items() for name, one in network.state_dict().items()}
-
-
 def loaded() -> Any:
     """Not what another test has loaded."""
     found = inspect_checkpoint(TINY)
@@ -67,10 +55,10 @@ def loaded() -> Any:
     return unet, koala_loader._clip(found.text_encoder, found.text_encoder_2), koala_loader._vae(found.vae)
 
 
-@pytest.mark.parametrize("patcher", [Dynamic, ModelPatcher])
+@pytest.mark.parametrize("patcher", [Streamed, ModelPatcher])
 def test_every_weight_is_loaded(patcher: type[ModelPatcher], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", patcher)
-    wanted, found = networks(*parity.tiny_models()), networks(*loaded())
+    wanted, found = tensors(*parity.tiny_models()), tensors(*loaded())
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name].float(), tensor.float(), rtol=0, atol=0)
@@ -96,19 +84,7 @@ def test_a_copy_without_dynamic_vram_has_one_type(dtype: torch.dtype) -> None:
 
 
 def test_the_network_that_koala_lora_from_sdxl_fits() -> None:
-    model, clip, _ = parity.tiny_models()
-    texts = encoded(clip, ["a red circle", "a blue star"])
-    sigma = torch.tensor([0.3, 3.0])
-    seen = Samples(torch.randn(2, 4, 8, 8), sigma, torch.tensor([0, 1]))
-    with torch.no_grad():
-        clean = predictions(model, texts, seen, lambda images: None)
-    wanted = (seen.noisy - clean) / sigma.view(-1, 1, 1, 1) * weights(sigma)
-    with torch.inference_mode(False), torch.no_grad():
-        network = Network(model)
-        found = network.output(seen, network.conditions(texts, seen))
-    assert not any(parameter.requires_grad for parameter in network.unet.parameters())
-    network.close()
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    require_fitted_as_sampled(*parity.tiny_models()[:2])
 
 
 def test_a_patched_layer_is_not_patched_again_when_it_is_saved() -> None:

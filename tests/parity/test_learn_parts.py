@@ -16,7 +16,7 @@ from koala_sdxl.distill.carry.samples import Texts
 from koala_sdxl.distill.carry.settings import Settings
 from koala_sdxl.distill.carry.student import Learner, Student
 from koala_sdxl.host.learning.network import Network, weights
-from koala_sdxl.host.learning.samples import Samples, encoded, predictions
+from koala_sdxl.host.learning.samples import encoded
 from koala_sdxl.host.learning.weights import Weights, differences
 from koala_sdxl.host.transfer.lora import apply_lora
 from koala_sdxl.koala.architecture.keys import renaming, tensors
@@ -25,7 +25,7 @@ from koala_sdxl.koala.lora.adjustable import Adjustable, adjustable
 from koala_sdxl.koala.lora.factors import factors
 from koala_sdxl.koala.lora.fit import fit_changes
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
-from tests.parity.learning import LINE, PROMPTS, Given, change, models
+from tests.parity.learning import LINE, PROMPTS, Given, change, models, require_fitted_as_sampled, samples
 from tools.measure import reference, transfer
 from tools.synthetic import adapters
 from tools.tiny import SHIPPED
@@ -61,22 +61,7 @@ def test_the_network_that_is_fitted_is_the_koala_that_is_sampled(given: Given) -
     """With a patch on it; and prompts of two lengths together."""
     with transfer.on_disk(change()) as path:
         koala = apply_lora(given.koala, given.clip, path, 1.0, 0.0, trained_on="SDXL").model
-    texts = encoded(given.clip, PROMPTS)
-    seen = samples(texts)
-    with torch.no_grad():
-        clean = predictions(koala, texts, seen, lambda images: None)
-    wanted = (seen.noisy - clean) / seen.sigma.view(-1, 1, 1, 1) * weights(seen.sigma)
-    with torch.inference_mode(False), torch.no_grad():
-        network = Network(koala)
-        found = network.output(seen, network.conditions(texts, seen))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-
-
-def samples(texts: list[Any]) -> Samples:
-    generator = torch.Generator().manual_seed(1)
-    sigma = torch.tensor([0.3, 1.0, 3.0, 10.0])
-    noisy = torch.randn(4, 4, 8, 8, generator=generator) * (1 + sigma.square()).sqrt().view(-1, 1, 1, 1)
-    return Samples(noisy, sigma, torch.tensor([0, 1, len(texts) - 1, 2]))
+    require_fitted_as_sampled(koala, given.clip)
 
 
 def test_the_fit_is_that_of_dev_py_carry(given: Given) -> None:

@@ -16,6 +16,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_freelunch import FreeU_V2
 from torch._dynamo.utils import counters
 
@@ -35,6 +36,13 @@ from tools.measure.bench.image_quality import psnr
 EXACT = Acceleration(OFF)
 BALANCED = Acceleration(OFF, REUSE["balanced"])
 SHORT = BASE | {"steps": 3}
+
+
+class Streamed(ModelPatcher):
+    """A MODEL with dynamic VRAM, as far as a CPU can have one: the host makes a plain one of it there."""
+
+    def is_dynamic(self) -> bool:
+        return True
 
 
 @dataclass

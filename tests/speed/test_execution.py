@@ -14,7 +14,6 @@ from typing import Any
 import comfy.ops
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from torch._inductor.decomposition import select_decomp_table
@@ -37,6 +36,15 @@ from tools.measure import parity
 CAPTURED = Strategy(recorder=Operations)
 BOTH = Strategy(True, Reruns)
 NEAR = 75.0  # decibels; rounding in fp32
+
+
+def anew() -> Strategy:
+    """As ``BOTH``, and nothing was captured with it before."""
+
+    class Own(Reruns):
+        pass
+
+    return Strategy(True, Own)
 
 
 loras = pytest.fixture(cases.put_lora)
@@ -125,10 +133,7 @@ def test_what_cannot_be_compiled_is_captured(error: Exception) -> None:
     def fail(*_: object) -> torch.Tensor:
         raise error
 
-    class Own(Reruns):
-        """So that nothing was captured before."""
-
-    case = Case(Strategy(True, Own), NEAR)
+    case = Case(anew(), NEAR)
     model = case.faster()
     (made,) = case.kept
     made.parts = made.between_patches = [Part(model.model.diffusion_model.out[0], fail)]
@@ -143,10 +148,7 @@ def test_what_cannot_be_compiled_is_captured(error: Exception) -> None:
 
 
 def test_code_that_fails_while_a_pass_is_captured_is_given_up_and_not_the_capturing() -> None:
-    class Own(Reruns):
-        """So that nothing was captured before."""
-
-    case = Case(Strategy(True, Own), NEAR)
+    case = Case(anew(), NEAR)
     model = case.faster()
     (made,) = case.kept
     run(model, preset=cases.SHORT | {"steps": 1})
@@ -263,13 +265,6 @@ def test_what_was_captured_goes_with_the_last_accelerated_clone() -> None:
     assert made() is None
 
 
-class Streamed(ModelPatcher):
-    """A MODEL with dynamic VRAM, as far as a CPU can have one: the host makes a plain one of it there."""
-
-    def is_dynamic(self) -> bool:
-        return True
-
-
 def test_without_dynamic_vram_weights_are_read_once() -> None:
     given = parity.tiny_models()[0]
     load, arguments = given.cached_patcher_init
@@ -279,7 +274,7 @@ def test_without_dynamic_vram_weights_are_read_once() -> None:
         loaded.append(load(*inputs, **options))
         return loaded[-1]
 
-    streamed = Streamed(given.model, given.load_device, given.offload_device)
+    streamed = cases.Streamed(given.model, given.load_device, given.offload_device)
     streamed.cached_patcher_init = (counted, arguments)
     streamed.attachments = given.attachments
     name = "diffusion_model.out.2.bias"

@@ -98,6 +98,10 @@ TOOLS = Environment(name="tools", requirements=("tools/requirements-tools.txt",)
 BATCH = Environment(name="batch", requirements=("tools/requirements-tools.txt", "batch/requirements.txt"), gigabytes=2)
 
 
+OWN = "KOALA_BENCH_COMFYUI"
+"""The environment variable that names a ComfyUI of one's own, which is measured, and tested on a GPU."""
+
+
 @dataclass(frozen=True)
 class Host:
     """A ComfyUI that can be started: its folder (the one with ``main.py``) and the Python that runs it."""
@@ -113,8 +117,15 @@ class Host:
 
 
 def test_host() -> Host:
-    """The ComfyUI that is tested most, and its environment, both built if need be. Raises UserError."""
-    return pinned_host(TESTED_RELEASE)
+    """The ComfyUI that is tested most, and its environment, both built if need be; or the one that ``use`` has told,
+    which is run by the Python that runs this. Raises UserError."""
+    own = os.environ.get(OWN)
+    return own_host(Path(own), sys.executable) if own else pinned_host(TESTED_RELEASE)
+
+
+def use(folder: Path) -> None:
+    """Have this process, and those that it starts, use the ComfyUI in a folder. Raises UserError if there is none."""
+    os.environ[OWN] = str(own_host(folder, sys.executable).folder)
 
 
 def pinned_host(release: str) -> Host:

@@ -13,18 +13,20 @@ only minutes, begin with ``machine server``, then ``images decode fit``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tools import commands
 from tools.commands import REPORT, SEARCH
+from tools.harness import testhost
 from tools.harness.errors import UserError
 from tools.harness.testhost import say
-from tools.measure.bench import hosts, search, store
+from tools.measure.bench import search, store
 from tools.measure.bench.asked import Bench
 from tools.measure.bench.process import NO_ENGINE, Worker, end_all
 from tools.measure.bench.sections import OF_DEVICES, SECTIONS
@@ -44,26 +46,38 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
             require_gpu()
         with Worker(NO_ENGINE, bench.device) as worker:
             machine = worker.ask("machine")
-        if bench.left() < math.inf:
-            watch = threading.Timer(bench.left(), end_all)  # whatever they are at
-            watch.daemon = True
-            watch.start()
-        for name in names:
-            if bench.left() < A_SECTION:
-                say(f"dropped for want of time: {name}")
-                continue
-            try:
-                figures = SECTIONS[name](bench)
-            except Exception as error:  # whatever it is, the others are measured all the same
-                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                failed.append(f"{name}: {kind}{error}")
-                say(failed[-1])
-            else:
-                store.add(folder, bench.device, name, machine, figures)
+        with _workers_end_in_time(bench):
+            for name in names:
+                if bench.left() < A_SECTION:
+                    say(f"dropped for want of time: {name}")
+                    continue
+                try:
+                    figures = SECTIONS[name](bench)
+                except Exception as error:  # whatever it is, the others are measured all the same
+                    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                    failed.append(f"{name}: {kind}{error}")
+                    say(failed[-1])
+                else:
+                    store.add(folder, bench.device, name, machine, figures)
     page = written(folder)
     if failed:
         raise UserError(f"bench: not measured, as they failed: {'; '.join(failed)}")
     return page
+
+
+@contextlib.contextmanager
+def _workers_end_in_time(bench: Bench) -> Iterator[None]:
+    """Within this context workers end when the time is over, whatever they are at."""
+    if bench.left() == math.inf:
+        yield
+        return
+    watch = threading.Timer(bench.left(), end_all)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def written(folder: Path) -> Path:
@@ -112,7 +126,7 @@ def main(arguments: list[str]) -> None:
         search.run(options.full, options.sampler)
         return
     if options.own_comfyui:
-        hosts.use(options.own_comfyui)
+        testhost.use(options.own_comfyui)
     until = time.monotonic() + options.limit if options.limit else math.inf
     bench = Bench(options.device, options.repeats, until=until)
     say(str(run(chosen(options.sections, options.device), bench, options.out)))

@@ -11,7 +11,7 @@ import torch
 
 from koala_sdxl.koala.architecture.layout import Layout
 from koala_sdxl.koala.schedule import schedule
-from tools.measure.bench import hosts
+from tools.harness import testhost
 
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
 VAE = "vae/diffusion_pytorch_model.fp16.safetensors"
@@ -77,7 +77,7 @@ class Engine(Protocol):
 def activate(device: str) -> None:
     """ComfyUI in this process, on that device."""
     if "comfy" not in sys.modules:
-        sys.path.insert(0, str(hosts.measured().folder))  # first: the checkout has a folder named nodes, too
+        sys.path.insert(0, str(testhost.test_host().folder))  # first: the checkout has a folder named nodes, too
     from comfy.cli_args import args
 
     args.cpu = device == "cpu"  # read while comfy.model_management is imported, which nothing has done yet

@@ -9,7 +9,7 @@ from koala_sdxl.koala.architecture.component_detection import read_text_encoder
 from koala_sdxl.koala.files import export
 from koala_sdxl.koala.files.inspect import inspect_folder
 from koala_sdxl.koala.releases import SCHEDULER_CONFIG
-from tools.measure.bench import hosts
+from tools.harness import testhost
 from tools.synthetic import random_weights
 
 
@@ -36,7 +36,7 @@ def link(target: Path, model: str = "koala-700m") -> Path:
         **{f"{part}/config.json": export.text_config(part, size) for part, size in sizes.items()},
         "vae/config.json": export.vae_config(made.vae.sizes, 1024),
     }
-    vocabulary = hosts.measured().tokenizer
+    vocabulary = testhost.test_host().tokenizer
     words = {file.name: file.read_bytes() for file in vocabulary.iterdir()}
     contents = {name: export.as_json(config) for name, config in configs.items()}
     for part, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):

@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools.harness import server
+from tools.harness import server, testhost
 from tools.harness.client import Client, GraphError
 from tools.harness.testhost import ROOT, Host
-from tools.measure.bench import graphs, hosts, nvml
+from tools.measure.bench import graphs, nvml
 from tools.measure.bench.graphs import Image
 from tools.synthetic import random_weights
 
@@ -66,7 +66,7 @@ def serving(models: tuple[str, ...]) -> Iterator[Served]:
             if model != graphs.BUILT_IN:
                 _link(random_weights.folder(model), model, folder)
         places = {kind: [folder / kind] for kind in ("diffusion_models", "text_encoders", "vae")}
-        with with_checkout(hosts.measured(), places) as running:
+        with with_checkout(testhost.test_host(), places) as running:
             yield Served(running)
 
 
