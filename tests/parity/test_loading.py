@@ -207,7 +207,8 @@ def whole_file() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("prefix", [*CLIP_PREFIXES, VAE_PREFIX, "", "nothing of this name"])
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
-def test_tensors_are_the_files(prefix: str, dtype: torch.dtype | None) -> None:
+def test_tensors_are_the_files(prefix: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(koala_reader, "PIECE", 1000)
     wanted = {name[len(prefix) :]: tensor for name, tensor in whole_file().items() if name.startswith(prefix)}
     found = koala_reader.read(Source(read_header(BUILT_IN), prefix), dtype)
     assert set(found) == set(wanted)
@@ -226,6 +227,14 @@ def test_tensors_of_every_type_shape_and_place(tmp_path: Path) -> None:
     for name, tensor in wanted.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert found[name].view(-1).view(torch.uint8).tolist() == tensor.view(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_can_be_trained_as_those_of_the_thread_that_asks(inference: bool, dtype: torch.dtype | None) -> None:
+    with torch.inference_mode(inference):
+        found = koala_reader.read(Source(read_header(BUILT_IN), VAE_PREFIX), dtype)
+    assert {tensor.is_inference() for tensor in found.values()} == {inference}
 
 
 def _grow(path: Path) -> None:
