@@ -54,6 +54,7 @@ class Model(Protocol):
     model: BaseModel
     model_options: dict[str, Any]
     load_device: torch.device
+    offload_device: torch.device
     patches: dict[str, list[Any]]
     backup: Mapping[str, Any]
     """What was in the place of each weight that has its patches in it now, by name."""
@@ -98,6 +99,8 @@ class Model(Protocol):
     def add_callback_with_key(self, call_type: str, key: str, callback: Callable[..., Any]) -> None: ...
 
     def set_model_compute_dtype(self, dtype: torch.dtype) -> None: ...
+
+    def get_additional_models_with_key(self, key: str) -> list[Model]: ...
 
     def get_attachment(self, key: str) -> Any: ...
 

@@ -54,11 +54,12 @@ class CudaGraphs:
 
     def release(self, forget: Callable[[], None]) -> None:
         """See ``Recorder``."""
-        torch.cuda.synchronize()  # some may still be replayed
-        forget()
-        self._pool = None
-        torch.cuda.empty_cache()
-        _trim_graph_memory()
+        with torch.cuda.device(self._aside().device):  # whoever asks for it may be at work on another GPU
+            torch.cuda.synchronize()  # some may still be replayed
+            forget()
+            self._pool = None
+            torch.cuda.empty_cache()
+            _trim_graph_memory()
 
     def _aside(self) -> torch.cuda.Stream:
         self._stream = self._stream or torch.cuda.Stream()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -23,7 +24,7 @@ from .captured import Captures, Inputs, Pass, Weights
 from .compiled import ATTENTION, attention_is_exact, is_transformer, parts
 from .exchanged import Part, running
 from .gates import is_compiled_by_core
-from .strategy import GIB, Strategy, pass_memory
+from .strategy import GIB, Strategy, pass_memory, shares_work
 
 BETWEEN_BLOCKS = frozenset(
     ("input_block_patch", "input_block_patch_after_skip", "middle_block_after_patch", "output_block_patch", "emb_patch")
@@ -120,7 +121,7 @@ class Execution:
     def __init__(self, strategy: Strategy, guider: Guider) -> None:
         self._patcher = guider.model_patcher
         self.prepared = prepared(self._patcher.model.diffusion_model, strategy)
-        self._why_eager = _why_eager(guider)
+        self._why_eager = _why_eager(guider, strategy)
         self._why_not_captured = _why_not_captured(guider)
         self._ways: Counter[tuple[str, str]] = Counter()
         self._what = "pass"
@@ -131,6 +132,10 @@ class Execution:
             for (how, why), count in self._ways.most_common()
         )
 
+    def is_of(self, unet: torch.nn.Module) -> bool:
+        """Whether a U-Net is that of the MODEL that is sampled."""
+        return unet is self._patcher.model.diffusion_model
+
     def run(
         self, network: Network, call: Call, further: Mapping[str, Any], feature: torch.Tensor | None
     ) -> torch.Tensor:
@@ -140,7 +145,7 @@ class Execution:
         """
         management.throw_exception_if_processing_interrupted()  # a captured pass does not ask
         unet, made = self._patcher.model.diffusion_model, self.prepared
-        if network.unet is not unet:
+        if not self.is_of(network.unet):
             self._what = "branch pass"  # a full step has two, or three where it is checked
         made.weights.update()
         why = self._why_eager or made.failed or _why_pass_is_eager(unet, made.weights, call, further)
@@ -189,7 +194,7 @@ class Execution:
         if way.parts and not made.has_run:
             logging.info("KOALA Accelerate: compiling, which takes a while; PyTorch keeps the code on disk")
         made.has_run = True
-        with running(way.parts):
+        with running(way.parts), _on(self._patcher.load_device):
             output = way.execute()
         self._ways[way.how, way.why] += 1
         return output
@@ -202,16 +207,23 @@ class Execution:
         return output
 
 
-def _why_eager(guider: Guider) -> str:
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Streams and graphs are the current GPU's, which need not be the one that a node has put a MODEL on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _why_eager(guider: Guider, strategy: Strategy) -> str:
     """Why all passes of a run are eager; empty where they need not be."""
     patcher, options = guider.model_patcher, guider.model_options
+    if patcher.load_device.type != strategy.device_type:
+        return "another node has put the MODEL on another kind of device"
     if torch.is_grad_enabled():
         return "gradients are computed"
     if is_compiled_by_core(options["transformer_options"]):
         return "another node has the U-Net compiled"
     if any(name.startswith("diffusion_model") for name in patcher.object_patches) or patcher.injections:
         return "another node has exchanged parts of the U-Net"
-    if "multigpu_clones" in options:
+    if shares_work(patcher):
         return "several GPUs share the work"
     return ""
 

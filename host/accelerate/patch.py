@@ -170,9 +170,11 @@ class _Wrappers:
         call = Call(*arguments)
         run: Run | None = call.transformer_options.get(KEY)
         execution: Execution | None = call.transformer_options.get(EXECUTION)
+        unet = executor.class_obj
+        if execution is not None and not execution.is_of(unet):  # with two MODELs in a guider, or one for each GPU
+            execution = None
         if run is None or (run.no_reuse and execution is None):
             return executor(*arguments, **further)
-        unet = executor.class_obj
         execute: Execute = Network.run if execution is None else execution.run
 
         def all_of_it(*inner_arguments: Any, **inner_further: Any) -> torch.Tensor:
@@ -231,10 +233,11 @@ def _gates(guider: Guider) -> Gates:
 
 def _keys(call: Call, run: Run) -> list[Key]:
     """What a deep feature belongs to, for each part of a call: the prompt, the side of guidance (those of an area share
-    a name), the size, which residuals a ControlNet adds, between which gates of patches the noise level is, and the
-    weights, as far as hooks (LoRAs scheduled over the steps) change them in the course of a run."""
+    a name), the size, the device (several GPUs may share the work), which residuals a ControlNet adds, between which
+    gates of patches the noise level is, and the weights, as far as hooks (LoRAs scheduled over the steps) change them
+    in the course of a run."""
     uuids = call.transformer_options["uuids"]
-    size = (call.x.shape[0] // len(uuids), *call.x.shape[1:])
+    size = (call.x.shape[0] // len(uuids), *call.x.shape[1:], call.x.device)
     control = {
         name for name, residuals in (call.control or {}).items() if any(residual is not None for residual in residuals)
     }

@@ -30,10 +30,12 @@ TRITON_CAPABILITY = (7, 0)
 
 @dataclass(frozen=True)
 class Strategy:
-    """``compiled``: whether blocks are. ``recorder`` makes what captures passes; None: they are not captured."""
+    """``compiled``: whether blocks are. ``recorder`` makes what captures passes; None: they are not captured.
+    ``device_type``: of the device for which it was chosen."""
 
     compiled: bool = False
     recorder: Callable[[], Recorder] | None = None
+    device_type: str = "cpu"
 
     @property
     def is_eager(self) -> bool:
@@ -62,7 +64,7 @@ def choose(model: Model) -> Choice:
         return Choice(model.clone(), EAGER, why_eager=why)
     why = why_not_compiled(device)
     words = message("CUDA graphs ({why})", why=why) if why else message("compiled blocks and CUDA graphs")
-    return Choice(without_dynamic_vram(model), Strategy(not why, CudaGraphs), words)
+    return Choice(without_dynamic_vram(model), Strategy(not why, CudaGraphs, device.type), words)
 
 
 def why_not_compiled(device: torch.device) -> str:
@@ -76,6 +78,11 @@ def why_not_compiled(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
         return message("this GPU is older than Triton supports")
     return ""
+
+
+def shares_work(model: Model) -> bool:
+    """Whether further GPUs have clones of a MODEL, which compute a part of its passes."""
+    return bool(model.get_additional_models_with_key("multigpu"))
 
 
 def room_is_missing(model: Model) -> float:
@@ -109,6 +116,7 @@ def without_dynamic_vram(model: Model) -> Model:
         load, arguments, *part = model.cached_patcher_init
         loaded = load(*arguments, disable_dynamic=True)
         resident = _resident[model.model] = loaded[part[0]] if part else loaded
+        resident.load_device, resident.offload_device = model.load_device, model.offload_device
     clone = model.clone(disable_dynamic=True, model_override=resident.get_clone_model_override())
     clone.parent = resident
     return clone
@@ -121,6 +129,10 @@ _resident: WeakKeyDictionary[Any, Model] = WeakKeyDictionary()
 def _why_eager(model: Model) -> str:
     if model.load_device.type != "cuda" or torch.version.cuda is None:
         return NO_NVIDIA
+    if shares_work(model):
+        return message("several GPUs share the work")
+    if management.vram_state is management.VRAMState.NO_VRAM:
+        return message("ComfyUI streams all weights (--novram)")
     if model.is_dynamic() and model.cached_patcher_init is None:
         return message("the node that loaded this MODEL cannot load it without dynamic VRAM")
     missing = room_is_missing(model)

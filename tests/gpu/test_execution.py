@@ -18,8 +18,8 @@ from tests.speed.execution_cases import SHORT, Case
 from tests.speed.sampling import decibels, prompts, run
 from tools.measure import parity
 
-CAPTURED = Strategy(recorder=CudaGraphs)
-BOTH = Strategy(True, CudaGraphs)
+CAPTURED = Strategy(recorder=CudaGraphs, device_type="cuda")
+BOTH = Strategy(True, CudaGraphs, "cuda")
 NEAR = 45.0  # decibels; rounding in fp16
 
 
