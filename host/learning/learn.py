@@ -29,7 +29,7 @@ from ..protocols import Clip, Conditioning, Model
 from ..transfer.guard import guarded
 from .network import Conditions, Network, weights
 from .samples import HELD_OUT, Plan, Samples, Sampling, Tick, encoded, joined, predictions
-from .weights import Weights, differences
+from .weights import Weights, differences, quantised_by
 
 LEAST_PROMPTS = HELD_OUT
 """So that one is held out."""
@@ -60,7 +60,7 @@ class Models:
     """None: those of ``clip``."""
 
     def lineage(self) -> Lineage:
-        """The KOALA's. Raises ValueError for a MODEL in the wrong place."""
+        """The KOALA's. Raises ValueError for a MODEL in the wrong place, and for one whose weights are quantised."""
         line = model_facts(self.koala).lineage
         line.require_transformers()
         whole = line.teacher
@@ -70,6 +70,12 @@ class Models:
                     f"{place} is {described(model)}; expected SDXL, with text of width {whole.context} and "
                     f"{whole.channels[0]} channels, of which {name(line.student)} has a part. Connect the MODEL of an "
                     f"SDXL checkpoint."
+                )
+        for place, model in (("sdxl", self.sdxl), ("sdxl_changed", self.changed), ("koala", self.koala)):
+            if (scale := quantised_by(model)) is not None:
+                raise ValueError(
+                    f"{place} has quantised weights (with {scale}); expected plain ones, in fp16, bf16, fp32 or fp8 "
+                    f"without scales. Load it from such a file."
                 )
         return line
 

@@ -59,6 +59,7 @@ class Network:
             self.unet, self.device, comfy.model_management.unet_offload_device()
         )
         comfy.model_management.load_models_gpu([self._patcher], memory_required=1e20, force_full_load=True)
+        self.unet.to(self.device)  # with --novram the host leaves the weights where they are all the same
 
     def close(self) -> None:
         """Let its memory go as soon as nobody has it: each block refers to itself until then."""

@@ -39,6 +39,14 @@ class Weights:
         return len(own) == len(others) == 1 and own[0][0] is others[0][0]
 
 
+def quantised_by(model: Model) -> str | None:
+    """What a MODEL's U-Net has besides weights and biases, such as the scales of quantised ones, whose patches ComfyUI
+    does not hand out; None for nothing."""
+    kinds = ("weight", "bias")
+    names = model.model.diffusion_model.state_dict()
+    return next((name for name in names if name.rpartition(".")[2] not in kinds), None)
+
+
 def differences(plain: Weights, changed: Weights, lineage: Lineage) -> Iterator[tuple[str, Tensor]]:
     """What is added by lineage to each weight and bias of a KOALA, by diffusers' name; fp32, one at a time.
 

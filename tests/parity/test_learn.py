@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -202,6 +205,11 @@ def strong(given: Given, strength: float) -> Any:
         (lambda given: {"sdxl_changed": strong(given, math.inf)}, "difference of sdxl_changed and sdxl is not finite"),
         (lambda given: {"sdxl_changed": strong(given, 1e20)}, "outputs of sdxl and sdxl_changed are not finite"),
         (lambda given: {"koala": strong_koala(given)}, "not finite"),
+        (
+            lambda given: {"koala": quantised(given.koala)},
+            r"^koala has quantised weights \(with time_embed.0.weight_sc",
+        ),
+        (lambda given: {"sdxl_changed": quantised(given.sdxl)}, "^sdxl_changed has quantised weights"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(
@@ -216,6 +224,20 @@ def strong_koala(given: Given) -> Any:
     model = given.koala.clone()
     model.add_patches({"diffusion_model.out.2.bias": (torch.full((4,), math.inf),)})
     return model
+
+
+def quantised(model: Any) -> Any:
+    """A MODEL with a layer as ComfyUI loads it from a file of scaled fp8."""
+    base, unet = copy.copy(model.model), copy.deepcopy(model.model.diffusion_model)
+    plain = unet.time_embed[0]
+    unet.time_embed[0] = layer = comfy.ops.mixed_precision_ops().Linear(plain.in_features, plain.out_features)
+    kind = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    weight = plain.weight.to(torch.float8_e4m3fn)
+    layer.load_state_dict({"weight": weight, "weight_scale": torch.ones(()), "bias": plain.bias, "comfy_quant": kind})
+    base._modules = {**model.model._modules, "diffusion_model": unet}
+    made = model.clone()
+    made.model = base
+    return made
 
 
 def test_where_least_squares_are_no_better_the_result_is_the_start(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -62,6 +63,20 @@ def test_the_network_that_is_fitted_is_the_koala_that_is_sampled(given: Given) -
     with transfer.on_disk(change()) as path:
         koala = apply_lora(given.koala, given.clip, path, 1.0, 0.0, trained_on="SDXL").model
     require_fitted_as_sampled(koala, given.clip)
+
+
+@pytest.mark.parametrize("state", ["NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"])
+def test_the_network_that_is_fitted_is_on_the_models_device(
+    given: Given, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every flag for little VRAM; "meta" is the GPU here."""
+    management = comfy.model_management
+    monkeypatch.setattr(management, "vram_state", management.VRAMState[state])
+    monkeypatch.setattr(management, "get_free_memory", lambda *_, **both: (1e12, 1e12) if both else 1e12)
+    koala = given.koala.clone()
+    koala.load_device = torch.device("meta")
+    with torch.inference_mode(False):
+        assert {weight.device for weight in Network(koala).unet.parameters()} == {koala.load_device}
 
 
 def test_the_fit_is_that_of_dev_py_carry(given: Given) -> None:
