@@ -196,6 +196,8 @@ def _unet_patcher(
         weights = {name: tensor.to(weight_dtype) for name, tensor in weights.items()}
     renamed = {names[name]: tensor for name, tensor in weights.items()}
     _fill(model.diffusion_model, renamed, patcher, label(unet.path))
+    if management.force_channels_last() and not patcher.is_dynamic():  # the host has ordered what was there before
+        model.diffusion_model.to(memory_format=torch.channels_last)
     patcher.cached_patcher_init = (_unet_patcher, (unet, dtype))
     return patcher
 

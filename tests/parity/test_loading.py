@@ -198,6 +198,16 @@ def test_what_nobody_has_any_more_is_let_go(part: int, file: Path, read: list[So
     assert len(read) == 8
 
 
+@pytest.mark.parametrize("flag", [False, True])
+def test_the_order_in_memory_that_a_flag_of_comfyuis_asks_for(flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--force-channels-last"""
+    monkeypatch.setattr(comfy.model_management.args, "force_channels_last", flag)
+    build, arguments = koala_loader.load_checkpoint(BUILT_IN)[0].cached_patcher_init
+    found = build(*arguments)
+    kernels = [weights for weights in found.model.diffusion_model.parameters() if weights.shape[2:] == (3, 3)]
+    assert {weights.is_contiguous(memory_format=torch.channels_last) for weights in kernels} == {flag}
+
+
 # Reading
 
 
