@@ -132,6 +132,7 @@ def resume(accelerator: Accelerator, folder: Path, average: Average | None, say:
     last = checkpoints[-1]
     try:
         accelerator.load_state(str(last))
+        accelerator.step = 0  # its count of passes, which another number of processes makes differently
         if average:
             average.load(last / AVERAGE)
     except Exception as error:  # torch, pickle and safetensors each have their own

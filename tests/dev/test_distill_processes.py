@@ -201,6 +201,20 @@ def test_one_process_goes_on_with_the_same_images(place: Path, pair: Path) -> No
         assert json.loads(file.metadata()[DISTILLATION_KEY])["images_a_step"] == 4
 
 
+@pytest.mark.parametrize("passes", [0, 3])
+def test_a_step_has_all_of_its_passes_whoever_wrote_the_checkpoint(passes: int, tmp_path: Path) -> None:
+    """``passes``: how many it had counted, of which each of its steps may have had another number."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator.step = passes
+    accelerator.save_state(str(tmp_path / "step-0000003"))
+    assert checkpoints_of_runs.resume(accelerator, tmp_path, None, lambda _: None) == 3
+    synchronised = []
+    for _ in range(4):
+        with accelerator.accumulate():
+            synchronised.append(accelerator.sync_gradients)
+    assert synchronised == [False, True, False, True]
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_a_number_of_processes_that_cannot_keep_the_batch_is_refused(place: Path, pair: Path) -> None:
