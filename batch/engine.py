@@ -196,7 +196,7 @@ def run_with(
     drawn = blocks.map_batches(
         Worker,
         fn_constructor_args=(recipe, store, ledger, start, concurrency > 1),
-        batch_size=None,
+        batch_size=1,  # a block; where workers get GPUs, Ray does not go on without a number
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=of.workers,
@@ -221,8 +221,8 @@ def parts(rows: Sequence[Row], workers: int) -> Iterator[Sequence[Row]]:
 
 
 def _block(rows: Sequence[Row]) -> pa.Table:
-    values = [json.dumps(row.values) for row in rows]
-    return pa.table({"row": [row.number for row in rows], "id": [row.id for row in rows], "values": values})
+    """One row of Ray's, as a Worker takes it."""
+    return pa.table({"rows": [[{"row": row.number, "id": row.id, "values": json.dumps(row.values)} for row in rows]]})
 
 
 def _cpus(of: Pool) -> int:

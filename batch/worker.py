@@ -66,7 +66,7 @@ def comfy(setup: Setup, pack: Path, files: dict[str, str]) -> Comfy:
 
 
 class Worker:
-    """Takes blocks of rows (columns ``row``, ``id``, ``values`` as JSON) and gives the manifest's rows for them."""
+    """Takes blocks of rows (each with ``row``, ``id``, ``values`` as JSON) and gives the manifest's rows for them."""
 
     def __init__(self, recipe: Recipe, store: Store, ledger: Any, start: Callable[[], Artist], threads: bool):
         """``ledger`` is the handle of a Ledger; ``threads``: each thread of this actor counts as a worker.
@@ -109,7 +109,7 @@ class Worker:
         """Rows that the end of the job leaves for the next run are not in what is returned."""
         made: list[Outcome] = []
         ended: Ended | None = None
-        for row in block.to_pylist():
+        for row in block["rows"][0].as_py():
             one = None if self._left else self._row(row["row"], row["id"], tuple(json.loads(row["values"])), ended)
             if one is None:
                 break

@@ -178,13 +178,14 @@ def has_each_once(job: Job, wanted: dict[tuple[str, int], bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def comfyui(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Somebody's own ComfyUI, with a pack of theirs."""
+    """Somebody's own ComfyUI, with a pack of theirs; it draws on the CPU, also for a worker that has a GPU."""
     folder = tmp_path_factory.mktemp("own") / "ComfyUI"
     folder.mkdir()
     for part in host.folder.iterdir():
         if part.name not in ("custom_nodes", "input", "output", "user", "temp", "main.py"):
             (folder / part.name).symlink_to(part)
-    (folder / "main.py").write_bytes((host.folder / "main.py").read_bytes())
+    main = (host.folder / "main.py").read_bytes()
+    (folder / "main.py").write_bytes(b"import sys; sys.argv.append('--cpu')\n" + main)
     (folder / "custom_nodes").mkdir()
     (folder / "custom_nodes" / "bad-rows").symlink_to(Path(__file__).parent / "pack")
     (folder / "input").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,6 @@ from tests.batch.conftest import (
 from tools.harness import testhost
 from tools.harness.client import Prompt
 from tools.harness.server import free_port
-from tools.harness.testhost import Host
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 OneByOne = dict[tuple[str, int], bytes]
@@ -216,33 +216,53 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(table: str, tmp_path: Path, 
         subprocess.run(["umount", str(small)], check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="two nodes need cores of their own")
-def test_two_nodes_of_a_cluster(host: Host, table: str, tmp_path: Path, one_by_one: OneByOne) -> None:
-    """Two of Ray's nodes on this machine, each with room for one worker."""
+@contextlib.contextmanager
+def cluster(*nodes: Sequence[str]) -> Iterator[str]:
+    """Ray's nodes on this machine, each started with such arguments, and with cores for itself, as machines have; gives
+    the address."""
     ray = str(testhost.ensure(testhost.BATCH).with_name("ray"))
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-
-    cores = sorted(os.sched_getaffinity(0))  # each node has some for itself, as two machines would
+    cores = sorted(os.sched_getaffinity(0))
 
     def run(*arguments: str, on: Sequence[int] = cores) -> None:
         command = [sys.executable, "-c", ON_CORES, ",".join(map(str, on)), ray, *arguments]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
+    port, share = str(free_port()), len(cores) // len(nodes)
+    head = ("--head", "--port", port, "--include-dashboard", "false")
+    further = ("--address", f"127.0.0.1:{port}")
+    common = ("--object-store-memory", "200000000", "--disable-usage-stats")
     try:
-        port = str(free_port())
-        address = f"127.0.0.1:{port}"
-        common = ("--num-cpus", "1", "--object-store-memory", "200000000", "--disable-usage-stats")
-        half = len(cores) // 2
-        run("start", "--head", "--port", port, "--include-dashboard", "false", *common, on=cores[:half])
-        run("start", "--address", address, *common, on=cores[half : 2 * half])
+        for number, arguments in enumerate(nodes):
+            own = cores[number * share : (number + 1) * share]
+            run("start", *(further if number else head), *common, *arguments, on=own)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_AUTH_MODE", "disabled")
-            status, said, job = batch(tmp_path, str(WORKFLOW), table, "--address", address, "--workers", "2")
-        assert status == 0, said
-        has_each_once(job, one_by_one)
-        assert len({entry["worker"] for entry in job.manifest()}) == 2
+            yield further[1]
     finally:
         run("stop", "--force")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="two nodes need cores of their own")
+def test_two_nodes_of_a_cluster(table: str, tmp_path: Path, one_by_one: OneByOne) -> None:
+    """Each with room for one worker."""
+    with cluster(("--num-cpus", "1"), ("--num-cpus", "1")) as address:
+        status, said, job = batch(tmp_path, str(WORKFLOW), table, "--address", address, "--workers", "2")
+    assert status == 0, said
+    has_each_once(job, one_by_one)
+    assert len({entry["worker"] for entry in job.manifest()}) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores of one's own are Linux's")
+def test_each_gpu_has_its_workers(comfyui: Path, tmp_path: Path, one_by_one: OneByOne) -> None:
+    """Two GPUs in Ray's books, and a ComfyUI that draws on the CPU all the same."""
+    some = write_table(tmp_path / "rows.csv", ROWS[:8])
+    with cluster(("--num-gpus", "2")) as address, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMFYUI_PYTHON", sys.executable)
+        status, said, job = batch(tmp_path, str(WORKFLOW), some, "--address", address, "--comfyui", str(comfyui))
+    assert status == 0, said
+    has_each_once(job, {row: one_by_one[row] for row in ROWS[:8]})
+    assert len({entry["worker"] for entry in job.manifest()}) == 2
 
 
 def test_bad_rows_have_their_error_and_the_others_their_picture(comfyui: Path, tmp_path: Path) -> None:
