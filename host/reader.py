@@ -65,7 +65,7 @@ def _read(source: Source, names: Iterable[str], dtype: torch.dtype | None) -> di
     made by several threads at once: each takes the next tensor of the file."""
     inference, rest = torch.is_inference_mode_enabled(), iter(names)
 
-    def some(_: int) -> dict[str, torch.Tensor]:
+    def some(thread: int) -> dict[str, torch.Tensor]:
         with torch.inference_mode(inference):  # a thread does not take it over
             return dict(_tensors(source, rest, dtype))
 

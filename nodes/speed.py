@@ -10,7 +10,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..host.accelerate import cpu_routines, gpu_vae
+from ..host.accelerate import cpu_vae, gpu_vae
 from ..host.accelerate.patch import Accelerated, accelerate, full_steps_of
 from ..host.accelerate.plan import EXACT, FULL_RANGE, PRESETS, REUSE, ROUTINES, Acceleration
 from ..host.model import model_facts
@@ -118,7 +118,7 @@ def _custom(preset: dict[str, Any]) -> Acceleration:
 
 def _faster_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
     """The VAE as it is fastest on its device, and how, in words."""
-    on_cpu, how = cpu_routines.install_vae(vae, routines)
+    on_cpu, how = cpu_vae.install(vae, routines)
     return (on_cpu, how) if how else gpu_vae.install(vae)
 
 

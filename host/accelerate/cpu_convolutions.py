@@ -4,17 +4,13 @@ PyTorch has oneDNN compute them directly, for which it copies the weights into a
 
 - **Small images with many weights**, as in KOALA's deepest blocks: the copy takes longer than the convolution, and a
   matrix product is faster.
-- **Large images**: Winograd's algorithm computes 6 x 6 pixels of a channel with 64 multiplications instead of 324
-  (Andrew Lavin and Scott Gray, *Fast Algorithms for Convolutional Neural Networks*, arXiv 1509.09308). NNPACK has it,
-  which PyTorch contains on Linux and macOS, but does not use where it has oneDNN.
-
-Winograd's sums are rounded to the largest numbers of their 8 x 8 pixels, which the direct ones are not: next to a pixel
-that is much larger than all others they would be coarse. Images with such pixels are convolved as ever.
+- **Large images**: Winograd's algorithm (cpu_winograd.py) computes 6 x 6 pixels of a channel with 64 multiplications
+  instead of 324.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from math import ceil
 from typing import Any, NamedTuple
@@ -22,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import conv2d, pad
 
+from . import cpu_winograd
 from .cpu_products import MIN_SPEEDUP, WIDE, are_plain, by_one_dnn, has_one_dnn, speedup
 
 SMALL = 512
@@ -32,21 +29,11 @@ MIN_WEIGHTS = 9 * WIDE * WIDE // 2
 """Small convolutions with fewer weights than this have too small a copy to save."""
 MIN_CHANNELS = 128
 """Convolutions with fewer channels, in or out, take little time; Winograd's algorithm is not measured with so few."""
-MAX_PEAK = 64
-"""An image's largest number over their root mean square, up to which Winograd's algorithm is used: at 100, numbers next
-to it were wrong by 0.2 % of those of the image."""
 MEASURED_CHANNELS = 640
 """Channels in and out with which Winograd's algorithm is measured: those of KOALA's middle blocks."""
 MEASURED_SIDE = 64
 """Images are measured up to this side, and batches up to its square in pixels: with more, how the two compare hardly
 changes."""
-TILE, TRANSFORMED, BLOCK = 6, 4 * 8 * 8, 128
-"""Of NNPACK: pixels of the side of a tile; bytes that it takes for each tile and channel out, and as many for each
-channel in, of which it works on so many at a time."""
-WORKSPACE = 384 * 2**20
-"""Bytes that NNPACK may take. It keeps them for its next call, until the thread ends."""
-HALO = 2
-"""The row above and the row below that a part of an image needs besides its own."""
 
 
 class Convolution(NamedTuple):
@@ -76,13 +63,18 @@ class Convolution(NamedTuple):
 
     def faster_way(self) -> Callable[[], torch.Tensor] | None:
         """What computes it faster than PyTorch's choice; None where nothing does."""
-        batch, channels, *sides = self.x.shape
+        batch, _, *sides = self.x.shape
         height, width = (ceil(side / self.stride) for side in sides)
         if batch * height * width <= SMALL:
             is_heavy = self.weight.numel() >= MIN_WEIGHTS
             return self.as_product if is_heavy and product_is_faster(batch, height, width) else None
+        return self.by_winograd if self.is_for_winograd() else None
+
+    def is_for_winograd(self) -> bool:
+        """Whether Winograd's algorithm is faster."""
+        batch, channels, height, width = self.x.shape
         may_be = self.stride == 1 and min(channels, len(self.weight)) >= MIN_CHANNELS
-        return self.by_winograd if may_be and winograd_is_faster(batch, height, width) and self._is_even() else None
+        return may_be and batch * height * width > SMALL and winograd_is_faster(batch, height, width)
 
     def usual(self) -> torch.Tensor:
         """[batch, channels out, height, width], by PyTorch's choice."""
@@ -98,49 +90,8 @@ class Convolution(NamedTuple):
         return made.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
 
     def by_winograd(self) -> torch.Tensor:
-        """[batch, channels out, height, width], with ``nnpack()``, which has to be there. It transforms the weights at
-        every call, so each gets several images, one above the other, or as much of one as there is room for."""
-        convolve = nnpack()
-        assert convolve is not None
-        batch, channels, height, width = self.x.shape
-        rows = _rows(width, channels, len(self.weight))
-        if batch == 1 and height <= rows:
-            return convolve(self.x, self.weight, self.bias, 1)
-        made = self.x.new_empty(batch, len(self.weight), height, width)
-        zeros = self.x.new_zeros(1, channels, 1, width)
-        for strip in _together(batch, height, rows) if height <= rows else _bands(batch, height, rows):
-            stacked = torch.cat([own for part in strip for own in part.with_halo(self.x, zeros)], dim=2)
-            convolved = convolve(stacked, self.weight, self.bias, (0, 1))  # no rows are added: they are there
-            top = 0
-            for part in strip:
-                made[part.image, :, part.top : part.end] = convolved[0, :, top : top + part.height]
-                top += part.height + HALO
-        return made
-
-    def _is_even(self) -> bool:
-        """Whether no number is so much larger than the others that Winograd's algorithm would lose them. Of the others
-        a part is looked at."""
-        least, most = torch.aminmax(self.x)
-        some = self.x[:, :, :: max(1, self.x.shape[2] // 8)]
-        return bool(torch.maximum(-least, most) <= MAX_PEAK * some.square().mean().sqrt())
-
-
-class _Part(NamedTuple):
-    """Rows of an image of a batch, from ``top`` to before ``end``."""
-
-    image: int
-    top: int
-    end: int
-
-    @property
-    def height(self) -> int:
-        return self.end - self.top
-
-    def with_halo(self, x: torch.Tensor, zeros: torch.Tensor) -> list[torch.Tensor]:
-        """[1, channels, rows, width] each: with the row above and the one below, ``zeros`` at the image's edges."""
-        above = [zeros] if self.top == 0 else []
-        below = [zeros] if self.end == x.shape[2] else []
-        return [*above, x[self.image : self.image + 1, :, max(0, self.top - 1) : self.end + 1], *below]
+        """[batch, channels out, height, width], where ``nnpack()`` is there."""
+        return cpu_winograd.convolve(self.x, self.weight, self.bias)
 
 
 def product_is_faster(batch: int, height: int, width: int) -> bool:
@@ -155,7 +106,7 @@ def winograd_is_faster(batch: int, height: int, width: int) -> bool:
     height, width = min(height, MEASURED_SIDE), min(width, MEASURED_SIDE)
     size = (min(batch, MEASURED_SIDE**2 // (height * width)), height, width)
     # NNPACK keeps the number of threads that it began with
-    return nnpack() is not None and _is_faster(
+    return cpu_winograd.nnpack() is not None and _is_faster(
         Convolution.by_winograd, MEASURED_CHANNELS, size, torch.get_num_threads()
     )
 
@@ -172,34 +123,3 @@ def _is_faster(
     batch, *sides = size
     measured = Convolution(torch.ones(batch, channels, *sides), torch.ones(channels, channels, 3, 3), None)
     return speedup(measured.usual, lambda: way(measured), times=2) >= MIN_SPEEDUP
-
-
-@cache
-def nnpack() -> Callable[..., torch.Tensor] | None:
-    """NNPACK's convolution, if this PyTorch and this processor have it."""
-    # It has no public name, and works only after PyTorch was asked for NNPACK, which sets it up.
-    convolve: Callable[..., torch.Tensor] | None = getattr(torch, "_nnpack_spatial_convolution", None)
-    return convolve if torch.backends.nnpack.is_available() else None
-
-
-def _rows(width: int, channels_in: int, channels_out: int) -> int:
-    """Rows of an image, whole tiles, for which NNPACK's memory is enough."""
-    of_a_row = ceil(width / TILE) * TRANSFORMED * (channels_out + min(channels_in, BLOCK))
-    return TILE * max(1, WORKSPACE // of_a_row)
-
-
-def _together(batch: int, height: int, rows: int) -> Iterator[list[_Part]]:
-    """A batch's images, as many at a time as have so many rows at most, with a halo between them."""
-    images = [_Part(image, 0, height) for image in range(batch)]
-    count = max(1, (rows + HALO) // (height + HALO))
-    return (images[first : first + count] for first in range(0, batch, count))
-
-
-def _bands(batch: int, height: int, rows: int) -> Iterator[list[_Part]]:
-    """A batch's images, one after the other, in as few bands of whole tiles as have so many rows at most, each of the
-    same height but for the last."""
-    tiles = ceil(height / TILE)
-    bands = ceil(TILE * tiles / rows)
-    band = TILE * ceil(tiles / bands)
-    for image in range(batch):
-        yield from ([_Part(image, top, min(height, top + band))] for top in range(0, height, band))

@@ -1,30 +1,28 @@
-"""Faster routines for U-Nets and VAEs that run on the CPU: for the same arithmetic, and for arithmetic in bf16.
+"""Faster routines for U-Nets that run on the CPU: for the same arithmetic, and for arithmetic in bf16.
 
 Matrix products and 3 x 3 convolutions are computed by the routine that is fastest on this processor. The inner
 activations of a feed-forward layer take so much memory that the system hands it out anew, page by page, at every call;
 part of the rows at a time fits into memory that the process has. ComfyUI uses a memory-saving routine for attention on
 the CPU, and computes in fp32 even where the processor has units for bf16. The routines here compute the same faster, in
-another order of summation. Nothing is switched for the process: they are exchanged while a MODEL's U-Net or a VAE runs,
-in its thread.
+another order of summation. Nothing is switched for the process: they are exchanged while a MODEL's U-Net runs, in its
+thread.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial, wraps
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import GEGLU, FeedForward, attention_pytorch
-from comfy.ldm.modules.diffusionmodules.model import AttnBlock, normal_attention, pytorch_attention
 from comfy.patcher_extension import WrappersMP
 from torch.nn.functional import conv2d, linear
 from torch.overrides import TorchFunctionMode
 
 from ...koala.words import joined, message
-from ..protocols import Executor, Model, Vae
+from ..protocols import Executor, Model
 from .cpu_convolutions import Convolution, winograd_is_faster_for_large_images
 from .cpu_kept import keeping, kept
 from .cpu_products import WIDE, are_plain, by_one_dnn, is_plain_product, one_dnn_is_faster, speedup
@@ -59,27 +57,6 @@ def install(model: Model, routines: str) -> str:
     return joined(", ", [*words, message("attention by PyTorch")])
 
 
-def install_vae(vae: Vae, routines: str) -> tuple[Vae, str]:
-    """A VAE like ``vae`` that convolves large images by Winograd's algorithm or, where that is not faster, in
-    channels_last memory order; with ``BF16`` in bf16, where that is much faster than either. And that in words.
-
-    Where it does not run on the CPU, or with ``OFF``, it is ``vae`` itself, and the text is empty.
-    """
-    if routines == OFF or vae.device.type != "cpu":
-        return vae, ""
-    mode: TorchFunctionMode
-    if routines == BF16 and bf16_convolves_faster():
-        mode, words = ChannelsLast(torch.bfloat16), message("VAE in bf16")
-    elif vae.vae_dtype is torch.float32 and winograd_is_faster_for_large_images():
-        mode, words = FasterLayers(), message("VAE by NNPACK")
-    else:
-        mode, words = ChannelsLast(None), message("VAE in channels_last")
-    faster = copy.copy(vae)  # shares the network; ComfyUI has no other way to clone a VAE
-    for name in ("decode", "decode_tiled", "encode", "encode_tiled"):
-        setattr(faster, name, _within(mode, vae.first_stage_model, getattr(vae, name)))
-    return faster, words
-
-
 class FasterLayers(TorchFunctionMode):
     """While active, the fp32 products and 3 x 3 convolutions of layers are computed by the routine that is fastest on
     this processor; everything else is as usual."""
@@ -104,22 +81,6 @@ def feed_forward_in_pieces(unet: torch.nn.Module) -> AbstractContextManager[None
     return running([Part(layer, partial(_in_pieces, layer)) for layer in layers])
 
 
-@contextmanager
-def attention_by_pytorch(vae: torch.nn.Module) -> Iterator[None]:
-    """While active, a VAE's attention is PyTorch's, which never holds the whole matrix of all pixels by all pixels, as
-    ComfyUI's for the CPU does: 1 GB of it for 1024 x 1024 pixels. Another routine that was chosen stays."""
-    blocks = [
-        block for block in vae.modules() if type(block) is AttnBlock and block.optimized_attention is normal_attention
-    ]
-    try:
-        for block in blocks:
-            block.optimized_attention = pytorch_attention
-        yield
-    finally:
-        for block in blocks:
-            block.optimized_attention = normal_attention
-
-
 class ForeignLayers(TorchFunctionMode):
     """While active, layers whose weights have another type than their input compute in theirs and give their input's.
 
@@ -136,25 +97,6 @@ class ForeignLayers(TorchFunctionMode):
         return function(rows.to(weight.dtype), weight, *rest, **(kwargs or {})).to(rows.dtype)
 
 
-class ChannelsLast(TorchFunctionMode):
-    """While active, convolutions run in channels_last memory order and in ``dtype`` (None: their own); what is between
-    them keeps its type."""
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(
-        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is not conv2d or kwargs:
-            return function(*args, **(kwargs or {}))
-        x, weight, bias, *rest = args
-        dtype = self.dtype or x.dtype
-        ordered = [tensor.to(dtype, memory_format=torch.channels_last) for tensor in (x, weight)]
-        return conv2d(*ordered, None if bias is None else bias.to(dtype), *rest).to(x.dtype)
-
-
 @cache
 def bf16_is_faster() -> bool:
     """Measured likewise, including the conversion of the weights."""
@@ -163,22 +105,6 @@ def bf16_is_faster() -> bool:
     return (
         speedup(lambda: linear(rows, weight), lambda: linear(in_bf16, weight.bfloat16()), times=5) >= MIN_SPEEDUP_BF16
     )
-
-
-@cache
-def bf16_convolves_faster() -> bool:
-    """Whether a VAE's convolutions are, beside the fastest routine in fp32: measured once, in some 500 ms."""
-    x, weight = torch.ones(1, 512, 64, 64), torch.ones(512, 512, 3, 3)
-
-    def with_mode(mode: TorchFunctionMode) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            with mode:
-                return conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
-
-        return run
-
-    exactly = FasterLayers() if winograd_is_faster_for_large_images() else ChannelsLast(None)
-    return speedup(with_mode(exactly), with_mode(ChannelsLast(torch.bfloat16))) >= MIN_SPEEDUP_BF16
 
 
 def _exactly(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -191,17 +117,6 @@ def _in_bf16(executor: Executor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return executor(*args, **kwargs)
 
 
-def _within(
-    mode: TorchFunctionMode, network: torch.nn.Module, method: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with mode, attention_by_pytorch(network):
-            return method(*args, **kwargs)
-
-    return run
-
-
 def _by_pytorch(replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
     """PyTorch's attention in place of ``replaced``, ComfyUI's choice: an ``optimized_attention_override``."""
     output: torch.Tensor = attention_pytorch(*args, **kwargs)
@@ -212,10 +127,10 @@ def _is_plain_gated(layer: torch.nn.Module) -> bool:
     if type(layer) is not FeedForward:
         return False
     parts: Any = layer.net
-    return type(parts[0]) is GEGLU and _keeps_its_weights(parts[0].proj) and _keeps_its_weights(parts[-1])
+    return type(parts[0]) is GEGLU and keeps_its_weights(parts[0].proj) and keeps_its_weights(parts[-1])
 
 
-def _keeps_its_weights(layer: Any) -> bool:
+def keeps_its_weights(layer: Any) -> bool:
     """Whether the layer computes with its weights as they are, in fp32."""
     weight = layer.weight
     return isinstance(weight, torch.Tensor) and are_plain(weight, weight) and not getattr(layer, "weight_function", ())

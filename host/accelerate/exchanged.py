@@ -1,15 +1,17 @@
-"""What is exchanged for the time of a pass or of a run, and put back after it, however it ends."""
+"""What is exchanged for the time of a pass or of a run, and put back after it, however it ends; and a VAE's methods."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from comfy.model_patcher import create_model_options_clone
 
-from ..protocols import Guider
+from ..protocols import Guider, Vae
 
 
 class Part(NamedTuple):
@@ -44,3 +46,30 @@ def run_options(guider: Guider, **values: Any) -> Iterator[None]:
         yield
     finally:
         guider.model_options = before
+
+
+def with_methods(vae: Vae, run: Callable[..., torch.Tensor]) -> Vae:
+    """A VAE like ``vae``, whose decoding and encoding is left to ``run``: it gets the network, the method and its
+    arguments. That goes for copies of it, too, as other nodes make them, while they are on such a device."""
+    kind = type(vae)
+    faster = copy.copy(vae)  # shares the network; ComfyUI has no other way to clone a VAE
+    methods = {
+        "decode": kind.decode,
+        "decode_tiled": kind.decode_tiled,
+        "encode": kind.encode,
+        "encode_tiled": kind.encode_tiled,
+    }
+    own = {name: vars(faster).pop(name) for name in methods if name in vars(faster)}  # another node's
+
+    def by_run(name: str, plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(plain)
+        def exchanged(self: Vae, *arguments: Any, **options: Any) -> torch.Tensor:
+            method: Callable[..., torch.Tensor] = own.get(name) or partial(plain, self)
+            if self.device.type != vae.device.type:
+                return method(*arguments, **options)
+            return run(self.first_stage_model, method, *arguments, **options)
+
+        return exchanged
+
+    faster.__class__ = type(kind.__name__, (kind,), {name: by_run(name, plain) for name, plain in methods.items()})
+    return faster

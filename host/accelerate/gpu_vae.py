@@ -5,10 +5,8 @@ Its passes are not captured: a GPU takes far longer for them than Python takes t
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
-from functools import wraps
 
 import comfy.model_management
 import torch
@@ -16,7 +14,7 @@ import torch
 from ...koala.words import message
 from ..protocols import Vae
 from .compiled import parts
-from .exchanged import Part, running
+from .exchanged import Part, running, with_methods
 from .strategy import why_not_compiled
 
 
@@ -27,16 +25,13 @@ def install(vae: Vae, why_not: Callable[[torch.device], str] = why_not_compiled)
     """
     if why_not(vae.device):
         return vae, ""
-    compiled = parts(vae.first_stage_model)
-    faster = copy.copy(vae)  # shares the network; ComfyUI has no other way to clone a VAE
-    faster.decode, faster.decode_tiled = _within(compiled, vae.decode), _within(compiled, vae.decode_tiled)
-    faster.encode, faster.encode_tiled = _within(compiled, vae.encode), _within(compiled, vae.encode_tiled)
-    return faster, message("VAE compiled, in channels_last")
+    return with_methods(vae, _by(parts(vae.first_stage_model))), message("VAE compiled, in channels_last")
 
 
-def _within(compiled: list[Part], method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @wraps(method)
-    def run(*arguments: object, **options: object) -> torch.Tensor:
+def _by(compiled: list[Part]) -> Callable[..., torch.Tensor]:
+    def run(
+        network: object, method: Callable[..., torch.Tensor], *arguments: object, **options: object
+    ) -> torch.Tensor:
         try:
             with running(compiled):
                 return method(*arguments, **options)

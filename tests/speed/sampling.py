@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 
+from koala_sdxl.host.accelerate import cpu_convolutions, cpu_vae, cpu_winograd
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.host.accelerate.plan import OFF, REUSE, Acceleration, Reuse, Table
 from koala_sdxl.koala.schedule import schedule
@@ -50,6 +52,18 @@ def faster(said: Said) -> Callable[..., Any]:
     return lambda settings=BALANCED, model=None: (
         accelerate(parity.tiny_models()[0] if model is None else model, settings, said.append).model
     )
+
+
+def by_winograd(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A fixture's body: what is asked of the probe, which finds Winograd's algorithm faster; every number of channels
+    is enough."""
+    if cpu_winograd.nnpack() is None:
+        pytest.skip("this PyTorch is built without NNPACK, or the processor lacks what it needs")
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(cpu_convolutions, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(cpu_convolutions, "winograd_is_faster", noting(asked, True))
+    monkeypatch.setattr(cpu_vae, "winograd_is_faster_for_large_images", lambda: True)
+    return asked
 
 
 def noting(calls: list[tuple[int, ...]], answer: Any) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,14 +10,16 @@ import torch
 
 from koala_sdxl.host.accelerate import cpu_convolutions as convolutions
 from koala_sdxl.host.accelerate import cpu_routines as kernels
-from koala_sdxl.host.accelerate.plan import BF16, EXACT, PRESETS
+from koala_sdxl.host.accelerate import cpu_winograd
+from koala_sdxl.host.accelerate.plan import PRESETS
 from tests.speed import sampling
-from tests.speed.sampling import noting, pictures, plain, prompts, run
+from tests.speed.sampling import noting, pictures, prompts, run
 from tools.measure import parity
 from tools.tiny.evaluate import grid_prompts
 
 said = pytest.fixture(sampling.said)
 faster = pytest.fixture(sampling.faster)
+by_winograd = pytest.fixture(sampling.by_winograd)
 
 USUAL = ((1, 1), (1, 1), (1, 1), 1)
 """Stride, padding, dilation and groups of most of a U-Net's convolutions."""
@@ -106,18 +107,6 @@ def test_a_layer_whose_weights_change_in_place_is_computed_with_the_new_ones(
     assert len(as_products) == 2
 
 
-@pytest.fixture
-def by_winograd(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """What is asked of the probe, which finds Winograd's algorithm faster; every number of channels is enough."""
-    if convolutions.nnpack() is None:
-        pytest.skip("this PyTorch is built without NNPACK, or the processor lacks what it needs")
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(convolutions, "MIN_CHANNELS", 1)
-    monkeypatch.setattr(convolutions, "winograd_is_faster", noting(asked, True))
-    monkeypatch.setattr(kernels, "winograd_is_faster_for_large_images", lambda: True)
-    return asked
-
-
 @pytest.mark.parametrize(
     ("size", "workspace"),
     [
@@ -137,7 +126,7 @@ def test_a_large_convolution_by_winograds_algorithm_is_the_same_but_for_rounding
     by_winograd: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convolutions, "WORKSPACE", workspace)
+    monkeypatch.setattr(cpu_winograd, "WORKSPACE", workspace)
     for found, usual, wanted in compared(size, 32):
         assert not torch.equal(found, usual)
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5
@@ -158,15 +147,15 @@ def test_a_large_convolution_by_winograds_algorithm_is_the_same_but_for_rounding
 def test_a_batch_is_convolved_in_as_few_strips_as_there_is_room_for(
     batch: int, height: int, rows: int, strips: list[list[tuple[int, int, int]]]
 ) -> None:
-    divided = convolutions._together if height <= rows else convolutions._bands
+    divided = cpu_winograd._together if height <= rows else cpu_winograd._bands
     assert list(divided(batch, height, rows)) == strips
 
 
 def test_memory_is_counted_as_nnpack_takes_it() -> None:
     for channels_in, channels_out in ((128, 128), (512, 512), (320, 960)):
-        rows = convolutions._rows(1024, channels_in, channels_out)
+        rows = cpu_winograd._rows(1024, channels_in, channels_out)
         taken, of_a_row = (256 * 171 * count * (channels_out + 128) for count in (rows // 6, 1))
-        assert taken <= convolutions.WORKSPACE < taken + of_a_row
+        assert taken <= cpu_winograd.WORKSPACE < taken + of_a_row
 
 
 def test_how_large_a_convolution_is_decides_which_routine_is_asked_for(
@@ -194,7 +183,7 @@ def test_sizes_are_measured_once_and_the_largest_for_all_beyond(monkeypatch: pyt
         return 2.0
 
     monkeypatch.setattr(convolutions, "speedup", is_faster)
-    monkeypatch.setattr(convolutions, "nnpack", lambda: True)
+    monkeypatch.setattr(cpu_winograd, "nnpack", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     convolutions._is_faster.cache_clear()
     try:
@@ -228,7 +217,7 @@ def test_an_image_with_a_pixel_much_larger_than_the_others_is_convolved_as_ever(
 
 def test_a_pytorch_without_nnpack_convolves_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = (torch.randn(1, 128, 32, 32), torch.randn(128, 128, 3, 3), None, *USUAL)
-    probes: tuple[Any, ...] = (convolutions.nnpack, convolutions._is_faster)
+    probes: tuple[Any, ...] = (cpu_winograd.nnpack, convolutions._is_faster)
     for probe in probes:
         probe.cache_clear()
     monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: False)
@@ -256,31 +245,8 @@ def test_a_picture_by_winograds_algorithm_is_the_same(
     assert float((pictures(found) - pictures(wanted)).abs().max()) <= 1 / 255
 
 
-def test_the_vae_by_winograds_algorithm(by_winograd: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the choice beside bf16, too, unless that is much faster: it keeps the image."""
-    monkeypatch.setattr(kernels, "bf16_convolves_faster", lambda: False)
-    vae = parity.tiny_models()[2]
-    faster, words = kernels.install_vae(vae, BF16)
-    assert words == "VAE by NNPACK"
-    latent = plain(prompts(grid_prompts(216)[0][5::108]))
-    wanted, found = vae.decode(latent), faster.decode(latent)
-    assert by_winograd
-    assert not torch.equal(found, wanted)
-    assert float((found - wanted).abs().max()) <= 0.1 / 255
-    code, again = vae.encode(wanted), faster.encode(wanted)
-    assert not torch.equal(again, code)
-    assert float((again - code).abs().max() / code.abs().max()) <= 1e-3
-
-
 @pytest.mark.parametrize("bias", [torch.ones(3), torch.ones(1, 32), torch.ones(32).bfloat16()])
 def test_a_bias_that_does_not_fit_is_refused_as_ever(bias: torch.Tensor, by_winograd: list[tuple[int, ...]]) -> None:
     with pytest.raises(RuntimeError), kernels.FasterLayers():
         torch.nn.functional.conv2d(torch.randn(1, 24, 40, 40), torch.randn(32, 24, 3, 3), bias, *USUAL)
     assert not by_winograd
-
-
-def test_a_vae_that_computes_in_another_type_is_not_by_nnpack(by_winograd: list[tuple[int, ...]]) -> None:
-    """As with --bf16-vae."""
-    vae = copy.copy(parity.tiny_models()[2])
-    vae.vae_dtype = torch.bfloat16
-    assert kernels.install_vae(vae, EXACT)[1] == "VAE in channels_last"

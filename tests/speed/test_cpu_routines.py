@@ -11,11 +11,10 @@ import folder_paths
 import pytest
 import torch
 from comfy.ldm.modules.attention import FeedForward
-from comfy.ldm.modules.diffusionmodules.model import AttnBlock, normal_attention, pytorch_attention
 from comfy_extras.nodes_hypernetwork import HypernetworkLoader
 
 from koala_sdxl.host.accelerate import cpu_routines as kernels
-from koala_sdxl.host.accelerate.plan import BF16, EXACT, OFF, PRESETS, Acceleration
+from koala_sdxl.host.accelerate.plan import BF16, EXACT, PRESETS, Acceleration
 from tests.daily import daily
 from tests.speed import sampling
 from tests.speed.sampling import BASE, decibels, pictures, plain, prompts, run
@@ -79,27 +78,6 @@ def test_a_patchs_own_layers_keep_their_type_in_bf16(
     accelerated = faster(settings, with_hypernetwork(model)) if first else with_hypernetwork(faster(settings))
     assert decibels(run(accelerated, texts), in_fp32) >= 35
     assert decibels(plain(texts), in_fp32) < 35
-
-
-@pytest.mark.parametrize(("routines", "most"), [(EXACT, 0.1), (BF16, 6)])
-def test_the_vae_by_other_routines(routines: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``most``: by how much of 255 a pixel may differ."""
-    monkeypatch.setattr(kernels, "bf16_convolves_faster", lambda: True)
-    monkeypatch.setattr(kernels, "winograd_is_faster_for_large_images", lambda: False)
-    vae = parity.tiny_models()[2]
-    faster, words = kernels.install_vae(vae, routines)
-    assert ("bf16" in words) == (routines == BF16)
-    latent = plain(prompts(grid_prompts(216)[0][5::108]))
-    wanted, found = vae.decode(latent), faster.decode(latent)
-    assert not torch.equal(found, wanted)
-    assert float((found - wanted).abs().max()) <= most / 255
-    tiles = {"tile_x": 8, "tile_y": 8, "overlap": 2}
-    assert float((faster.decode_tiled(latent, **tiles) - vae.decode_tiled(latent, **tiles)).abs().max()) <= most / 255
-    code, again = vae.encode(wanted), faster.encode(wanted)
-    assert not torch.equal(again, code)
-    assert float((again - code).abs().max() / code.abs().max()) <= most / 100
-    assert torch.equal(vae.decode(latent), wanted)
-    assert kernels.install_vae(vae, OFF) == (vae, "")
 
 
 def feed_forward() -> Any:
@@ -176,28 +154,3 @@ def test_an_attention_that_was_chosen_stays(faster: Callable[..., Any]) -> None:
     model.model_options["transformer_options"]["optimized_attention_override"] = chosen
     run(faster(PRESETS["exact"], model), preset=BASE | {"steps": 1})
     assert called
-
-
-def test_a_vaes_attention_is_pytorchs_while_it_decodes() -> None:
-    vae = parity.tiny_models()[2]
-    block = next(block for block in vae.first_stage_model.decoder.modules() if type(block) is AttnBlock)
-    used: list[Any] = []
-    hook = block.register_forward_pre_hook(lambda *_: used.append(block.optimized_attention))
-    latent = torch.zeros(1, 4, 8, 8)
-    try:
-        kernels.install_vae(vae, EXACT)[0].decode(latent)
-        vae.decode(latent)
-    finally:
-        hook.remove()
-    assert used == [pytorch_attention, normal_attention]
-
-
-def test_a_vaes_attention_that_was_chosen_stays_and_all_is_as_before_when_decoding_breaks_off() -> None:
-    vae, other = AttnBlock(32), AttnBlock(32)
-    vae.optimized_attention, other.optimized_attention = normal_attention, print
-    both = torch.nn.ModuleList([vae, other])
-    with kernels.attention_by_pytorch(both):
-        assert [block.optimized_attention for block in both] == [pytorch_attention, print]
-    with pytest.raises(KeyboardInterrupt), kernels.attention_by_pytorch(both):
-        raise KeyboardInterrupt
-    assert [block.optimized_attention for block in both] == [normal_attention, print]

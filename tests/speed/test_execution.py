@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from koala_sdxl.host.accelerate import compiled, execution, gpu_vae
 from koala_sdxl.host.accelerate.captured import MAX_PASSES, Captures, Pass, Weights
-from koala_sdxl.host.accelerate.exchanged import Part
+from koala_sdxl.host.accelerate.exchanged import Part, with_methods
 from koala_sdxl.host.accelerate.strategy import Strategy, choose, without_dynamic_vram
 from tests.daily import daily
 from tests.speed import execution_cases as cases
@@ -93,7 +93,7 @@ def test_a_vae_that_cannot_be_compiled_runs_uncompiled(caplog: pytest.LogCapture
 
     vae = parity.tiny_models()[2]
     failing = [Part(vae.first_stage_model.decoder.norm_out, fail)]
-    decode = gpu_vae._within(failing, vae.decode)
+    decode = with_methods(vae, gpu_vae._by(failing)).decode
     latent = torch.zeros(1, 4, 8, 8)
     for _ in range(2):
         assert torch.equal(decode(latent), vae.decode(latent))

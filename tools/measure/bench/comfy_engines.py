@@ -19,8 +19,7 @@ import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 from koala_sdxl import koala_loader
-from koala_sdxl.host.accelerate import gpu_vae
-from koala_sdxl.host.accelerate.cpu_routines import install_vae
+from koala_sdxl.host.accelerate import cpu_vae, gpu_vae
 from koala_sdxl.host.accelerate.patch import accelerate
 from koala_sdxl.host.accelerate.plan import Acceleration
 from koala_sdxl.koala.architecture.keys import parameters
@@ -105,7 +104,7 @@ class Pack(Stock):
         if self.model is not None:
             other.model = accelerate(self.model, Acceleration(routines), lambda _: None).model
         if self.vae is not None:
-            other.vae, how = install_vae(self.vae, routines)
+            other.vae, how = cpu_vae.install(self.vae, routines)
             if not how:
                 other.vae, _ = gpu_vae.install(self.vae)
         return other

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.nn.functional import conv2d, linear
 
-from koala_sdxl.host.accelerate.cpu_convolutions import Convolution, nnpack
+from koala_sdxl.host.accelerate.cpu_convolutions import Convolution
 from koala_sdxl.host.accelerate.cpu_products import by_one_dnn, has_one_dnn
+from koala_sdxl.host.accelerate.cpu_winograd import nnpack
 from tools.measure.bench import meter
 
 CONVOLUTIONS = (

@@ -42,7 +42,8 @@ def tasks(name: str, device: str) -> Tasks:
         activate(device)
         from koala_sdxl.host.accelerate.cpu_convolutions import winograd_is_faster_for_large_images
         from koala_sdxl.host.accelerate.cpu_products import one_dnn_is_faster
-        from koala_sdxl.host.accelerate.cpu_routines import bf16_convolves_faster, bf16_is_faster
+        from koala_sdxl.host.accelerate.cpu_routines import bf16_is_faster
+        from koala_sdxl.host.accelerate.cpu_vae import bf16_convolves_faster
         from tools.measure.bench import macs, rates, sampling
 
         def quality(task: str) -> Callable[..., Any]:
