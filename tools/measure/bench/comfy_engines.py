@@ -128,8 +128,8 @@ class Compiled:
 
 
 class RandomSDXL(Stock):
-    """SDXL's U-Net in core's own class, filled with random weights where it stands: nothing so large is on disk. Its
-    VAE is that of KOALA, too; it has no text encoders."""
+    """SDXL's U-Net in core's own class, filled with random weights by the device: nothing so large is on disk. Its VAE
+    is that of KOALA, too; it has no text encoders."""
 
     def load(self, folder: Path) -> None:
         self.load_unet(folder)
@@ -147,7 +147,7 @@ class RandomSDXL(Stock):
         for name, weights in model.diffusion_model.named_parameters():
             if weights.ndim > 1:
                 reach = 0.7 * (3 / weights[0].numel()) ** 0.5  # keeps activations near 1
-                weights.uniform_(-reach, reach)
+                weights.copy_(torch.empty_like(weights, device=device).uniform_(-reach, reach))
             else:
                 weights.fill_(float(name.endswith("weight")))
         self.model = comfy.model_patcher.ModelPatcher(
