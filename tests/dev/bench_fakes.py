@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy
@@ -13,6 +13,7 @@ import pytest
 from tools.harness import testhost
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import (
+    gpu_images,
     gpu_sections,
     published,
     sections,
@@ -82,8 +83,11 @@ class FakeWorker:
     def types(self) -> dict[str, str]:
         return {"unet": "float32", "vae": "float32"}
 
-    def load_models(self, folder: str) -> dict[str, Any]:
+    def load_models(self, folder: str, loaders: Sequence[str] = ()) -> dict[str, Any]:
         return {}
+
+    def kill(self) -> None:
+        pass
 
     def sample(self, way: str, out: str = "", **_: Any) -> dict[str, Any]:
         reused = way.startswith(("balanced", "fast"))
@@ -139,11 +143,11 @@ class FakeServed:
 
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
     """A fixture's body: sections that measure nothing."""
-    FakeWorker.asked, FakeWorker.most_open, FakeWorker.open = [], 0, Counter()
-    for module in (sections, gpu_sections, command):
+    FakeWorker.asked, FakeWorker.most_open, FakeWorker.open, FakeHog.now = [], 0, Counter(), 24
+    for module in (sections, gpu_images, gpu_sections, command):
         monkeypatch.setattr(module, "Worker", FakeWorker)
     monkeypatch.setattr(published, "link", lambda target: target)
-    monkeypatch.setattr(served, "serving", lambda models: contextlib.nullcontext(FakeServed()))
+    monkeypatch.setattr(served, "serving", lambda models, left: contextlib.nullcontext(FakeServed()))
     monkeypatch.setattr(gpu_sections, "Hog", FakeHog)
     return FakeWorker
 

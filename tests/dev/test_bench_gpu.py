@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import numpy
 import pytest
 
 from tests.dev import bench_fakes
-from tests.dev.bench_fakes import FakeHog, FakeWorker
+from tests.dev.bench_fakes import FakeWorker
 from tools.harness import testhost
 from tools.harness.errors import UserError
 from tools.measure.bench import __main__ as command
 from tools.measure.bench import (
+    gpu_images,
     graphs,
     hog,
     nvml,
@@ -103,20 +105,20 @@ def test_each_thing_is_dropped_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_failed_in_some_memory_is_not_tried_in_less(fake: type[FakeWorker], tmp_path: Path) -> None:
-    FakeHog.now = 24
     found = SECTIONS["fit"](Bench("cuda"))
-    row = {free: ways.get("KOALA-700M, pack") for free, ways in found["free"].items()}
-    assert [free for free, made in row.items() if made and "seconds" in made] == ["12", "8", "6", "4"]
+    row = {free: ways.get("KOALA-700M, exact") for free, ways in found["free"].items()}
+    assert [free for free, made in row.items() if made and "seconds" in made] == ["8", "4", "12", "6"]
     assert row["3"] == {"error": "CUDA out of memory", "fits": False}
     assert row["2"] is None
-    assert all("KOALA-700M, pack, fp8" in ways for ways in found["free"].values())
+    assert all("KOALA-700M, fp8, exact" in ways for ways in found["free"].values())
+    assert found["left out"] == []
     store.add(tmp_path, "cuda", "fit", FakeWorker(NO_ENGINE, "cuda").machine(), found)
     (line,) = [
         line
         for line in report.write(tmp_path).read_text("utf-8").splitlines()
-        if line.startswith("| KOALA-700M, pack |")
+        if line.startswith("| KOALA-700M, exact |")
     ]
-    assert line == "| KOALA-700M, pack | 1.5 s | 1.5 s | 1.5 s | 1.5 s | does not fit | not tried |"
+    assert line == "| KOALA-700M, exact | 1.5 s | 1.5 s | 1.5 s | 1.5 s | does not fit | not tried |"
 
 
 def test_compilation_is_told_apart(fake: type[FakeWorker]) -> None:
@@ -126,7 +128,8 @@ def test_compilation_is_told_apart(fake: type[FakeWorker]) -> None:
     assert readings.warm(found, "1024 px", "exact") == 0
     assert readings.image_speed_up(found, "512 px", "balanced", "stock") == Spread(2, 2, 2)
     assert readings.apart(found, "1024 px", "exact") == pytest.approx(20 * numpy.log10(1 / (0.01 / 2**0.5)))
-    assert readings.more_memory(found, "1024 px", "exact") == 1
+    assert readings.more_memory(found, "exact") == 1
+    assert readings.faster_than_rival(found, "exact", "stock, compiled") == Spread(1, 1, 1)
     with pytest.raises(readings.NotMeasured):
         readings.apart(found, "256 px", "exact")
 
@@ -143,27 +146,130 @@ def test_a_way_that_fails_is_named_and_the_rest_is_measured(
     monkeypatch.setattr(FakeWorker, "sample", sample)
     found = SECTIONS["images"](Bench("cuda", 1))
     assert list(found["failed"]) == ["stock, compiled"]
-    assert all("stock, compiled" not in ways for ways in found["places"].values())
-    assert all(len(ways) == len(Scale().sampled) - 1 for ways in found["places"].values())
-    assert set(found["warm"]) == {"exact", "diffusers, fast"}
+    assert found["rivals"]["stock, compiled"] == {}
+    assert set(found["rivals"]["diffusers, fast"]) == {"diffusers, fast", "exact"}
+    assert all(set(ways) == set(Scale().sampled) for ways in found["places"].values())
+    assert set(found["alone"]) == {"exact", "KOALA Sampler", "stock"}
     store.add(tmp_path, "cuda", "images", FakeWorker("stock", "cuda").machine(), found)
-    assert "TorchCompileModel failed: no C++ compiler" in report.write(tmp_path).read_text("utf-8")
+    assert "TorchCompileModel failed (stock, compiled at 1024 px): no C++ compiler" in report.write(tmp_path).read_text(
+        "utf-8"
+    )
 
 
-def test_what_shares_a_process_with_a_way_that_fails_is_not_measured(
+def test_what_shares_a_process_with_a_way_that_fails_goes_on_in_a_new_one(
     fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sample(self: FakeWorker, way: str, **given: Any) -> dict[str, Any]:
-        if way == "exact":
+    """What was measured before is kept; a first run in the new process does not count as a later one."""
+    drawn: list[tuple[FakeWorker, str]] = []
+
+    def sample(self: FakeWorker, way: str, px: int, **given: Any) -> dict[str, Any]:
+        if way == "exact" and px == 512:
+            raise UserError("bench: no engine failed (killed, for want of memory or time)")
+        is_new = (self, way) not in drawn
+        drawn.append((self, way))
+        made = plain(self, way, **given)
+        return {**made, "seconds": 1000.0} if is_new else made
+
+    plain = FakeWorker.sample
+    monkeypatch.setattr(FakeWorker, "sample", sample)
+    found = SECTIONS["images"](Bench("cuda", 1))
+    assert set(found["failed"]) == {"exact"}
+    assert found["failed"]["exact"]["at"] == "exact at 512 px"
+    assert found["places"]["1024 px"]["exact"]["again"] == [2.0]
+    assert set(found["places"]["512 px"]) == {"stock", "KOALA Sampler", "balanced", "fast", "diffusers"}
+    assert found["places"]["512 px"]["stock"]["again"] == [2.0]
+    assert found["rivals"]["diffusers, fast"]["exact"]["again"] == []
+
+
+def test_what_compiles_for_minutes_comes_last_and_in_turns_with_exact(fake: type[FakeWorker]) -> None:
+    found = SECTIONS["images"](Bench("cuda", 2))
+    tasks = [
+        (given.get("way", engine), given["px"], given["batch"])
+        for engine, task, given in fake.asked
+        if task in ("sample", "step")
+    ]
+    turn = ["stock", "KOALA Sampler", "exact", "balanced", "fast", "diffusers"]
+    sizes = [(1024, 1), (512, 1), (1024, 4)]
+    assert tasks[:54] == [(way, *size) for size in sizes for _ in range(3) for way in turn]
+    alone = ["exact", "exact", "KOALA Sampler", "KOALA Sampler", "stock", "stock"]
+    rivals = [way for rival in ("stock, compiled", "diffusers, fast") for way in (rival, *[rival, "exact"] * 2)]
+    assert tasks[54:] == [(way, 1024, 1) for way in (*alone, *rivals)]
+    loaded = [given["loaders"] for _, task, given in fake.asked if task == "load_models"]
+    assert loaded == [["pack", "stock"], ["pack"], ["pack"], ["stock"], ["stock"]]
+    assert found["dropped"] == []
+
+
+class Compiling(FakeWorker):
+    """diffusers' fast settings take for ever from a run on; whoever waits is told when the process is killed."""
+
+    endless_from = 0
+
+    def __init__(self, engine: str, device: str, environment: dict[str, str] | None = None) -> None:
+        super().__init__(engine, device, environment)
+        self._killed, self._runs = threading.Event(), itertools.count()
+
+    def kill(self) -> None:
+        self._killed.set()
+
+    def step(self, out: str = "", routines: str = "", **given: Any) -> dict[str, Any]:
+        if self.engine == "diffusers, fast" and next(self._runs) >= self.endless_from:
+            assert self._killed.wait(30)
+            raise UserError("bench: diffusers, fast failed (killed, for want of memory or time)")
+        return super().step(out, routines, **given)
+
+
+@pytest.mark.parametrize("runs", [0, 2])
+def test_a_rival_has_a_limit_of_its_own(
+    fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: int
+) -> None:
+    monkeypatch.setattr(Compiling, "endless_from", runs)
+    monkeypatch.setattr(gpu_images, "Worker", Compiling)
+    monkeypatch.setitem(gpu_images.LIMITS, "diffusers, fast", 0.3)
+    found = SECTIONS["images"](Bench("cuda", 2))
+    assert found["failed"] == {}
+    at = "diffusers, fast at 1024 px" + (", in turn with diffusers, fast" if runs else "")
+    assert found["dropped"] == [at]
+    assert found["rivals"]["stock, compiled"]["exact"]["again"] == [2.0, 2.0]
+    if runs:
+        assert found["rivals"]["diffusers, fast"]["diffusers, fast"]["again"] == [100.0]
+        assert readings.faster_than_rival({"images": {"figures": found}}, "exact", "diffusers, fast").median == 50
+    else:
+        assert found["rivals"]["diffusers, fast"] == {}
+    store.add(tmp_path, "cuda", "images", FakeWorker("stock", "cuda").machine(), found)
+    assert f"Dropped from *images* for want of time: {at}." in report.write(tmp_path).read_text("utf-8")
+
+
+def test_at_the_limit_images_keep_what_was_measured(
+    fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All workers are ended while exact draws 512 px: that has not failed, it is dropped."""
+    left = [1000.0]
+
+    def sample(self: FakeWorker, way: str, px: int, **given: Any) -> dict[str, Any]:
+        if way == "exact" and px == 512:
+            left[0] = -1.0
             raise UserError("bench: no engine failed (killed, for want of memory or time)")
         return plain(self, way, **given)
 
     plain = FakeWorker.sample
     monkeypatch.setattr(FakeWorker, "sample", sample)
+    monkeypatch.setattr(Bench, "left", lambda _: left[0])
     found = SECTIONS["images"](Bench("cuda", 1))
-    assert set(found["failed"]) == {"stock", "KOALA Sampler", "exact", "balanced", "fast"}
-    assert found["failed"]["fast"] == "with exact"
-    assert all(set(ways) == {"stock, compiled", "diffusers", "diffusers, fast"} for ways in found["places"].values())
+    assert found["failed"] == {}
+    assert found["places"]["1024 px"]["exact"]["again"] == [2.0]
+    assert set(found["places"]["512 px"]) == {"stock", "KOALA Sampler"}
+    for what in (
+        "exact at 512 px",
+        "fast at 1024 px, batch 4",
+        "exact at 1024 px, alone",
+        "diffusers, fast at 1024 px",
+    ):
+        assert what in found["dropped"]
+    store.add(tmp_path, "cuda", "images", FakeWorker("stock", "cuda").machine(), found)
+    text = report.write(tmp_path).read_text("utf-8")
+    assert "| KSampler, stock loader | not measured |" in text
+    assert "exact, 25 steps at 1024 px: speed over stock KSampler" in text
+    assert "exact, 25 steps at 512 px: speed over stock KSampler" not in text
 
 
 def test_a_section_that_fails_leaves_the_others(

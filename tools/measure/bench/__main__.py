@@ -7,18 +7,17 @@ The last one asks no registry: it is run by the Python that it is started with, 
 and of the pack, diffusers, accelerate, requests and websocket-client; for the page matplotlib, for the memory of a
 process nvidia-ml-py. PYTHONPATH is not read: install what is missing for that Python; a virtual environment that is
 made by the Python of another does not see the other's packages. Figures are written section by section; where there are
-only minutes, begin with ``machine server``, then ``images decode fit``.
+only minutes, begin with ``machine server``, then ``decode fit images``: the last part of *images* are rivals that
+compile for minutes.
        python3 dev.py bench search --full N [--sampler NAME]
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools import commands
@@ -27,8 +26,8 @@ from tools.harness import testhost
 from tools.harness.errors import UserError
 from tools.harness.testhost import say
 from tools.measure.bench import search, store
-from tools.measure.bench.asked import Bench
-from tools.measure.bench.process import NO_ENGINE, Worker, end_all
+from tools.measure.bench.asked import ENDED_EARLY, Bench
+from tools.measure.bench.process import NO_ENGINE, Worker, after, end_all
 from tools.measure.bench.sections import OF_DEVICES, SECTIONS
 
 A_SECTION = 30.0
@@ -46,7 +45,7 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
             require_gpu()
         with Worker(NO_ENGINE, bench.device) as worker:
             machine = worker.ask("machine")
-        with _workers_end_in_time(bench):
+        with after(bench.left(), end_all):
             for name in names:
                 if bench.left() < A_SECTION:
                     say(f"dropped for want of time: {name}")
@@ -59,25 +58,12 @@ def run(names: Sequence[str], bench: Bench, folder: Path) -> Path:
                     say(failed[-1])
                 else:
                     store.add(folder, bench.device, name, machine, figures)
+                    if words := figures.get(ENDED_EARLY):
+                        failed.append(f"{name}, in part: {words}")
     page = written(folder)
     if failed:
         raise UserError(f"bench: not measured, as they failed: {'; '.join(failed)}")
     return page
-
-
-@contextlib.contextmanager
-def _workers_end_in_time(bench: Bench) -> Iterator[None]:
-    """Within this context workers end when the time is over, whatever they are at."""
-    if bench.left() == math.inf:
-        yield
-        return
-    watch = threading.Timer(bench.left(), end_all)
-    watch.daemon = True
-    watch.start()
-    try:
-        yield
-    finally:
-        watch.cancel()
 
 
 def written(folder: Path) -> Path:

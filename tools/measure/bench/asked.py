@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tools.harness import testhost
+from tools.harness.errors import UserError
 from tools.measure.bench import graphs
 from tools.measure.bench.graphs import Image
 from tools.measure.bench.variants import PRESETS, ROUTINES, VARIANTS
@@ -50,6 +53,7 @@ class Survey:
 
 
 FULL_SIZE = Image()
+FP8 = "fp8_e4m3fn"
 WAYS_OF_IMAGES = ("stock", "KOALA Sampler", *PRESETS, "diffusers")
 
 
@@ -57,24 +61,29 @@ WAYS_OF_IMAGES = ("stock", "KOALA Sampler", *PRESETS, "diffusers")
 class Scale:
     """What the sections on whole images draw.
 
-    ``images``: sizes, sampled by the ways ``sampled`` in ``steps`` without decoding. ``served``: what the real server
-    draws, by ``ways``. ``free``: gigabytes of GPU memory that are left to everybody, from the largest, so that what
-    fails there is not tried below; in them, the server draws ``fitted`` (name in the table, way, image), and ``alone``
-    (name, engine) draw ``served`` in a process of their own each.
+    ``images``: sizes, sampled by the ways ``sampled`` in ``steps`` without decoding; the first size by ``rivals``,
+    too, which take turns with the pack. ``served``: what the real server draws, by
+    ``ways``. ``free``: gigabytes of GPU memory that are left to everybody, those that tell most first; in them, the
+    server draws ``fitted`` (name in the table, way, image), and ``alone`` (name, engine) draw ``served`` in a process
+    of their own each.
     """
 
     images: tuple[Image, ...] = (FULL_SIZE, Image(px=512), Image(batch=4))
-    sampled: tuple[str, ...] = (*WAYS_OF_IMAGES, "stock, compiled", "diffusers, fast")
+    sampled: tuple[str, ...] = WAYS_OF_IMAGES
+    rivals: tuple[str, ...] = ("stock, compiled", "diffusers, fast")
     steps: int = 25
     served: Image = FULL_SIZE
     ways: tuple[str, ...] = (graphs.STOCK, graphs.PACK, "pack, exact", "pack, balanced", "pack, fast", graphs.COMPILED)
-    free: tuple[float, ...] = (12, 8, 6, 4, 3, 2)
+    free: tuple[float, ...] = (8, 4, 3, 12, 6, 2)
     fitted: tuple[tuple[str, str, Image], ...] = (
         ("KOALA-700M, stock", graphs.STOCK, Image()),
-        ("KOALA-700M, pack", graphs.PACK, Image()),
-        ("KOALA-700M, pack, fp8", graphs.PACK, Image(weights="fp8_e4m3fn")),
-        ("KOALA-1B, pack", graphs.PACK, Image("koala-1b")),
-        ("KOALA-1B, pack, fp8", graphs.PACK, Image("koala-1b", weights="fp8_e4m3fn")),
+        ("KOALA-700M, exact", "pack, exact", Image()),
+        ("KOALA-700M, fp8, stock", graphs.STOCK, Image(weights=FP8)),
+        ("KOALA-700M, fp8, exact", "pack, exact", Image(weights=FP8)),
+        ("KOALA-1B, stock", graphs.STOCK, Image("koala-1b")),
+        ("KOALA-1B, exact", "pack, exact", Image("koala-1b")),
+        ("KOALA-1B, fp8, stock", graphs.STOCK, Image("koala-1b", weights=FP8)),
+        ("KOALA-1B, fp8, exact", "pack, exact", Image("koala-1b", weights=FP8)),
     )
     alone: tuple[tuple[str, str], ...] = (
         ("KOALA-700M, diffusers, offload", "diffusers, offload"),
@@ -85,7 +94,7 @@ class Scale:
 TINY = Image(graphs.BUILT_IN, 128, steps=4)
 ON_A_CPU = Scale(
     images=(Image(px=256),),
-    sampled=WAYS_OF_IMAGES,
+    rivals=(),
     steps=2,
     served=TINY,
     ways=(graphs.PACK, "pack, exact", "pack, balanced"),
@@ -143,7 +152,36 @@ class Dropped(list[str]):
         """Whether so much time is not left; then ``what`` is noted and told."""
         if bench.left() >= seconds:
             return False
+        self.note(what)
+        return True
+
+    def note(self, what: str) -> None:
+        """Note and tell that ``what`` was left out, or was ended."""
         if what not in self:
             self.append(what)
             testhost.say(f"dropped for want of time: {what}")
-        return True
+
+
+ENDED_EARLY = "ended early"
+"""The key of figures under which a section tells why it stopped in the middle."""
+LEFT_OUT = "left out"
+"""The key of the names of what it did not reach then."""
+
+
+@contextlib.contextmanager
+def kept(bench: Bench, figures: Figures, measured: Collection[object], at: Callable[[], str]) -> Iterator[None]:
+    """What goes wrong in this context ends it, is told and noted in ``figures``, and what was measured before is kept.
+
+    ``measured``: as long as it is empty, there is nothing to keep, and the error is raised. ``at``: tells what is being
+    measured, which is ``figures["dropped"]`` where the time is over and all processes were ended.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:  # a server that ends is a ConnectionError, which is an OSError
+        if bench.left() <= 0:
+            figures["dropped"].note(at())
+            return
+        if not measured:
+            raise
+        figures[ENDED_EARLY] = f"at {at()}: {str(error)[-500:]}"
+        testhost.say(f"ended early {figures[ENDED_EARLY]}")

@@ -1,162 +1,27 @@
-"""Sections on what people run on a GPU: whole images, the real server, and what runs in less and less memory.
+"""Sections on the real server, and on what runs in less and less memory of a GPU.
 
 They run on a CPU, too, where the figures say little, but the same code is at work. What does not fit into the time that
-was given is dropped and named.
+was given is dropped and named; what was measured before a failure is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
-
-import numpy
 
 from tools.harness import testhost
 from tools.harness.errors import UserError
 from tools.measure.bench import published
-from tools.measure.bench.asked import Bench, Dropped, Figures
-from tools.measure.bench.graphs import Image
+from tools.measure.bench.asked import LEFT_OUT, Bench, Dropped, Figures, kept
 from tools.measure.bench.hog import Hog
-from tools.measure.bench.process import NO_ENGINE, Worker
-from tools.measure.bench.variants import PRESETS
+from tools.measure.bench.process import Worker
 
-PROCESSES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (NO_ENGINE, ("stock", "KOALA Sampler", *PRESETS)),
-    (NO_ENGINE, ("stock, compiled",)),
-    ("diffusers", ("diffusers",)),
-    ("diffusers, fast", ("diffusers, fast",)),
-)
-"""Engines, and the ways to an image that share a process: what fails in one of them fails alone. ``sampling.run`` knows
-those of ``NO_ENGINE``."""
-COMPILING = ("exact", "stock, compiled", "diffusers, fast")
-"""Ways that may compile at their first run."""
-SAME_AS = {"exact": "KOALA Sampler", "balanced": "KOALA Sampler", "fast": "KOALA Sampler", "stock, compiled": "stock"}
-"""What a way's latents are compared with: the same sampler, eager."""
 A_RUN = 10.0
 """Seconds that should be left for one more run to be begun."""
 A_PROCESS = 40.0
 """The same for a process that loads a model first, or a run that may compile."""
-
-
-def images(bench: Bench) -> Figures:
-    """25 steps without decoding, ways in turn: the first run of each size, later ones, and the first run of another
-    process that finds what the first one compiled."""
-    found: Figures = {"places": {}, "warm": {}, "apart": {}, "failed": {}, "steps": bench.scale.steps}
-    dropped, sampled = Dropped(), bench.scale.sampled
-    with _folder() as folder, TemporaryDirectory(prefix="bench-") as cache:
-        compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
-        with ExitStack() as stack:
-            ways: dict[str, _Drawer] = {}
-            for engine, of_engine in PROCESSES:
-                wanted = [way for way in of_engine if way in sampled]
-                if wanted and not dropped.lacks(bench, A_PROCESS, ", ".join(wanted)):
-                    ways |= dict.fromkeys(wanted, stack.enter_context(_Drawer(bench, folder, compiled, engine)))
-            for image in bench.scale.images:
-                at, apart = _place(bench, dropped, ways, image, found["failed"])
-                found["places"][str(image)], found["apart"][str(image)] = at, apart
-        for engine, of_engine in PROCESSES:
-            for way in set(of_engine) & set(COMPILING) & set(sampled) - set(found["failed"]):
-                if not dropped.lacks(bench, A_PROCESS, f"{way} in a new process"):
-                    with _noted(found["failed"], way), _Drawer(bench, folder, compiled, engine) as drawer:
-                        found["warm"][way] = drawer.draw(way, bench.scale.images[0])["seconds"]
-                        testhost.say(f"images: {way} in a new process: {found['warm'][way]:.3g} s")
-    return {**found, "dropped": dropped}
-
-
-class _Drawer:
-    """A process that draws; it starts with its first image. What it says as it fails is a UserError."""
-
-    def __init__(self, bench: Bench, folder: Path, environment: Mapping[str, str], engine: str) -> None:
-        self.engine, self.folder, self.steps = engine, str(folder), bench.scale.steps
-        self._start = lambda: Worker(engine, bench.device, environment)
-        self._stack = ExitStack()
-        self._worker: Worker | None = None
-
-    def __enter__(self) -> _Drawer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    def draw(self, way: str, image: Image, out: str = "") -> Figures:
-        """Seconds of all steps, peak, and what is said of them."""
-        worker = self._loaded()
-        given = {"folder": self.folder, "px": image.px, "batch": image.batch, "steps": self.steps, "out": out}
-        if self.engine == NO_ENGINE:
-            made: Figures = worker.ask("sample", way=way, **given)
-            return made
-        made = worker.ask("step", **given)
-        return {**made, "seconds": made["seconds"] * self.steps, "said": ""}
-
-    def _loaded(self) -> Worker:
-        if self._worker is None:
-            self._worker = self._stack.enter_context(self._start())
-            if self.engine == NO_ENGINE:
-                self._worker.ask("load_models", folder=self.folder)
-            else:
-                self._worker.ask("load", what="unet", folder=self.folder)
-        return self._worker
-
-
-@contextmanager
-def _noted(failed: dict[str, str], way: str) -> Iterator[None]:
-    """What goes wrong with a way is told and noted, and the rest is measured."""
-    try:
-        yield
-    except UserError as error:
-        failed[way] = str(error)[-500:]
-        testhost.say(f"images: {way}: {error}")
-
-
-def _place(
-    bench: Bench, dropped: Dropped, ways: Mapping[str, _Drawer], image: Image, failed: dict[str, str]
-) -> tuple[Figures, dict[str, float]]:
-    """One size: each way's runs, and how far its latents are from the same sampler's, eager."""
-    at: Figures = {}
-
-    def draw(way: str, out: str = "") -> Figures:
-        made: Figures = {}
-        with _noted(failed, way):
-            made = ways[way].draw(way, image, out)
-        if not made:  # its process is gone, and with it what others do in it
-            failed.update({other: f"with {way}" for other in ways if ways[other] is ways[way] and other not in failed})
-        return made
-
-    with TemporaryDirectory(prefix="bench-") as latents:
-        for way in ways:
-            need = A_PROCESS if way in COMPILING else A_RUN
-            if way in failed or dropped.lacks(bench, need, f"{way} at {image}"):
-                continue
-            if first := draw(way, f"{latents}/{way}.npy"):
-                at[way] = {"first": first["seconds"], "first peak": first["peak"], "again": []}
-        for _ in range(bench.repeats):
-            for way, figures in at.items():
-                if way in failed or dropped.lacks(bench, A_RUN, f"{way} at {image}, again"):
-                    continue
-                if made := draw(way):
-                    figures["again"].append(made["seconds"])
-                    figures |= {"peak": made["peak"], "said": made["said"]}
-        apart = _apart(Path(latents))
-    for way, figures in at.items():
-        testhost.say(f"images: {way} at {image}: {figures['first']:.3g} s, then {figures['again']}")
-    return {way: figures for way, figures in at.items() if figures["again"]}, apart
-
-
-def _apart(latents: Path) -> dict[str, float]:
-    """Decibels between a way's latents and those of the same sampler, eager, over the range of these."""
-    found = {}
-    for way, other in SAME_AS.items():
-        files = [latents / f"{one}.npy" for one in (way, other)]
-        if all(file.is_file() for file in files):
-            made, wanted = (numpy.load(file).astype(numpy.float64) for file in files)
-            error = max(float(numpy.mean((made - wanted) ** 2)), 1e-20)
-            found[way] = float(10 * numpy.log10(numpy.ptp(wanted) ** 2 / error))
-    return found
 
 
 def server(bench: Bench) -> Figures:
@@ -164,57 +29,115 @@ def server(bench: Bench) -> Figures:
     from tools.measure.bench.served import serving
 
     drawn = bench.scale.served
-    found: Figures = {"graphs": {}, "image": f"{drawn.model}, {drawn}, {drawn.steps} steps"}
-    dropped = Dropped()
-    with serving((drawn.model,)) as served:
+    dropped, graphs = Dropped(), dict[str, list[Figures]]()
+    found: Figures = {"graphs": graphs, "image": f"{drawn.model}, {drawn}, {drawn.steps} steps", "dropped": dropped}
+    way = "its start"
+    with kept(bench, found, graphs, lambda: way), serving((drawn.model,), bench.left) as served:
+        found["notes"] = served.notes
         for way in bench.scale.ways:
             if dropped.lacks(bench, A_PROCESS, way):
                 continue
-            runs: list[Figures] = []
             served.forget()  # so that each graph's first run loads the model
             for i in range(1 + bench.repeats):
                 if i and dropped.lacks(bench, A_RUN, f"{way}, again"):
                     break
-                runs.append(served.draw(way, drawn))
-            found["graphs"][way] = runs
-            testhost.say(f"server: {way}: {_told(runs[-1])}")
-        found["notes"] = served.notes
-    return {**found, "dropped": dropped}
+                made = served.draw(way, drawn)
+                graphs.setdefault(way, []).append(made)
+            testhost.say(f"server: {way}: {_told(graphs[way][-1])}")
+    found[LEFT_OUT] = [way for way in bench.scale.ways if way not in (*graphs, *dropped)]
+    return found
 
 
 def fit(bench: Bench) -> Figures:
     """What runs, and in how many seconds, where another process leaves so much of the GPU's memory."""
     from tools.measure.bench.served import serving
 
-    scale = bench.scale
-    drawn = f"{scale.served}, {scale.served.steps} steps"
-    found: Figures = {"free": {str(free): {} for free in scale.free}, "left": {}, "image": drawn}
-    dropped, failed = Dropped(), set[str]()
-    with Hog(bench.device) as hog:
-        with serving(tuple(dict.fromkeys(image.model for _, _, image in scale.fitted))) as served:
+    scale, fitting = bench.scale, _Fitting(bench)
+    models = tuple(dict.fromkeys(image.model for _, _, image in scale.fitted))
+    with Hog(bench.device) as hog, _folder() as folder:
+        with fitting.kept(), serving(models, bench.left) as served:
             for free in scale.free:
+                fitting.at = f"{free:g} GB"
                 served.forget()
-                found["left"][str(free)] = hog.leave(free)
+                if not fitting.leave(hog, free):
+                    continue
                 for name, way, image in scale.fitted:
-                    if name in failed or dropped.lacks(bench, A_RUN, f"{name} in {free} GB"):
-                        continue
-                    served.draw(way, image)  # the first loads the model
-                    _note(found, failed, free, name, served.draw(way, image))
-        for name, engine in scale.alone:
-            with _folder() as folder:
-                for free in scale.free:
-                    if name in failed or dropped.lacks(bench, A_PROCESS, f"{name} in {free} GB"):
-                        continue
-                    hog.leave(free)
-                    _note(found, failed, free, name, _alone(bench, engine, folder))
-    return {**found, "dropped": dropped}
+                    if fitting.wants(name, free, A_RUN):
+                        made = served.draw(way, image)  # which loads the model: the second time counts
+                        fitting.note(name, free, made if "error" in made else served.draw(way, image))
+        for free in scale.free:
+            for name, engine in scale.alone:
+                if fitting.wants(name, free, A_PROCESS) and fitting.leave(hog, free):
+                    fitting.note(name, free, _alone(bench, engine, folder))
+    return fitting.figures()
 
 
-def _note(found: Figures, failed: set[str], free: float, name: str, made: Figures) -> None:
-    found["free"][str(free)][name] = made
-    if "error" in made:
-        failed.add(name)
-    testhost.say(f"fit: {free} GB: {name}: {_told(made)}")
+class _Fitting:
+    """The section ``fit`` while it is measured."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.at = bench, "its start"
+        self.free: dict[float, Figures] = {free: {} for free in bench.scale.free}
+        self.left: dict[float, int | None] = {}
+        self.not_left: dict[float, str] = {}
+        self.too_little: dict[str, float] = {}
+        """The most memory in which something failed: it is not tried in less."""
+        self.dropped, self.ended, self.measured = Dropped(), Figures(), list[str]()
+        self.ended["dropped"] = self.dropped
+
+    def kept(self) -> AbstractContextManager[None]:
+        """A server that ends leaves what was measured, and what needs no server."""
+        return kept(self.bench, self.ended, self.measured, lambda: self.at)
+
+    def leave(self, hog: Hog, free: float) -> bool:
+        """Whether so much memory could be left to the others; why not is noted."""
+        if free in self.not_left:
+            return False
+        try:
+            self.left[free] = hog.leave(free)
+        except UserError as error:
+            self.not_left[free] = str(error)
+            testhost.say(f"fit: {free:g} GB: {error}")
+        return free not in self.not_left
+
+    def wants(self, name: str, free: float, seconds: float) -> bool:
+        """Whether something is to be tried in so much memory, and ``seconds`` are left for it."""
+        self.at = _in(name, free)
+        return free > self.too_little.get(name, 0) and not self.dropped.lacks(self.bench, seconds, self.at)
+
+    def note(self, name: str, free: float, made: Figures) -> None:
+        """Note what came of it; what the end of the time has ended is dropped."""
+        if "error" in made and self.bench.left() <= 0:
+            self.dropped.note(_in(name, free))
+            return
+        self.free[free][name] = made
+        self.measured.append(name)
+        if "error" in made:
+            self.too_little[name] = max(free, self.too_little.get(name, 0))
+        testhost.say(f"fit: {_in(name, free)}: {_told(made)}")
+
+    def figures(self) -> Figures:
+        """All of it, and the names of what was not reached."""
+        scale = self.bench.scale
+        names = [*(name for name, _, _ in scale.fitted), *(name for name, _ in scale.alone)]
+        left_out = [
+            _in(name, free)
+            for free, ways in self.free.items()
+            for name in names
+            if name not in ways and free > self.too_little.get(name, 0) and free not in self.not_left
+        ]
+        return {
+            "free": {f"{free:g}": ways for free, ways in self.free.items()},
+            "left": {f"{free:g}": left for free, left in self.left.items()},
+            "not left": {f"{free:g}": words for free, words in self.not_left.items()},
+            "image": f"{scale.served}, {scale.served.steps} steps",
+            **self.ended,
+            LEFT_OUT: [what for what in left_out if what not in self.dropped],
+        }
+
+
+def _in(name: str, free: float) -> str:
+    return f"{name} in {free:g} GB"
 
 
 def _told(made: Figures) -> str:
@@ -243,4 +166,4 @@ def _folder() -> Iterator[Path]:
         yield published.link(Path(temporary))
 
 
-SECTIONS: Iterable[Callable[[Bench], Figures]] = (images, server, fit)
+SECTIONS: Iterable[Callable[[Bench], Figures]] = (server, fit)

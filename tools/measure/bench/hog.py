@@ -1,8 +1,8 @@
 """A process that holds a GPU's memory but for some, so that others run as on a smaller card.
 
-python -m tools.measure.bench.hog reads gigabytes from stdin, a number a line, and answers each with the bytes that it
-leaves to everybody else. It lets go of all when its stdin closes. Start it before them: what is in use then counts as
-its own.
+python -m tools.measure.bench.hog tells the bytes that are free, then reads gigabytes from stdin, a number a line, and
+answers each with the bytes that it leaves to everybody else, or with -1 where so much cannot be taken. It lets go of
+all when its stdin closes. Start it before them: what is in use then counts as its own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Hog:
             )
 
     def __enter__(self) -> Hog:
+        if self._process is not None:
+            assert self._process.stdout
+            self._process.stdout.readline()  # it has seen what is free before others begin
         return self
 
     def __exit__(
@@ -48,10 +51,13 @@ class Hog:
             return None
         assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.write(f"{gigabytes}\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
+        try:
+            self._process.stdin.write(f"{gigabytes}\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer or int(answer) < 0:
             raise UserError(
                 f"bench fit: the GPU's memory could not be taken but for {gigabytes:g} GB; expected a card that holds "
                 "more, of which others use less. End other programs on it, or leave the section out."
@@ -60,13 +66,18 @@ class Hog:
 
 
 def main() -> None:
-    """Answer until stdin closes; ends with a traceback where memory cannot be had."""
+    """Answer until stdin closes; holds nothing after memory could not be had."""
     held = torch.zeros(1, device="cuda")  # so that what CUDA takes for this process is there already
     free, _ = torch.cuda.mem_get_info()
+    print(free, flush=True)
     for line in sys.stdin:
         held = torch.empty(0)
         torch.cuda.empty_cache()
-        held = torch.empty(max(0, free - int(float(line) * GIGABYTE)), dtype=torch.uint8, device="cuda")
+        try:
+            held = torch.empty(max(0, free - int(float(line) * GIGABYTE)), dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError:
+            print(-1, flush=True)
+            continue
         torch.cuda.synchronize()
         print(free - held.nbytes, flush=True)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from tools.harness.errors import UserError
@@ -20,13 +23,40 @@ NO_ENGINE = "no engine"
 """Name of a worker for what needs the pack but none of the engines that are compared."""
 
 
-_running: WeakSet[Worker] = WeakSet()
+class Running(Protocol):
+    """What ``end_all`` ends: a worker, or a server."""
+
+    def kill(self) -> None:
+        """End it, whatever it is at."""
+
+
+_running: WeakSet[Running] = WeakSet()
+
+
+def ends_with_the_others(one: Running) -> None:
+    """Have ``end_all`` end it for as long as somebody holds it."""
+    _running.add(one)
 
 
 def end_all() -> None:
-    """End all workers at once: whoever waits for one is told that it has failed."""
-    for worker in list(_running):
-        worker.kill()
+    """End all workers and servers at once: whoever waits for one is told that it has failed."""
+    for one in list(_running):
+        one.kill()
+
+
+@contextlib.contextmanager
+def after(seconds: float, end: Callable[[], object]) -> Iterator[None]:
+    """Within this context ``end`` is called when so many seconds are over; never for infinitely many."""
+    if seconds == math.inf:
+        yield
+        return
+    watch = threading.Timer(seconds, end)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 class Worker:
@@ -45,7 +75,7 @@ class Worker:
             stderr=self._log,
             text=True,
         )
-        _running.add(self)
+        ends_with_the_others(self)
 
     def kill(self) -> None:
         """End it, whatever it is at."""

@@ -43,6 +43,7 @@ def measured(device: str) -> dict[str, Any]:
         products["bf16"] = lambda: linear(a_bf16, b_bf16)
     half = torch.randn(64, 1024, 1024).half()
     return {
+        "side": side,
         "matmul": {how: 2e-9 * side**3 / _seconds(product) for how, product in products.items()},
         "unet": [_convolution(*shape, place) for shape in CONVOLUTIONS],
         "vae": [_convolution(*shape, place) for shape in DECODER],

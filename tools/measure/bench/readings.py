@@ -3,7 +3,7 @@ one that it needs is not there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.measure.bench.sections import ALL, FEWER, OURS
@@ -86,12 +86,15 @@ def turn_ratio(sections: Sections, section: str, px: int, way: str, other: str =
 
 def decode_difference(sections: Sections, way: str) -> float:
     """Largest difference of a decoded picture from stock's, of 255."""
-    return 255 * max(ways[way] for ways in figures(sections, "decode")["difference"].values())
+    found = [ways[way] for ways in figures(sections, "decode")["difference"].values()]
+    if not found:
+        raise NotMeasured("decode: difference")
+    return 255 * max(found)
 
 
-def ours(sections: Sections) -> str:
-    """The pack's way of computing exactly: on a GPU there are no other routines."""
-    ways = next(iter(figures(sections, "step")["sizes"].values()))
+def ours(sections: Sections, section: str = "step") -> str:
+    """The pack's way of computing exactly: old entries, of a GPU, have no other routines."""
+    ways = next(iter(figures(sections, section)["sizes"].values()))
     return next(way for way in ("pack, exact", "pack") if way in ways)
 
 
@@ -174,10 +177,32 @@ def image_runs(sections: Sections, place: str, way: str) -> Row:
     return found
 
 
+def later(sections: Sections, place: str, way: str) -> list[float]:
+    """Seconds of a way's runs of a whole image's steps but the first."""
+    found: list[float] = image_runs(sections, place, way)["again"]
+    if not found:
+        raise NotMeasured(f"images: {way} at {place}, again")
+    return found
+
+
 def image_speed_up(sections: Sections, place: str, way: str, other: str) -> Spread:
     """How many times faster an image's steps are, later runs pair by pair; where time ran out there are fewer."""
-    pairs = list(zip(*(image_runs(sections, place, one)["again"] for one in (other, way)), strict=False))
-    return spread([theirs / ours for theirs, ours in pairs])
+    return faster(later(sections, place, way), later(sections, place, other))
+
+
+def faster_than_rival(sections: Sections, way: str, rival: str) -> Spread:
+    """The same where a rival and the way took turns by themselves."""
+    runs = figures(sections, "images")["rivals"].get(rival, {})
+    pairs = [runs.get(one, {}).get("again") for one in (way, rival)]
+    if not all(pairs):
+        raise NotMeasured(f"images: {way} in turn with {rival}")
+    return faster(*pairs)
+
+
+def faster(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """How many times faster ours are, turn by turn; the last turn may have been cut short."""
+    turns = min(len(ours), len(theirs))
+    return ratio(theirs[:turns], ours[:turns])
 
 
 def apart(sections: Sections, place: str, way: str) -> float:
@@ -191,28 +216,34 @@ def apart(sections: Sections, place: str, way: str) -> float:
 def share_of_bound(sections: Sections, place: str, px: int, way: str) -> Spread:
     """Percent of the speed that a step's multiplications allow at the machine's fastest rate."""
     steps, least = figures(sections, "images")["steps"], bound(sections, "KOALA-700M", px)
-    return spread([100 * least * steps / run for run in image_runs(sections, place, way)["again"]])
+    return spread([100 * least * steps / run for run in later(sections, place, way)])
 
 
 def compilation(sections: Sections, place: str, way: str) -> float:
     """Seconds by which the first run of a size is longer than later ones."""
-    runs = image_runs(sections, place, way)
-    return float(runs["first"] - spread(runs["again"]).median)
+    return float(image_runs(sections, place, way)["first"] - spread(later(sections, place, way)).median)
 
 
 def warm(sections: Sections, place: str, way: str) -> float:
     """Seconds by which the first run of another process, which finds what was compiled, is longer than later ones."""
-    found = figures(sections, "images")["warm"]
+    return float(_alone(sections, way)["first"] - spread(later(sections, place, way)).median)
+
+
+def more_memory(sections: Sections, way: str) -> float:
+    """Gigabytes of the GPU that a way takes at its peak beyond KOALA Sampler, eager: each alone in its process, at the
+    second image."""
+    ours, eager = (_alone(sections, one) for one in (way, "KOALA Sampler"))
+    if not (ours["again"] and eager["again"]):
+        raise NotMeasured(f"images: {way} alone, again")
+    return float((ours["peak"]["gpu"] - eager["peak"]["gpu"]) / 1e9)
+
+
+def _alone(sections: Sections, way: str) -> Row:
+    found = figures(sections, "images")["alone"]
     if way not in found:
-        raise NotMeasured(f"images: {way} in another process")
-    return float(found[way] - spread(image_runs(sections, place, way)["again"]).median)
-
-
-def more_memory(sections: Sections, place: str, way: str) -> float:
-    """Gigabytes of the GPU that a way takes at its peak beyond KOALA Sampler's, eager, did at first:
-    later, what the way keeps is there, too."""
-    ours, eager = (image_runs(sections, place, one) for one in (way, "KOALA Sampler"))
-    return float((ours["peak"]["gpu"] - eager["first peak"]["gpu"]) / 1e9)
+        raise NotMeasured(f"images: {way} alone")
+    runs: Row = found[way]
+    return runs
 
 
 def step_seconds(sections: Sections, engine: str, px: int) -> Spread:

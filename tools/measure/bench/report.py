@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from tools.harness.testhost import ROOT
 from tools.measure.bench import plots, readings, store
+from tools.measure.bench.asked import ENDED_EARLY, LEFT_OUT
 from tools.measure.bench.formats import table, with_spread
 from tools.measure.bench.readings import Sections
 from tools.measure.bench.report_bounds import bounds, macs, preset_bounds
@@ -22,7 +24,7 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 def write(folder: Path) -> Path:
     """Write the report and its plots beside the results; returns the report's path."""
-    machines, shared = store.read(folder), store.shared(folder)
+    machines, shared = store.read(folder), {**_counted(), **store.shared(folder)}
     drawn: dict[str, str] = {}
     lines = [
         "# Benchmarks",
@@ -30,9 +32,9 @@ def write(folder: Path) -> Path:
         "This pack, stock ComfyUI and diffusers on the same weights, measured side by side. Written by "
         "`python3 dev.py bench`; all measurements, older ones too, are in [benchmarks.json](benchmarks.json). Weights "
         "are random at KOALA-700M's size; images that are judged are koala-tiny's. Engines take turns, each in a "
-        "process of its own. A figure is the median, in brackets least..most; a ratio is the median of the pairs' "
-        "ratios. A target is undecided where its bound lies between least and most. No table mixes two machines; what "
-        "does not depend on the machine comes first.",
+        "process of its own, but where a section says otherwise. A figure is the median, in brackets least..most; a "
+        "ratio is the median of the pairs' ratios. A target is undecided where its bound lies between least and most. "
+        "No table mixes two machines; what does not depend on the machine comes first.",
         "",
     ]
     if shared:
@@ -49,6 +51,11 @@ def write(folder: Path) -> Path:
             lines += [f"## On the {name}: {machine}", "", *_measured(device, sections, shared, new)]
     (folder / NAME).write_text("\n".join(lines), "utf-8")
     return folder / NAME
+
+
+def _counted() -> Sections:
+    """The multiplications as this checkout's own page has them: the same for whoever counts, and a bound needs them."""
+    return {name: entry for name, entry in store.shared(ROOT / "docs").items() if name == "macs"}
 
 
 def _shared(shared: Sections, drawn: Mapping[str, str]) -> Iterator[str]:
@@ -76,8 +83,13 @@ def _measured(device: str, sections: Sections, shared: Sections, drawn: Mapping[
     if why:
         yield from (f"Memory of a process as the driver counts it: not told, as {why}.", "")
     for name, entry in sections.items():
-        if dropped := entry["figures"].get("dropped"):
+        figures = entry["figures"]
+        if dropped := figures.get("dropped"):
             yield from (f"Dropped from *{name}* for want of time: {', '.join(dropped)}.", "")
+        if words := figures.get(ENDED_EARLY):
+            yield from (f"*{name}* ended early {words.splitlines()[0]}", "")
+        if left_out := figures.get(LEFT_OUT):
+            yield from (f"Not reached in *{name}*: {', '.join(left_out)}.", "")
     yield from _targets(TARGETS[kind], everything, kind)
     yield from _parts(PARTS, everything, kind, drawn)
 
@@ -133,7 +145,7 @@ def _machine(sections: Sections, kind: str) -> Iterator[str]:
     yield from (
         "### Rates",
         "",
-        "Measured rates: matrices of 2048 x 2048 "
+        f"Measured rates: matrices of {found.get('side', 2048)} x {found.get('side', 2048)} "
         + ", ".join(f"{rate:.0f} GFLOP/s ({how})" for how, rate in found["matmul"].items())
         + f"; fp16 weights to fp32 {found['fp16 to fp32']:.1f} GB/s. KOALA Accelerate's own probes: "
         + ", ".join(f"{what} is {'' if faster else 'not '}faster" for what, faster in found["faster"].items())

@@ -53,12 +53,13 @@ def bounds(sections: Sections, kind: str) -> Iterator[str]:
     ):
         for px in places if section in sections else ():
             for way, runs in readings.figures(sections, section)["sizes"].get(str(px), {}).items():
-                if way in (readings.ours(sections), *ROUTINES):
+                if way in (readings.ours(sections, section), *ROUTINES):
                     in_bf16 = way == "pack, bf16" and _is_in_bf16(sections, model)
                     least = readings.bound(sections, model, px, pictures, in_bf16)
                     lines.append((f"{what}, {px} px", way, least, min(readings.seconds(runs))))
+    lines += _of_images(sections)
     if not lines:
-        raise readings.NotMeasured("step, decode")
+        raise readings.NotMeasured("step, decode, images")
     yield from (
         "### What limits the speed",
         "",
@@ -72,6 +73,16 @@ def bounds(sections: Sections, kind: str) -> Iterator[str]:
         ("what", "engine", "bound, s", "measured, s", "share of the bound's speed"),
         ((*what, f"{least:.2f}", f"{found:.2f}", _share(least / found)) for *what, least, found in lines),
     )
+
+
+def _of_images(sections: Sections) -> Iterator[tuple[str, str, float, float]]:
+    """The same of exact's whole images, which are what is measured on a GPU."""
+    found = readings.figures(sections, "images") if "images" in sections else {"places": {}}
+    for place, ways in found["places"].items():
+        if again := ways.get("exact", {}).get("again"):
+            px, batch = found["sizes"][place]
+            least = found["steps"] * readings.bound(sections, KOALA, px, 2 * batch)
+            yield f"{found['steps']} guided steps, {place}", "exact", least, min(again)
 
 
 def _is_in_bf16(sections: Sections, model: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,16 +27,19 @@ STOCK_NODES: Any = import_module("nodes")  # ComfyUI's: the checkout has a folde
 _models: dict[str, Any] = {}
 
 
-def load_models(folder: str) -> dict[str, str]:
-    """Load what ``run`` samples: a folder's U-Net, or koala-tiny's (which no stock loader knows)."""
+def load_models(folder: str, loaders: Sequence[str] = ("pack", "stock")) -> dict[str, str]:
+    """Load what ``run`` samples, by the loaders that its ways need: a folder's U-Net, or koala-tiny's (which no stock
+    loader knows)."""
     _models.clear()
     _ways.clear()
     if folder == TINY:
         _models["pack"] = koala_loader.load_unet(inspect_model(koala_loader.BUILT_IN), TINY)
     else:
         file = Path(folder, UNET)
-        _models["pack"] = koala_loader.load_unet(inspect_model(file), file.name)
-        _models["stock"] = comfy.sd.load_diffusion_model(str(file))
+        if "pack" in loaders:
+            _models["pack"] = koala_loader.load_unet(inspect_model(file), file.name)
+        if "stock" in loaders:
+            _models["stock"] = comfy.sd.load_diffusion_model(str(file))
     return {}
 
 

@@ -19,8 +19,8 @@ import numpy
 
 from tools.harness import testhost
 from tools.harness.assets import SHIPPED
-from tools.measure.bench import gpu_sections, peers, published
-from tools.measure.bench.asked import COMPILED, ENGINES, Bench, Dropped, Figures, Run, Survey
+from tools.measure.bench import gpu_images, gpu_sections, peers, published
+from tools.measure.bench.asked import COMPILED, ENGINES, Bench, Dropped, Figures, Run, Survey, kept
 from tools.measure.bench.peers import OPENVINO
 from tools.measure.bench.process import NO_ENGINE, Worker
 from tools.measure.bench.stats import bracket
@@ -29,7 +29,7 @@ from tools.measure.bench.variants import REUSE_ALONE, ROUTINES, VARIANTS
 LOW_MEMORY = "pack, fp16 weights"
 SIZES = (256, 512, 768, 1024)
 BATCHES = (1, 2, 4)
-LARGE = 512  # px; above, the first time counts, for all that is slow there has been done at a smaller size
+LARGE = 512  # px; above, a CPU's first time counts, for all that is slow there has been done at a smaller size
 DECODED = (512, 1024)
 FIRST_STEP = 256  # px of the step that shows what loading has put off
 OVERHEAD = ((100, "koala-tiny", 128), (4, "koala-700m", 256))
@@ -125,12 +125,25 @@ def _peers(bench: Bench, dropped: Dropped, folder: Path, took: float) -> tuple[F
 
 def decode(bench: Bench) -> Figures:
     """Seconds of decoding a latent, engines in turn, and how far their pictures are apart."""
-    with _folder() as folder, ExitStack() as stack:
+    found: Figures = {"sizes": {}, "difference": {}, "types": {}, "dropped": Dropped()}
+    at, sizes = "loading", Figures()
+    with kept(bench, found, found["difference"], lambda: at), _folder() as folder, ExitStack() as stack:
         ways = _ways([way for way in bench.ways if way not in COMPILED], bench, stack, folder, "vae")
-        sizes = {str(px): _in_turn(bench, ways, "decode", {"px": px}) for px in DECODED}
-        difference = {"512": _differences(ways, "decode", {"px": 512})}
-        types = {way: worker.ask("types")["vae"] for way, (worker, _) in ways.items()}
-    return {"sizes": sizes, "difference": difference, "types": types}
+        found["types"] = {way: worker.ask("types")["vae"] for way, (worker, _) in ways.items()}
+        at = f"{DECODED[0]} px, difference"
+        found["difference"][str(DECODED[0])] = _differences(ways, "decode", {"px": DECODED[0]})
+        for px in DECODED:
+            at = f"{px} px"
+            sizes[str(px)] = Figures((way, []) for way in ways)
+            _in_turn(bench, ways, "decode", {"px": px}, sizes[str(px)])
+    found["sizes"] = {px: runs for px, ways in sizes.items() if (runs := _whole_turns(ways))}
+    return found
+
+
+def _whole_turns(ways: Figures) -> Figures:
+    """Runs by way without those of a turn that was not finished; nothing where none was."""
+    turns = min(map(len, ways.values()))
+    return {way: runs[:turns] for way, runs in ways.items()} if turns else {}
 
 
 def sample(bench: Bench) -> Figures:
@@ -236,7 +249,18 @@ ALL, OURS, FEWER = "all steps", "KOALA Accelerate", "fewer steps"
 RIVALS = ("EasyCache", "LazyCache", "CFGOverride")
 SECTIONS: Mapping[str, Callable[[Bench], Figures]] = {
     section.__name__: section
-    for section in (machine, macs, load, step, decode, sample, memory, quality, *gpu_sections.SECTIONS)
+    for section in (
+        machine,
+        macs,
+        load,
+        step,
+        decode,
+        sample,
+        memory,
+        quality,
+        gpu_images.images,
+        *gpu_sections.SECTIONS,
+    )
 }
 
 
@@ -274,10 +298,11 @@ def _ways(names: Iterable[str], bench: Bench, stack: ExitStack, folder: Path, pa
     return ways
 
 
-def _in_turn(bench: Bench, ways: Ways, task: str, arguments: Figures) -> Figures:
-    """Each way once more for every repeat; up to ``LARGE`` px a first time does not count."""
-    found: Figures = defaultdict(list)
-    first = int(arguments["px"] <= LARGE)
+def _in_turn(bench: Bench, ways: Ways, task: str, arguments: Figures, into: Figures | None = None) -> Figures:
+    """Each way once more for every repeat. A first time does not count, on a GPU at any size, where it searches
+    algorithms and takes memory; on a CPU up to ``LARGE`` px. ``into``: gets them run by run."""
+    found: Figures = defaultdict(list) if into is None else into
+    first = int(bench.device == "cuda" or arguments["px"] <= LARGE)
     for i in range(first + bench.repeats):
         for way, (worker, further) in ways.items():
             made = worker.ask(task, **arguments, **further)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,22 +17,37 @@ from tools.harness.client import Client, GraphError
 from tools.harness.testhost import ROOT, Host
 from tools.measure.bench import graphs, nvml
 from tools.measure.bench.graphs import Image
+from tools.measure.bench.process import ends_with_the_others
 from tools.synthetic import random_weights
 
 PACK_FOLDER = "koala-sdxl"
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "allocation on device")
+MOST = 600.0
+"""Seconds that a prompt may take without a word from the server."""
 NOTED = ("DynamicVRAM", "Total VRAM", "Set vram state")
 """Lines of the server's log that say how it treats memory."""
 
 
 class Served:
-    """A running server, and the prompts that it is sent."""
+    """A running server, and the prompts that it is sent. ``left``: tells how many seconds are left to them."""
 
-    def __init__(self, running: server.Server) -> None:
-        self.running = running
-        self.client = Client(running.url)
+    def __init__(self, running: server.Server, left: Callable[[], float] = lambda: math.inf) -> None:
+        self.running, self._left = running, left
+        self._client = Client(running.url)
         self.pid = _child(running.process.pid)
         self._seeds = itertools.count(1)
+        ends_with_the_others(self)
+
+    @property
+    def client(self) -> Client:
+        """The connection, which waits no longer than time is left."""
+        self._client.timeout = min(MOST, max(1.0, self._left()))
+        return self._client
+
+    def kill(self) -> None:
+        """End the server, whatever it is at: whoever waits for it is told that it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def draw(self, way: str, image: Image) -> dict[str, Any]:
         """Seconds of a prompt, from its start to its end as the server notes them, and the most memory that the server
@@ -56,8 +74,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(models: tuple[str, ...]) -> Iterator[Served]:
-    """A server with this checkout as its only custom node, and models of random weights (``BUILT_IN`` needs none)."""
+def serving(models: tuple[str, ...], left: Callable[[], float] = lambda: math.inf) -> Iterator[Served]:
+    """A server with this checkout as its only custom node, and models of random weights (``BUILT_IN`` needs none).
+    ``left``: as of ``Served``."""
     with TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         for kind in ("diffusion_models", "text_encoders", "vae"):
@@ -67,7 +86,7 @@ def serving(models: tuple[str, ...]) -> Iterator[Served]:
                 _link(random_weights.folder(model), model, folder)
         places = {kind: [folder / kind] for kind in ("diffusion_models", "text_encoders", "vae")}
         with with_checkout(testhost.test_host(), places) as running:
-            yield Served(running)
+            yield Served(running, left)
 
 
 @contextlib.contextmanager
