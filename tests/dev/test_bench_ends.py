@@ -104,11 +104,37 @@ def test_what_needs_no_server_is_measured_without_it(
         "SDXL, stock",
     ]
     assert all("SDXL, stock" in ways for ways in found["free"].values())
-    assert found["left out"][:2] == ["KOALA-700M, fp8, stock in 8 GB", "KOALA-700M, fp8, exact in 8 GB"]
+    assert found["left out"][:2] == ["KOALA-1B, stock in 8 GB", "KOALA-1B, exact in 8 GB"]
     assert len(found["left out"]) == 6 * len(Scale().fitted) - 2
     text = page(tmp_path, "fit", found)
-    assert "*fit* ended early at KOALA-700M, fp8, stock in 8 GB: http" in text
+    assert "*fit* ended early at KOALA-1B, stock in 8 GB: http" in text
     assert "| KOALA-700M, exact | not tried | 1.5 s |" in text
+
+
+def test_a_round_for_which_no_time_is_left_is_dropped_after_all_of_the_first(
+    fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [1000.0]
+    plain = FakeHog.leave
+
+    def leave(self: FakeHog, gigabytes: float) -> int:
+        if gigabytes == 12:
+            left[0] = 5.0
+        return plain(self, gigabytes)
+
+    monkeypatch.setattr(FakeHog, "leave", leave)
+    monkeypatch.setattr(Bench, "left", lambda _: left[0])
+    found = SECTIONS["fit"](Bench("cuda"))
+    assert {free for free, ways in found["free"].items() if "SDXL, stock" in ways} == {"8", "4", "3"}
+    assert "KOALA-700M, stock in 12 GB" in found["dropped"]
+    assert found["left out"] == []
+    left[0] = 1000.0
+    monkeypatch.setattr(
+        FakeHog, "leave", lambda self, gigabytes: left.__setitem__(0, 1000.0 if gigabytes > 3 else 30.0)
+    )
+    found = SECTIONS["fit"](Bench("cuda"))
+    assert found["dropped"][-3:] == ["12 GB", "6 GB", "2 GB"]
+    assert found["left out"] == []
 
 
 def test_memory_that_cannot_be_left_costs_that_level_alone(

@@ -55,20 +55,24 @@ def fit(bench: Bench) -> Figures:
     scale, fitting = bench.scale, _Fitting(bench)
     models = tuple(dict.fromkeys(image.model for _, _, image in scale.fitted))
     with Hog(bench.device) as hog, _folder() as folder:
-        with fitting.kept(), serving(models, bench.left) as served:
-            for free in scale.free:
-                fitting.at = f"{free:g} GB"
-                served.forget()
-                if not fitting.leave(hog, free):
-                    continue
-                for name, way, image in scale.fitted:
-                    if fitting.wants(name, free, A_RUN):
-                        made = served.draw(way, image)  # which loads the model: the second time counts
-                        fitting.note(name, free, made if "error" in made else served.draw(way, image))
-        for free in scale.free:
-            for name, engine in scale.alone:
-                if fitting.wants(name, free, A_PROCESS) and fitting.leave(hog, free):
-                    fitting.note(name, free, _alone(bench, engine, folder))
+        for level_round in scale.free:
+            levels = [free for free in level_round if not fitting.dropped.lacks(bench, A_PROCESS, f"{free:g} GB")]
+            if not levels:
+                continue
+            with fitting.kept(), serving(models, bench.left) as served:
+                for free in levels:
+                    fitting.at = f"{free:g} GB"
+                    served.forget()
+                    if not fitting.leave(hog, free):
+                        continue
+                    for name, way, image in scale.fitted:
+                        if fitting.wants(name, free, A_RUN):
+                            made = served.draw(way, image)  # which loads the model: the second time counts
+                            fitting.note(name, free, made if "error" in made else served.draw(way, image))
+            for free in levels:
+                for name, engine in scale.alone:
+                    if fitting.wants(name, free, A_PROCESS) and fitting.leave(hog, free):
+                        fitting.note(name, free, _alone(bench, engine, folder))
     return fitting.figures()
 
 
@@ -77,7 +81,7 @@ class _Fitting:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.at = bench, "its start"
-        self.free: dict[float, Figures] = {free: {} for free in bench.scale.free}
+        self.free: dict[float, Figures] = {free: {} for levels in bench.scale.free for free in levels}
         self.left: dict[float, int | None] = {}
         self.not_left: dict[float, str] = {}
         self.too_little: dict[str, float] = {}
@@ -124,7 +128,10 @@ class _Fitting:
             _in(name, free)
             for free, ways in self.free.items()
             for name in names
-            if name not in ways and free > self.too_little.get(name, 0) and free not in self.not_left
+            if name not in ways
+            and free > self.too_little.get(name, 0)
+            and free not in self.not_left
+            and f"{free:g} GB" not in self.dropped
         ]
         return {
             "free": {f"{free:g}": ways for free, ways in self.free.items()},
