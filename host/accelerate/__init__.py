@@ -8,6 +8,6 @@ with the noise level; ``patch`` puts all this on a MODEL.
 
 On a CPU ``cpu_routines`` exchanges routines for those in ``cpu_products`` and ``cpu_convolutions``, by ``cpu_winograd``
 where images are large, and ``cpu_kept`` keeps what would be computed anew at every step; ``cpu_vae`` is the VAE's part.
-On a GPU ``strategy`` says how passes run there, ``compiled`` and
-``captured`` make them fast, ``execution`` decides for each pass what is right; ``gpu_vae`` is the VAE's part.
+On a GPU ``strategy`` says how passes run there, ``compiled`` and ``captured`` make them fast, ``execution`` decides for
+each pass what is right; ``gpu_vae`` is the VAE's part.
 """

@@ -113,10 +113,11 @@ def _is_plain(block: torch.nn.Module) -> bool:
     norms, convolutions = (block.norm1, block.norm2), (block.conv1, block.conv2)
     return (
         all(isinstance(norm, torch.nn.GroupNorm) for norm in norms)
-        and all(isinstance(convolution, torch.nn.Conv2d) for convolution in convolutions)
+        and all(isinstance(layer, torch.nn.Conv2d) and layer.padding_mode == "zeros" for layer in convolutions)
         and all(keeps_its_weights(layer) for layer in (*norms, *convolutions))
         and not any(
-            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in block.modules()
+            part._forward_hooks or part._forward_pre_hooks or {"forward", "_conv_forward"} & vars(part).keys()
+            for part in block.modules()
         )
     )
 

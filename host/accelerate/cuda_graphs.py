@@ -15,7 +15,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None  # one for all: libraries hold memory for each stream
+        self._stream: torch.cuda.Stream | None = None  # one for all of a GPU's: libraries hold memory for each stream
 
     def prepare(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """See ``Recorder``. Raises what ``run`` raises."""
@@ -54,7 +54,8 @@ class CudaGraphs:
 
     def release(self, forget: Callable[[], None]) -> None:
         """See ``Recorder``."""
-        with torch.cuda.device(self._aside().device):  # whoever asks for it may be at work on another GPU
+        own = self._stream.device if self._stream is not None else None
+        with torch.cuda.device(own):  # whoever asks for it may be at work on another GPU
             torch.cuda.synchronize()  # some may still be replayed
             forget()
             self._pool = None
@@ -62,7 +63,8 @@ class CudaGraphs:
             _trim_graph_memory()
 
     def _aside(self) -> torch.cuda.Stream:
-        self._stream = self._stream or torch.cuda.Stream()
+        if self._stream is None or self._stream.device.index != torch.cuda.current_device():
+            self._stream = torch.cuda.Stream()
         return self._stream
 
 

@@ -170,13 +170,20 @@ def test_a_residual_block_in_strips_is_the_same(
     assert "forward" not in vars(network[0])
 
 
-@pytest.mark.parametrize("changed", ["hooked", "exchanged", "patched", "in training", "with gradients", "in bf16"])
+@pytest.mark.parametrize(
+    "changed", ["hooked", "exchanged", "seamless", "circular", "patched", "in training", "with gradients", "in bf16"]
+)
 def test_other_residual_blocks_stay(changed: str, by_winograd: list[tuple[int, ...]]) -> None:
     network, x = residual_block(), torch.randn(1, 32, 33, 40)
     if changed == "hooked":
         network[0].norm1.register_forward_hook(lambda *_: None)
     elif changed == "exchanged":
         vars(network[0].swish)["forward"] = torch.nn.functional.silu
+    elif changed == "seamless":  # as nodes that make an image's edges fit together do it
+        layer = network[0].conv1
+        layer._conv_forward = layer._conv_forward
+    elif changed == "circular":
+        network[0].conv2.padding_mode = "circular"
     elif changed == "patched":
         network[0].conv2.weight_function = [lambda weights: weights]
     elif changed == "in training":
