@@ -126,11 +126,6 @@ EXCEPTED = (
     ),
     Excepted(
         "dynamic_attribute_access",
-        r"setattr\(faster, name, .*getattr\(vae, name\)",
-        "name is one of four methods of a VAE, written out one line above",
-    ),
-    Excepted(
-        "dynamic_attribute_access",
         r"getattr\(self\.patch, name\)",
         "stands for another node's patch: whatever is asked of it, the patch answers",
     ),
