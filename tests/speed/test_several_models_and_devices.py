@@ -17,7 +17,7 @@ from koala_sdxl.host.accelerate.execution import Execution
 from koala_sdxl.host.accelerate.feature_cache import Run
 from koala_sdxl.host.accelerate.plan import Acceleration
 from koala_sdxl.koala.schedule import schedule
-from tests.speed.execution_cases import BALANCED, EXACT, Case
+from tests.speed.execution_cases import BALANCED, EXACT, Case, eagerly
 from tests.speed.recorders import Operations
 from tests.speed.sampling import decibels, prompts, run
 from tools.measure import parity
@@ -51,10 +51,7 @@ def test_the_negative_prompts_own_model(settings: Acceleration) -> None:
             return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=5)
 
     case = Case(CAPTURED, NEAR)
-    eager = patch.accelerate(
-        parity.tiny_models()[0], settings, lambda _: None, lambda one: strategy.Choice(one.clone(), strategy.EAGER)
-    ).model
-    assert decibels(draw(case.faster(settings)), draw(eager)) >= NEAR
+    assert decibels(draw(case.faster(settings)), draw(eagerly(parity.tiny_models()[0], settings))) >= NEAR
     assert "by CUDA graph" in case.said[-1]
     assert decibels(draw(parity.tiny_models()[0]), run(parity.tiny_models()[0], texts)) < NEAR
 
